@@ -1,0 +1,393 @@
+"""AdditiveStrategy: one federated round, for every strategy that is a sum.
+
+A strategy is two functions: ``contribution``, one client's term, and ``update``, what
+the server makes of the sum of the terms. The round in between is written here once::
+
+    sample -> broadcast -> [clients train] -> contribution -> sum -> update -> optimizer
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Unpack, cast
+
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    ConfigRecordValues,
+    Message,
+    MessageType,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+
+from flower_ext._flower import AggregationError, InconsistentMessageReplies, log
+from flower_ext.arrays import Arrays, from_record, subtract, to_record
+from flower_ext.contribution import DELTA, Contribution, Total
+from flower_ext.errors import fraction, refuse, whole
+from flower_ext.options import FedAvgOptions
+from flower_ext.replies import (
+    MalformedReply,
+    aggregate_metrics,
+    log_dropped,
+    read_arrays,
+    read_scalar,
+    sort_replies,
+)
+from flower_ext.rounds import run_rounds
+from flower_ext.sampling import Purpose, Sampler, UniformSampler, wait_for_nodes
+from flower_ext.server_optimizer import SGD, ServerOptimizer, State
+from flower_ext.tracking import Tracker
+
+CLIENT_HALF_KEY = "client-half"
+
+Metrics = dict[str, MetricRecordValues]
+Config = Mapping[str, ConfigRecordValues]
+
+
+class AdditiveStrategy(FedAvg):
+    r"""Federated averaging as a sum, and the base of the pack's strategies.
+
+    At its defaults it is Flower's :class:`~flwr.serverapp.strategy.FedAvg`:
+    contribution :math:`n_k \Delta_k`, update :math:`\sum n_k\Delta_k / \sum n_k`.
+    Against it: cohorts are seeded; replies are added in client order in float64, so
+    that the result does not depend on who finished first; integer arrays keep their
+    dtype (their weighted mean is rounded); a reply that is malformed, not finite,
+    ambiguous or unasked for is left out and counted instead of ending the run or
+    spoiling the model.
+
+    Parameters
+    ----------
+    server_optimizer : ServerOptimizer, optional
+        Applies the aggregated direction; by default plain averaging, ``SGD(1.0)``.
+    sampler : Sampler, optional
+        Draws the cohorts; by default ``UniformSampler(seed=0)``. How many are drawn is
+        said by ``fraction_train``, ``min_train_nodes`` and their like.
+    min_replies : int (default: 1)
+        A round with fewer usable replies keeps the model.
+    **options
+        Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
+
+    Notes
+    -----
+    A subclass overrides :meth:`contribution` and :meth:`update`, and, where it needs
+    them, :meth:`report`, :meth:`client_config`, :meth:`state_dict` and
+    :meth:`settings`. Round metrics hold ``num-replies``, ``num-errors`` and
+    ``num-dropped`` beside the clients' own.
+
+    Examples
+    --------
+    >>> from flower_ext.server_optimizer import Adam
+    >>> strategy = AdditiveStrategy(fraction_train=0.1, server_optimizer=Adam())
+    """
+
+    #: Name of the client half whose replies the strategy needs; None takes any.
+    client_half: str | None = None
+    #: Metrics that the strategy reads itself; averaging them would mean nothing.
+    consumed_metrics: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        *,
+        server_optimizer: ServerOptimizer | None = None,
+        sampler: Sampler | None = None,
+        min_replies: int = 1,
+        **options: Unpack[FedAvgOptions],
+    ) -> None:
+        super().__init__(**options)
+        fraction("fraction_train", self.fraction_train)
+        fraction("fraction_evaluate", self.fraction_evaluate)
+        whole("min_train_nodes", self.min_train_nodes, 0)
+        whole("min_evaluate_nodes", self.min_evaluate_nodes, 0)
+        whole("min_available_nodes", self.min_available_nodes, 0)
+        whole("min_replies", min_replies, 1)
+        if not isinstance(sampler, Sampler | None):
+            refuse("sampler", sampler, "a Sampler", "an instance, not the class")
+        if not isinstance(server_optimizer, ServerOptimizer | None):
+            refuse(
+                "server_optimizer",
+                server_optimizer,
+                "a ServerOptimizer",
+                "wrap a torch.optim factory in TorchOptimizer(factory)",
+            )
+        self.server_optimizer = server_optimizer or SGD()
+        self.sampler = sampler or UniformSampler()
+        self.min_replies = min_replies
+        self._sent: Arrays | None = None
+        # Node ids are new in every run, a client's place among the nodes is not.
+        self._clients: dict[int, int] = {}
+        self._cohort: dict[int, int] = {}
+        self._understood = False  # whether any reply has ever been usable
+
+    # What a strategy says ---------------------------------------------------------
+
+    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
+        """Return one client's term; it depends on arguments and settings only.
+
+        Parameters
+        ----------
+        reply : RecordDict
+            The content of one reply.
+        sent : dict[str, ndarray]
+            The model that was broadcast.
+
+        Raises
+        ------
+        MalformedReply
+            If the reply lacks something or has it in another form.
+        """
+        return Contribution({DELTA: self.delta(reply, sent)}, self.weight(reply))
+
+    def update(self, total: Total) -> Arrays:
+        """Return the direction to move the model along; may consume ``total``."""
+        return total.mean()
+
+    def report(self, total: Total) -> Metrics:
+        """Return metrics of the round; called before :meth:`update`."""
+        return {}
+
+    def report_evaluate(self, replies: list[Message]) -> Metrics:
+        """Return metrics of an evaluation, from its usable replies."""
+        return {}
+
+    def client_config(self) -> Config:
+        """Return what clients are told besides the user's configuration."""
+        return {}
+
+    def delta(self, reply: RecordDict, sent: Arrays) -> Arrays:
+        """Return the client's model minus the model that it was sent."""
+        new = read_arrays(reply, self.arrayrecord_key, sent)
+        return {name: subtract(new[name], sent[name]) for name in sent}
+
+    def weight(self, reply: RecordDict) -> float:
+        """Return the metric ``weighted_by_key`` of a reply."""
+        return read_scalar(reply, self.weighted_by_key)
+
+    # The round --------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw the cohort that trains and broadcast the model."""
+        if self.fraction_train == 0.0:
+            return []
+        self._sent = from_record(arrays)
+        for name, array in self._sent.items():
+            if array.dtype.kind not in "fiub":
+                refuse(f"array {name!r}", array.dtype, "of floats, integers or flags")
+        messages = self._broadcast(server_round, arrays, config, grid, "train")
+        asked = [message.metadata.dst_node_id for message in messages]
+        self._cohort = {node: self._clients[node] for node in asked}
+        return messages
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw the cohort that evaluates and broadcast the model."""
+        if self.fraction_evaluate == 0.0:
+            return []
+        return self._broadcast(server_round, arrays, config, grid, "evaluate")
+
+    def _broadcast(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
+        purpose: Purpose,
+    ) -> list[Message]:
+        share, least = (
+            (self.fraction_train, self.min_train_nodes)
+            if purpose == "train"
+            else (self.fraction_evaluate, self.min_evaluate_nodes)
+        )
+        nodes = wait_for_nodes(grid, max(self.min_available_nodes, least))
+        self._clients = {node: i for i, node in enumerate(nodes)}
+        size = max(int(len(nodes) * share), least)
+        cohort = self.sampler.sample(nodes, size, server_round, purpose)
+        log(
+            INFO,
+            "configure_%s: Sampled %s nodes (out of %s)",
+            purpose,
+            len(cohort),
+            len(nodes),
+        )
+        told = ConfigRecord({**config, **self.client_config()})
+        told["server-round"] = server_round
+        if self.client_half is not None:
+            told[CLIENT_HALF_KEY] = self.client_half
+        content = RecordDict(
+            {self.arrayrecord_key: arrays, self.configrecord_key: told}
+        )
+        kind = MessageType.TRAIN if purpose == "train" else MessageType.EVALUATE
+        return [Message(content, node, kind) for node in cohort]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Add up the contributions and move the model."""
+        if self._sent is None:
+            if not list(replies):
+                return None, None
+            raise AggregationError("aggregate_train needs configure_train before it")
+        sorted_ = sort_replies(replies, self._cohort)
+        total, used = self._add_up(sorted_.usable, sorted_.dropped)
+        log_dropped(sorted_.dropped, server_round)
+        counts: Metrics = {
+            "num-replies": len(used),
+            "num-errors": sorted_.errors,
+            "num-dropped": sorted_.dropped.total(),
+        }
+        if len(used) < self.min_replies or total.weight <= 0:
+            log(
+                WARNING,
+                "round %s: %s usable replies of total weight %g, at least %s are "
+                "needed: the model is kept",
+                server_round,
+                len(used),
+                total.weight,
+                self.min_replies,
+            )
+            return None, MetricRecord(counts)
+        metrics = aggregate_metrics(
+            used,
+            self.weighted_by_key,
+            self.train_metrics_aggr_fn,
+            self.consumed_metrics,
+        )
+        metrics.update(self.report(total))
+        metrics.update(counts)
+        new = self.server_optimizer.step(self._sent, self.update(total))
+        return to_record(new), metrics
+
+    def _add_up(
+        self, replies: list[Message], dropped: Counter[str]
+    ) -> tuple[Total, list[RecordDict]]:
+        """Sum the usable contributions; count the others in ``dropped``."""
+        assert self._sent is not None
+        total, used, malformed = Total(), [], ""
+        for reply in replies:
+            try:
+                term = self.contribution(reply.content, self._sent)
+            except MalformedReply as problem:
+                malformed = str(problem)
+                dropped[malformed] += 1
+                continue
+            if term.is_finite():
+                total.add(term)
+                used.append(reply.content)
+            else:
+                dropped["the contribution is not finite"] += 1
+        self._understood |= bool(used)
+        if malformed and not self._understood:
+            half = f" (needed: client half {self.client_half!r})"
+            raise InconsistentMessageReplies(
+                f"{type(self).__name__} can use no reply of its first round: "
+                + malformed
+                + half * bool(self.client_half)
+            )
+        return total, used
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the metrics of the clients that evaluated."""
+        replies = list(replies)
+        nodes = sorted({m.metadata.src_node_id for m in replies})
+        sorted_ = sort_replies(replies, {node: node for node in nodes})
+        used, weight = [], 0.0
+        for reply in sorted_.usable:
+            try:
+                weight += self.weight(reply.content)
+            except MalformedReply as problem:
+                sorted_.dropped[str(problem)] += 1
+            else:
+                used.append(reply)
+        log_dropped(sorted_.dropped, server_round)
+        if weight == 0:
+            return None
+        metrics = aggregate_metrics(
+            [reply.content for reply in used],
+            self.weighted_by_key,
+            self.evaluate_metrics_aggr_fn,
+            self.consumed_metrics,
+        )
+        metrics.update(self.report_evaluate(used))
+        return metrics
+
+    # The run ----------------------------------------------------------------------
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        *,
+        checkpoint: Path | str | None = None,
+        tracker: Tracker | None = None,
+    ) -> Result:
+        """Run the rounds as Flower does, with two options more.
+
+        Parameters
+        ----------
+        grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config,
+        evaluate_fn
+            As in :meth:`flwr.serverapp.strategy.Strategy.start`.
+        checkpoint : path, optional
+            Folder to save the run in after each round, and to continue it from.
+        tracker : Tracker, optional
+            Told of every round.
+
+        Returns
+        -------
+        Result
+            Flower's result; ``arrays`` is the initial model if no round changed it.
+        """
+        return run_rounds(
+            self,
+            grid,
+            initial_arrays,
+            num_rounds=num_rounds,
+            timeout=timeout,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+            evaluate_fn=evaluate_fn,
+            checkpoint=checkpoint,
+            tracker=tracker,
+        )
+
+    def state_dict(self) -> dict[str, object]:
+        """Return what crosses rounds: JSON values and arrays, nested by name."""
+        return {
+            "sampler": self.sampler.state_dict(),
+            "server-optimizer": self.server_optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue where a run with the same settings was saved."""
+        self.sampler.load_state_dict(state["sampler"])
+        moments = cast(State, state["server-optimizer"])
+        self.server_optimizer.load_state_dict(moments)
+
+    def summary(self) -> None:
+        """Log the settings."""
+        log(INFO, "\t├──> %s settings:", type(self).__name__)
+        for name, value in self.settings().items():
+            log(INFO, "\t│\t├── %s: %s", name, value)
+        super().summary()
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings that :meth:`summary` logs, by name."""
+        return {
+            "Server optimizer": self.server_optimizer,
+            "Sampler": f"{type(self.sampler).__name__}(seed={self.sampler.seed})",
+            "Minimum replies": self.min_replies,
+        }

@@ -1,0 +1,242 @@
+"""Save a run after each round and continue it: safetensors for arrays, JSON else.
+
+A saved round is a folder ``round-00012`` with ``model.safetensors``,
+``state.safetensors`` (moments and other arrays of the strategy) and ``state.json``.
+It is written under another name, flushed to the disk and renamed, so that a folder of
+that name is complete; only then is the round before the last one deleted.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from logging import ERROR, INFO
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.common import NDArray
+from flwr.serverapp.strategy import Result
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from flower_ext._flower import log
+from flower_ext.arrays import Arrays, from_record, layout, to_record
+
+FORMAT = 1
+_NAME = re.compile(r"round-(\d{5,})")
+_METRICS = (
+    "train_metrics_clientapp",
+    "evaluate_metrics_clientapp",
+    "evaluate_metrics_serverapp",
+)
+
+
+class CheckpointError(RuntimeError):
+    """A run that cannot be saved in, or continued from, a folder."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What a strategy must have to be saved."""
+
+    def state_dict(self) -> dict[str, object]:
+        """Return JSON values and arrays, nested by name."""
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take over a saved state."""
+
+
+class Checkpoint:
+    """The saved rounds of one run.
+
+    Parameters
+    ----------
+    folder : path
+        Made if missing. One folder belongs to one run.
+    strategy : Stateful
+        Its ``state_dict`` is saved and restored.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder cannot be written or the strategy has no state to save.
+    """
+
+    def __init__(self, folder: Path | str, strategy: object) -> None:
+        if not isinstance(strategy, Stateful):
+            raise CheckpointError(
+                f"{type(strategy).__name__} has no state_dict and load_state_dict: "
+                "a run of it cannot be continued; Flower's own strategies have none"
+            )
+        self.folder = Path(folder)
+        self.strategy = strategy
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / ".writable"
+            probe.write_bytes(b"?")
+            probe.unlink()
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint={str(folder)!r} must be a folder that can be written: "
+                f"{error.strerror}"
+            ) from error
+
+    def rounds(self) -> list[int]:
+        """Return the saved rounds, in order."""
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match.group(1)) for match in matches if match)
+
+    def save(self, server_round: int, result: Result) -> bool:
+        """Save a round; report and return False if the disk does not take it."""
+        partial = self.folder / f".partial-{os.getpid()}"
+        final = self._path(server_round)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            self._write(partial, server_round, result)
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            _flush(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            log(
+                ERROR,
+                "Round %s could not be saved in %s (%s; %s MB free). The run goes on; "
+                "the last saved round is %s",
+                server_round,
+                self.folder,
+                error,
+                shutil.disk_usage(self.folder).free // 2**20,
+                max(self.rounds(), default="none"),
+            )
+            return False
+        for old in self.rounds()[:-2]:
+            shutil.rmtree(self._path(old), ignore_errors=True)
+        return True
+
+    def restore(self, result: Result) -> int:
+        """Load the last saved round into result and strategy; return its number.
+
+        Parameters
+        ----------
+        result : Result
+            Holds the initial model, which a saved one must match in layout.
+
+        Raises
+        ------
+        CheckpointError
+            If the saved run is of another strategy or model, or damaged.
+        """
+        if not (rounds := self.rounds()):
+            return 0
+        path = self._path(rounds[-1])
+        try:
+            saved = json.loads((path / "state.json").read_text("utf-8"))
+            model = load_file(path / "model.safetensors")
+            arrays = load_file(path / "state.safetensors")
+            if saved["format"] != FORMAT:
+                raise CheckpointError(
+                    f"{path} has format {saved['format']}, not {FORMAT}"
+                )
+            self._require_same(path, saved, result.arrays)
+            self.strategy.load_state_dict(_join(saved["strategy-state"], arrays))
+        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({type(error).__name__}: {error}); delete it "
+                "to continue from the round before"
+            ) from error
+        except ValueError as error:
+            raise CheckpointError(f"{path} cannot be continued: {error}") from error
+        result.arrays = to_record({name: model[name] for name in saved["model"]})
+        for field in _METRICS:
+            getattr(result, field).update(
+                {int(r): MetricRecord(m) for r, m in saved["metrics"][field].items()}
+            )
+        log(INFO, "Continuing after round %s, saved in %s", saved["round"], path)
+        return int(saved["round"])
+
+    def _path(self, server_round: int) -> Path:
+        return self.folder / f"round-{server_round:05d}"
+
+    def _write(self, folder: Path, server_round: int, result: Result) -> None:
+        model = from_record(result.arrays)
+        state, arrays = _split(self.strategy.state_dict())
+        saved = {
+            "format": FORMAT,
+            "round": server_round,
+            "strategy": _name(self.strategy),
+            "model": layout(model),
+            "strategy-state": state,
+            "metrics": {
+                field: {r: dict(m) for r, m in getattr(result, field).items()}
+                for field in _METRICS
+            },
+        }
+        (folder / "state.json").write_text(json.dumps(saved, indent=1), "utf-8")
+        save_file(_contiguous(model), folder / "model.safetensors")
+        save_file(_contiguous(arrays), folder / "state.safetensors")
+        for path in (*folder.iterdir(), folder):
+            _flush(path)
+
+    def _require_same(
+        self, path: Path, saved: Mapping[str, object], initial: ArrayRecord
+    ) -> None:
+        if saved["strategy"] != _name(self.strategy):
+            raise CheckpointError(
+                f"{path} was saved by {saved['strategy']}, this run uses "
+                f"{_name(self.strategy)}: choose another folder"
+            )
+        own = layout(from_record(initial))
+        if saved["model"] != own:
+            theirs = dict(saved["model"])  # type: ignore[call-overload]
+            differ = [k for k in own.keys() | theirs if own.get(k) != theirs.get(k)]
+            raise CheckpointError(
+                f"{path} holds another model: {sorted(differ)[:5]} differ from the "
+                "initial arrays of this run: choose another folder"
+            )
+
+
+def _name(strategy: object) -> str:
+    return f"{type(strategy).__module__}.{type(strategy).__qualname__}"
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _contiguous(arrays: Mapping[str, NDArray]) -> Arrays:
+    return {
+        name: np.ascontiguousarray(x).reshape(x.shape) for name, x in arrays.items()
+    }
+
+
+def _split(state: object, path: str = "") -> tuple[object, Arrays]:
+    """Take the arrays out of nested dicts; leave ``{"$array": path}`` in place."""
+    if isinstance(state, np.ndarray):
+        return {"$array": path}, {path: state}
+    if isinstance(state, Mapping):
+        rest, arrays = {}, {}
+        for i, (key, value) in enumerate(state.items()):
+            rest[key], found = _split(value, f"{path}/{i}" if path else str(i))
+            arrays.update(found)
+        return rest, arrays
+    return state, {}
+
+
+def _join(state: object, arrays: Arrays) -> dict[str, object]:
+    def fill(value: object) -> object:
+        if isinstance(value, dict):
+            if set(value) == {"$array"}:
+                return arrays[value["$array"]]
+            return {key: fill(inner) for key, inner in value.items()}
+        return value
+
+    return {key: fill(value) for key, value in dict(state).items()}  # type: ignore[call-overload]

@@ -1,0 +1,451 @@
+"""The client: one local training loop, with one plug for a strategy's client half.
+
+:func:`client_app` makes a complete ClientApp from a :class:`Task` and the client halves
+it may be asked for. People who have a loop of their own use the functions that the
+strategies export beside their halves instead.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+    UserConfig,
+)
+from flwr.clientapp import ClientApp
+from torch import Tensor, nn
+
+from flower_ext.additive import CLIENT_HALF_KEY, Metrics
+from flower_ext.errors import at_least, positive, refuse, whole
+
+Batch = Mapping[str, Tensor]
+
+MakeOptimizer = Callable[
+    [Iterable[nn.Parameter], "LocalSettings"], torch.optim.Optimizer
+]
+
+ARRAYS_KEY = "arrays"
+CONFIG_KEY = "config"
+METRICS_KEY = "metrics"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: a model, each client's data, and the loss of an example.
+
+    Parameters
+    ----------
+    model : callable
+        ``run_config -> torch.nn.Module``.
+    data : callable
+        ``Context -> (train, test)`` of one client, each a dict of tensors whose first
+        axis counts examples, ``{"x": (n, ...), "y": (n,)}``. ``node_config`` of the
+        context says which client (``partition-id``).
+    loss : callable
+        ``(model, batch) -> losses`` of shape ``(batch,)``: one loss per example.
+    metrics : callable, optional
+        ``(model, batch) -> {name: values}`` of shape ``(batch,)``, averaged over the
+        examples at evaluation, such as ``{"accuracy": hits}``.
+    optimizer : callable, optional
+        ``(parameters, LocalSettings) -> torch.optim.Optimizer``; SGD by default.
+    sample_labels : callable, optional
+        ``(model, batch, generator) -> batch`` with labels drawn from the model's own
+        predictions; needed by FedFish's ``sampled`` Fisher only.
+    """
+
+    model: Callable[[UserConfig], nn.Module]
+    data: Callable[[Context], tuple[Batch, Batch]]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    metrics: Callable[[nn.Module, Batch], Mapping[str, Tensor]] | None = None
+    optimizer: "MakeOptimizer | None" = None
+    sample_labels: Callable[[nn.Module, Batch, torch.Generator], Batch] | None = None
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """Settings of local training, read from the message's and the run's configuration.
+
+    Parameters
+    ----------
+    learning_rate : float (default: 0.1)
+        Key ``learning-rate``, or ``lr``.
+    local_epochs : int (default: 1)
+        Passes over the client's data.
+    local_steps : int (default: 0)
+        Steps instead of epochs; 0 means epochs.
+    batch_size : int (default: 32)
+        Examples a step; the last batch of an epoch may be smaller.
+    momentum, weight_decay : float (default: 0.0)
+        Of the default optimizer.
+    max_gradient_norm : float (default: inf)
+        Gradients are scaled down to this l2 norm.
+    seed : int (default: 0)
+        With round and client it fixes every random choice.
+    torch_threads : int (default: 1)
+        Threads a virtual client. Two threads each on two busy cores cost a factor of
+        20, so this is 1 unless told otherwise; 0 leaves torch's setting alone.
+    """
+
+    learning_rate: float = 0.1
+    local_epochs: int = 1
+    local_steps: int = 0
+    batch_size: int = 32
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    max_gradient_norm: float = math.inf
+    seed: int = 0
+    torch_threads: int = 1
+
+    def __post_init__(self) -> None:
+        at_least("learning-rate", self.learning_rate, 0)
+        whole("local-epochs", self.local_epochs, 0)
+        whole("local-steps", self.local_steps, 0)
+        whole("batch-size", self.batch_size, 1)
+        at_least("momentum", self.momentum, 0)
+        at_least("weight-decay", self.weight_decay, 0)
+        if self.max_gradient_norm != math.inf:
+            positive("max-gradient-norm", self.max_gradient_norm)
+        whole("seed", self.seed, 0)
+        whole("torch-threads", self.torch_threads, 0)
+
+    @classmethod
+    def read(cls, *configs: Mapping[str, object]) -> "LocalSettings":
+        """Read from configurations; the first that has a key decides."""
+        found: dict[str, object] = {}
+        for config in reversed(configs):
+            for item in fields(cls):
+                key = item.name.replace("_", "-")
+                for name in (key, "lr") if key == "learning-rate" else (key,):
+                    if name in config:
+                        found[item.name] = config[name]
+        return cls(**found)  # type: ignore[arg-type]
+
+
+def random_seed(seed: int, server_round: int, client: int, stream: int = 0) -> int:
+    """Return the seed of one client in one round, the same wherever it runs."""
+    sequence = np.random.SeedSequence([seed, server_round, client, stream])
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def num_examples(data: Batch) -> int:
+    """Return the number of examples, which all columns must share."""
+    sizes = {name: len(column) for name, column in data.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"columns must have as many examples as each other: {sizes}")
+    return next(iter(sizes.values()))
+
+
+def batches(
+    data: Batch, batch_size: int, generator: torch.Generator | None = None
+) -> Iterator[Batch]:
+    """Cut data into batches, shuffled if there is a generator."""
+    total = num_examples(data)
+    order = (
+        torch.arange(total)
+        if generator is None
+        else torch.randperm(total, generator=generator)
+    )
+    for chosen in order.split(batch_size) if total else ():  # type: ignore[no-untyped-call]
+        yield {name: column[chosen] for name, column in data.items()}
+
+
+@dataclass
+class Local:
+    """One client at work on one message: what a client half is given.
+
+    Attributes
+    ----------
+    task : Task
+        What is learned.
+    model : torch.nn.Module
+        With the received weights; trained in place.
+    train, test : dict[str, Tensor]
+        The client's data, on ``device``.
+    settings : LocalSettings
+        How it trains.
+    config : ConfigRecord
+        What the server sent along.
+    context : Context
+        The client's own; ``context.state`` stays with it between rounds.
+    device : torch.device
+        The accelerator that was assigned to the client, or the CPU.
+    """
+
+    task: Task
+    model: nn.Module
+    train: Batch
+    test: Batch
+    settings: LocalSettings
+    config: ConfigRecord
+    context: Context
+    device: torch.device
+
+    @property
+    def client(self) -> int:
+        """The client's stable number: its partition, or else its node."""
+        return int(self.context.node_config.get("partition-id", self.context.node_id))
+
+    @property
+    def server_round(self) -> int:
+        """The current round."""
+        return int(self.number("server-round", 0))
+
+    def number(self, key: str, default: float) -> float:
+        """Return a number from the server's configuration."""
+        value = self.config.get(key, default)
+        if not isinstance(value, int | float):
+            refuse(f"config[{key!r}]", value, "a number")
+        return float(value)  # type: ignore[arg-type]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one pass over the training data."""
+        return math.ceil(num_examples(self.train) / self.settings.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of this local training; none without examples."""
+        settings = self.settings
+        if not self.steps_per_epoch:
+            return 0
+        return settings.local_steps or settings.local_epochs * self.steps_per_epoch
+
+    def seed(self, stream: int = 0) -> int:
+        """Return a seed for a use of its own: 0 is the order of the batches."""
+        return random_seed(self.settings.seed, self.server_round, self.client, stream)
+
+    def mean_loss(self, data: Batch, model: nn.Module | None = None) -> float:
+        """Return the mean loss of a model, in evaluation mode."""
+        return float(evaluate(self.task, model or self.model, data)["loss"])
+
+
+class ClientHalf:
+    """What a strategy's clients do besides plain local training.
+
+    A new one is made for every message. Override what differs; a half that overrides
+    nothing is plain local training.
+    """
+
+    #: The strategy's ``client_half``; messages name the half that they need.
+    name: ClassVar[str] = "plain"
+
+    def begin(self, local: Local) -> None:
+        """Look at model and data before the first step."""
+
+    def objective(self, losses: Tensor, batch: Batch) -> Tensor:
+        """Return the scalar to minimise, from losses of shape ``(batch,)``."""
+        return losses.mean()
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Look at the gradients after each backward pass, before they are clipped."""
+
+    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
+        """Return array records and metrics to add to the reply."""
+        return {}, {}
+
+    def evaluate(self, local: Local) -> Metrics:
+        """Return metrics to add to the reply to an evaluation."""
+        return {}
+
+
+class HalfFactory(Protocol):
+    """A client half's class, or a partial of it."""
+
+    def __call__(self) -> ClientHalf:
+        """Make a half for one message."""
+
+
+def train(local: Local, half: ClientHalf) -> float:
+    """Train in place and return the mean objective over the steps.
+
+    Parameters
+    ----------
+    local : Local
+        Model, data and settings.
+    half : ClientHalf
+        Its ``begin`` is called first.
+
+    Returns
+    -------
+    float
+        NaN without a step.
+    """
+    settings, task = local.settings, local.task
+    half.begin(local)
+    make = task.optimizer or _sgd
+    trainable = [p for p in local.model.parameters() if p.requires_grad]
+    optimizer = make(trainable, settings)
+    order = torch.Generator().manual_seed(local.seed())
+    local.model.train()
+    total, steps = 0.0, 0
+    # Dropout has no generator of its own: it draws from torch's global one.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(local.seed(stream=1))
+        while steps < local.num_steps:
+            for batch in batches(local.train, settings.batch_size, order):
+                optimizer.zero_grad()
+                loss = half.objective(task.loss(local.model, batch), batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                half.after_backward(local.model)
+                if settings.max_gradient_norm != math.inf:
+                    nn.utils.clip_grad_norm_(trainable, settings.max_gradient_norm)
+                optimizer.step()
+                total += float(loss.detach())
+                steps += 1
+                if steps == local.num_steps:
+                    break
+    return total / steps if steps else math.nan
+
+
+def _sgd(
+    parameters: Iterable[nn.Parameter], settings: LocalSettings
+) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        parameters,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, model: nn.Module, data: Batch, batch_size: int = 256
+) -> dict[str, float]:
+    """Return the mean ``loss`` and metrics over data, in evaluation mode.
+
+    Without examples every value is NaN.
+    """
+    was_training = model.training
+    model.eval()
+    sums: dict[str, float] = {"loss": 0.0}
+    for batch in batches(data, batch_size):
+        sums["loss"] += float(task.loss(model, batch).double().sum())
+        for name, values in (
+            task.metrics(model, batch) if task.metrics else {}
+        ).items():
+            sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+    model.train(was_training)
+    total = num_examples(data)
+    return {name: value / total if total else math.nan for name, value in sums.items()}
+
+
+def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
+    """Make a ClientApp that trains and evaluates, for any strategy of the pack.
+
+    Parameters
+    ----------
+    task : Task
+        What is learned.
+    *halves : type of ClientHalf
+        Client halves that the server may ask for, as classes or partials of them.
+        Plain local training, which FedAvg and its like need, is always there.
+
+    Returns
+    -------
+    ClientApp
+        Replies to ``train`` with the trained arrays, ``num-examples``, ``train-loss``
+        and what the half adds; to ``evaluate`` with ``num-examples``, ``loss`` and the
+        task's metrics on the client's test data.
+
+    Notes
+    -----
+    Learning rate, epochs and the other :class:`LocalSettings` come from the message's
+    configuration (``train_config``) or the run config. The result depends on seed,
+    round and client only.
+    """
+    known: dict[str, HalfFactory] = {ClientHalf.name: ClientHalf}
+    for half in halves:
+        name = getattr(half.func if isinstance(half, partial) else half, "name", None)
+        if not isinstance(name, str):
+            refuse("halves", half, "classes derived from ClientHalf")
+        known[str(name)] = half
+    app = ClientApp()
+
+    @app.train()
+    def train_(message: Message, context: Context) -> Message:
+        local = _open(task, message, context)
+        half = _choose(known, local.config)
+        loss = train(local, half)
+        arrays, metrics = half.records(local)
+        values: Metrics = {
+            "num-examples": num_examples(local.train),
+            "train-loss": loss,
+            **metrics,
+        }
+        content = RecordDict(
+            {
+                ARRAYS_KEY: ArrayRecord(local.model.state_dict()),
+                **arrays,
+                METRICS_KEY: MetricRecord(values),
+            }
+        )
+        return Message(content, reply_to=message)
+
+    @app.evaluate()
+    def evaluate_(message: Message, context: Context) -> Message:
+        local = _open(task, message, context)
+        half = _choose(known, local.config)
+        values: Metrics = {
+            "num-examples": num_examples(local.test),
+            **evaluate(task, local.model, local.test),
+            **half.evaluate(local),
+        }
+        return Message(
+            RecordDict({METRICS_KEY: MetricRecord(values)}), reply_to=message
+        )
+
+    return app
+
+
+def _choose(known: Mapping[str, HalfFactory], config: ConfigRecord) -> ClientHalf:
+    name = str(config.get(CLIENT_HALF_KEY, ClientHalf.name))
+    if name not in known:
+        raise ValueError(
+            f"the strategy needs the client half {name!r}, this ClientApp has "
+            f"{sorted(known)}: add its class to client_app(task, ...)"
+        )
+    return known[name]()
+
+
+def _open(task: Task, message: Message, context: Context) -> Local:
+    """Read a message: settings, model with the received weights, the client's data."""
+    for key, kind in ((ARRAYS_KEY, ArrayRecord), (CONFIG_KEY, ConfigRecord)):
+        if not isinstance(message.content.get(key), kind):
+            raise ValueError(
+                f"no {kind.__name__} {key!r} in the message, which has "
+                f"{sorted(message.content)}: the strategy's arrayrecord_key and "
+                f"configrecord_key must be {ARRAYS_KEY!r} and {CONFIG_KEY!r}"
+            )
+    config = message.content.config_records[CONFIG_KEY]
+    settings = LocalSettings.read(config, context.run_config)
+    if settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = task.model(context.run_config)
+    state = message.content.array_records[ARRAYS_KEY].to_torch_state_dict()
+    model.load_state_dict(state)
+    train_data, test_data = (
+        {name: column.to(device) for name, column in data.items()}
+        for data in task.data(context)
+    )
+    return Local(
+        task=task,
+        model=model.to(device),
+        train=train_data,
+        test=test_data,
+        settings=settings,
+        config=config,
+        context=context,
+        device=device,
+    )

@@ -1,0 +1,83 @@
+"""One client's term, and the sum of the terms."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from flwr.common import NDArray
+
+from flower_ext.arrays import Arrays, accumulate, all_finite, zeros_like
+
+DELTA = "delta"
+
+
+@dataclass
+class Contribution:
+    """One client's term of the sum.
+
+    Parameters
+    ----------
+    arrays : dict[str, dict[str, ndarray]]
+        Named parts, each of named arrays: ``{"delta": {"conv.weight": ...}}``.
+    weight : float (default: 1.0)
+        Multiplies every array, and is itself added up.
+    scalars : dict[str, float | ndarray]
+        Added up as they are: sums and counts of shape ``()`` or ``(groups,)``.
+    """
+
+    arrays: Mapping[str, Arrays]
+    weight: float = 1.0
+    scalars: Mapping[str, float | NDArray] = field(default_factory=dict)
+
+    def is_finite(self) -> bool:
+        """Whether no array, weight or scalar is NaN or infinite."""
+        values = [np.asarray(self.weight), *map(np.asarray, self.scalars.values())]
+        return all_finite(values) and all(
+            all_finite(arrays.values()) for arrays in self.arrays.values()
+        )
+
+
+@dataclass
+class Total:
+    """The sum of contributions, in float64.
+
+    Attributes
+    ----------
+    arrays : dict[str, dict[str, ndarray]]
+        ``sum(weight * array)`` for every array of every part.
+    weight : float
+        ``sum(weight)``.
+    scalars : dict[str, ndarray]
+        Plain sums.
+    count : int
+        Number of terms.
+    """
+
+    arrays: dict[str, dict[str, npt.NDArray[np.float64]]] = field(default_factory=dict)
+    weight: float = 0.0
+    scalars: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, term: Contribution) -> None:
+        """Add one term in place."""
+        for part, arrays in term.arrays.items():
+            into = self.arrays.setdefault(part, {})
+            into.update(zeros_like({k: x for k, x in arrays.items() if k not in into}))
+            for name, array in arrays.items():
+                accumulate(into[name], array, term.weight)
+        for name, value in term.scalars.items():
+            self.scalars[name] = np.asarray(
+                self.scalars.get(name, 0.0) + np.asarray(value, np.float64)
+            )
+        self.weight += term.weight
+        self.count += 1
+
+    def take(self, part: str = DELTA) -> Arrays:
+        """Hand over the sums of a part, which the caller may change."""
+        return dict(self.arrays.pop(part))
+
+    def mean(self, part: str = DELTA) -> Arrays:
+        """Hand over ``sum(weight * arrays) / sum(weight)`` of a part."""
+        arrays = self.take(part)
+        return {name: np.divide(x, self.weight, out=x) for name, x in arrays.items()}

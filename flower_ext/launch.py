@@ -1,0 +1,551 @@
+"""Run one Flower app by ``flwr run``, isolated from every other Flower run.
+
+``flwr run`` alone shares a SuperLink with whatever else answers on its port, leaves
+it running, installs the app's dependencies anew in every run, and returns 0 when the
+run failed. `run_app` starts a SuperLink of its own, in a Flower home of its own, asks
+Flower how the run ended, and leaves nothing behind.
+
+From a shell::
+
+    python -m flower_ext.launch APP --run-config "num-server-rounds=3"
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+import psutil
+
+ConfigValue = str | int | float | bool
+Start = Callable[[Sequence[str], BinaryIO | int], subprocess.Popen[bytes]]
+
+SUPERLINK = "launch"  # name of the connection in the temporary Flower home
+START_SECONDS = 60.0  # a SuperLink takes 2 to 3 s to listen on an idle machine
+GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+GIVE_UP_SECONDS = 30.0  # for processes that survive SIGKILL (dead file systems)
+TAIL_LINES = 15
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:\s{0,6}")
+_ACTOR = re.compile(r"^\((\w+) pid=\d+[^)]*\) ?")
+_RAY_HINT = re.compile(r" ?\(Ray deduplicates logs by default.*")
+_NOISE = re.compile(
+    r"^Using SuperLink: |^Starting logstream for run_id|^Successfully (?:started run"
+    r"|installed) |^Starting Flower Simulation$|^Since flwr 1\.32, default simulated"
+    r"|^Federation `@|^To change federation size|flwr federation simulation-config"
+    r"|FutureWarning: Tip: In future versions of Ray|^\s*warnings\.warn\($"
+    r"|Manually terminating ClientAppActor|^For more information, visit: <"
+)
+_SETTING = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own grammar
+
+
+class RunFailed(RuntimeError):
+    """The run did not complete; the message ends with the tail of its log."""
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended.
+
+    Attributes
+    ----------
+    status : str
+        Flower's final status, ``"finished:completed"``.
+    seconds : float
+        Wall time from the start of the SuperLink to the end of the run.
+    log : str
+        Everything the run logged, without colour codes.
+    """
+
+    status: str
+    seconds: float
+    log: str
+
+
+def run_app(
+    app_dir: str | Path,
+    *,
+    run_config: Mapping[str, ConfigValue] | None = None,
+    num_supernodes: int = 10,
+    num_cpus: int = 1,
+    num_gpus: float = 0.0,
+    timeout: float | None = None,
+    log_file: str | Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> RunOutcome:
+    """Run a Flower app on the simulation engine and wait for its end.
+
+    The app's processes use this interpreter and this ``flower_ext``; they start in
+    the current folder. Everything started is stopped on return, on any exception, and
+    on SIGINT, SIGTERM and SIGHUP when called from the main thread.
+
+    Parameters
+    ----------
+    app_dir : str or Path
+        Folder that holds the app's ``pyproject.toml``.
+    run_config : Mapping[str, str | int | float | bool], optional
+        Overrides of keys of the app's ``[tool.flwr.app.config]``.
+    num_supernodes : int
+        Number of virtual clients, at least 1.
+    num_cpus : int
+        CPUs per client; as many clients run at a time as fit the machine.
+    num_gpus : float
+        GPUs per client, a fraction if clients share one.
+    timeout : float, optional
+        Seconds after which the run is stopped and counted as failed. Default: never.
+    log_file : str or Path, optional
+        Where the full log goes. Default: a temporary file, kept if the run failed.
+    on_line : Callable[[str], None], optional
+        Called with each line of the log as it arrives, without colour codes. Default:
+        `print_line`, which prints what `readable_line` makes of it.
+
+    Returns
+    -------
+    RunOutcome
+        Status, seconds and log of the completed run.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, the folder holds no Flower app, or the app
+        knows no such run-config key.
+    FileNotFoundError
+        If this environment has no ``flwr`` or ``flower-superlink``.
+    RunFailed
+        If the run failed, its ServerApp raised, or `timeout` passed.
+    """
+    app_dir = Path(app_dir).resolve()
+    run_config = dict(run_config or {})
+    _check_positive(num_supernodes=num_supernodes, num_cpus=num_cpus)
+    if not num_gpus >= 0:
+        raise ValueError(f"num_gpus={num_gpus} must be >= 0")
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout={timeout} must be > 0 seconds: None waits for ever")
+    _check_app(app_dir, run_config)
+    flwr, superlink = _executable("flwr"), _executable("flower-superlink")
+
+    home = Path(tempfile.mkdtemp(prefix="flwr-", dir=_short_temp_dir()))
+    log_path = home / "run.log" if log_file is None else Path(log_file)
+    lines: list[str] = []
+    begin = time.monotonic()
+    processes: list[subprocess.Popen[bytes]] = []
+    fatal = [n for n in (signal.SIGTERM, signal.SIGHUP) if _kills(n)]
+    with _signals(_exit_on_signal, *fatal):
+        try:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            env = _environment(home)
+            start = functools.partial(_start, processes, env)
+            _start_superlink(superlink, start, home)
+            command = [flwr, "run", str(app_dir), SUPERLINK, "--stream"]
+            command += ["--federation-config", f"num-supernodes={num_supernodes}"]
+            command[-1] += f" client-resources-num-cpus={num_cpus}"
+            command[-1] += f" client-resources-num-gpus={float(num_gpus)}"
+            if run_config:
+                (home / "run.toml").write_text(_to_toml(run_config), "utf-8")
+                command += ["--run-config", str(home / "run.toml")]
+            with log_path.open("w", encoding="utf-8") as log:
+                for line in _stream(command, start, timeout):
+                    lines.append(line)
+                    print(line, file=log, flush=True)
+                    (on_line or print_line)(line)
+            status = _completed(flwr, env)
+        except RunFailed as error:
+            if log_file is None and lines:
+                log_path = _keep(log_path)
+            where = f"\nfull log: {log_path}" if lines else ""
+            raise RunFailed(f"{error}\n{_tail(lines)}{where}") from None
+        finally:
+            with _signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                _stop_all(home)
+                for process in processes:  # reaped already: this takes note of it
+                    process.poll()
+                shutil.rmtree(home, ignore_errors=True)
+    return RunOutcome(status, time.monotonic() - begin, "\n".join(lines))
+
+
+def readable_line(line: str) -> str | None:
+    """Return a log line without Flower's and Ray's decoration, None for noise.
+
+    Warnings and errors are kept, with their level in front; what a virtual client
+    printed starts with ``client:``.
+
+    Examples
+    --------
+    >>> readable_line("INFO :      [ROUND 1/3]")
+    '[ROUND 1/3]'
+    >>> readable_line("(ClientAppActor pid=77) WARNING :   loss is nan")
+    'client: WARNING: loss is nan'
+    >>> readable_line("INFO :      Starting logstream for run_id `1`") is None
+    True
+    """
+    line = _RAY_HINT.sub("", _ANSI.sub("", line).rstrip())
+    source = ""
+    if actor := _ACTOR.match(line):
+        source = "client: " if actor[1] == "ClientAppActor" else f"{actor[1]}: "
+        line = line[actor.end() :]
+    if level := _LEVEL.match(line):
+        line = line[level.end() :]
+        source += "" if level[1] in ("DEBUG", "INFO") else f"{level[1]}: "
+    if _NOISE.search(line) or not line.strip():
+        return None
+    return source + line
+
+
+def print_line(line: str) -> None:
+    """Print `readable_line` of a log line, nothing for noise."""
+    text = readable_line(line)
+    if text is not None:
+        print(text, flush=True)
+
+
+def parse_run_config(settings: Sequence[str]) -> dict[str, ConfigValue]:
+    """Parse ``"a=1 b='text'"`` as ``flwr run --run-config`` does, refusing leftovers.
+
+    Raises
+    ------
+    ValueError
+        If part of the text is no ``key=value`` with a TOML value.
+
+    Examples
+    --------
+    >>> parse_run_config(["lr=0.1 rounds=3", "name='a b'"])
+    {'lr': 0.1, 'rounds': 3, 'name': 'a b'}
+    """
+    parsed: dict[str, ConfigValue] = {}
+    for text in settings:
+        if rest := _SETTING.sub("", text).strip():
+            raise ValueError(f"run config {rest!r} is not of the form key=value")
+        for key, value in _SETTING.findall(text):
+            try:
+                parsed[key] = tomllib.loads(f"value = {value}")["value"]
+            except tomllib.TOMLDecodeError:
+                raise ValueError(
+                    f"run config {key}={value} is no TOML value: write {key}='{value}'"
+                ) from None
+    return parsed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, 1 for a failed run, 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flower_ext.launch",
+        description="Run a Flower app by `flwr run`, isolated, leaving nothing behind.",
+    )
+    parser.add_argument("app", type=Path, help="folder of the Flower app")
+    parser.add_argument(
+        "-c", "--run-config", action="append", default=[], metavar="'KEY=VALUE ...'"
+    )
+    parser.add_argument("--num-supernodes", type=int, default=10)
+    parser.add_argument(
+        "--num-cpus", "--client-resources-num-cpus", type=int, default=1
+    )
+    parser.add_argument(
+        "--num-gpus", "--client-resources-num-gpus", type=float, default=0.0
+    )
+    parser.add_argument("--timeout", type=float, help="seconds; default: none")
+    parser.add_argument("--results", type=Path, help="folder for the log, flower.log")
+    parser.add_argument("--verbose", action="store_true", help="print every line")
+    args = parser.parse_args(argv)
+    try:
+        outcome = run_app(
+            args.app,
+            run_config=parse_run_config(args.run_config),
+            num_supernodes=args.num_supernodes,
+            num_cpus=args.num_cpus,
+            num_gpus=args.num_gpus,
+            timeout=args.timeout,
+            log_file=args.results and args.results / "flower.log",
+            on_line=print if args.verbose else print_line,
+        )
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(f"{outcome.status} in {outcome.seconds:.0f} s")
+    return 0
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be >= 1")
+
+
+def _check_app(app_dir: Path, run_config: Mapping[str, ConfigValue]) -> None:
+    """Refuse what Flower would refuse later and less clearly."""
+    file = app_dir / "pyproject.toml"
+    if not file.is_file():
+        raise ValueError(f"{app_dir} is no Flower app: it has no pyproject.toml")
+    try:
+        app = tomllib.loads(file.read_text("utf-8"))["tool"]["flwr"]["app"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{file} has no [tool.flwr.app]: not a Flower app") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not valid TOML: {error}") from None
+    known = set(_flat_keys(app.get("config", {})))
+    if unknown := sorted(set(run_config) - known):
+        raise ValueError(
+            f"run config has no key {', '.join(unknown)}: {file} lists "
+            f"{', '.join(sorted(known)) or 'none'}"
+        )
+
+
+def _flat_keys(table: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    """Yield the keys of a nested table as Flower does, joined by dots."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _to_toml(run_config: Mapping[str, ConfigValue]) -> str:
+    """Write a flat table; a JSON string, number or boolean is also a TOML one."""
+    return "".join(
+        f"{key} = {repr(value) if isinstance(value, float) else text}\n"
+        for key, value in run_config.items()
+        for text in [json.dumps(value, ensure_ascii=False)]
+    )
+
+
+def _search_path() -> str:
+    """PATH with the scripts of this interpreter's environment first."""
+    return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+
+
+def _executable(name: str) -> str:
+    if found := shutil.which(name, path=_search_path()):
+        return found
+    raise FileNotFoundError(
+        f"{name} is not installed in {sysconfig.get_path('scripts')}: "
+        "pip install 'flwr[simulation]'"
+    )
+
+
+def _short_temp_dir() -> str:
+    """Leave room for Ray's socket paths, at most 103 bytes long on macOS."""
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= 20 else "/tmp"
+
+
+def _environment(home: Path) -> dict[str, str]:
+    env = {
+        **os.environ,
+        "PATH": _search_path(),
+        "FLWR_HOME": str(home),  # also marks our processes, see _ours
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_ADDRESS": "local",  # never join a cluster that happens to be there
+        "RAY_TMPDIR": str(home),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "COLUMNS": "500",  # keeps Flower's boxed error messages on one line
+    }
+    root = Path(__file__).resolve().parents[1]
+    if root != Path(sysconfig.get_path("purelib")).resolve():  # a checkout
+        paths = [str(root), os.environ.get("PYTHONPATH", "")]
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return env
+
+
+def _start(
+    processes: list[subprocess.Popen[bytes]],
+    env: Mapping[str, str],
+    command: Sequence[str],
+    out: BinaryIO | int,
+) -> subprocess.Popen[bytes]:
+    """Start a process that a Ctrl-C in the terminal does not reach: we stop it."""
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    processes.append(process)
+    return process
+
+
+def _start_superlink(superlink: str, start: Start, home: Path) -> None:
+    """Start a SuperLink on a free port and name it in the home's configuration."""
+    log = home / "superlink.log"
+    deadline = time.monotonic() + START_SECONDS
+    for _ in range(3):  # another process may take the port before we do
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [superlink, "--insecure", "--simulation", "--isolation", "subprocess"]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        command += ["--disable-runtime-dependency-installation"]
+        with log.open("wb") as out:
+            process = start(command, out)
+        while process.poll() is None:
+            if _listens(process.pid, port):
+                (home / "config.toml").write_text(
+                    f'[superlink]\ndefault = "{SUPERLINK}"\n[superlink.{SUPERLINK}]\n'
+                    f'address = "127.0.0.1:{port}"\ninsecure = true\n',
+                    "utf-8",
+                )
+                return
+            if time.monotonic() > deadline:
+                raise RunFailed(f"no SuperLink listens after {START_SECONDS:.0f} s")
+            time.sleep(0.1)
+    tail = _tail(log.read_text("utf-8", errors="replace").splitlines())
+    raise RunFailed(f"the SuperLink ended with code {process.returncode}\n{tail}")
+
+
+def _listens(pid: int, port: int) -> bool:
+    """Whether this very process listens: any other's answer would mislead us."""
+    try:
+        sockets = psutil.Process(pid).net_connections(kind="tcp")
+    except psutil.Error:
+        return False
+    return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
+
+
+def _stream(
+    command: Sequence[str], start: Start, timeout: float | None
+) -> Iterator[str]:
+    """Yield the lines of ``flwr run``, which returns 0 once a run was submitted."""
+    process = start(command, subprocess.PIPE)
+    timer = threading.Timer(timeout or 0, process.terminate)
+    timer.daemon = True
+    if timeout is not None:
+        timer.start()
+    refusal = []
+    assert process.stdout is not None
+    with process.stdout as stdout:
+        for raw in stdout:
+            line = _ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip()
+            refusal += [line.strip("│ ")] if line.startswith("│") else []
+            yield line
+    code = process.wait()
+    timer.cancel()
+    if timeout is not None and code == -signal.SIGTERM:
+        raise RunFailed(f"the run was stopped after timeout={timeout} s")
+    if code:
+        raise RunFailed(f"flwr run: {' '.join(refusal) or f'exit code {code}'}")
+
+
+def _completed(flwr: str, env: Mapping[str, str]) -> str:
+    """Ask the SuperLink, which has seen one run, how that run ended."""
+    command = [flwr, "list", SUPERLINK, "--format", "json"]
+    reply = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
+    try:
+        run = json.loads(reply.stdout)["runs"][0]
+        status, details = str(run["status"]), str(run["status-details"])
+    except (ValueError, LookupError):
+        status, details = "unknown", f"flwr list says {reply.stdout.strip()!r}"
+    if status != "finished:completed":
+        raise RunFailed(f"the run ended as {status}: {details}")
+    return status
+
+
+def _ours(home: Path, sessions: set[int]) -> set[psutil.Process]:
+    """Find all processes of a run, detached ones too.
+
+    Each inherits ``FLWR_HOME``. A few of Ray's overwrite their environment with their
+    title; those are found as descendants, or by the session they were started in.
+    """
+    everyone = list(psutil.process_iter())
+    found = set()
+    for process in everyone:
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("FLWR_HOME") == str(home):
+                found |= {process, *process.children(recursive=True)}
+    for process in everyone:
+        with contextlib.suppress(psutil.Error, OSError):
+            if process in found:
+                sessions.add(os.getsid(process.pid))
+    sessions.discard(os.getsid(0))
+    for process in everyone:
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) in sessions:
+                found.add(process)
+    return {p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE}
+
+
+def _stop_all(home: Path) -> None:
+    """Terminate, then kill, until nothing of the run is left."""
+    begin = time.monotonic()
+    sessions: set[int] = set()
+    told: set[psutil.Process] = set()
+    while processes := _ours(home, sessions):
+        seconds = time.monotonic() - begin
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                if seconds > GRACE_SECONDS:
+                    process.kill()
+                elif process not in told:
+                    process.terminate()
+        told |= processes
+        psutil.wait_procs(processes, timeout=0.5)
+        if seconds > GIVE_UP_SECONDS:
+            left = sorted(process.pid for process in processes)
+            print(f"WARNING: cannot stop processes {left}", file=sys.stderr)
+            return
+
+
+@contextlib.contextmanager
+def _signals(
+    handler: Callable[[int, FrameType | None], None] | signal.Handlers, *numbers: int
+) -> Iterator[None]:
+    """Set signal handlers for a while; only the main thread can."""
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = {n: signal.signal(n, handler) for n in numbers if in_main}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def _kills(number: int) -> bool:
+    """Whether a signal has its default action: not under nohup or a handler."""
+    return signal.getsignal(number) is signal.SIG_DFL
+
+
+def _exit_on_signal(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _tail(lines: Sequence[str]) -> str:
+    """Return the end of a log, without Flower's explanation of its exit code."""
+    end = next((i for i, line in enumerate(lines) if "Exit Code:" in line), len(lines))
+    return "\n".join([line for line in lines[:end] if line.strip()][-TAIL_LINES:])
+
+
+def _keep(log: Path) -> Path:
+    """Copy a log out of the temporary home."""
+    handle, name = tempfile.mkstemp(prefix="flwr-run-", suffix=".log")
+    os.close(handle)
+    return Path(shutil.copyfile(log, name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Reading clients' replies: what is usable, what is left out, and why."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+
+from flwr.app import Message, MetricRecord, RecordDict
+
+from flower_ext._flower import log
+from flower_ext.arrays import Arrays, from_record, layout
+
+Aggregate = Callable[[list[RecordDict], str], MetricRecord]
+
+
+class MalformedReply(ValueError):
+    """A reply that a strategy cannot read; it is left out of the sum."""
+
+
+def read_arrays(reply: RecordDict, key: str, like: Arrays) -> Arrays:
+    """Return the arrays of a reply under ``key``, without copying them.
+
+    Raises
+    ------
+    MalformedReply
+        Unless names, shapes and kinds (float, integer, flag) are those of ``like``.
+    """
+    if key not in reply.array_records:
+        raise MalformedReply(
+            f"no ArrayRecord {key!r} in the reply, only {sorted(reply.array_records)}"
+        )
+    record = reply.array_records[key]
+    if set(record) != set(like):
+        raise MalformedReply(
+            f"arrays of {key!r} are not those expected: missing "
+            f"{sorted(set(like) - set(record))[:5]}, unknown "
+            f"{sorted(set(record) - set(like))[:5]}"
+        )
+    try:
+        arrays = from_record(record)
+    except (ValueError, TypeError, EOFError) as error:
+        raise MalformedReply(f"arrays of {key!r} cannot be read: {error}") from error
+    for name, array in arrays.items():
+        expected = like[name]
+        if array.shape != expected.shape or array.dtype.kind != expected.dtype.kind:
+            raise MalformedReply(
+                f"array {name!r} of {key!r} is {layout({name: array})[name]}, "
+                f"expected {layout({name: expected})[name]}"
+            )
+    return arrays
+
+
+def read_scalar(reply: RecordDict, key: str, low: float = 0.0) -> float:
+    """Return a metric of a reply, a finite number ``>= low``.
+
+    Raises
+    ------
+    MalformedReply
+        If it is missing, a list, not finite or too small.
+    """
+    return read_vector(reply, key, 1, low)[0]
+
+
+def read_vector(
+    reply: RecordDict, key: str, size: int, low: float = 0.0
+) -> list[float]:
+    """Return a metric of ``size`` finite numbers, see :func:`read_scalar`."""
+    for metrics in reply.metric_records.values():
+        if key in metrics:
+            found = metrics[key]
+            values = found if isinstance(found, list) else [found]
+            if len(values) == size and all(low <= v < float("inf") for v in values):
+                return [float(v) for v in values]
+            raise MalformedReply(
+                f"metric {key!r}={found} must be {size} finite number(s) >= {low:g}"
+            )
+    raise MalformedReply(f"no metric {key!r} in the reply")
+
+
+@dataclass
+class Sorted:
+    """Replies told apart: usable ones in client order, errors, and the rest."""
+
+    usable: list[Message]
+    errors: int
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def sort_replies(replies: Iterable[Message], cohort: Mapping[int, int]) -> Sorted:
+    """Sort replies by the place of their client in the cohort.
+
+    Parameters
+    ----------
+    replies : iterable of Message
+        In whatever order they arrived.
+    cohort : Mapping[int, int]
+        Place of every node that was asked. Replies of others are left out, and so are
+        all replies of a node that sent several, since none can be told to be right.
+    """
+    good, errors = [], 0
+    for reply in replies:
+        if reply.has_error():
+            errors += 1
+            log(
+                INFO,
+                "\t> Received error in reply from node %d: %s",
+                reply.metadata.src_node_id,
+                reply.error.reason,
+            )
+        else:
+            good.append(reply)
+    times = Counter(reply.metadata.src_node_id for reply in good)
+    result = Sorted([], errors)
+    for reply in good:
+        node = reply.metadata.src_node_id
+        if node not in cohort:
+            result.dropped["the client was not asked in this round"] += 1
+        elif times[node] > 1:
+            result.dropped["the client replied more than once"] += 1
+        else:
+            result.usable.append(reply)
+    result.usable.sort(key=lambda reply: cohort[reply.metadata.src_node_id])
+    return result
+
+
+def log_dropped(dropped: Counter[str], server_round: int) -> None:
+    """Warn once for every reason to leave replies out."""
+    for reason, times in dropped.items():
+        log(WARNING, "round %s: %s reply(s) dropped: %s", server_round, times, reason)
+
+
+def aggregate_metrics(
+    contents: list[RecordDict],
+    weighted_by_key: str,
+    aggregate: Aggregate,
+    consumed: Iterable[str] = (),
+) -> MetricRecord:
+    """Aggregate the metrics of replies, those that all of them have.
+
+    Flower's average needs the same metrics in every reply; one client that reports
+    less must not end the run. Metrics in ``consumed`` are left out.
+    """
+    names = [
+        {
+            (key, name, len(value) if isinstance(value, list) else 0)
+            for key, record in content.metric_records.items()
+            for name, value in record.items()
+            if name not in consumed
+        }
+        for content in contents
+    ]
+    common = set.intersection(*names)
+    if missing := set.union(*names) - common:
+        log(
+            WARNING,
+            "metrics %s are not in every reply, or not as long: left out",
+            sorted({f"{key}/{name}" for key, name, _ in missing}),
+        )
+    kept = {(key, name) for key, name, _ in common}
+    return MetricRecord(
+        dict(aggregate([_only(c, kept) for c in contents], weighted_by_key))
+    )
+
+
+def _only(content: RecordDict, kept: set[tuple[str, str]]) -> RecordDict:
+    """Copy a reply with the metrics that are kept; its arrays are the same objects."""
+    result = RecordDict(dict(content))
+    for key, record in content.metric_records.items():
+        chosen = {name: value for name, value in record.items() if (key, name) in kept}
+        if chosen:
+            result[key] = MetricRecord(chosen)
+        else:
+            del result[key]
+    return result

@@ -1,0 +1,170 @@
+"""The rounds of a run: Flower's loop, with checkpoints and tracking."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from logging import INFO
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from flower_ext._flower import log, log_strategy_start_info
+from flower_ext.checkpoint import Checkpoint
+from flower_ext.errors import positive, whole
+from flower_ext.tracking import Round, Tracker
+
+
+@dataclass
+class _Traffic:
+    """What one phase of a round cost."""
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+    replies: list[Message] = field(default_factory=list)
+
+
+def run_rounds(
+    strategy: Strategy,
+    grid: Grid,
+    initial_arrays: ArrayRecord,
+    *,
+    num_rounds: int = 3,
+    timeout: float = 3600,
+    train_config: ConfigRecord | None = None,
+    evaluate_config: ConfigRecord | None = None,
+    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    checkpoint: Path | str | None = None,
+    tracker: Tracker | None = None,
+) -> Result:
+    """Run any Flower strategy, ours or Flower's own.
+
+    Does what :meth:`flwr.serverapp.strategy.Strategy.start` does, in the same order.
+    Beside it, ``checkpoint`` names a folder: the run is saved there after each round,
+    and continued from there if it was saved before; ``tracker`` is told of every round.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        With ``checkpoint`` it must have ``state_dict`` and ``load_state_dict``.
+    grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config,
+    evaluate_fn
+        As in :meth:`flwr.serverapp.strategy.Strategy.start`.
+    checkpoint : path, optional
+        Folder of the saved rounds; made if missing.
+    tracker : Tracker, optional
+        Writes the metrics of each round.
+
+    Returns
+    -------
+    Result
+        Of all rounds, those before an interruption included.
+
+    Raises
+    ------
+    CheckpointError
+        Before the first round, if the folder cannot be written or holds a run of
+        another strategy or model. A round that cannot be saved later, for want of
+        space, is reported in the log and the run goes on.
+    """
+    whole("num_rounds", num_rounds, 0)
+    positive("timeout", timeout)
+    log(INFO, "Starting %s strategy:", type(strategy).__name__)
+    log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
+    strategy.summary()
+    log(INFO, "")
+
+    result = Result(arrays=initial_arrays)
+    saved = Checkpoint(checkpoint, strategy) if checkpoint is not None else None
+    done = saved.restore(result) if saved else 0
+    if tracker:
+        tracker.begin(num_rounds, done)
+    begun = time.monotonic()
+    if evaluate_fn and done == 0 and (res := evaluate_fn(0, result.arrays)) is not None:
+        log(INFO, "Initial global evaluation results: %s", res)
+        result.evaluate_metrics_serverapp[0] = res
+    for current in range(done + 1, num_rounds + 1):
+        log(INFO, "")
+        log(INFO, "[ROUND %s/%s]", current, num_rounds)
+        train = _exchange(
+            grid,
+            strategy.configure_train(current, result.arrays, _copy(train_config), grid),
+            timeout,
+        )
+        arrays, metrics = strategy.aggregate_train(current, train.replies)
+        train.replies.clear()
+        if arrays is not None:
+            result.arrays = arrays
+        if metrics is not None:
+            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
+            result.train_metrics_clientapp[current] = metrics
+        evaluate = _exchange(
+            grid,
+            strategy.configure_evaluate(
+                current, result.arrays, _copy(evaluate_config), grid
+            ),
+            timeout,
+        )
+        metrics = strategy.aggregate_evaluate(current, evaluate.replies)
+        if metrics is not None:
+            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
+            result.evaluate_metrics_clientapp[current] = metrics
+        if evaluate_fn and (res := evaluate_fn(current, result.arrays)) is not None:
+            log(INFO, "Global evaluation\n\t└──> MetricRecord: %s", res)
+            result.evaluate_metrics_serverapp[current] = res
+        if tracker:
+            tracker.round(
+                Round(
+                    current,
+                    train=result.train_metrics_clientapp.get(current),
+                    evaluate=result.evaluate_metrics_clientapp.get(current),
+                    central=result.evaluate_metrics_serverapp.get(current),
+                    seconds_train=train.seconds,
+                    seconds_evaluate=evaluate.seconds,
+                    bytes_down=train.bytes_down + evaluate.bytes_down,
+                    bytes_up=train.bytes_up + evaluate.bytes_up,
+                )
+            )
+        if saved:
+            saved.save(current, result)
+    log(INFO, "")
+    log(INFO, "Strategy execution finished in %.2fs", time.monotonic() - begun)
+    log(INFO, "")
+    log(INFO, "Final results:")
+    log(INFO, "")
+    for line in str(result).splitlines():
+        log(INFO, "\t%s", line)
+    log(INFO, "")
+    return result
+
+
+def _copy(config: ConfigRecord | None) -> ConfigRecord:
+    return ConfigRecord(dict(config or {}))
+
+
+def _exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> _Traffic:
+    """Send messages, wait for the replies, and count the bytes of both."""
+    begun = time.monotonic()
+    messages = list(messages)
+    traffic = _Traffic(bytes_down=_content_bytes(messages))
+    traffic.replies = list(grid.send_and_receive(messages, timeout=timeout))
+    traffic.bytes_up = _content_bytes(traffic.replies)
+    traffic.seconds = time.monotonic() - begun
+    return traffic
+
+
+def _content_bytes(messages: list[Message]) -> int:
+    """Sum Flower's own size of the records; a shared record is measured once."""
+    sizes: dict[int, int] = {}
+    total = 0
+    for message in messages:
+        if message.has_content():
+            content = message.content
+            if id(content) not in sizes:
+                sizes[id(content)] = sum(
+                    record.count_bytes() for record in content.values()
+                )
+            total += sizes[id(content)]
+    return total

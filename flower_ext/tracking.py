@@ -1,0 +1,231 @@
+"""Metrics of every round: JSONL, a line of progress, TensorBoard, and plots."""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from logging import ERROR, INFO
+from pathlib import Path
+
+from flwr.app import MetricRecord
+
+from flower_ext._flower import log
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass
+class Round:
+    """What happened in one round.
+
+    Attributes
+    ----------
+    server_round : int
+        From 1.
+    train, evaluate, central : MetricRecord or None
+        Metrics of the clients' training, of their evaluation, of ``evaluate_fn``.
+    seconds_train, seconds_evaluate : float
+        From the first message sent to the last reply received.
+    bytes_down, bytes_up : int
+        Size of the records sent to and received from all clients, both phases.
+    """
+
+    server_round: int
+    train: MetricRecord | None = None
+    evaluate: MetricRecord | None = None
+    central: MetricRecord | None = None
+    seconds_train: float = 0.0
+    seconds_evaluate: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+    def row(self) -> dict[str, object]:
+        """Return the round as one flat JSON object, ``train/loss`` and the like."""
+        row: dict[str, object] = {"round": self.server_round}
+        for phase in ("train", "evaluate", "central"):
+            for key, value in (getattr(self, phase) or {}).items():
+                row[f"{phase}/{key}"] = _plain(value)
+        row |= {
+            "seconds/train": round(self.seconds_train, 4),
+            "seconds/evaluate": round(self.seconds_evaluate, 4),
+            "bytes/down": self.bytes_down,
+            "bytes/up": self.bytes_up,
+        }
+        return row
+
+
+def _plain(value: object) -> object:
+    """Turn NaN and infinities, which JSON has not, into their names."""
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+class Tracker:
+    """Writes every round to ``metrics.jsonl`` and logs one line of progress.
+
+    Parameters
+    ----------
+    folder : path
+        Results folder of one run; made if missing. A run that is continued keeps the
+        rounds before; a new run starts the file anew.
+    tensorboard : bool, optional
+        Write TensorBoard events too; by default if the package is installed.
+    """
+
+    def __init__(self, folder: Path | str, tensorboard: bool | None = None) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / METRICS_FILE
+        self._tensorboard = (
+            find_spec("tensorboard") is not None if tensorboard is None else tensorboard
+        )
+        self._num_rounds = 0
+        self._done = 0
+        self._begun = 0.0
+
+    def begin(self, num_rounds: int, done: int) -> None:
+        """Start a run of ``num_rounds`` of which ``done`` were done before."""
+        kept = [r for r in read_metrics(self.path) if int(str(r["round"])) <= done]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+        partial.replace(self.path)
+        self._num_rounds, self._done = num_rounds, done
+        self._begun = time.monotonic()
+
+    def round(self, this: Round) -> None:
+        """Record one round; a disk that does not take it is reported, not fatal."""
+        row = this.row()
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            if self._tensorboard:
+                self._write_events(row)
+        except OSError as error:
+            log(ERROR, "round %s is not in %s: %s", row["round"], self.path, error)
+        log(INFO, "%s", self._progress(row))
+
+    def _progress(self, row: Mapping[str, object]) -> str:
+        number = int(str(row["round"]))
+        spent = time.monotonic() - self._begun
+        left = spent / max(number - self._done, 1) * (self._num_rounds - number)
+        shown = [
+            f"{key} {value:.4g}"
+            for key, value in row.items()
+            if isinstance(value, float) and key.endswith(("loss", "accuracy"))
+        ]
+        return " | ".join(
+            [
+                f"{self.folder.name}: round {number}/{self._num_rounds}",
+                *shown[:4],
+                f"{spent:.0f} s, {left:.0f} s left",
+            ]
+        )
+
+    def _write_events(self, row: Mapping[str, object]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(self.folder)) as writer:
+            for key, value in row.items():
+                if isinstance(value, int | float) and key != "round":
+                    writer.add_scalar(key, value, int(str(row["round"])))
+
+
+def read_metrics(path: Path | str) -> list[dict[str, object]]:
+    """Read ``metrics.jsonl``, or that file in a results folder; [] if missing.
+
+    A last line that was cut off by an interruption is left out.
+    """
+    path = Path(path)
+    path = path / METRICS_FILE if path.is_dir() else path
+    if not path.exists():
+        return []
+    return list(_rows(path.read_text("utf-8").splitlines()))
+
+
+def _rows(lines: Iterable[str]) -> Iterator[dict[str, object]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def plot(
+    runs: Mapping[str, Path | str],
+    metrics: Iterable[str],
+    output: Path | str,
+    *,
+    x: str = "round",
+    title: str = "",
+) -> Path:
+    """Draw metrics of any number of runs, one panel a metric, and save the picture.
+
+    Parameters
+    ----------
+    runs : Mapping[str, path]
+        Label and results folder (or ``metrics.jsonl``) of each run.
+    metrics : iterable of str
+        Columns such as ``"evaluate/loss"``; a run without one is left out of it.
+    output : path
+        Where to save; the suffix says the format (png, svg, pdf).
+    x : str (default: "round")
+        Column of the horizontal axis; ``"bytes/up"`` and other ``bytes/`` and
+        ``seconds/`` columns are added up over the rounds.
+    title : str
+        Above the picture.
+
+    Raises
+    ------
+    ValueError
+        If no run has any of the metrics.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = list(metrics)
+    rows = {label: read_metrics(path) for label, path in runs.items()}
+    if not any(
+        metric in row for found in rows.values() for row in found for metric in metrics
+    ):
+        raise ValueError(
+            f"metrics={metrics} must be in at least one of the runs {list(runs)}: "
+            "the runs have written nothing, or the names differ"
+        )
+    figure, panels = plt.subplots(
+        1, len(metrics), figsize=(5 * len(metrics), 3.6), squeeze=False
+    )
+    for panel, metric in zip(panels[0], metrics, strict=True):
+        for label, found in rows.items():
+            points = list(_points(found, x, metric))
+            if points:
+                panel.plot(*zip(*points, strict=True), marker=".", label=label)
+        panel.set(xlabel=x, ylabel=metric)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150)
+    plt.close(figure)
+    return output
+
+
+def _points(
+    rows: list[dict[str, object]], x: str, metric: str
+) -> Iterator[tuple[float, float]]:
+    position = 0.0
+    for row in rows:
+        if isinstance(value := row.get(x), int | float):
+            position = (
+                position + value if x.startswith(("bytes/", "seconds/")) else value
+            )
+        if isinstance(value := row.get(metric), int | float):
+            yield position, value

@@ -1,0 +1,17 @@
+"""Federated strategies, one paper a file: the server class and its client half."""
+
+from flower_ext.strategies.bounded_group_loss import (
+    BoundedGroupLoss,
+    BoundedGroupLossClient,
+)
+from flower_ext.strategies.fedfish import FedFish, FedFishClient
+from flower_ext.strategies.maxfl import MaxFL, MaxFLClient
+
+__all__ = [
+    "BoundedGroupLoss",
+    "BoundedGroupLossClient",
+    "FedFish",
+    "FedFishClient",
+    "MaxFL",
+    "MaxFLClient",
+]

@@ -1,0 +1,304 @@
+r"""FedFish: aggregate the clients' functions, not their parameters.
+
+The model closest to all client models in function space, weighted by :math:`p_k`, is
+:math:`\arg\min_\theta \sum_k p_k\, \mathbb{E}\,
+\mathrm{KL}(f(x;\theta_k)\,\|\,f(x;\theta))`. To second order, with a diagonal Fisher
+:math:`F_k` taken at the client's own solution, it is the elementwise average
+
+.. math::
+   \Delta_j = \frac{\sum_k p_k F_{k,j} \Delta_{k,j}}{\sum_k p_k F_{k,j}}
+
+(Dhawan, Mitchell, Charles, Garrett and Dziugaite 2024, "Leveraging Function Space
+Aggregation for Federated Learning at Scale", TMLR, arXiv:2311.10291). Not to be
+confused with FedFisher (Jhunjhunwala et al. 2024), which is one-shot.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal, Unpack, get_args
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from torch import Tensor, nn
+
+from flower_ext.additive import AdditiveStrategy, Config, Metrics
+from flower_ext.arrays import Arrays, is_averaged
+from flower_ext.client import ClientHalf, Local, batches
+from flower_ext.contribution import DELTA, Contribution, Total
+from flower_ext.errors import refuse
+from flower_ext.fisher import SquaredGradients, per_example, tensor_record
+from flower_ext.options import FedAvgOptions
+from flower_ext.replies import MalformedReply, read_arrays
+from flower_ext.sampling import Sampler
+from flower_ext.server_optimizer import ServerOptimizer
+
+FISHER_KEY = "fisher"
+FISHER_DELTA = "fisher-delta"
+ESTIMATOR_KEY = "fisher-estimator"
+BARRIER_KEY = "fedfish-barrier"
+BARRIER = "barrier"
+
+Estimator = Literal["last-epoch", "all-epochs", "per-example", "sampled"]
+
+
+def function_space_mean(
+    fisher_delta: Arrays,
+    fisher: Arrays,
+    delta: Arrays,
+    weight: float,
+    damping: float,
+) -> Arrays:
+    r"""Return the aggregated direction from the sums over clients.
+
+    .. math::
+       \frac{\sum p F \Delta + \lambda \bar F \sum p \Delta}
+            {\sum p F + \lambda \bar F \sum p}
+
+    where :math:`\bar F` is the mean of :math:`\sum p F / \sum p` over all coordinates.
+    A coordinate of which no client knows anything (0/0), and arrays without a Fisher
+    (buffers, frozen parameters), are averaged plainly.
+
+    Parameters
+    ----------
+    fisher_delta, fisher, delta : dict[str, ndarray]
+        :math:`\sum p F \Delta`, :math:`\sum p F`, :math:`\sum p \Delta`; the first two
+        may lack arrays of the third.
+    weight : float
+        :math:`\sum p`.
+    damping : float
+        :math:`\lambda \ge 0`; 0 is the undamped minimiser, infinity plain averaging.
+
+    Examples
+    --------
+    Two clients that know one coordinate each, and share the third:
+
+    >>> function_space_mean(
+    ...     {"w": np.array([2.0, 0.0, 3.0])}, {"w": np.array([1.0, 0.0, 2.0])},
+    ...     {"w": np.array([2.0, 8.0, 3.0])}, weight=2.0, damping=0.0)
+    {'w': array([2. , 4. , 1.5])}
+    """
+    plain = {name: x / weight for name, x in delta.items()}
+    if math.isinf(damping):
+        return plain
+    extra = damping * _mean(fisher)
+    direction = dict(plain)
+    for name, information in fisher.items():
+        known = information + extra
+        direction[name] = np.divide(
+            fisher_delta[name] + extra * plain[name],
+            known,
+            out=np.array(plain[name]),
+            where=known > 0,
+        )
+    return direction
+
+
+def _mean(arrays: Arrays) -> float:
+    size = sum(x.size for x in arrays.values())
+    return float(sum(np.sum(x) for x in arrays.values())) / max(size, 1)
+
+
+class FedFish(AdditiveStrategy):
+    r"""Federated averaging weighted by what each client knows of each parameter.
+
+    Against FedAvg, a client sends the diagonal Fisher of its trained model beside the
+    model (twice the upload), and every parameter is averaged with these as weights: a
+    client that never saw a class does not dilute what others learned about it. The
+    gain grows with the number of local epochs. Works with the client half
+    :class:`FedFishClient`, or with :func:`watch_fisher` in a loop of one's own.
+
+    Parameters
+    ----------
+    damping : float (default: 0.1)
+        Adds this share of the mean Fisher to each, see :func:`function_space_mean`. 0
+        trusts the estimates fully; infinity is FedAvg.
+    estimator : str (default: "last-epoch")
+        ``last-epoch``, squared minibatch gradients of the last local epoch, no extra
+        pass; ``all-epochs``, of the whole local training; ``per-example``, the textbook
+        empirical Fisher, one extra pass at the trained model; ``sampled``, the same
+        with labels drawn from the model, the true Fisher (needs
+        ``Task.sample_labels``).
+    barrier : bool (default: False)
+        Report the Client-Server Barrier, at the price of one more pass over each
+        client's data in training and one in evaluation, see :class:`FedFishClient`.
+    server_optimizer, sampler, min_replies
+        See :class:`~flower_ext.AdditiveStrategy`.
+    **options
+        Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
+
+    Notes
+    -----
+    Train metric ``fisher-mean`` is :math:`\bar F`; evaluation metric
+    ``client-server-barrier`` is :math:`\sum_k p_k [L(\theta; D_k) - L(\theta_k; D_k)]`
+    over clients that trained and evaluated in the same round.
+
+    The paper does not say (in the parts available to us) over which epochs the Fisher
+    is collected, and damps no Fisher; both are options here. A Fisher reveals more of a
+    client's data than its model alone.
+
+    Examples
+    --------
+    >>> strategy = FedFish(fraction_train=0.1, damping=0.1)
+    """
+
+    client_half = "fedfish"
+    consumed_metrics = (BARRIER,)
+
+    def __init__(
+        self,
+        *,
+        damping: float = 0.1,
+        estimator: Estimator = "last-epoch",
+        barrier: bool = False,
+        server_optimizer: ServerOptimizer | None = None,
+        sampler: Sampler | None = None,
+        min_replies: int = 1,
+        **options: Unpack[FedAvgOptions],
+    ) -> None:
+        super().__init__(
+            server_optimizer=server_optimizer,
+            sampler=sampler,
+            min_replies=min_replies,
+            **options,
+        )
+        if not isinstance(damping, int | float) or not damping >= 0:
+            refuse("damping", damping, ">= 0", "infinity is FedAvg, 0 no damping")
+        if estimator not in get_args(Estimator):
+            refuse("estimator", estimator, f"one of {get_args(Estimator)}")
+        self.damping = float(damping)
+        self.estimator = estimator
+        self.barrier = barrier
+
+    def client_config(self) -> Config:
+        """Tell clients which Fisher to send."""
+        return {ESTIMATOR_KEY: self.estimator, BARRIER_KEY: self.barrier}
+
+    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
+        r"""Return :math:`\Delta_k`, :math:`F_k` and their product, weighted by n_k."""
+        delta = self.delta(reply, sent)
+        record = reply.array_records.get(FISHER_KEY, ArrayRecord())
+        fisher = read_arrays(
+            reply,
+            FISHER_KEY,
+            {k: x for k, x in sent.items() if k in record and is_averaged(x)},
+        )
+        if not fisher or any(np.min(f, initial=0) < 0 for f in fisher.values()):
+            raise MalformedReply(f"ArrayRecord {FISHER_KEY!r} must hold squares, >= 0")
+        product = {name: f * delta[name] for name, f in fisher.items()}
+        return Contribution(
+            {DELTA: delta, FISHER_KEY: fisher, FISHER_DELTA: product},
+            self.weight(reply),
+        )
+
+    def update(self, total: Total) -> Arrays:
+        """Return the mean in function space."""
+        return function_space_mean(
+            total.take(FISHER_DELTA),
+            total.take(FISHER_KEY),
+            total.take(DELTA),
+            total.weight,
+            self.damping,
+        )
+
+    def report(self, total: Total) -> Metrics:
+        """Return the mean Fisher of the cohort."""
+        return {"fisher-mean": _mean(dict(total.arrays[FISHER_KEY])) / total.weight}
+
+    def report_evaluate(self, replies: list[Message]) -> Metrics:
+        """Return the Client-Server Barrier over the clients that know theirs."""
+        known = [
+            (self.weight(reply.content), float(metrics[BARRIER]))  # type: ignore[arg-type]
+            for reply in replies
+            for metrics in reply.content.metric_records.values()
+            if BARRIER in metrics
+        ]
+        if not (total := sum(weight for weight, _ in known)):
+            return {}
+        return {"client-server-barrier": sum(w * b for w, b in known) / total}
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings that ``summary()`` logs."""
+        return {
+            "Damping": self.damping,
+            "Fisher": self.estimator,
+            **super().settings(),
+        }
+
+
+class FedFishClient(ClientHalf):
+    r"""Collects the diagonal Fisher while the client trains.
+
+    With the strategy's ``barrier=True`` it also keeps the loss of its trained model on
+    its training data, :math:`L(\theta_k; D_k)`, in ``context.state``, and at an
+    evaluation in the same round reports how much more the aggregate loses there.
+    """
+
+    name = "fedfish"
+
+    def __init__(self) -> None:
+        self._gradients: SquaredGradients | None = None
+
+    def begin(self, local: Local) -> None:
+        """Choose the passes that count."""
+        estimator = local.config.get(ESTIMATOR_KEY, "last-epoch")
+        if estimator == "sampled" and local.task.sample_labels is None:
+            refuse("estimator", estimator, "used with a Task that has sample_labels")
+        if estimator in ("last-epoch", "all-epochs") and local.num_steps:
+            window = local.num_steps
+            if estimator == "last-epoch":
+                window = min(window, local.steps_per_epoch)
+            self._gradients = SquaredGradients(
+                local.model, window, skip=local.num_steps - window
+            )
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Take in the squared gradients."""
+        if self._gradients:
+            self._gradients.add()
+
+    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
+        """Return the Fisher; keep the loss for the barrier."""
+        if local.config.get(BARRIER_KEY, False):
+            local.context.state[FISHER_KEY] = MetricRecord(
+                {"round": local.server_round, "loss": local.mean_loss(local.train)}
+            )
+        fisher = self._gradients.mean() if self._gradients else _afterwards(local)
+        return {FISHER_KEY: tensor_record(fisher)}, {}
+
+    def evaluate(self, local: Local) -> Metrics:
+        """Return the client's term of the Client-Server Barrier, if it trained."""
+        kept = local.context.state.metric_records.get(FISHER_KEY)
+        if kept is None or kept["round"] != local.server_round:
+            return {}
+        return {BARRIER: local.mean_loss(local.train) - float(kept["loss"])}  # type: ignore[arg-type]
+
+
+def _afterwards(local: Local) -> dict[str, Tensor]:
+    """Return the Fisher per example, with the data's labels or sampled ones."""
+    sample = local.task.sample_labels
+    if local.config.get(ESTIMATOR_KEY) != "sampled" or sample is None:
+        data = batches(local.train, local.settings.batch_size)
+        return per_example(local.model, local.task.loss, data)
+    generator = torch.Generator(local.device).manual_seed(local.seed(stream=2))
+    drawn = (
+        sample(local.model, batch, generator)
+        for batch in batches(local.train, local.settings.batch_size)
+    )
+    return per_example(local.model, local.task.loss, drawn)
+
+
+def watch_fisher(model: nn.Module, batches_per_epoch: int) -> SquaredGradients:
+    """Collect the last epoch's Fisher in a training loop of one's own.
+
+    Two lines turn a stock client into one of FedFish: one before the training, and
+    ``"fisher": fisher.record()`` in the reply.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Before training, with the received weights.
+    batches_per_epoch : int
+        Usually ``len(trainloader)``.
+    """
+    return SquaredGradients(model, batches_per_epoch).watch()
