@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Unpack, cast
+from typing import ClassVar, Unpack, cast
 
 from flwr.app import (
     ArrayRecord,
@@ -19,7 +19,6 @@ from flwr.app import (
     Message,
     MessageType,
     MetricRecord,
-    MetricRecordValues,
     RecordDict,
 )
 from flwr.serverapp import Grid
@@ -27,6 +26,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from flower_ext._flower import AggregationError, InconsistentMessageReplies, log
 from flower_ext.arrays import Arrays, from_record, subtract, to_record
+from flower_ext.client import CLIENT_HALF_KEY, ClientHalf, Metrics
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import fraction, refuse, whole
 from flower_ext.options import FedAvgOptions
@@ -43,9 +43,6 @@ from flower_ext.sampling import Purpose, Sampler, UniformSampler, wait_for_nodes
 from flower_ext.server_optimizer import SGD, ServerOptimizer, State
 from flower_ext.tracking import Tracker
 
-CLIENT_HALF_KEY = "client-half"
-
-Metrics = dict[str, MetricRecordValues]
 Config = Mapping[str, ConfigRecordValues]
 
 
@@ -85,8 +82,8 @@ class AdditiveStrategy(FedAvg):
     >>> strategy = AdditiveStrategy(fraction_train=0.1, server_optimizer=Adam())
     """
 
-    #: Name of the client half whose replies the strategy needs; None takes any.
-    client_half: str | None = None
+    #: The client half whose replies the strategy needs; None takes any.
+    client_half: ClassVar[type[ClientHalf] | None] = None
     #: Metrics that the strategy reads itself; averaging them would mean nothing.
     consumed_metrics: tuple[str, ...] = ()
 
@@ -219,7 +216,7 @@ class AdditiveStrategy(FedAvg):
         told = ConfigRecord({**config, **self.client_config()})
         told["server-round"] = server_round
         if self.client_half is not None:
-            told[CLIENT_HALF_KEY] = self.client_half
+            told[CLIENT_HALF_KEY] = self.client_half.name
         content = RecordDict(
             {self.arrayrecord_key: arrays, self.configrecord_key: told}
         )
@@ -272,6 +269,7 @@ class AdditiveStrategy(FedAvg):
         total, used, malformed = Total(), [], ""
         for reply in replies:
             try:
+                self.weight(reply.content)  # the metrics are averaged with it
                 term = self.contribution(reply.content, self._sent)
             except MalformedReply as problem:
                 malformed = str(problem)
@@ -284,11 +282,11 @@ class AdditiveStrategy(FedAvg):
                 dropped["the contribution is not finite"] += 1
         self._understood |= bool(used)
         if malformed and not self._understood:
-            half = f" (needed: client half {self.client_half!r})"
+            half = self.client_half
             raise InconsistentMessageReplies(
-                f"{type(self).__name__} can use no reply of its first round: "
-                + malformed
-                + half * bool(self.client_half)
+                f"{type(self).__name__} can use no reply of its first round"
+                + (f", which needs the client half {half.__name__}" if half else "")
+                + f": {malformed}"
             )
         return total, used
 
@@ -299,16 +297,16 @@ class AdditiveStrategy(FedAvg):
         replies = list(replies)
         nodes = sorted({m.metadata.src_node_id for m in replies})
         sorted_ = sort_replies(replies, {node: node for node in nodes})
-        used, weight = [], 0.0
+        used = []
         for reply in sorted_.usable:
             try:
-                weight += self.weight(reply.content)
+                self.weight(reply.content)
             except MalformedReply as problem:
                 sorted_.dropped[str(problem)] += 1
             else:
                 used.append(reply)
         log_dropped(sorted_.dropped, server_round)
-        if weight == 0:
+        if not used:
             return None
         metrics = aggregate_metrics(
             [reply.content for reply in used],

@@ -19,13 +19,13 @@ from flwr.app import (
     Context,
     Message,
     MetricRecord,
+    MetricRecordValues,
     RecordDict,
     UserConfig,
 )
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from flower_ext.additive import CLIENT_HALF_KEY, Metrics
 from flower_ext.errors import at_least, positive, refuse, whole
 
 Batch = Mapping[str, Tensor]
@@ -34,6 +34,9 @@ MakeOptimizer = Callable[
     [Iterable[nn.Parameter], "LocalSettings"], torch.optim.Optimizer
 ]
 
+Metrics = dict[str, MetricRecordValues]
+
+CLIENT_HALF_KEY = "client-half"
 ARRAYS_KEY = "arrays"
 CONFIG_KEY = "config"
 METRICS_KEY = "metrics"
@@ -236,7 +239,7 @@ class ClientHalf:
     nothing is plain local training.
     """
 
-    #: The strategy's ``client_half``; messages name the half that they need.
+    #: Messages name the half that they need.
     name: ClassVar[str] = "plain"
 
     def begin(self, local: Local) -> None:

@@ -41,7 +41,7 @@ SUPERLINK = "launch"  # name of the connection in the temporary Flower home
 START_SECONDS = 60.0  # a SuperLink takes 2 to 3 s to listen on an idle machine
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 GIVE_UP_SECONDS = 30.0  # for processes that survive SIGKILL (dead file systems)
-TAIL_LINES = 15
+TAIL_LINES = 20
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:\s{0,6}")
@@ -152,8 +152,7 @@ def run_app(
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
             env = _environment(home)
-            start = functools.partial(_start, processes, env)
-            _start_superlink(superlink, start, home)
+            _start_superlink(superlink, functools.partial(_start, processes, env), home)
             command = [flwr, "run", str(app_dir), SUPERLINK, "--stream"]
             command += ["--federation-config", f"num-supernodes={num_supernodes}"]
             command[-1] += f" client-resources-num-cpus={num_cpus}"
@@ -162,16 +161,18 @@ def run_app(
                 (home / "run.toml").write_text(_to_toml(run_config), "utf-8")
                 command += ["--run-config", str(home / "run.toml")]
             with log_path.open("w", encoding="utf-8") as log:
+                # Wide: a refusal comes in a box, whose text we want on one line.
+                start = functools.partial(_start, processes, {**env, "COLUMNS": "500"})
                 for line in _stream(command, start, timeout):
                     lines.append(line)
                     print(line, file=log, flush=True)
                     (on_line or print_line)(line)
             status = _completed(flwr, env)
         except RunFailed as error:
-            if log_file is None and lines:
-                log_path = _keep(log_path)
-            where = f"\nfull log: {log_path}" if lines else ""
-            raise RunFailed(f"{error}\n{_tail(lines)}{where}") from None
+            if not (tail := _tail(lines)):
+                raise
+            kept = _keep(log_path) if log_file is None else log_path
+            raise RunFailed(f"{error}\n{tail}\nfull log: {kept}") from None
         finally:
             with _signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 _stop_all(home)
@@ -363,7 +364,6 @@ def _environment(home: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",
-        "COLUMNS": "500",  # keeps Flower's boxed error messages on one line
     }
     root = Path(__file__).resolve().parents[1]
     if root != Path(sysconfig.get_path("purelib")).resolve():  # a checkout
@@ -437,19 +437,24 @@ def _stream(
     timer.daemon = True
     if timeout is not None:
         timer.start()
-    refusal = []
+    refusal: list[str] = []
+    submitted = False
     assert process.stdout is not None
     with process.stdout as stdout:
         for raw in stdout:
             line = _ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip()
-            refusal += [line.strip("│ ")] if line.startswith("│") else []
-            yield line
+            submitted = submitted or line.startswith("Successfully started run")
+            if submitted or not line.startswith(("╭", "│", "╰")):
+                yield line
+            elif text := line.strip("╭╮╰╯─│ "):
+                refusal.append(text)
     code = process.wait()
     timer.cancel()
     if timeout is not None and code == -signal.SIGTERM:
         raise RunFailed(f"the run was stopped after timeout={timeout} s")
     if code:
-        raise RunFailed(f"flwr run: {' '.join(refusal) or f'exit code {code}'}")
+        message = " ".join(refusal[1:]) or f"exit code {code}"
+        raise RunFailed(f"flwr run: {message}")
 
 
 def _completed(flwr: str, env: Mapping[str, str]) -> str:
@@ -537,7 +542,8 @@ def _exit_on_signal(number: int, _: FrameType | None) -> None:
 def _tail(lines: Sequence[str]) -> str:
     """Return the end of a log, without Flower's explanation of its exit code."""
     end = next((i for i, line in enumerate(lines) if "Exit Code:" in line), len(lines))
-    return "\n".join([line for line in lines[:end] if line.strip()][-TAIL_LINES:])
+    readable = [text for line in lines[:end] if (text := readable_line(line))]
+    return "\n".join(readable[-TAIL_LINES:])
 
 
 def _keep(log: Path) -> Path:

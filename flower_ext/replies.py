@@ -138,8 +138,11 @@ def aggregate_metrics(
     """Aggregate the metrics of replies, those that all of them have.
 
     Flower's average needs the same metrics in every reply; one client that reports
-    less must not end the run. Metrics in ``consumed`` are left out.
+    less must not end the run. Metrics in ``consumed`` are left out. Replies that weigh
+    nothing have no average.
     """
+    if not sum(read_scalar(content, weighted_by_key) for content in contents):
+        return MetricRecord()
     names = [
         {
             (key, name, len(value) if isinstance(value, list) else 0)

@@ -29,11 +29,15 @@ class Sampler(ABC):
     ----------
     seed : int (default: 0)
         Same seed, same clients: same cohorts.
+    same_for_evaluation : bool (default: False)
+        Draw the evaluation's cohort as the training's of the same round: with equal
+        fractions, the clients that trained evaluate.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, *, same_for_evaluation: bool = False) -> None:
         whole("seed", seed, 0)
         self.seed = seed
+        self.same_for_evaluation = same_for_evaluation
 
     @abstractmethod
     def sample(
@@ -43,11 +47,16 @@ class Sampler(ABC):
 
     def generator(self, server_round: int, purpose: Purpose) -> np.random.Generator:
         """Return the random stream of one round and purpose."""
-        return np.random.default_rng([self.seed, server_round, _STREAM[purpose]])
+        stream = 0 if self.same_for_evaluation else _STREAM[purpose]
+        return np.random.default_rng([self.seed, server_round, stream])
 
     def state_dict(self) -> dict[str, str | int]:
         """Return what identifies the random streams; they hold no other state."""
-        return {"kind": type(self).__name__, "seed": self.seed}
+        return {
+            "kind": type(self).__name__,
+            "seed": self.seed,
+            "same-for-evaluation": self.same_for_evaluation,
+        }
 
     def load_state_dict(self, state: object) -> None:
         """Check that a saved run drew its cohorts as this sampler does."""

@@ -1,0 +1,1 @@
+"""FedFish and FedAvg on Shakespeare, split by speaker."""

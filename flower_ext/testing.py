@@ -1,0 +1,440 @@
+"""check_strategy: the conformance suite for strategies, ours and others'.
+
+In the tests of a strategy of one's own::
+
+    from flower_ext.testing import check_strategy
+
+    def test_conformance():
+        check_strategy(MyStrategy)
+"""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    RecordDict,
+    UserConfig,
+)
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor, nn
+
+from flower_ext._flower import CLIENT_RAISED
+from flower_ext.additive import AdditiveStrategy
+from flower_ext.arrays import Arrays, from_record, layout
+from flower_ext.checkpoint import Stateful
+from flower_ext.client import ARRAYS_KEY, METRICS_KEY, Batch, Task, client_app
+from flower_ext.simulation.local import LocalGrid
+
+CLIENTS = 4
+
+
+class ConformanceError(AssertionError):
+    """A strategy that breaks the contract; the message lists every broken rule."""
+
+
+@dataclass
+class Report:
+    """What :func:`check_strategy` found.
+
+    Attributes
+    ----------
+    passed : list of str
+        Rules that hold.
+    limitations : dict[str, str]
+        Rules of robustness that do not hold, and why; allowed for a strategy that
+        does not promise them.
+    """
+
+    passed: list[str] = field(default_factory=list)
+    limitations: dict[str, str] = field(default_factory=dict)
+
+
+def check_strategy(
+    factory: Callable[[], Strategy],
+    app: ClientApp | None = None,
+    *,
+    robust: bool | None = None,
+) -> Report:
+    """Check that a strategy keeps the contract of Flower's Message API.
+
+    It must construct, run, keep the model in a round without replies, average what is
+    left when some clients fail, not depend on the order of replies, mutate nothing that
+    it was given (but for ``server-round`` in the configuration), keep names and shapes,
+    be picklable, and continue from ``state_dict`` if it has one. A robust strategy
+    also keeps dtypes, of integer arrays too, accepts extra records, and leaves out hostile
+    replies: missing, extra, misshapen, unreadable or non-finite arrays, weights that
+    are none, clients that reply twice or were not asked.
+
+    Parameters
+    ----------
+    factory : callable
+        Makes a new strategy; usually the class itself.
+    app : ClientApp, optional
+        Makes the replies. By default a tiny linear model on made-up data, with the
+        client half that the strategy names in ``client_half``; the data has the
+        columns ``x`` (float32, 3), ``y`` (int64, 0 or 1) and ``group`` (int64, 0 or 1).
+    robust : bool, optional
+        Whether robustness is required; by default for an
+        :class:`~flower_ext.AdditiveStrategy`. Otherwise it is only reported.
+
+    Returns
+    -------
+    Report
+        What passed, and limitations that are allowed.
+
+    Raises
+    ------
+    ConformanceError
+        If a required rule is broken.
+    """
+    report = Report()
+    broken: dict[str, str] = {}
+    if robust is None:
+        robust = isinstance(factory(), AdditiveStrategy)
+    rules = [(rule, True) for rule in _CONTRACT]
+    rules += [(rule, robust) for rule in _ROBUSTNESS]
+    for rule, required in rules:
+        name = str(rule.__doc__).partition("\n")[0].rstrip(".").lower()
+        try:
+            rule(_Bench(factory, app))
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            (broken if required else report.limitations)[name] = why
+        else:
+            report.passed.append(name)
+    if broken:
+        raise ConformanceError(
+            f"{len(broken)} of {len(rules)} rules are broken:\n"
+            + "\n".join(f"- {name}: {why}" for name, why in broken.items())
+        )
+    return report
+
+
+class _Model(nn.Module):
+    """A linear model with a 0-d parameter and, on demand, an integer buffer."""
+
+    def __init__(self, counter: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        if counter:
+            self.register_buffer("counter", torch.tensor(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x) * self.scale
+        return out
+
+
+def _make_model(config: UserConfig) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _Model(bool(config["counter"]))
+
+
+def _data(context: Context) -> tuple[Batch, Batch]:
+    client = int(context.node_config["partition-id"])
+    generator = torch.Generator().manual_seed(client)
+    x = torch.randn(10 + 5 * client, 3, generator=generator)
+    columns = {"x": x, "y": (x[:, 0] > 0).long(), "group": (x[:, 1] > 0).long()}
+    return columns, columns
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+_TASK = Task(model=_make_model, data=_data, loss=_loss)
+
+
+class _Bench:
+    """A strategy at work with four clients, step by step."""
+
+    def __init__(
+        self,
+        factory: Callable[[], Strategy],
+        app: ClientApp | None,
+        *,
+        counter: bool = False,
+    ) -> None:
+        self.factory = factory
+        self.app = app
+        self.strategy = factory()
+        half = getattr(self.strategy, "client_half", None)
+        config: UserConfig = {"batch-size": 5, "lr": 0.5, "counter": counter}
+        app = app or client_app(_TASK, *([half] if half else []))
+        self.grid = LocalGrid(app, CLIENTS, config)
+        self.sent = ArrayRecord(_make_model(config).state_dict())
+
+    def ask(self, server_round: int = 1) -> list[Message]:
+        """Configure a round and return its instructions, by node."""
+        messages = self.strategy.configure_train(
+            server_round, self.sent, ConfigRecord(), self.grid
+        )
+        return sorted(messages, key=lambda message: message.metadata.dst_node_id)
+
+    def replies(self, server_round: int = 1) -> list[Message]:
+        """Return the honest replies of a round, by node."""
+        return list(self.grid.send_and_receive(self.ask(server_round)))
+
+    def aggregate(self, replies: list[Message], server_round: int = 1) -> Arrays:
+        """Return the new model, which must be laid out as the one that was sent."""
+        record, _ = self.strategy.aggregate_train(server_round, replies)
+        if record is None:
+            raise AssertionError("the model was kept although there were replies")
+        new, sent = from_record(record), from_record(self.sent)
+        _require(
+            [(name, x.shape, x.dtype.kind) for name, x in new.items()]
+            == [(name, x.shape, x.dtype.kind) for name, x in sent.items()],
+            f"sent {layout(sent)}, got {layout(new)}",
+        )
+        return new
+
+    def without(self, clients: int) -> Arrays:
+        """Return what a new strategy makes of the replies but the first ones."""
+        other = _Bench(self.factory, self.app)
+        return other.aggregate(other.replies()[clients:])
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise AssertionError(otherwise)
+
+
+def _same(left: Arrays, right: Arrays, what: str) -> None:
+    for name, array in left.items():
+        np.testing.assert_allclose(
+            array, right[name], rtol=1e-5, atol=1e-6, err_msg=f"{what}: {name}"
+        )
+
+
+def _error(to: Message) -> Message:
+    return Message(Error(CLIENT_RAISED, "on purpose"), reply_to=to)
+
+
+# The contract ---------------------------------------------------------------------
+
+
+def _runs(bench: _Bench) -> None:
+    """Runs two rounds."""
+    before = from_record(bench.sent)
+    result = bench.strategy.start(bench.grid, bench.sent, num_rounds=2)
+    after = from_record(result.arrays)
+    _require(list(after) == list(before), f"{list(before)} became {list(after)}")
+    _require(all(np.all(np.isfinite(x)) for x in after.values()), "not finite")
+    _require(
+        any(np.any(after[name] != x) for name, x in before.items()),
+        "two rounds of training left the model as it was",
+    )
+
+
+def _empty(bench: _Bench) -> None:
+    """Keeps the model in a round without replies."""
+    bench.ask()
+    record, _ = bench.strategy.aggregate_train(1, [])
+    _require(record is None, "aggregate_train(1, []) returned arrays")
+
+
+def _all_errors(bench: _Bench) -> None:
+    """Keeps the model in a round of errors only."""
+    record, _ = bench.strategy.aggregate_train(1, [_error(m) for m in bench.ask()])
+    _require(record is None, "aggregate_train of errors returned arrays")
+
+
+def _partial(bench: _Bench) -> None:
+    """Ignores error replies."""
+    instructions = bench.ask()
+    honest = list(bench.grid.send_and_receive(instructions))
+    mixed = [_error(instructions[0]), *honest[1:]]
+    _same(bench.aggregate(mixed), bench.without(1), "one error reply")
+
+
+def _order(bench: _Bench) -> None:
+    """Does not depend on the order of replies."""
+    other = _Bench(bench.factory, bench.app)
+    _same(
+        bench.aggregate(bench.replies()),
+        other.aggregate(other.replies()[::-1]),
+        "replies in reverse",
+    )
+
+
+def _mutates_nothing(bench: _Bench) -> None:
+    """Mutates nothing that it was given."""
+    config = ConfigRecord({"lr": 0.5})
+    model = {name: array.data for name, array in bench.sent.items()}
+    replies = list(
+        bench.grid.send_and_receive(
+            bench.strategy.configure_train(1, bench.sent, config, bench.grid)
+        )
+    )
+    before = pickle.dumps([reply.content for reply in replies])
+    bench.aggregate(replies)
+    config.pop("server-round", None)
+    _require(dict(config) == {"lr": 0.5}, f"the configuration became {config}")
+    _require(
+        before == pickle.dumps([reply.content for reply in replies]),
+        "the replies were changed",
+    )
+    _require(
+        model == {name: array.data for name, array in bench.sent.items()},
+        "the model that was sent was changed",
+    )
+
+
+def _pickles(bench: _Bench) -> None:
+    """Is picklable."""
+    bench.aggregate(bench.replies())
+    copy: Strategy = pickle.loads(pickle.dumps(bench.strategy))
+    replies = bench.replies(2)
+    expected = bench.aggregate(replies, 2)
+    bench.strategy = copy
+    bench.ask(2)
+    _same(bench.aggregate(replies, 2), expected, "after pickling")
+
+
+def _state(bench: _Bench) -> None:
+    """Continues from its saved state."""
+    if not isinstance(bench.strategy, Stateful):
+        return
+    bench.aggregate(bench.replies())
+    other = _Bench(bench.factory, bench.app)
+    _require(isinstance(other.strategy, Stateful), "no load_state_dict")
+    saved = pickle.loads(pickle.dumps(bench.strategy.state_dict()))
+    other.strategy.load_state_dict(saved)  # type: ignore[attr-defined]
+    replies = bench.replies(2)
+    expected = bench.aggregate(replies, 2)
+    other.ask(2)
+    _same(other.aggregate(replies, 2), expected, "after load_state_dict")
+
+
+_CONTRACT = (
+    _runs,
+    _empty,
+    _all_errors,
+    _partial,
+    _order,
+    _mutates_nothing,
+    _pickles,
+    _state,
+)
+
+# Robustness -----------------------------------------------------------------------
+
+
+def _dtypes(bench: _Bench) -> None:
+    """Arrays keep their dtype."""
+    new = bench.aggregate(bench.replies())
+    sent = from_record(bench.sent)
+    _require(layout(new) == layout(sent), f"{layout(sent)} became {layout(new)}")
+
+
+def _integers(bench: _Bench) -> None:
+    """Integer arrays keep their dtype and value."""
+    bench = _Bench(bench.factory, bench.app, counter=True)
+    new = bench.aggregate(bench.replies())
+    _require(int(new["counter"]) == 5, f"a counter of 5 became {new['counter']}")
+
+
+def _extra_record(bench: _Bench) -> None:
+    """Accepts extra records in a reply."""
+    replies = bench.replies()
+    for key, record in (("note", ConfigRecord({"a": 1})), ("more", ArrayRecord())):
+        replies[0].content[key] = record
+    _same(bench.aggregate(replies), bench.without(0), "extra records")
+
+
+def _twice(bench: _Bench) -> None:
+    """Leaves out a client that replied twice."""
+    replies = bench.replies()
+    _same(bench.aggregate([replies[0], *replies]), bench.without(1), "two replies")
+
+
+def _unasked(bench: _Bench) -> None:
+    """Leaves out a client that was not asked."""
+    replies = bench.replies()
+    stranger = Message(replies[0].content, dst_node_id=77, message_type="train")
+    replies[0] = Message(replies[0].content, reply_to=stranger)
+    _same(bench.aggregate(replies), bench.without(1), "a stranger's reply")
+
+
+Tamper = Callable[[RecordDict], None]
+
+
+def _with_array(array: Array | None, name: str = "linear.weight") -> Tamper:
+    def tamper(content: RecordDict) -> None:
+        record = content.array_records[ARRAYS_KEY]
+        if array is None:
+            del record[name]
+        else:
+            record[name] = array
+
+    return tamper
+
+
+def _with_weight(value: float | list[float] | None) -> Tamper:
+    def tamper(content: RecordDict) -> None:
+        metrics = content.metric_records[METRICS_KEY]
+        for name in [n for n in metrics if n in ("num-examples", "appeal-weight")]:
+            if value is None:
+                del metrics[name]
+            else:
+                metrics[name] = value
+
+    return tamper
+
+
+def _without_arrays(content: RecordDict) -> None:
+    del content[ARRAYS_KEY]
+
+
+def _leaves_out(what: str, tamper: Tamper) -> Callable[[_Bench], None]:
+    """Make the rule that a reply tampered with is left out."""
+
+    def rule(bench: _Bench) -> None:
+        replies = bench.replies()
+        tamper(replies[0].content)
+        _same(bench.aggregate(replies), bench.without(1), what)
+
+    rule.__doc__ = f"Leaves out a reply with {what}."
+    return rule
+
+
+_honest = Array(np.ones((2, 3), np.float32))
+_ROBUSTNESS = (
+    _dtypes,
+    _integers,
+    _extra_record,
+    _twice,
+    _unasked,
+    _leaves_out("no arrays", _without_arrays),
+    _leaves_out("an array missing", _with_array(None)),
+    _leaves_out("an unknown array", _with_array(_honest, "unknown")),
+    _leaves_out("a wrong shape", _with_array(Array(np.ones((3, 2), np.float32)))),
+    _leaves_out("a shape to broadcast", _with_array(Array(np.ones(3, np.float32)))),
+    _leaves_out("a wrong dtype", _with_array(Array(np.ones((2, 3), np.complex64)))),
+    _leaves_out("texts for numbers", _with_array(Array(np.full((2, 3), "x")))),
+    _leaves_out("a NaN", _with_array(Array(np.full((2, 3), np.nan, np.float32)))),
+    _leaves_out("an infinity", _with_array(Array(np.full((2, 3), np.inf, np.float32)))),
+    _leaves_out(
+        "bytes cut off",
+        _with_array(Array("float32", (2, 3), "numpy.ndarray", _honest.data[:-4])),
+    ),
+    _leaves_out(
+        "bytes of no array",
+        _with_array(Array("float32", (2, 3), "numpy.ndarray", b"no array")),
+    ),
+    _leaves_out("no weight", _with_weight(None)),
+    _leaves_out("a negative weight", _with_weight(-1.0)),
+    _leaves_out("a weight of NaN", _with_weight(float("nan"))),
+    _leaves_out("a list for a weight", _with_weight([1.0, 2.0])),
+)
