@@ -1,24 +1,44 @@
 """flower-ext: federated strategies for Flower's Message API.
 
-The strategies are in ``flower_ext.strategies``; what they share is here.
+The strategies are in ``flower_ext.strategies``; what they share is here. Names are
+imported when they are first used, so that ``import flower_ext`` costs nothing.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from flower_ext.additive import AdditiveStrategy
-from flower_ext.client import ClientHalf, Task, client_app
-from flower_ext.simulation.local import LocalGrid, run_local
-from flower_ext.tracking import Tracker
+if TYPE_CHECKING:
+    from flower_ext.additive import AdditiveStrategy as AdditiveStrategy
+    from flower_ext.client import ClientHalf as ClientHalf
+    from flower_ext.client import Task as Task
+    from flower_ext.client import client_app as client_app
+    from flower_ext.simulation.local import LocalGrid as LocalGrid
+    from flower_ext.simulation.local import run_local as run_local
+    from flower_ext.tracking import Tracker as Tracker
 
 __version__ = version("flower-ext")
 
-__all__ = [
-    "AdditiveStrategy",
-    "ClientHalf",
-    "LocalGrid",
-    "Task",
-    "Tracker",
-    "__version__",
-    "client_app",
-    "run_local",
-]
+_HOME = {
+    "AdditiveStrategy": "additive",
+    "ClientHalf": "client",
+    "LocalGrid": "simulation.local",
+    "Task": "client",
+    "Tracker": "tracking",
+    "client_app": "client",
+    "run_local": "simulation.local",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__

@@ -118,6 +118,7 @@ class AdditiveStrategy(FedAvg):
         # Node ids are new in every run, a client's place among the nodes is not.
         self._clients: dict[int, int] = {}
         self._cohort: dict[int, int] = {}
+        self._evaluators: dict[int, int] = {}
         self._understood = False  # whether any reply has ever been usable
 
     # What a strategy says ---------------------------------------------------------
@@ -187,7 +188,10 @@ class AdditiveStrategy(FedAvg):
         """Draw the cohort that evaluates and broadcast the model."""
         if self.fraction_evaluate == 0.0:
             return []
-        return self._broadcast(server_round, arrays, config, grid, "evaluate")
+        messages = self._broadcast(server_round, arrays, config, grid, "evaluate")
+        asked = [message.metadata.dst_node_id for message in messages]
+        self._evaluators = {node: self._clients[node] for node in asked}
+        return messages
 
     def _broadcast(
         self,
@@ -239,16 +243,8 @@ class AdditiveStrategy(FedAvg):
             "num-errors": sorted_.errors,
             "num-dropped": sorted_.dropped.total(),
         }
-        if len(used) < self.min_replies or total.weight <= 0:
-            log(
-                WARNING,
-                "round %s: %s usable replies of total weight %g, at least %s are "
-                "needed: the model is kept",
-                server_round,
-                len(used),
-                total.weight,
-                self.min_replies,
-            )
+        if problem := self._problem(total):
+            log(WARNING, "round %s: %s: the model is kept", server_round, problem)
             return None, MetricRecord(counts)
         metrics = aggregate_metrics(
             used,
@@ -290,13 +286,20 @@ class AdditiveStrategy(FedAvg):
             )
         return total, used
 
+    def _problem(self, total: Total) -> str:
+        """Say why the model cannot be moved, if so."""
+        if total.count < self.min_replies or total.weight <= 0:
+            return (
+                f"{total.count} usable replies of total weight {total.weight:g}, at "
+                f"least {self.min_replies} are needed"
+            )
+        return "" if total.is_finite() else "the sum of the replies is not finite"
+
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Average the metrics of the clients that evaluated."""
-        replies = list(replies)
-        nodes = sorted({m.metadata.src_node_id for m in replies})
-        sorted_ = sort_replies(replies, {node: node for node in nodes})
+        sorted_ = sort_replies(replies, self._evaluators)
         used = []
         for reply in sorted_.usable:
             try:
@@ -367,11 +370,18 @@ class AdditiveStrategy(FedAvg):
         return {
             "sampler": self.sampler.state_dict(),
             "server-optimizer": self.server_optimizer.state_dict(),
+            "server-optimizer-kind": type(self.server_optimizer).__name__,
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue where a run with the same settings was saved."""
         self.sampler.load_state_dict(state["sampler"])
+        kind = type(self.server_optimizer).__name__
+        if state["server-optimizer-kind"] != kind:
+            raise ValueError(
+                f"the saved run used the server optimizer "
+                f"{state['server-optimizer-kind']}, this one {kind}"
+            )
         moments = cast(State, state["server-optimizer"])
         self.server_optimizer.load_state_dict(moments)
 

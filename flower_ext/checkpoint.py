@@ -6,6 +6,7 @@ It is written under another name, flushed to the disk and renamed, so that a fol
 that name is complete; only then is the round before the last one deleted.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from logging import ERROR, INFO
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
@@ -27,6 +28,7 @@ from flower_ext.arrays import Arrays, from_record, layout, to_record
 
 FORMAT = 1
 _NAME = re.compile(r"round-(\d{5,})")
+_MODEL, _STATE, _JSON = "model.safetensors", "state.safetensors", "state.json"
 _METRICS = (
     "train_metrics_clientapp",
     "evaluate_metrics_clientapp",
@@ -94,8 +96,9 @@ class Checkpoint:
         partial = self.folder / f".partial-{os.getpid()}"
         final = self._path(server_round)
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            for leftover in self.folder.glob(".partial-*"):  # of a killed process
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
             self._write(partial, server_round, result)
             if final.exists():
                 shutil.rmtree(final)
@@ -105,13 +108,11 @@ class Checkpoint:
             shutil.rmtree(partial, ignore_errors=True)
             log(
                 ERROR,
-                "Round %s could not be saved in %s (%s; %s MB free). The run goes on; "
-                "the last saved round is %s",
+                "Round %s could not be saved in %s (%s). The run goes on; %s",
                 server_round,
                 self.folder,
                 error,
-                shutil.disk_usage(self.folder).free // 2**20,
-                max(self.rounds(), default="none"),
+                self._situation(),
             )
             return False
         for old in self.rounds()[:-2]:
@@ -135,29 +136,38 @@ class Checkpoint:
             return 0
         path = self._path(rounds[-1])
         try:
-            saved = json.loads((path / "state.json").read_text("utf-8"))
-            model = load_file(path / "model.safetensors")
-            arrays = load_file(path / "state.safetensors")
-            if saved["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{path} has format {saved['format']}, not {FORMAT}"
-                )
+            saved = self._read(path)
+            model = load_file(path / _MODEL)
+            arrays = to_record({name: model[name] for name in saved["model"]})
+            state = _join(saved["strategy-state"], load_file(path / _STATE))
+            metrics = {
+                field: {int(r): MetricRecord(m) for r, m in rounds.items()}
+                for field, rounds in saved["metrics"].items()
+            }
+            done = int(saved["round"])
             self._require_same(path, saved, result.arrays)
-            self.strategy.load_state_dict(_join(saved["strategy-state"], arrays))
-        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}: {error}); delete it "
                 "to continue from the round before"
             ) from error
-        except ValueError as error:
+        try:
+            self.strategy.load_state_dict(state)
+        except (LookupError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be continued: {error}") from error
-        result.arrays = to_record({name: model[name] for name in saved["model"]})
+        result.arrays = arrays
         for field in _METRICS:
-            getattr(result, field).update(
-                {int(r): MetricRecord(m) for r, m in saved["metrics"][field].items()}
-            )
-        log(INFO, "Continuing after round %s, saved in %s", saved["round"], path)
-        return int(saved["round"])
+            getattr(result, field).update(metrics[field])
+        log(INFO, "Continuing after round %s, saved in %s", done, path)
+        return done
+
+    def _situation(self) -> str:
+        try:
+            free = shutil.disk_usage(self.folder).free // 2**20
+            last = max(self.rounds(), default="none")
+        except OSError as error:
+            return f"the folder is gone: {error}"
+        return f"{free} MB are free, the last saved round is {last}"
 
     def _path(self, server_round: int) -> Path:
         return self.folder / f"round-{server_round:05d}"
@@ -176,11 +186,22 @@ class Checkpoint:
                 for field in _METRICS
             },
         }
-        (folder / "state.json").write_text(json.dumps(saved, indent=1), "utf-8")
-        save_file(_contiguous(model), folder / "model.safetensors")
-        save_file(_contiguous(arrays), folder / "state.safetensors")
+        save_file(_contiguous(model), folder / _MODEL)
+        save_file(_contiguous(arrays), folder / _STATE)
+        saved["sha256"] = {name: _digest(folder / name) for name in (_MODEL, _STATE)}
+        (folder / _JSON).write_text(json.dumps(saved, indent=1), "utf-8")
         for path in (*folder.iterdir(), folder):
             _flush(path)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Read a saved round's JSON, and check the files beside it."""
+        saved = json.loads((path / _JSON).read_text("utf-8"))
+        if saved["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {saved['format']}, not {FORMAT}")
+        for name in (_MODEL, _STATE):
+            if _digest(path / name) != saved["sha256"][name]:
+                raise ValueError(f"{name} is not as it was written")
+        return dict(saved)
 
     def _require_same(
         self, path: Path, saved: Mapping[str, object], initial: ArrayRecord
@@ -202,6 +223,11 @@ class Checkpoint:
 
 def _name(strategy: object) -> str:
     return f"{type(strategy).__module__}.{type(strategy).__qualname__}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

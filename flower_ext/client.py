@@ -196,7 +196,7 @@ class Local:
     @property
     def client(self) -> int:
         """The client's stable number: its partition, or else its node."""
-        return int(self.context.node_config.get("partition-id", self.context.node_id))
+        return _client(self.context)
 
     @property
     def server_round(self) -> int:
@@ -297,7 +297,8 @@ def train(local: Local, half: ClientHalf) -> float:
         while steps < local.num_steps:
             for batch in batches(local.train, settings.batch_size, order):
                 optimizer.zero_grad()
-                loss = half.objective(task.loss(local.model, batch), batch)
+                losses = _per_example("loss", task.loss(local.model, batch), batch)
+                loss = half.objective(losses, batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 half.after_backward(local.model)
                 if settings.max_gradient_norm != math.inf:
@@ -333,14 +334,26 @@ def evaluate(
     model.eval()
     sums: dict[str, float] = {"loss": 0.0}
     for batch in batches(data, batch_size):
-        sums["loss"] += float(task.loss(model, batch).double().sum())
-        for name, values in (
-            task.metrics(model, batch) if task.metrics else {}
-        ).items():
-            sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+        found = {"loss": task.loss(model, batch)}
+        if task.metrics:
+            found |= task.metrics(model, batch)
+        for name, values in found.items():
+            total = float(_per_example(name, values, batch).double().sum())
+            sums[name] = sums.get(name, 0.0) + total
     model.train(was_training)
-    total = num_examples(data)
-    return {name: value / total if total else math.nan for name, value in sums.items()}
+    size = num_examples(data)
+    return {name: value / size if size else math.nan for name, value in sums.items()}
+
+
+def _per_example(name: str, values: Tensor, batch: Batch) -> Tensor:
+    """Require one value for each example: a mean would be averaged twice."""
+    size = num_examples(batch)
+    if values.shape != (size,):
+        raise ValueError(
+            f"{name!r} has shape {tuple(values.shape)}, must be ({size},): one value "
+            "for each example of the batch, reduction='none'"
+        )
+    return values
 
 
 def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
@@ -370,17 +383,18 @@ def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
     known: dict[str, HalfFactory] = {ClientHalf.name: ClientHalf}
     for half in halves:
         name = getattr(half.func if isinstance(half, partial) else half, "name", None)
-        if not isinstance(name, str):
+        if not callable(half) or not isinstance(name, str):
             refuse("halves", half, "classes derived from ClientHalf")
         known[str(name)] = half
     app = ClientApp()
 
     @app.train()
     def train_(message: Message, context: Context) -> Message:
-        local = _open(task, message, context)
-        half = _choose(known, local.config)
-        loss = train(local, half)
-        arrays, metrics = half.records(local)
+        with torch.random.fork_rng(devices=[]):
+            local = _open(task, message, context)
+            half = _choose(known, local.config)
+            loss = train(local, half)
+            arrays, metrics = half.records(local)
         values: Metrics = {
             "num-examples": num_examples(local.train),
             "train-loss": loss,
@@ -397,18 +411,23 @@ def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
 
     @app.evaluate()
     def evaluate_(message: Message, context: Context) -> Message:
-        local = _open(task, message, context)
-        half = _choose(known, local.config)
-        values: Metrics = {
-            "num-examples": num_examples(local.test),
-            **evaluate(task, local.model, local.test),
-            **half.evaluate(local),
-        }
+        with torch.random.fork_rng(devices=[]):
+            local = _open(task, message, context)
+            half = _choose(known, local.config)
+            values: Metrics = {
+                "num-examples": num_examples(local.test),
+                **evaluate(task, local.model, local.test),
+                **half.evaluate(local),
+            }
         return Message(
             RecordDict({METRICS_KEY: MetricRecord(values)}), reply_to=message
         )
 
     return app
+
+
+def _client(context: Context) -> int:
+    return int(context.node_config.get("partition-id", context.node_id))
 
 
 def _choose(known: Mapping[str, HalfFactory], config: ConfigRecord) -> ClientHalf:
@@ -435,9 +454,13 @@ def _open(task: Task, message: Message, context: Context) -> Local:
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # What is random in a model and not sent must agree between clients; a random split
+    # of a client's data must be the same in every round.
+    torch.manual_seed(settings.seed)
     model = task.model(context.run_config)
     state = message.content.array_records[ARRAYS_KEY].to_torch_state_dict()
     model.load_state_dict(state)
+    torch.manual_seed(random_seed(settings.seed, 0, _client(context)))
     train_data, test_data = (
         {name: column.to(device) for name, column in data.items()}
         for data in task.data(context)

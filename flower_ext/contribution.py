@@ -32,10 +32,7 @@ class Contribution:
 
     def is_finite(self) -> bool:
         """Whether no array, weight or scalar is NaN or infinite."""
-        values = [np.asarray(self.weight), *map(np.asarray, self.scalars.values())]
-        return all_finite(values) and all(
-            all_finite(arrays.values()) for arrays in self.arrays.values()
-        )
+        return _is_finite(self)
 
 
 @dataclass
@@ -73,6 +70,10 @@ class Total:
         self.weight += term.weight
         self.count += 1
 
+    def is_finite(self) -> bool:
+        """Whether no sum has overflowed."""
+        return _is_finite(self)
+
     def take(self, part: str = DELTA) -> Arrays:
         """Hand over the sums of a part, which the caller may change."""
         return dict(self.arrays.pop(part))
@@ -81,3 +82,10 @@ class Total:
         """Hand over ``sum(weight * arrays) / sum(weight)`` of a part."""
         arrays = self.take(part)
         return {name: np.divide(x, self.weight, out=x) for name, x in arrays.items()}
+
+
+def _is_finite(term: Contribution | Total) -> bool:
+    values = [np.asarray(term.weight), *map(np.asarray, term.scalars.values())]
+    return all_finite(values) and all(
+        all_finite(arrays.values()) for arrays in term.arrays.values()
+    )

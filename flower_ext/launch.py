@@ -11,7 +11,6 @@ From a shell::
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -29,31 +28,27 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO
 
 import psutil
 
+from flower_ext._processes import exit_on_signal, kills, signals, stop_all
+from flower_ext._runlog import (
+    ANSI,
+    print_line,
+    print_progress,
+    tail,
+)
+from flower_ext.report import SUMMARY_FILE, table
+
 ConfigValue = str | int | float | bool
 Start = Callable[[Sequence[str], BinaryIO | int], subprocess.Popen[bytes]]
 
+RESULTS_KEY = "results"  # in an app's run config
 SUPERLINK = "launch"  # name of the connection in the temporary Flower home
 START_SECONDS = 60.0  # a SuperLink takes 2 to 3 s to listen on an idle machine
-GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
-GIVE_UP_SECONDS = 30.0  # for processes that survive SIGKILL (dead file systems)
 TAIL_LINES = 20
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:\s{0,6}")
-_ACTOR = re.compile(r"^\((\w+) pid=\d+[^)]*\) ?")
-_RAY_HINT = re.compile(r" ?\(Ray deduplicates logs by default.*")
-_NOISE = re.compile(
-    r"^Using SuperLink: |^Starting logstream for run_id|^Successfully (?:started run"
-    r"|installed) |^Starting Flower Simulation$|^Since flwr 1\.32, default simulated"
-    r"|^Federation `@|^To change federation size|flwr federation simulation-config"
-    r"|FutureWarning: Tip: In future versions of Ray|^\s*warnings\.warn\($"
-    r"|Manually terminating ClientAppActor|^For more information, visit: <"
-)
 _SETTING = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own grammar
 
 
@@ -147,8 +142,8 @@ def run_app(
     lines: list[str] = []
     begin = time.monotonic()
     processes: list[subprocess.Popen[bytes]] = []
-    fatal = [n for n in (signal.SIGTERM, signal.SIGHUP) if _kills(n)]
-    with _signals(_exit_on_signal, *fatal):
+    fatal = [n for n in (signal.SIGTERM, signal.SIGHUP) if kills(n)]
+    with signals(exit_on_signal, *fatal):
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
             env = _environment(home)
@@ -169,52 +164,17 @@ def run_app(
                     (on_line or print_line)(line)
             status = _completed(flwr, env)
         except RunFailed as error:
-            if not (tail := _tail(lines)):
+            if not (end := tail(lines)):
                 raise
             kept = _keep(log_path) if log_file is None else log_path
-            raise RunFailed(f"{error}\n{tail}\nfull log: {kept}") from None
+            raise RunFailed(f"{error}\n{end}\nfull log: {kept}") from None
         finally:
-            with _signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                _stop_all(home)
+            with signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                stop_all(home)
                 for process in processes:  # reaped already: this takes note of it
                     process.poll()
                 shutil.rmtree(home, ignore_errors=True)
     return RunOutcome(status, time.monotonic() - begin, "\n".join(lines))
-
-
-def readable_line(line: str) -> str | None:
-    """Return a log line without Flower's and Ray's decoration, None for noise.
-
-    Warnings and errors are kept, with their level in front; what a virtual client
-    printed starts with ``client:``.
-
-    Examples
-    --------
-    >>> readable_line("INFO :      [ROUND 1/3]")
-    '[ROUND 1/3]'
-    >>> readable_line("(ClientAppActor pid=77) WARNING :   loss is nan")
-    'client: WARNING: loss is nan'
-    >>> readable_line("INFO :      Starting logstream for run_id `1`") is None
-    True
-    """
-    line = _RAY_HINT.sub("", _ANSI.sub("", line).rstrip())
-    source = ""
-    if actor := _ACTOR.match(line):
-        source = "client: " if actor[1] == "ClientAppActor" else f"{actor[1]}: "
-        line = line[actor.end() :]
-    if level := _LEVEL.match(line):
-        line = line[level.end() :]
-        source += "" if level[1] in ("DEBUG", "INFO") else f"{level[1]}: "
-    if _NOISE.search(line) or not line.strip():
-        return None
-    return source + line
-
-
-def print_line(line: str) -> None:
-    """Print `readable_line` of a log line, nothing for noise."""
-    text = readable_line(line)
-    if text is not None:
-        print(text, flush=True)
 
 
 def parse_run_config(settings: Sequence[str]) -> dict[str, ConfigValue]:
@@ -262,19 +222,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--num-gpus", "--client-resources-num-gpus", type=float, default=0.0
     )
     parser.add_argument("--timeout", type=float, help="seconds; default: none")
-    parser.add_argument("--results", type=Path, help="folder for the log, flower.log")
-    parser.add_argument("--verbose", action="store_true", help="print every line")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="folder for the log and, if the app's run config has a key 'results', for "
+        "what the app writes; by default results/APP-TIME for such an app",
+    )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--verbose", action="store_true", help="print every line")
+    shown.add_argument(
+        "--progress", action="store_true", help="print rounds, warnings and errors only"
+    )
     args = parser.parse_args(argv)
+    show = print if args.verbose else print_progress if args.progress else print_line
     try:
+        run_config = parse_run_config(args.run_config)
+        results = _results_folder(args.app, args.results, run_config)
+        if args.progress:
+            print(f"Starting {args.num_supernodes} virtual clients on Ray", flush=True)
         outcome = run_app(
             args.app,
-            run_config=parse_run_config(args.run_config),
+            run_config=run_config,
             num_supernodes=args.num_supernodes,
             num_cpus=args.num_cpus,
             num_gpus=args.num_gpus,
             timeout=args.timeout,
-            log_file=args.results and args.results / "flower.log",
-            on_line=print if args.verbose else print_line,
+            log_file=results and results / "flower.log",
+            on_line=show,
         )
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
@@ -284,8 +258,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    if results and (results / SUMMARY_FILE).exists():
+        print(f"\n{table(results)}\n")
     print(f"{outcome.status} in {outcome.seconds:.0f} s")
+    if results:
+        print(f"results: {results}")
     return 0
+
+
+def _results_folder(
+    app_dir: Path, asked: Path | None, run_config: dict[str, ConfigValue]
+) -> Path | None:
+    """Choose the results folder, and tell an app about it that has the key."""
+    if RESULTS_KEY in run_config:
+        return Path(str(run_config[RESULTS_KEY])).resolve()
+    config = _app_table(app_dir).get("config", {})
+    has_key = isinstance(config, dict) and RESULTS_KEY in config
+    if asked is None and has_key:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        asked = Path("results", f"{app_dir.resolve().name}-{stamp}")
+    if asked is not None and has_key:
+        run_config[RESULTS_KEY] = str(asked.resolve())
+    return asked and asked.resolve()
 
 
 def _check_positive(**numbers: int) -> None:
@@ -296,21 +290,29 @@ def _check_positive(**numbers: int) -> None:
 
 def _check_app(app_dir: Path, run_config: Mapping[str, ConfigValue]) -> None:
     """Refuse what Flower would refuse later and less clearly."""
+    config = _app_table(app_dir).get("config", {})
+    known = set(_flat_keys(config if isinstance(config, dict) else {}))
+    if unknown := sorted(set(run_config) - known):
+        raise ValueError(
+            f"run config has no key {', '.join(unknown)}: {app_dir}/pyproject.toml "
+            f"lists {', '.join(sorted(known)) or 'none'}"
+        )
+
+
+def _app_table(app_dir: Path) -> Mapping[str, object]:
+    """Return ``[tool.flwr.app]`` of an app."""
     file = app_dir / "pyproject.toml"
     if not file.is_file():
         raise ValueError(f"{app_dir} is no Flower app: it has no pyproject.toml")
     try:
-        app = tomllib.loads(file.read_text("utf-8"))["tool"]["flwr"]["app"]
+        app: dict[str, object] = tomllib.loads(file.read_text("utf-8"))["tool"]["flwr"][
+            "app"
+        ]
     except (KeyError, TypeError):
         raise ValueError(f"{file} has no [tool.flwr.app]: not a Flower app") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{file} is not valid TOML: {error}") from None
-    known = set(_flat_keys(app.get("config", {})))
-    if unknown := sorted(set(run_config) - known):
-        raise ValueError(
-            f"run config has no key {', '.join(unknown)}: {file} lists "
-            f"{', '.join(sorted(known)) or 'none'}"
-        )
+    return app
 
 
 def _flat_keys(table: Mapping[str, object], prefix: str = "") -> Iterator[str]:
@@ -355,7 +357,7 @@ def _environment(home: Path) -> dict[str, str]:
     env = {
         **os.environ,
         "PATH": _search_path(),
-        "FLWR_HOME": str(home),  # also marks our processes, see _ours
+        "FLWR_HOME": str(home),  # also marks our processes, see _processes
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -415,8 +417,8 @@ def _start_superlink(superlink: str, start: Start, home: Path) -> None:
             if time.monotonic() > deadline:
                 raise RunFailed(f"no SuperLink listens after {START_SECONDS:.0f} s")
             time.sleep(0.1)
-    tail = _tail(log.read_text("utf-8", errors="replace").splitlines())
-    raise RunFailed(f"the SuperLink ended with code {process.returncode}\n{tail}")
+    end = tail(log.read_text("utf-8", errors="replace").splitlines())
+    raise RunFailed(f"the SuperLink ended with code {process.returncode}\n{end}")
 
 
 def _listens(pid: int, port: int) -> bool:
@@ -442,7 +444,7 @@ def _stream(
     assert process.stdout is not None
     with process.stdout as stdout:
         for raw in stdout:
-            line = _ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip()
+            line = ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip()
             submitted = submitted or line.startswith("Successfully started run")
             if submitted or not line.startswith(("╭", "│", "╰")):
                 yield line
@@ -469,81 +471,6 @@ def _completed(flwr: str, env: Mapping[str, str]) -> str:
     if status != "finished:completed":
         raise RunFailed(f"the run ended as {status}: {details}")
     return status
-
-
-def _ours(home: Path, sessions: set[int]) -> set[psutil.Process]:
-    """Find all processes of a run, detached ones too.
-
-    Each inherits ``FLWR_HOME``. A few of Ray's overwrite their environment with their
-    title; those are found as descendants, or by the session they were started in.
-    """
-    everyone = list(psutil.process_iter())
-    found = set()
-    for process in everyone:
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("FLWR_HOME") == str(home):
-                found |= {process, *process.children(recursive=True)}
-    for process in everyone:
-        with contextlib.suppress(psutil.Error, OSError):
-            if process in found:
-                sessions.add(os.getsid(process.pid))
-    sessions.discard(os.getsid(0))
-    for process in everyone:
-        with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) in sessions:
-                found.add(process)
-    return {p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE}
-
-
-def _stop_all(home: Path) -> None:
-    """Terminate, then kill, until nothing of the run is left."""
-    begin = time.monotonic()
-    sessions: set[int] = set()
-    told: set[psutil.Process] = set()
-    while processes := _ours(home, sessions):
-        seconds = time.monotonic() - begin
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                if seconds > GRACE_SECONDS:
-                    process.kill()
-                elif process not in told:
-                    process.terminate()
-        told |= processes
-        psutil.wait_procs(processes, timeout=0.5)
-        if seconds > GIVE_UP_SECONDS:
-            left = sorted(process.pid for process in processes)
-            print(f"WARNING: cannot stop processes {left}", file=sys.stderr)
-            return
-
-
-@contextlib.contextmanager
-def _signals(
-    handler: Callable[[int, FrameType | None], None] | signal.Handlers, *numbers: int
-) -> Iterator[None]:
-    """Set signal handlers for a while; only the main thread can."""
-    in_main = threading.current_thread() is threading.main_thread()
-    previous = {n: signal.signal(n, handler) for n in numbers if in_main}
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
-def _kills(number: int) -> bool:
-    """Whether a signal has its default action: not under nohup or a handler."""
-    return signal.getsignal(number) is signal.SIG_DFL
-
-
-def _exit_on_signal(number: int, _: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
-def _tail(lines: Sequence[str]) -> str:
-    """Return the end of a log, without Flower's explanation of its exit code."""
-    end = next((i for i, line in enumerate(lines) if "Exit Code:" in line), len(lines))
-    readable = [text for line in lines[:end] if (text := readable_line(line))]
-    return "\n".join(readable[-TAIL_LINES:])
 
 
 def _keep(log: Path) -> Path:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, MetricRecordValues, RecordDict
 
 from flower_ext._flower import log
 from flower_ext.arrays import Arrays, from_record, layout
@@ -58,22 +58,34 @@ def read_scalar(reply: RecordDict, key: str, low: float = 0.0) -> float:
     MalformedReply
         If it is missing, a list, not finite or too small.
     """
-    return read_vector(reply, key, 1, low)[0]
+    found = _find(reply, key)
+    if isinstance(found, list) or not low <= found < float("inf"):
+        raise MalformedReply(
+            f"metric {key!r}={found} must be a finite number >= {low:g}"
+        )
+    return float(found)
 
 
 def read_vector(
     reply: RecordDict, key: str, size: int, low: float = 0.0
 ) -> list[float]:
-    """Return a metric of ``size`` finite numbers, see :func:`read_scalar`."""
+    """Return a metric of ``size`` finite numbers, see :func:`read_scalar`.
+
+    A vector of one may be sent as a number.
+    """
+    found = _find(reply, key)
+    values = found if isinstance(found, list) else [found]
+    if len(values) != size or not all(low <= v < float("inf") for v in values):
+        raise MalformedReply(
+            f"metric {key!r}={found} must be {size} finite number(s) >= {low:g}"
+        )
+    return [float(v) for v in values]
+
+
+def _find(reply: RecordDict, key: str) -> MetricRecordValues:
     for metrics in reply.metric_records.values():
         if key in metrics:
-            found = metrics[key]
-            values = found if isinstance(found, list) else [found]
-            if len(values) == size and all(low <= v < float("inf") for v in values):
-                return [float(v) for v in values]
-            raise MalformedReply(
-                f"metric {key!r}={found} must be {size} finite number(s) >= {low:g}"
-            )
+            return metrics[key]
     raise MalformedReply(f"no metric {key!r} in the reply")
 
 
@@ -138,14 +150,15 @@ def aggregate_metrics(
     """Aggregate the metrics of replies, those that all of them have.
 
     Flower's average needs the same metrics in every reply; one client that reports
-    less must not end the run. Metrics in ``consumed`` are left out. Replies that weigh
-    nothing have no average.
+    less must not end the run. Metrics in ``consumed`` are left out, and so are replies
+    that weigh nothing: a client without examples knows no loss.
     """
-    if not sum(read_scalar(content, weighted_by_key) for content in contents):
+    contents = [c for c in contents if read_scalar(c, weighted_by_key) > 0]
+    if not contents:
         return MetricRecord()
     names = [
         {
-            (key, name, len(value) if isinstance(value, list) else 0)
+            (key, name, len(value) if isinstance(value, list) else None)
             for key, record in content.metric_records.items()
             for name, value in record.items()
             if name not in consumed
@@ -160,18 +173,28 @@ def aggregate_metrics(
             sorted({f"{key}/{name}" for key, name, _ in missing}),
         )
     kept = {(key, name) for key, name, _ in common}
-    return MetricRecord(
-        dict(aggregate([_only(c, kept) for c in contents], weighted_by_key))
-    )
+    chosen = [_only(content, kept, weighted_by_key) for content in contents]
+    return MetricRecord(dict(aggregate(chosen, weighted_by_key)))
 
 
-def _only(content: RecordDict, kept: set[tuple[str, str]]) -> RecordDict:
-    """Copy a reply with the metrics that are kept; its arrays are the same objects."""
-    result = RecordDict(dict(content))
-    for key, record in content.metric_records.items():
-        chosen = {name: value for name, value in record.items() if (key, name) in kept}
+def _only(
+    content: RecordDict, kept: set[tuple[str, str]], weighted_by_key: str
+) -> RecordDict:
+    """Copy a reply with the metrics that are kept; its arrays are the same objects.
+
+    Flower looks for the weight in the first MetricRecord, and adds up metrics of the
+    same name: the record with the weight goes first, and the first of a name is kept.
+    """
+    metrics = content.metric_records
+    result = RecordDict({k: x for k, x in content.items() if k not in metrics})
+    seen: set[str] = set()
+    for key in sorted(metrics, key=lambda key: weighted_by_key not in metrics[key]):
+        chosen = {
+            name: value
+            for name, value in metrics[key].items()
+            if (key, name) in kept and name not in seen
+        }
+        seen.update(chosen)
         if chosen:
             result[key] = MetricRecord(chosen)
-        else:
-            del result[key]
     return result

@@ -94,7 +94,7 @@ def run_rounds(
             timeout,
         )
         arrays, metrics = strategy.aggregate_train(current, train.replies)
-        train.replies.clear()
+        train.replies = []  # free them before the evaluation
         if arrays is not None:
             result.arrays = arrays
         if metrics is not None:

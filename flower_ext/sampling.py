@@ -92,7 +92,7 @@ class PoissonSampler(Sampler):
     ) -> list[int]:
         """Toss one coin per client."""
         draws = self.generator(server_round, purpose).random(len(clients))
-        chosen = draws < size / len(clients)
+        chosen = draws * len(clients) < size
         return [client for client, take in zip(clients, chosen, strict=True) if take]
 
 

@@ -32,10 +32,10 @@ from flower_ext._flower import CLIENT_RAISED
 from flower_ext.additive import AdditiveStrategy
 from flower_ext.arrays import Arrays, from_record, layout
 from flower_ext.checkpoint import Stateful
-from flower_ext.client import ARRAYS_KEY, METRICS_KEY, Batch, Task, client_app
+from flower_ext.client import ARRAYS_KEY, Batch, Task, client_app
 from flower_ext.simulation.local import LocalGrid
 
-CLIENTS = 4
+CLIENTS = 3
 
 
 class ConformanceError(AssertionError):
@@ -68,21 +68,23 @@ def check_strategy(
     """Check that a strategy keeps the contract of Flower's Message API.
 
     It must construct, run, keep the model in a round without replies, average what is
-    left when some clients fail, not depend on the order of replies, mutate nothing that
-    it was given (but for ``server-round`` in the configuration), keep names and shapes,
-    be picklable, and continue from ``state_dict`` if it has one. A robust strategy
-    also keeps dtypes, of integer arrays too, accepts extra records, and leaves out hostile
-    replies: missing, extra, misshapen, unreadable or non-finite arrays, weights that
-    are none, clients that reply twice or were not asked.
+    left when some clients fail, in training and in evaluation, not depend on the order
+    of replies, mutate nothing that it was given (but for ``server-round`` in the
+    configuration), keep names and shapes, be picklable, and continue from
+    ``state_dict`` if it has one. A robust strategy also keeps dtypes, of integer arrays
+    too, accepts extra records, and leaves out hostile replies: missing, extra,
+    misshapen, unreadable or non-finite arrays, weights and other metrics it needs that
+    are missing or no numbers, clients that reply twice or were not asked.
 
     Parameters
     ----------
     factory : callable
         Makes a new strategy; usually the class itself.
     app : ClientApp, optional
-        Makes the replies. By default a tiny linear model on made-up data, with the
-        client half that the strategy names in ``client_half``; the data has the
-        columns ``x`` (float32, 3), ``y`` (int64, 0 or 1) and ``group`` (int64, 0 or 1).
+        Makes the replies; it must train whatever float arrays it receives. By default a
+        tiny linear model on made-up data, with the client half that the strategy names
+        in ``client_half``; the data has the columns ``x`` (float32, 3), ``y`` (int64, 0
+        or 1) and ``group`` (int64, 0 or 1).
     robust : bool, optional
         Whether robustness is required; by default for an
         :class:`~flower_ext.AdditiveStrategy`. Otherwise it is only reported.
@@ -96,19 +98,27 @@ def check_strategy(
     ------
     ConformanceError
         If a required rule is broken.
+
+    Examples
+    --------
+    >>> report = check_strategy(AdditiveStrategy)
+    >>> report.limitations
+    {}
     """
     report = Report()
     broken: dict[str, str] = {}
     if robust is None:
         robust = isinstance(factory(), AdditiveStrategy)
+    expected: dict[int, Arrays] = {}
+    rules: list[tuple[Callable[[_Bench], None], bool]]
     rules = [(rule, True) for rule in _CONTRACT]
     rules += [(rule, robust) for rule in _ROBUSTNESS]
     for rule, required in rules:
         name = str(rule.__doc__).partition("\n")[0].rstrip(".").lower()
         try:
-            rule(_Bench(factory, app))
+            rule(_Bench(factory, app, expected))
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
             (broken if required else report.limitations)[name] = why
         else:
             report.passed.append(name)
@@ -137,7 +147,8 @@ class _Model(nn.Module):
 
 def _make_model(config: UserConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        # Not torch.manual_seed: beside a generator it visits every kind of device.
+        torch.default_generator.manual_seed(0)
         return _Model(bool(config["counter"]))
 
 
@@ -153,20 +164,27 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
 
 
-_TASK = Task(model=_make_model, data=_data, loss=_loss)
+def _sample_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    chances = model(batch["x"]).detach().softmax(1)
+    return {**batch, "y": chances.multinomial(1, generator=generator)[:, 0]}
+
+
+_TASK = Task(_make_model, _data, _loss, sample_labels=_sample_labels)
 
 
 class _Bench:
-    """A strategy at work with four clients, step by step."""
+    """A strategy at work with a few clients, step by step."""
 
     def __init__(
         self,
         factory: Callable[[], Strategy],
         app: ClientApp | None,
+        expected: dict[int, Arrays] | None = None,
         *,
         counter: bool = False,
     ) -> None:
         self.factory = factory
+        self._expected = {} if expected is None else expected
         self.app = app
         self.strategy = factory()
         half = getattr(self.strategy, "client_half", None)
@@ -186,6 +204,14 @@ class _Bench:
         """Return the honest replies of a round, by node."""
         return list(self.grid.send_and_receive(self.ask(server_round)))
 
+    def evaluations(self) -> list[Message]:
+        """Return the honest replies to an evaluation, by node."""
+        messages = self.strategy.configure_evaluate(
+            1, self.sent, ConfigRecord(), self.grid
+        )
+        replies = self.grid.send_and_receive(messages)
+        return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+
     def aggregate(self, replies: list[Message], server_round: int = 1) -> Arrays:
         """Return the new model, which must be laid out as the one that was sent."""
         record, _ = self.strategy.aggregate_train(server_round, replies)
@@ -201,8 +227,10 @@ class _Bench:
 
     def without(self, clients: int) -> Arrays:
         """Return what a new strategy makes of the replies but the first ones."""
-        other = _Bench(self.factory, self.app)
-        return other.aggregate(other.replies()[clients:])
+        if clients not in self._expected:
+            other = _Bench(self.factory, self.app)
+            self._expected[clients] = other.aggregate(other.replies()[clients:])
+        return self._expected[clients]
 
 
 def _require(condition: bool, otherwise: str) -> None:
@@ -317,6 +345,17 @@ def _state(bench: _Bench) -> None:
     _same(other.aggregate(replies, 2), expected, "after load_state_dict")
 
 
+def _evaluates(bench: _Bench) -> None:
+    """Ignores error replies to an evaluation."""
+    honest = bench.evaluations()
+    mixed = [_error(reply) for reply in honest[:1]] + honest[1:]
+    expected = bench.strategy.aggregate_evaluate(1, honest[1:])
+    found = bench.strategy.aggregate_evaluate(1, mixed)
+    _require(found == expected, f"{found} with one error reply, without: {expected}")
+    bench.strategy.aggregate_evaluate(1, [_error(reply) for reply in honest])
+    bench.strategy.aggregate_evaluate(1, [])
+
+
 _CONTRACT = (
     _runs,
     _empty,
@@ -326,6 +365,7 @@ _CONTRACT = (
     _mutates_nothing,
     _pickles,
     _state,
+    _evaluates,
 )
 
 # Robustness -----------------------------------------------------------------------
@@ -367,11 +407,52 @@ def _unasked(bench: _Bench) -> None:
     _same(bench.aggregate(replies), bench.without(1), "a stranger's reply")
 
 
-Tamper = Callable[[RecordDict], None]
+def _own_metrics(bench: _Bench) -> None:
+    """Leaves out a reply whose metrics for the strategy itself are not there."""
+    for name in getattr(bench.strategy, "consumed_metrics", ()):
+        for value in (None, float("nan")):
+            other = _Bench(bench.factory, bench.app)
+            replies = other.replies()
+            if _set_metric(replies[0].content, name, value):
+                _same(other.aggregate(replies), other.without(1), f"{name}={value}")
+
+
+def _evaluates_anything(bench: _Bench) -> None:
+    """Takes hostile replies to an evaluation without failing."""
+    replies = [reply for reply in bench.evaluations() if reply.has_content()]
+    if not replies:
+        return
+    honest = replies[0].content
+    for name in {name for record in honest.metric_records.values() for name in record}:
+        for value in (None, float("nan"), float("-inf"), [1.0, 2.0, 3.0]):
+            content = RecordDict({key: record.copy() for key, record in honest.items()})
+            _set_metric(content, name, value)
+            replies[0].content = content
+            bench.strategy.aggregate_evaluate(1, replies)
+    replies[0].content = RecordDict()
+    bench.strategy.aggregate_evaluate(1, [*replies, replies[-1]])
+
+
+def _set_metric(
+    content: RecordDict, name: str, value: float | list[float] | None
+) -> bool:
+    """Change a metric, or delete it, and say whether it was there."""
+    found = False
+    for record in content.metric_records.values():
+        if name in record:
+            found = True
+            del record[name]
+            if value is not None:
+                record[name] = value
+    return found
+
+
+# Changes the content of a reply to a strategy.
+Tamper = Callable[[RecordDict, Strategy], None]
 
 
 def _with_array(array: Array | None, name: str = "linear.weight") -> Tamper:
-    def tamper(content: RecordDict) -> None:
+    def tamper(content: RecordDict, _: Strategy) -> None:
         record = content.array_records[ARRAYS_KEY]
         if array is None:
             del record[name]
@@ -382,18 +463,14 @@ def _with_array(array: Array | None, name: str = "linear.weight") -> Tamper:
 
 
 def _with_weight(value: float | list[float] | None) -> Tamper:
-    def tamper(content: RecordDict) -> None:
-        metrics = content.metric_records[METRICS_KEY]
-        for name in [n for n in metrics if n in ("num-examples", "appeal-weight")]:
-            if value is None:
-                del metrics[name]
-            else:
-                metrics[name] = value
+    def tamper(content: RecordDict, strategy: Strategy) -> None:
+        name = getattr(strategy, "weighted_by_key", "num-examples")
+        _set_metric(content, name, value)
 
     return tamper
 
 
-def _without_arrays(content: RecordDict) -> None:
+def _without_arrays(content: RecordDict, _: Strategy) -> None:
     del content[ARRAYS_KEY]
 
 
@@ -402,7 +479,7 @@ def _leaves_out(what: str, tamper: Tamper) -> Callable[[_Bench], None]:
 
     def rule(bench: _Bench) -> None:
         replies = bench.replies()
-        tamper(replies[0].content)
+        tamper(replies[0].content, bench.strategy)
         _same(bench.aggregate(replies), bench.without(1), what)
 
     rule.__doc__ = f"Leaves out a reply with {what}."
@@ -437,4 +514,6 @@ _ROBUSTNESS = (
     _leaves_out("a negative weight", _with_weight(-1.0)),
     _leaves_out("a weight of NaN", _with_weight(float("nan"))),
     _leaves_out("a list for a weight", _with_weight([1.0, 2.0])),
+    _own_metrics,
+    _evaluates_anything,
 )

@@ -2,16 +2,23 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from logging import ERROR, INFO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import MetricRecord
 
 from flower_ext._flower import log
+from flower_ext.errors import refuse
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -81,9 +88,11 @@ class Tracker:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / METRICS_FILE
-        self._tensorboard = (
-            find_spec("tensorboard") is not None if tensorboard is None else tensorboard
-        )
+        installed = find_spec("tensorboard") is not None
+        if tensorboard and not installed:
+            refuse("tensorboard", True, "False", "the package is not installed")
+        self._tensorboard = installed if tensorboard is None else tensorboard
+        self._events: SummaryWriter | None = None
         self._num_rounds = 0
         self._done = 0
         self._begun = 0.0
@@ -101,13 +110,23 @@ class Tracker:
         """Record one round; a disk that does not take it is reported, not fatal."""
         row = this.row()
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._append(json.dumps(row) + "\n")
             if self._tensorboard:
                 self._write_events(row)
         except OSError as error:
             log(ERROR, "round %s is not in %s: %s", row["round"], self.path, error)
         log(INFO, "%s", self._progress(row))
+
+    def _append(self, line: str) -> None:
+        """Append a line, or nothing: half a line would spoil the next one."""
+        end = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, end)
+            raise
 
     def _progress(self, row: Mapping[str, object]) -> str:
         number = int(str(row["round"]))
@@ -129,10 +148,12 @@ class Tracker:
     def _write_events(self, row: Mapping[str, object]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(self.folder)) as writer:
-            for key, value in row.items():
-                if isinstance(value, int | float) and key != "round":
-                    writer.add_scalar(key, value, int(str(row["round"])))
+        if self._events is None:
+            self._events = SummaryWriter(str(self.folder))
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "round":
+                self._events.add_scalar(key, value, int(str(row["round"])))
+        self._events.flush()
 
 
 def read_metrics(path: Path | str) -> list[dict[str, object]]:
@@ -182,25 +203,22 @@ def plot(
     Raises
     ------
     ValueError
-        If no run has any of the metrics.
+        If no run has any of the metrics, or the column ``x``.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     metrics = list(metrics)
     rows = {label: read_metrics(path) for label, path in runs.items()}
-    if not any(
-        metric in row for found in rows.values() for row in found for metric in metrics
-    ):
+    columns = {column for found in rows.values() for row in found for column in row}
+    if not columns.intersection(metrics):
         raise ValueError(
             f"metrics={metrics} must be in at least one of the runs {list(runs)}: "
             "the runs have written nothing, or the names differ"
         )
-    figure, panels = plt.subplots(
-        1, len(metrics), figsize=(5 * len(metrics), 3.6), squeeze=False
-    )
+    if x not in columns:
+        refuse("x", x, f"one of {sorted(columns)}")
+    figure = Figure(figsize=(5 * len(metrics), 3.6))
+    panels = figure.subplots(1, len(metrics), squeeze=False)
     for panel, metric in zip(panels[0], metrics, strict=True):
         for label, found in rows.items():
             points = list(_points(found, x, metric))
@@ -208,13 +226,13 @@ def plot(
                 panel.plot(*zip(*points, strict=True), marker=".", label=label)
         panel.set(xlabel=x, ylabel=metric)
         panel.grid(alpha=0.3)
-        panel.legend()
+        if panel.lines:
+            panel.legend()
     figure.suptitle(title)
     figure.tight_layout()
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)
-    plt.close(figure)
     return output
 
 

@@ -23,9 +23,9 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
-from flower_ext.additive import AdditiveStrategy, Config, Metrics
+from flower_ext.additive import AdditiveStrategy, Config
 from flower_ext.arrays import Arrays, accumulate, to_record, zeros_like
-from flower_ext.client import Batch, ClientHalf, Local, batches
+from flower_ext.client import Batch, ClientHalf, Local, Metrics, batches
 from flower_ext.contribution import Contribution, Total
 from flower_ext.errors import at_least, positive, refuse
 from flower_ext.options import FedAvgOptions
@@ -44,7 +44,8 @@ Vector = npt.NDArray[np.float64]
 def dual_weights(theta: Vector, dual_bound: float) -> Vector:
     r"""Return :math:`\lambda_a = B e^{\theta_a} / (1 + \sum_b e^{\theta_b})`.
 
-    The 1 is the slack: all :math:`\lambda \ge 0` and their sum stays below :math:`B`.
+    The 1 is the slack: all :math:`\lambda \ge 0` and their sum stays below :math:`B`
+    (and reaches it where a large :math:`\theta` rounds the slack away).
 
     Examples
     --------
@@ -63,271 +64,8 @@ def example_multipliers(dual: Vector, counts: Vector) -> Vector:
     average :math:`\sum_k \frac{n_k}{n} h_k` is the Lagrangian but for a constant. A
     group of which no example is known gets 0.
     """
-    share = counts / max(float(counts.sum()), 1.0)
+    share = counts / (float(counts.sum()) or 1.0)
     return np.divide(dual, share, out=np.zeros_like(dual), where=share > 0)
-
-
-class BoundedGroupLoss(AdditiveStrategy):
-    r"""Federated averaging under an upper bound on the loss of every group.
-
-    Against FedAvg, clients weigh their examples by the dual of their group, and send
-    the sum of losses and the number of examples of each group, at the model they
-    received; the server adds these up, and raises the dual of a group whose loss is
-    above its bound. Works with the client half :class:`BoundedGroupLossClient`, or
-    with :func:`group_sums` in a loop of one's own.
-
-    Parameters
-    ----------
-    groups : sequence of str
-        Names; a client's examples carry indices into it.
-    upper_bound : float or sequence of float
-        :math:`\zeta_a \ge 0`, for all constraints or one each. Where it is not
-        reachable the duals stick at ``dual_bound``; at 0 and with a large
-        ``dual_bound`` the worst group is what is minimised.
-    labels : sequence of str, optional
-        Bound the loss of every (group, label) pair instead: conditional bounded group
-        loss, related to equalised odds. Constraints are ordered group by group.
-    dual_bound : float (default: 5.0)
-        :math:`B \ge 0`, bounds the sum of the duals; 0 is FedAvg.
-    dual_learning_rate : float (default: 0.5)
-        :math:`\eta_\theta > 0` of the exponentiated gradient; scales with the loss.
-    group_counts : sequence of float, optional
-        Examples per constraint over all clients, where they are public. Otherwise
-        they are counted in the replies so far, and the first round, which knows none,
-        is one of FedAvg.
-    average_iterates : bool (default: True)
-        Keep the mean of the models (one more model in memory, float64).
-    server_optimizer, sampler, min_replies
-        See :class:`~flower_ext.AdditiveStrategy`.
-    **options
-        Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
-
-    Attributes
-    ----------
-    dual : ndarray of shape (constraints,)
-        :math:`\lambda`.
-
-    Notes
-    -----
-    ``start`` returns the last iterate; :meth:`iterates` has the averaged one, for
-    which the theory is, and the best feasible one. Metrics: ``group-loss/<name>``
-    and ``dual/<name>`` per constraint, ``worst-group-loss``, and ``feasible``, all at
-    the model that the cohort received, on training data; at evaluation the group
-    losses on test data. The theory wants a bounded loss.
-
-    Clients reveal sums and counts per group, nothing about single examples beyond
-    that; the counts of a small client are sensitive nevertheless. With partial
-    participation the losses are those of the cohort.
-
-    Examples
-    --------
-    >>> strategy = BoundedGroupLoss(groups=["female", "male"], upper_bound=0.4)
-    >>> strategy.dual
-    array([1.66666667, 1.66666667])
-    """
-
-    client_half = "bounded-group-loss"
-    consumed_metrics = (LOSS_SUMS, COUNTS)
-
-    def __init__(
-        self,
-        *,
-        groups: Sequence[str],
-        upper_bound: float | Sequence[float],
-        labels: Sequence[str] | None = None,
-        dual_bound: float = 5.0,
-        dual_learning_rate: float = 0.5,
-        group_counts: Sequence[float] | None = None,
-        average_iterates: bool = True,
-        server_optimizer: ServerOptimizer | None = None,
-        sampler: Sampler | None = None,
-        min_replies: int = 1,
-        **options: Unpack[FedAvgOptions],
-    ) -> None:
-        super().__init__(
-            server_optimizer=server_optimizer,
-            sampler=sampler,
-            min_replies=min_replies,
-            **options,
-        )
-        if isinstance(groups, str) or not groups or len(set(groups)) < len(groups):
-            refuse("groups", groups, "a sequence of different names")
-        if labels is not None and (isinstance(labels, str) or not labels):
-            refuse("labels", labels, "a sequence of names, or None")
-        self.constraints = [
-            f"{group}/{label}" if label else group
-            for group in groups
-            for label in labels or [""]
-        ]
-        self.num_labels = len(labels or [])
-        self.upper_bound = self._per_constraint("upper_bound", upper_bound)
-        at_least("dual_bound", dual_bound, 0)
-        positive("dual_learning_rate", dual_learning_rate)
-        self.dual_bound = dual_bound
-        self.dual_learning_rate = dual_learning_rate
-        self._known = group_counts is not None
-        self._counts = self._per_constraint(
-            "group_counts", 0.0 if group_counts is None else group_counts
-        )
-        self._theta = np.zeros(len(self.constraints))
-        self._average: dict[str, npt.NDArray[np.float64]] = {}
-        self._rounds = 0
-        self._keep_average = average_iterates
-        self._best: tuple[tuple[float, float], Arrays] | None = None
-
-    @property
-    def dual(self) -> Vector:
-        r"""The current :math:`\lambda`."""
-        return dual_weights(self._theta, self.dual_bound)
-
-    def client_config(self) -> Config:
-        """Tell clients what to add to the weight of an example of each group."""
-        multipliers = example_multipliers(self.dual, self._counts)
-        return {
-            MULTIPLIERS_KEY: [float(m) for m in multipliers],
-            NUM_LABELS_KEY: self.num_labels,
-        }
-
-    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
-        """Return the weighted delta, and the loss sums and counts of the groups."""
-        sums, counts = (
-            np.array(read_vector(reply, key, len(self.constraints)))
-            for key in (LOSS_SUMS, COUNTS)
-        )
-        if np.any((counts == 0) & (sums > 0)):
-            raise MalformedReply(f"{LOSS_SUMS!r} of a group without examples")
-        term = super().contribution(reply, sent)
-        return Contribution(term.arrays, term.weight, {LOSS_SUMS: sums, COUNTS: counts})
-
-    def report(self, total: Total) -> Metrics:
-        """Return group losses and duals of the model that the cohort received."""
-        losses = _losses(total.scalars)
-        metrics = self._loss_metrics(losses)
-        metrics["feasible"] = int(bool(np.all(_excess(losses, self.upper_bound) <= 0)))
-        for name, value in zip(self.constraints, self.dual, strict=True):
-            metrics[f"dual/{name}"] = float(value)
-        return metrics
-
-    def update(self, total: Total) -> Arrays:
-        """Average the deltas, and take the dual step."""
-        self._remember(total)
-        losses = _losses(total.scalars)
-        self._theta += self.dual_learning_rate * np.nan_to_num(
-            losses - self.upper_bound
-        )
-        if not self._known:
-            self._counts += total.scalars[COUNTS]
-        return total.mean()
-
-    def report_evaluate(self, replies: list[Message]) -> Metrics:
-        """Return the group losses on test data."""
-        sums = {
-            key: np.sum(
-                [read_vector(r.content, key, len(self.constraints)) for r in replies],
-                axis=0,
-            )
-            for key in (LOSS_SUMS, COUNTS)
-        }
-        return self._loss_metrics(_losses(sums))
-
-    def iterates(self) -> dict[str, ArrayRecord]:
-        """Return ``"average"`` and ``"best-feasible"``, as far as there are any.
-
-        The average is over all models that were sent out. Best feasible is, of these,
-        the one of least overall loss among those within all bounds, or, if none was,
-        the one that exceeded its bounds least.
-        """
-        found: dict[str, Arrays] = {}
-        if self._rounds and self._keep_average and self._sent is not None:
-            found["average"] = {
-                name: apply_direction(sent, self._average[name] / self._rounds - sent)
-                for name, sent in self._sent.items()
-            }
-        if self._best is not None:
-            found["best-feasible"] = self._best[1]
-        return {name: to_record(arrays) for name, arrays in found.items()}
-
-    def state_dict(self) -> dict[str, object]:
-        """Add duals, counts and iterates."""
-        state: dict[str, object] = {
-            "theta": self._theta,
-            "counts": self._counts,
-            "rounds": self._rounds,
-            "average": dict(self._average),
-        }
-        if self._best is not None:
-            state["best"] = {"rank": list(self._best[0]), "arrays": self._best[1]}
-        return {**super().state_dict(), "bounded-group-loss": state}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take over duals, counts and iterates."""
-        super().load_state_dict(state)
-        own = dict(state["bounded-group-loss"])  # type: ignore[call-overload]
-        if own["theta"].shape != self._theta.shape:
-            refuse(
-                "groups", self.constraints, f"{len(own['theta'])} as in the saved run"
-            )
-        self._theta, self._counts = np.array(own["theta"]), np.array(own["counts"])
-        self._rounds = own["rounds"]
-        self._average = {k: np.array(x) for k, x in own["average"].items()}
-        if best := own.get("best"):
-            rank = best["rank"]
-            self._best = (rank[0], rank[1]), dict(best["arrays"])
-
-    def settings(self) -> dict[str, object]:
-        """Return the settings that ``summary()`` logs."""
-        bounds = zip(self.constraints, self.upper_bound, strict=True)
-        return {
-            "Upper bounds": ", ".join(f"{name} {bound:g}" for name, bound in bounds),
-            "Dual": f"bound {self.dual_bound:g}, rate {self.dual_learning_rate:g}",
-            **super().settings(),
-        }
-
-    def _per_constraint(self, name: str, value: float | Sequence[float]) -> Vector:
-        values = np.array(value, np.float64)
-        size = len(self.constraints)
-        if values.shape not in ((), (size,)):
-            refuse(name, value, f"one number or {size}, for {self.constraints}")
-        if not np.all(np.isfinite(values)) or np.any(values < 0):
-            refuse(name, value, "finite and >= 0")
-        return np.array(np.broadcast_to(values, (size,)))
-
-    def _loss_metrics(self, losses: Vector) -> Metrics:
-        known = {
-            f"group-loss/{name}": float(loss)
-            for name, loss in zip(self.constraints, losses, strict=True)
-            if not np.isnan(loss)
-        }
-        return {**known, "worst-group-loss": max(known.values())} if known else {}
-
-    def _remember(self, total: Total) -> None:
-        """Take the model that was sent into the average, and if it is best, keep it."""
-        assert self._sent is not None
-        losses = _losses(total.scalars)
-        overall = total.scalars[LOSS_SUMS].sum() / max(total.scalars[COUNTS].sum(), 1)
-        excess = max(
-            0.0, float(np.nanmax(_excess(losses, self.upper_bound), initial=0))
-        )
-        rank = (excess, float(overall))
-        if self._best is None or rank < self._best[0]:
-            self._best = rank, self._sent
-        if self._keep_average:
-            self._average = self._average or zeros_like(self._sent)
-            for name, array in self._sent.items():
-                accumulate(self._average[name], array, 1.0)
-        self._rounds += 1
-
-
-def _losses(scalars: Mapping[str, Vector]) -> Vector:
-    """Return the loss of each group; NaN for one without examples."""
-    sums, counts = scalars[LOSS_SUMS], scalars[COUNTS]
-    losses = np.full(sums.shape, np.nan)
-    np.divide(sums, counts, out=losses, where=counts > 0)
-    return losses
-
-
-def _excess(losses: Vector, bound: Vector) -> Vector:
-    return np.nan_to_num(losses - bound, nan=-np.inf, neginf=-np.inf)
 
 
 def group_sums(
@@ -338,16 +76,16 @@ def group_sums(
     Parameters
     ----------
     losses : Tensor of shape (examples,)
-        Of the received model, before training.
+        Of the received model, before training; not negative.
     groups : Tensor of shape (examples,)
         Index of each example's constraint, ``group * num_labels + label`` if labels
         count.
     num_groups : int
         Number of constraints.
     """
-    _require_known(groups, num_groups)
+    _require_known("groups", groups, num_groups)
     sums = torch.zeros(num_groups, dtype=torch.float64)
-    sums.index_add_(0, groups.cpu(), losses.detach().double().cpu())
+    sums.index_add_(0, groups.cpu(), losses.detach().cpu().double())
     counts = torch.bincount(groups.cpu(), minlength=num_groups)
     return {
         LOSS_SUMS: sums.tolist(),
@@ -355,15 +93,16 @@ def group_sums(
     }
 
 
-def _require_known(groups: Tensor, num_groups: int) -> None:
-    if groups.dtype != torch.int64:
-        refuse("groups", groups.dtype, "int64 indices")
-    if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < num_groups:
+def _require_known(name: str, indices: Tensor, size: int) -> None:
+    if indices.dtype != torch.int64 or indices.dim() != 1:
+        found = f"{indices.dtype}{list(indices.shape)}"
+        refuse(name, found, "int64 indices, one per example")
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
         refuse(
-            "groups",
-            [int(groups.min()), int(groups.max())],
-            f"indices from 0 to {num_groups - 1}",
-            "a group that the strategy was not told of",
+            name,
+            [int(indices.min()), int(indices.max())],
+            f"indices from 0 to {size - 1}",
+            "a group or label that the strategy was not told of",
         )
 
 
@@ -415,10 +154,16 @@ class BoundedGroupLossClient(ClientHalf):
         self._multipliers = torch.tensor(told, dtype=torch.float32, device=local.device)
         self._num_labels = int(local.number(NUM_LABELS_KEY, 0))
 
+    def _check(self, data: Batch) -> None:
+        sizes = {self._group: len(self._multipliers) // max(self._num_labels, 1)}
+        if self._num_labels:
+            sizes[self._label] = self._num_labels
+        for column, size in sizes.items():
+            if column not in data:
+                refuse("column", column, f"one of the data's columns {sorted(data)}")
+            _require_known(f"column {column!r}", data[column], size)
+
     def _constraint(self, batch: Batch) -> Tensor:
-        for column in (self._group, self._label)[: 1 + bool(self._num_labels)]:
-            if column not in batch:
-                refuse("column", column, f"one of the data's columns {sorted(batch)}")
         index = batch[self._group]
         if self._num_labels:
             index = index * self._num_labels + batch[self._label]
@@ -426,6 +171,7 @@ class BoundedGroupLossClient(ClientHalf):
 
     @torch.no_grad()
     def _sums(self, local: Local, data: Batch) -> Metrics:
+        self._check(data)
         local.model.eval()
         parts = [
             local.task.loss(local.model, batch).detach()
@@ -434,3 +180,281 @@ class BoundedGroupLossClient(ClientHalf):
         losses = torch.cat(parts) if parts else torch.zeros(0)
         sums = group_sums(losses, self._constraint(data), len(self._multipliers))
         return {**sums}
+
+
+class BoundedGroupLoss(AdditiveStrategy):
+    r"""Federated averaging under an upper bound on the loss of every group.
+
+    Against FedAvg, clients weigh their examples by the dual of their group, and send
+    the sum of losses and the number of examples of each group, at the model they
+    received; the server adds these up, and raises the dual of a group whose loss is
+    above its bound. Works with the client half :class:`BoundedGroupLossClient`, or
+    with :func:`group_sums` in a loop of one's own.
+
+    Parameters
+    ----------
+    groups : sequence of str
+        Names; a client's examples carry indices into it.
+    upper_bound : float or sequence of float
+        :math:`\zeta_a \ge 0`, for all constraints or one each. Where it is not
+        reachable the duals stick at ``dual_bound``; at 0 and with a large
+        ``dual_bound`` the worst group is what is minimised.
+    labels : sequence of str, optional
+        Bound the loss of every (group, label) pair instead: conditional bounded group
+        loss, related to equalised odds. Constraints are ordered group by group.
+    dual_bound : float (default: 5.0)
+        :math:`B \ge 0`, bounds the sum of the duals; 0 is FedAvg.
+    dual_learning_rate : float (default: 0.5)
+        :math:`\eta_\theta > 0` of the exponentiated gradient; scales with the loss.
+    group_counts : sequence of float, optional
+        Examples per constraint over all clients, where they are public. Otherwise
+        they are counted in the replies so far, and the first round, which knows none,
+        is one of FedAvg.
+    average_iterates : bool (default: True)
+        Keep the mean of the models (one more model in memory, float64).
+    server_optimizer, sampler, min_replies
+        See :class:`~flower_ext.AdditiveStrategy`.
+    **options
+        Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
+
+    Attributes
+    ----------
+    dual : ndarray of shape (constraints,)
+        :math:`\lambda`.
+
+    Notes
+    -----
+    ``start`` returns the last iterate; :meth:`iterates` has the averaged one, for
+    which the theory is, and the best feasible one. Metrics: ``group-loss/<name>``
+    and ``dual/<name>`` per constraint, ``worst-group-loss``, and ``feasible``, all at
+    the model that the cohort received, on training data; at evaluation the group
+    losses on test data. The theory wants a bounded loss.
+
+    Beside their model, clients reveal sums and counts per group, not the group of an
+    example; the counts of a small client are sensitive nevertheless. With partial
+    participation the losses are those of the cohort.
+
+    Examples
+    --------
+    >>> strategy = BoundedGroupLoss(groups=["female", "male"], upper_bound=0.4)
+    >>> strategy.dual
+    array([1.66666667, 1.66666667])
+    """
+
+    client_half = BoundedGroupLossClient
+    consumed_metrics = (LOSS_SUMS, COUNTS)
+
+    def __init__(
+        self,
+        *,
+        groups: Sequence[str],
+        upper_bound: float | Sequence[float],
+        labels: Sequence[str] | None = None,
+        dual_bound: float = 5.0,
+        dual_learning_rate: float = 0.5,
+        group_counts: Sequence[float] | None = None,
+        average_iterates: bool = True,
+        server_optimizer: ServerOptimizer | None = None,
+        sampler: Sampler | None = None,
+        min_replies: int = 1,
+        **options: Unpack[FedAvgOptions],
+    ) -> None:
+        super().__init__(
+            server_optimizer=server_optimizer,
+            sampler=sampler,
+            min_replies=min_replies,
+            **options,
+        )
+        _require_names("groups", groups)
+        if labels is not None:
+            _require_names("labels", labels)
+        if not isinstance(average_iterates, bool):
+            refuse("average_iterates", average_iterates, "True or False")
+        self.constraints = [
+            f"{group}/{label}" if label else group
+            for group in groups
+            for label in labels or [""]
+        ]
+        self.num_labels = len(labels or [])
+        self.upper_bound = self._per_constraint("upper_bound", upper_bound)
+        at_least("dual_bound", dual_bound, 0)
+        positive("dual_learning_rate", dual_learning_rate)
+        self.dual_bound = dual_bound
+        self.dual_learning_rate = dual_learning_rate
+        self._known = group_counts is not None
+        self._counts = self._per_constraint(
+            "group_counts", 0.0 if group_counts is None else group_counts
+        )
+        if self._known and not self._counts.any():
+            refuse("group_counts", group_counts, "> 0 for some group")
+        self._theta = np.zeros(len(self.constraints))
+        self._average: dict[str, npt.NDArray[np.float64]] = {}
+        self._rounds = 0
+        self._keep_average = average_iterates
+        self._best: tuple[tuple[float, float], Arrays] | None = None
+
+    @property
+    def dual(self) -> Vector:
+        r"""The current :math:`\lambda`."""
+        return dual_weights(self._theta, self.dual_bound)
+
+    def client_config(self) -> Config:
+        """Tell clients what to add to the weight of an example of each group."""
+        multipliers = example_multipliers(self.dual, self._counts)
+        return {
+            MULTIPLIERS_KEY: [float(m) for m in multipliers],
+            NUM_LABELS_KEY: self.num_labels,
+        }
+
+    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
+        """Return the weighted delta, and the loss sums and counts of the groups."""
+        sums, counts = (self._vector(reply, key) for key in (LOSS_SUMS, COUNTS))
+        if np.any((counts == 0) & (sums > 0)):
+            raise MalformedReply(f"{LOSS_SUMS!r} of a group without examples")
+        term = super().contribution(reply, sent)
+        return Contribution(term.arrays, term.weight, {LOSS_SUMS: sums, COUNTS: counts})
+
+    def report(self, total: Total) -> Metrics:
+        """Return group losses and duals of the model that the cohort received."""
+        losses = _losses(total.scalars)
+        metrics = self._loss_metrics(losses)
+        metrics["feasible"] = int(bool(np.all(_excess(losses, self.upper_bound) <= 0)))
+        for name, value in zip(self.constraints, self.dual, strict=True):
+            metrics[f"dual/{name}"] = float(value)
+        return metrics
+
+    def update(self, total: Total) -> Arrays:
+        """Average the deltas, and take the dual step."""
+        self._remember(total)
+        losses = _losses(total.scalars)
+        self._theta += self.dual_learning_rate * np.nan_to_num(
+            losses - self.upper_bound
+        )
+        if not self._known:
+            self._counts += total.scalars[COUNTS]
+        return total.mean()
+
+    def report_evaluate(self, replies: list[Message]) -> Metrics:
+        """Return the group losses on test data."""
+        sums = {key: np.zeros(len(self.constraints)) for key in (LOSS_SUMS, COUNTS)}
+        for reply in replies:
+            try:
+                read = {key: self._vector(reply.content, key) for key in sums}
+            except MalformedReply:  # a loop of one's own may not report them
+                continue
+            for key, value in read.items():
+                sums[key] += value
+        return self._loss_metrics(_losses(sums))
+
+    def iterates(self) -> dict[str, ArrayRecord]:
+        """Return ``"average"`` and ``"best-feasible"``, as far as there are any.
+
+        The average is over all models that were sent out and replied to. Best feasible
+        is, of these, the one of least overall loss among those within all bounds, or,
+        if none was, the one that exceeded its bounds least.
+        """
+        if self._best is None:
+            return {}
+        best = self._best[1]
+        found = {"best-feasible": to_record(best)}
+        if self._keep_average:
+            average = {
+                name: apply_direction(like, self._average[name] / self._rounds - like)
+                for name, like in best.items()
+            }
+            found["average"] = to_record(average)
+        return found
+
+    def state_dict(self) -> dict[str, object]:
+        """Add duals, counts and iterates."""
+        state: dict[str, object] = {
+            "theta": self._theta,
+            "counts": self._counts,
+            "rounds": self._rounds,
+            "average": dict(self._average),
+        }
+        if self._best is not None:
+            state["best"] = {"rank": list(self._best[0]), "arrays": self._best[1]}
+        return {**super().state_dict(), "bounded-group-loss": state}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take over duals, counts and iterates."""
+        super().load_state_dict(state)
+        own = dict(state["bounded-group-loss"])  # type: ignore[call-overload]
+        if own["theta"].shape != self._theta.shape:
+            refuse(
+                "groups", self.constraints, f"{len(own['theta'])} as in the saved run"
+            )
+        self._theta, self._counts = np.array(own["theta"]), np.array(own["counts"])
+        self._rounds = own["rounds"]
+        self._average = {k: np.array(x) for k, x in own["average"].items()}
+        if best := own.get("best"):
+            rank = best["rank"]
+            self._best = (rank[0], rank[1]), dict(best["arrays"])
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings that ``summary()`` logs."""
+        bounds = zip(self.constraints, self.upper_bound, strict=True)
+        return {
+            "Upper bounds": ", ".join(f"{name} {bound:g}" for name, bound in bounds),
+            "Dual": f"bound {self.dual_bound:g}, rate {self.dual_learning_rate:g}",
+            **super().settings(),
+        }
+
+    def _per_constraint(self, name: str, value: float | Sequence[float]) -> Vector:
+        size = len(self.constraints)
+        try:
+            values = np.array(value, np.float64)
+        except (TypeError, ValueError):
+            values = np.zeros((0, 0))
+        if values.shape not in ((), (size,)) or isinstance(value, bool | str):
+            refuse(name, value, f"one number or {size}, for {self.constraints}")
+        if not np.all(np.isfinite(values)) or np.any(values < 0):
+            refuse(name, value, "finite and >= 0")
+        return np.array(np.broadcast_to(values, (size,)))
+
+    def _vector(self, reply: RecordDict, key: str) -> Vector:
+        return np.array(read_vector(reply, key, len(self.constraints)))
+
+    def _loss_metrics(self, losses: Vector) -> Metrics:
+        known = {
+            f"group-loss/{name}": float(loss)
+            for name, loss in zip(self.constraints, losses, strict=True)
+            if not np.isnan(loss)
+        }
+        return {**known, "worst-group-loss": max(known.values())} if known else {}
+
+    def _remember(self, total: Total) -> None:
+        """Take the model that was sent into the average, and if it is best, keep it."""
+        assert self._sent is not None
+        losses = _losses(total.scalars)
+        overall = total.scalars[LOSS_SUMS].sum() / max(total.scalars[COUNTS].sum(), 1)
+        excess = max(
+            0.0, float(np.nanmax(_excess(losses, self.upper_bound), initial=0))
+        )
+        rank = (excess, float(overall))
+        if self._best is None or rank < self._best[0]:
+            self._best = rank, self._sent
+        if self._keep_average:
+            self._average = self._average or zeros_like(self._sent)
+            for name, array in self._sent.items():
+                accumulate(self._average[name], array, 1.0)
+        self._rounds += 1
+
+
+def _require_names(name: str, values: Sequence[str]) -> None:
+    ok = isinstance(values, Sequence) and not isinstance(values, str)
+    if not ok or not values or len(set(values)) < len(values):
+        refuse(name, values, "a sequence of different names")
+
+
+def _losses(scalars: Mapping[str, Vector]) -> Vector:
+    """Return the loss of each group; NaN for one without examples."""
+    sums, counts = scalars[LOSS_SUMS], scalars[COUNTS]
+    losses = np.full(sums.shape, np.nan)
+    np.divide(sums, counts, out=losses, where=counts > 0)
+    return losses
+
+
+def _excess(losses: Vector, bound: Vector) -> Vector:
+    return np.nan_to_num(losses - bound, nan=-np.inf, neginf=-np.inf)

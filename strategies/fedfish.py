@@ -14,6 +14,7 @@ confused with FedFisher (Jhunjhunwala et al. 2024), which is one-shot.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Literal, Unpack, get_args
 
@@ -22,14 +23,14 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from flower_ext.additive import AdditiveStrategy, Config, Metrics
+from flower_ext.additive import AdditiveStrategy, Config
 from flower_ext.arrays import Arrays, is_averaged
-from flower_ext.client import ClientHalf, Local, batches
+from flower_ext.client import ClientHalf, Local, Metrics, batches, num_examples
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import refuse
 from flower_ext.fisher import SquaredGradients, per_example, tensor_record
 from flower_ext.options import FedAvgOptions
-from flower_ext.replies import MalformedReply, read_arrays
+from flower_ext.replies import MalformedReply, read_arrays, read_scalar
 from flower_ext.sampling import Sampler
 from flower_ext.server_optimizer import ServerOptimizer
 
@@ -38,6 +39,7 @@ FISHER_DELTA = "fisher-delta"
 ESTIMATOR_KEY = "fisher-estimator"
 BARRIER_KEY = "fedfish-barrier"
 BARRIER = "barrier"
+BARRIER_EXAMPLES = "barrier-examples"
 
 Estimator = Literal["last-epoch", "all-epochs", "per-example", "sampled"]
 
@@ -99,6 +101,87 @@ def _mean(arrays: Arrays) -> float:
     return float(sum(np.sum(x) for x in arrays.values())) / max(size, 1)
 
 
+class FedFishClient(ClientHalf):
+    r"""Collects the diagonal Fisher while the client trains.
+
+    With the strategy's ``barrier=True`` it also keeps the loss of its trained model on
+    its training data, :math:`L(\theta_k; D_k)`, in ``context.state``, and at an
+    evaluation in the same round reports how much more the aggregate loses there.
+    """
+
+    name = "fedfish"
+
+    def __init__(self) -> None:
+        self._gradients: SquaredGradients | None = None
+
+    def begin(self, local: Local) -> None:
+        """Choose the passes that count."""
+        estimator = local.config.get(ESTIMATOR_KEY, "last-epoch")
+        if estimator not in get_args(Estimator):
+            refuse("estimator", estimator, f"one of {get_args(Estimator)}")
+        if estimator == "sampled" and local.task.sample_labels is None:
+            refuse("estimator", estimator, "used with a Task that has sample_labels")
+        if estimator in ("last-epoch", "all-epochs") and local.num_steps:
+            window = local.num_steps
+            if estimator == "last-epoch":
+                window = min(window, local.steps_per_epoch)
+            self._gradients = SquaredGradients(
+                local.model, window, skip=local.num_steps - window
+            )
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Take in the squared gradients."""
+        if self._gradients:
+            self._gradients.add()
+
+    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
+        """Return the Fisher; keep the loss for the barrier."""
+        if local.config.get(BARRIER_KEY, False):
+            local.context.state[FISHER_KEY] = MetricRecord(
+                {"round": local.server_round, "loss": local.mean_loss(local.train)}
+            )
+        fisher = self._gradients.mean() if self._gradients else _afterwards(local)
+        return {FISHER_KEY: tensor_record(fisher)}, {}
+
+    def evaluate(self, local: Local) -> Metrics:
+        """Return the client's term of the Client-Server Barrier, if it trained."""
+        kept = local.context.state.metric_records.get(FISHER_KEY)
+        if kept is None or kept["round"] != local.server_round:
+            return {}
+        lost = local.mean_loss(local.train) - float(kept["loss"])  # type: ignore[arg-type]
+        return {BARRIER: lost, BARRIER_EXAMPLES: num_examples(local.train)}
+
+
+def _afterwards(local: Local) -> dict[str, Tensor]:
+    """Return the Fisher per example, with the data's labels or sampled ones."""
+    sample = local.task.sample_labels
+    if local.config.get(ESTIMATOR_KEY) != "sampled" or sample is None:
+        data = batches(local.train, local.settings.batch_size)
+        return per_example(local.model, local.task.loss, data)
+    generator = torch.Generator(local.device).manual_seed(local.seed(stream=2))
+    drawn = (
+        sample(local.model, batch, generator)
+        for batch in batches(local.train, local.settings.batch_size)
+    )
+    return per_example(local.model, local.task.loss, drawn)
+
+
+def watch_fisher(model: nn.Module, batches_per_epoch: int) -> SquaredGradients:
+    """Collect the last epoch's Fisher in a training loop of one's own.
+
+    Two lines turn a stock client into one of FedFish: one before the training, and
+    ``"fisher": fisher.record()`` in the reply.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Before training, with the received weights.
+    batches_per_epoch : int
+        Usually ``len(trainloader)``.
+    """
+    return SquaredGradients(model, batches_per_epoch).watch()
+
+
 class FedFish(AdditiveStrategy):
     r"""Federated averaging weighted by what each client knows of each parameter.
 
@@ -131,7 +214,8 @@ class FedFish(AdditiveStrategy):
     -----
     Train metric ``fisher-mean`` is :math:`\bar F`; evaluation metric
     ``client-server-barrier`` is :math:`\sum_k p_k [L(\theta; D_k) - L(\theta_k; D_k)]`
-    over clients that trained and evaluated in the same round.
+    over clients that trained and evaluated in the same round, with :math:`D_k` and
+    :math:`p_k` of their training data.
 
     The paper does not say (in the parts available to us) over which epochs the Fisher
     is collected, and damps no Fisher; both are options here. A Fisher reveals more of a
@@ -142,8 +226,8 @@ class FedFish(AdditiveStrategy):
     >>> strategy = FedFish(fraction_train=0.1, damping=0.1)
     """
 
-    client_half = "fedfish"
-    consumed_metrics = (BARRIER,)
+    client_half = FedFishClient
+    consumed_metrics = (BARRIER, BARRIER_EXAMPLES)
 
     def __init__(
         self,
@@ -162,8 +246,12 @@ class FedFish(AdditiveStrategy):
             min_replies=min_replies,
             **options,
         )
-        if not isinstance(damping, int | float) or not damping >= 0:
+        if isinstance(damping, bool) or not (
+            isinstance(damping, int | float) and damping >= 0
+        ):
             refuse("damping", damping, ">= 0", "infinity is FedAvg, 0 no damping")
+        if not isinstance(barrier, bool):
+            refuse("barrier", barrier, "True or False")
         if estimator not in get_args(Estimator):
             refuse("estimator", estimator, f"one of {get_args(Estimator)}")
         self.damping = float(damping)
@@ -185,7 +273,11 @@ class FedFish(AdditiveStrategy):
         )
         if not fisher or any(np.min(f, initial=0) < 0 for f in fisher.values()):
             raise MalformedReply(f"ArrayRecord {FISHER_KEY!r} must hold squares, >= 0")
-        product = {name: f * delta[name] for name, f in fisher.items()}
+        # In float32 the product of two small numbers would be another number.
+        product = {
+            name: np.multiply(f, delta[name], dtype=np.float64)
+            for name, f in fisher.items()
+        }
         return Contribution(
             {DELTA: delta, FISHER_KEY: fisher, FISHER_DELTA: product},
             self.weight(reply),
@@ -207,98 +299,22 @@ class FedFish(AdditiveStrategy):
 
     def report_evaluate(self, replies: list[Message]) -> Metrics:
         """Return the Client-Server Barrier over the clients that know theirs."""
-        known = [
-            (self.weight(reply.content), float(metrics[BARRIER]))  # type: ignore[arg-type]
-            for reply in replies
-            for metrics in reply.content.metric_records.values()
-            if BARRIER in metrics
-        ]
-        if not (total := sum(weight for weight, _ in known)):
-            return {}
-        return {"client-server-barrier": sum(w * b for w, b in known) / total}
+        total = lost = 0.0
+        for reply in replies:
+            try:
+                barrier = read_scalar(reply.content, BARRIER, low=-sys.float_info.max)
+                weight = read_scalar(reply.content, BARRIER_EXAMPLES)
+            except MalformedReply:  # it did not train, or one of its models diverged
+                continue
+            total += weight
+            lost += weight * barrier
+        return {"client-server-barrier": lost / total} if total else {}
 
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""
         return {
             "Damping": self.damping,
             "Fisher": self.estimator,
+            "Client-Server Barrier": self.barrier,
             **super().settings(),
         }
-
-
-class FedFishClient(ClientHalf):
-    r"""Collects the diagonal Fisher while the client trains.
-
-    With the strategy's ``barrier=True`` it also keeps the loss of its trained model on
-    its training data, :math:`L(\theta_k; D_k)`, in ``context.state``, and at an
-    evaluation in the same round reports how much more the aggregate loses there.
-    """
-
-    name = "fedfish"
-
-    def __init__(self) -> None:
-        self._gradients: SquaredGradients | None = None
-
-    def begin(self, local: Local) -> None:
-        """Choose the passes that count."""
-        estimator = local.config.get(ESTIMATOR_KEY, "last-epoch")
-        if estimator == "sampled" and local.task.sample_labels is None:
-            refuse("estimator", estimator, "used with a Task that has sample_labels")
-        if estimator in ("last-epoch", "all-epochs") and local.num_steps:
-            window = local.num_steps
-            if estimator == "last-epoch":
-                window = min(window, local.steps_per_epoch)
-            self._gradients = SquaredGradients(
-                local.model, window, skip=local.num_steps - window
-            )
-
-    def after_backward(self, model: nn.Module) -> None:
-        """Take in the squared gradients."""
-        if self._gradients:
-            self._gradients.add()
-
-    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
-        """Return the Fisher; keep the loss for the barrier."""
-        if local.config.get(BARRIER_KEY, False):
-            local.context.state[FISHER_KEY] = MetricRecord(
-                {"round": local.server_round, "loss": local.mean_loss(local.train)}
-            )
-        fisher = self._gradients.mean() if self._gradients else _afterwards(local)
-        return {FISHER_KEY: tensor_record(fisher)}, {}
-
-    def evaluate(self, local: Local) -> Metrics:
-        """Return the client's term of the Client-Server Barrier, if it trained."""
-        kept = local.context.state.metric_records.get(FISHER_KEY)
-        if kept is None or kept["round"] != local.server_round:
-            return {}
-        return {BARRIER: local.mean_loss(local.train) - float(kept["loss"])}  # type: ignore[arg-type]
-
-
-def _afterwards(local: Local) -> dict[str, Tensor]:
-    """Return the Fisher per example, with the data's labels or sampled ones."""
-    sample = local.task.sample_labels
-    if local.config.get(ESTIMATOR_KEY) != "sampled" or sample is None:
-        data = batches(local.train, local.settings.batch_size)
-        return per_example(local.model, local.task.loss, data)
-    generator = torch.Generator(local.device).manual_seed(local.seed(stream=2))
-    drawn = (
-        sample(local.model, batch, generator)
-        for batch in batches(local.train, local.settings.batch_size)
-    )
-    return per_example(local.model, local.task.loss, drawn)
-
-
-def watch_fisher(model: nn.Module, batches_per_epoch: int) -> SquaredGradients:
-    """Collect the last epoch's Fisher in a training loop of one's own.
-
-    Two lines turn a stock client into one of FedFish: one before the training, and
-    ``"fisher": fisher.record()`` in the reply.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Before training, with the received weights.
-    batches_per_epoch : int
-        Usually ``len(trainloader)``.
-    """
-    return SquaredGradients(model, batches_per_epoch).watch()

@@ -22,9 +22,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from flower_ext.additive import AdditiveStrategy, Config, Metrics
+from flower_ext.additive import AdditiveStrategy, Config
 from flower_ext.arrays import Arrays
-from flower_ext.client import ClientHalf, Local, evaluate, random_seed, train
+from flower_ext.client import ClientHalf, Local, Metrics, evaluate, random_seed, train
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import at_least, positive, refuse, whole
 from flower_ext.options import FedAvgOptions
@@ -84,6 +84,94 @@ def appeal(
     }
 
 
+class MaxFLClient(ClientHalf):
+    """Compares the received model with what the client requires of it.
+
+    The requirement is, in this order: what the half was given; what the strategy
+    gives to all; the training loss of a model of the client's own, trained once from a
+    fresh start for ``warmup_steps`` steps. One of the client's own is fixed from then
+    on and stays in ``context.state``. The fresh start depends on the seed only and the
+    training on seed, client and settings, so that a client that lost its state finds
+    the same requirement. For this the settings belong in the run config, where
+    training and evaluation both find them; a client may be asked for either first.
+
+    Parameters
+    ----------
+    requirement : callable, optional
+        ``Local -> float``, the client's own; asked once.
+    """
+
+    name = "maxfl"
+
+    def __init__(self, requirement: Callable[[Local], float] | None = None) -> None:
+        self._requirement = requirement
+        self._metrics: Metrics = {}
+
+    def begin(self, local: Local) -> None:
+        """Measure the received model before the first step."""
+        temperature = local.number(TEMPERATURE_KEY, 1.0)
+        required = float(self._required(local)["requirement"])  # type: ignore[arg-type]
+        loss = local.mean_loss(local.train)
+        if math.isfinite(loss):
+            self._metrics = {**appeal(loss, required, temperature)}
+        else:
+            # A model that diverged is wanted by nobody and moved by nobody.
+            self._metrics = {WEIGHT: 0.0, APPEALED: 0.0}
+
+    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
+        """Return weight and appeal."""
+        return {}, self._metrics
+
+    def evaluate(self, local: Local) -> Metrics:
+        """Return the appeal, and the metrics of the model that the client prefers."""
+        required = self._required(local)
+        loss = local.mean_loss(local.train)
+        appealed = loss <= float(required["requirement"])  # type: ignore[arg-type]
+        metrics: Metrics = {APPEALED: float(appealed)}
+        own = {
+            k.removeprefix(_OWN): v for k, v in required.items() if k.startswith(_OWN)
+        }
+        if own:
+            chosen = evaluate(local.task, local.model, local.test) if appealed else own
+            metrics |= {f"preferred-{k}": chosen[k] for k in own}
+        return metrics
+
+    def _required(self, local: Local) -> MetricRecord:
+        """Return the requirement and the own model's test metrics, kept or new."""
+        if self._requirement is None and REQUIREMENT_KEY in local.config:
+            return MetricRecord({"requirement": local.number(REQUIREMENT_KEY, 0)})
+        kept = local.context.state.metric_records.get(_STATE)
+        if kept is None:
+            if self._requirement is None:
+                kept = _warm_up(local)
+            else:
+                own = float(self._requirement(local))
+                if not math.isfinite(own):
+                    refuse("requirement", own, "finite")
+                kept = MetricRecord({"requirement": own})
+            local.context.state[_STATE] = kept
+        return kept
+
+
+def _warm_up(local: Local) -> MetricRecord:
+    """Train a model of the client's own; return its training loss and test metrics."""
+    steps = int(local.number(WARMUP_KEY, 100))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_seed(local.settings.seed, 0, 0, stream=3))
+        model = local.task.model(local.context.run_config).to(local.device)
+    own = replace(
+        local,
+        model=model,
+        settings=replace(local.settings, local_steps=steps),
+        config=ConfigRecord({"server-round": 0}),
+    )
+    train(own, ClientHalf())
+    found: Metrics = {"requirement": own.mean_loss(own.train)}
+    for name, value in evaluate(own.task, own.model, own.test).items():
+        found[_OWN + name] = value
+    return MetricRecord(found)
+
+
 class MaxFL(AdditiveStrategy):
     r"""Federated averaging that weighs clients by how close they are to being won.
 
@@ -114,11 +202,11 @@ class MaxFL(AdditiveStrategy):
 
     Notes
     -----
-    Metrics: ``gm-appeal``, the share of the asked clients that want the model they
-    were sent; at evaluation also ``gm-appeal-seen`` and ``gm-appeal-unseen``, of
-    clients that have and have not been asked to train so far, and ``preferred-...``,
-    the metrics when each client uses the better of global and own model, by its
-    training loss.
+    Metrics: ``gm-appeal``, the share of the clients with a usable reply that want the
+    model they were sent; at evaluation also ``gm-appeal-seen`` and
+    ``gm-appeal-unseen``, of clients that have and have not been asked to train so far,
+    and ``preferred-...``, the metrics when each client uses the better of global and
+    own model, by its training loss.
 
     The objective is not convex: from a start near an outlier the outlier alone is
     satisfied. The weights :math:`q_k` reveal how far a client is from being satisfied.
@@ -130,7 +218,7 @@ class MaxFL(AdditiveStrategy):
     >>> strategy = MaxFL(fraction_train=0.1, warmup_steps=50)
     """
 
-    client_half = "maxfl"
+    client_half = MaxFLClient
     consumed_metrics = (WEIGHT, APPEALED)
 
     def __init__(
@@ -154,8 +242,10 @@ class MaxFL(AdditiveStrategy):
         positive("temperature", temperature)
         at_least("epsilon", epsilon, 0)
         whole("warmup_steps", warmup_steps, 1)
-        if requirement is not None and not math.isfinite(requirement):
-            refuse("requirement", requirement, "finite")
+        if requirement is not None and not (
+            isinstance(requirement, int | float) and math.isfinite(requirement)
+        ):
+            refuse("requirement", requirement, "a finite number, or None")
         self.temperature = temperature
         self.epsilon = epsilon
         self.warmup_steps = warmup_steps
@@ -203,8 +293,11 @@ class MaxFL(AdditiveStrategy):
         """Return the appeal over all, seen and unseen clients, each counting once."""
         wanted: dict[str, list[float]] = {"": [], "-seen": [], "-unseen": []}
         for reply in replies:
+            try:
+                appealed = min(read_scalar(reply.content, APPEALED), 1.0)
+            except MalformedReply:  # a loop of one's own may not report it
+                continue
             seen = self._clients.get(reply.metadata.src_node_id) in self._seen
-            appealed = read_scalar(reply.content, APPEALED)
             wanted[""].append(appealed)
             wanted["-seen" if seen else "-unseen"].append(appealed)
         return {
@@ -231,87 +324,3 @@ class MaxFL(AdditiveStrategy):
             "Requirement": own if self.requirement is None else self.requirement,
             **super().settings(),
         }
-
-
-class MaxFLClient(ClientHalf):
-    """Compares the received model with what the client requires of it.
-
-    The requirement is, in this order: what the half was given; what the strategy
-    gives to all; the training loss of a model of the client's own, trained once from a
-    fresh start for ``warmup_steps`` steps. It is fixed from then on and stays in
-    ``context.state``. The fresh start depends on the seed only and the training on
-    seed and client, so that a client that lost its state finds the same requirement.
-
-    Parameters
-    ----------
-    requirement : callable, optional
-        ``Local -> float``, the client's own.
-    """
-
-    name = "maxfl"
-
-    def __init__(self, requirement: Callable[[Local], float] | None = None) -> None:
-        self._requirement = requirement
-        self._metrics: Metrics = {}
-
-    def begin(self, local: Local) -> None:
-        """Measure the received model before the first step."""
-        temperature = local.number(TEMPERATURE_KEY, 1.0)
-        required = float(self._required(local)["requirement"])  # type: ignore[arg-type]
-        loss = local.mean_loss(local.train)
-        if math.isfinite(loss):
-            self._metrics = {**appeal(loss, required, temperature)}
-        else:
-            # A model that diverged is wanted by nobody and moved by nobody.
-            self._metrics = {WEIGHT: 0.0, APPEALED: 0.0}
-
-    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
-        """Return weight and appeal."""
-        return {}, self._metrics
-
-    def evaluate(self, local: Local) -> Metrics:
-        """Return the appeal, and the metrics of the model that the client prefers."""
-        required = self._required(local)
-        loss = local.mean_loss(local.train)
-        appealed = loss <= float(required["requirement"])  # type: ignore[arg-type]
-        metrics: Metrics = {APPEALED: float(appealed)}
-        own = {
-            k.removeprefix(_OWN): v for k, v in required.items() if k.startswith(_OWN)
-        }
-        if own:
-            chosen = evaluate(local.task, local.model, local.test) if appealed else own
-            metrics |= {f"preferred-{k}": chosen[k] for k in own}
-        return metrics
-
-    def _required(self, local: Local) -> MetricRecord:
-        """Return the requirement and the own model's test metrics, kept or new."""
-        kept = local.context.state.metric_records.get(_STATE)
-        if kept is None:
-            if self._requirement is not None:
-                kept = MetricRecord({"requirement": float(self._requirement(local))})
-            elif REQUIREMENT_KEY in local.config:
-                given = local.number(REQUIREMENT_KEY, math.nan)
-                kept = MetricRecord({"requirement": given})
-            else:
-                kept = _warm_up(local)
-            local.context.state[_STATE] = kept
-        return kept
-
-
-def _warm_up(local: Local) -> MetricRecord:
-    """Train a model of the client's own; return its training loss and test metrics."""
-    steps = int(local.number(WARMUP_KEY, 100))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_seed(local.settings.seed, 0, 0, stream=3))
-        model = local.task.model(local.context.run_config).to(local.device)
-    own = replace(
-        local,
-        model=model,
-        settings=replace(local.settings, local_steps=steps),
-        config=ConfigRecord({"server-round": 0}),
-    )
-    train(own, ClientHalf())
-    found: Metrics = {"requirement": own.mean_loss(own.train)}
-    for name, value in evaluate(own.task, own.model, own.test).items():
-        found[_OWN + name] = value
-    return MetricRecord(found)

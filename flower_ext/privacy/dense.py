@@ -66,9 +66,7 @@ class DenseFactorization(Factorization):
         """Name shown in tables."""
         return f"dense({self.bands} bands)"
 
-    def sensitivity(
-        self, min_separation: int, max_participations: int
-    ) -> Sensitivity:
+    def sensitivity(self, min_separation: int, max_participations: int) -> Sensitivity:
         """Return the sensitivity: exact for one participation or few bands."""
         gram = self._matrix.T @ self._matrix
         return gram_sensitivity(gram, min_separation, max_participations)

@@ -61,9 +61,7 @@ class Factorization(ABC):
         return self.recurrence().buffers
 
     @abstractmethod
-    def sensitivity(
-        self, min_separation: int, max_participations: int
-    ) -> Sensitivity:
+    def sensitivity(self, min_separation: int, max_participations: int) -> Sensitivity:
         """Return the sensitivity of the whole release.
 
         Parameters
@@ -160,9 +158,7 @@ class Identity(Factorization):
         """Name shown in tables."""
         return "identity"
 
-    def sensitivity(
-        self, min_separation: int, max_participations: int
-    ) -> Sensitivity:
+    def sensitivity(self, min_separation: int, max_participations: int) -> Sensitivity:
         """Return the square root of the number of participations (exact)."""
         count = effective_participations(
             self.rounds, min_separation, max_participations

@@ -69,10 +69,11 @@ def heaviest_pattern(
     """
     rounds = values.shape[-1]
     count = effective_participations(rounds, min_separation, max_participations)
+    shift = min(min_separation, rounds)
     best = np.zeros_like(values)
     for _ in range(count):
         later = np.zeros_like(values)
-        later[..., : rounds - min_separation] = best[..., min_separation:]
+        later[..., : rounds - shift] = best[..., shift:]
         suffix = np.maximum.accumulate((values + later)[..., ::-1], axis=-1)
         best = suffix[..., ::-1]
     return np.asarray(best[..., 0])
@@ -92,9 +93,7 @@ def gram_sensitivity(
     count = effective_participations(rounds, min_separation, max_participations)
     diagonal = np.ascontiguousarray(np.diagonal(gram))
     if count == 1:
-        return Sensitivity(
-            float(np.sqrt(diagonal.max())), True, "largest column norm"
-        )
+        return Sensitivity(float(np.sqrt(diagonal.max())), True, "largest column norm")
     distance = np.abs(np.subtract.outer(np.arange(rounds), np.arange(rounds)))
     weights = np.abs(gram)
     shared = weights[distance >= min_separation]

@@ -32,7 +32,7 @@ class Recurrence(ABC):
         return 1
 
     @abstractmethod
-    def advance(self, step: int, fresh: Floats, state: Storage) -> Floats:
+    def advance(self, step: int, fresh: Floats, state: Storage) -> Storage:
         """Return the noise of round ``step`` and update ``state`` in place.
 
         Parameters
@@ -42,8 +42,12 @@ class Recurrence(ABC):
         fresh : NDArray
             Shape ``(draws, slice)``, standard normal; may be overwritten.
         state : NDArray
-            Shape ``(buffers, slice)``; zeros before round 0. Arithmetic is done in
-            float64 whatever the storage is.
+            Shape ``(buffers, slice)``; zeros before round 0.
+
+        Notes
+        -----
+        Only elementwise operations: a matrix product may round differently at the end
+        of a slice, and noise would depend on how the model is cut.
         """
 
 
@@ -53,10 +57,10 @@ class IndependentRecurrence(Recurrence):
     def __init__(self) -> None:
         super().__init__(0)
 
-    def advance(self, step: int, fresh: Floats, state: Storage) -> Floats:
+    def advance(self, step: int, fresh: Floats, state: Storage) -> Storage:
         """Return the fresh noise itself."""
         del step, state
-        return fresh[0]
+        return np.asarray(fresh[0])
 
 
 class HistoryRecurrence(Recurrence):
@@ -76,18 +80,17 @@ class HistoryRecurrence(Recurrence):
         super().__init__(history)
         self._row = row
 
-    def advance(self, step: int, fresh: Floats, state: Storage) -> Floats:
+    def advance(self, step: int, fresh: Floats, state: Storage) -> Storage:
         """Solve one row of C zhat = z; a ring buffer holds the past outputs."""
         row = self._row(step)
-        out = fresh[0]
+        out: Floats = fresh[0]
         past = min(step, self.buffers, len(row) - 1)
-        if past:
-            weights = np.zeros(self.buffers)
-            weights[(step - 1 - np.arange(past)) % self.buffers] = row[1 : past + 1]
-            used = np.flatnonzero(weights)
-            for low in range(0, len(used), 16):
-                part = used[low : low + 16]
-                out -= weights[part] @ state[part].astype(np.float64, copy=False)
+        product = np.empty_like(out)
+        for lag in range(1, past + 1):
+            if row[lag]:
+                old = state[(step - lag) % self.buffers]
+                np.multiply(old, float(row[lag]), out=product, dtype=np.float64)
+                out -= product
         out /= row[0]
         if self.buffers:
             state[step % self.buffers] = out
@@ -104,6 +107,11 @@ class BufferRecurrence(Recurrence):
     decay, scale : NDArray
         theta and omega, shape ``(buffers,)``.
 
+    Notes
+    -----
+    The arithmetic is that of the storage. In float32 the update S += zhat - (1 - theta)
+    S rounds once, and rounding errors decay with thetahat like everything else.
+
     References
     ----------
     Dvijotham et al., "Efficient and near-optimal noise generation for streaming
@@ -112,19 +120,22 @@ class BufferRecurrence(Recurrence):
 
     def __init__(self, decay: Floats, scale: Floats) -> None:
         super().__init__(len(decay))
-        self._decay = decay
-        self._scale = scale
+        # 1 - theta, because theta itself would lose its digits in float32.
+        self._gap = [float(1 - value) for value in decay]
+        self._scale = [float(value) for value in scale]
 
-    def advance(self, step: int, fresh: Floats, state: Storage) -> Floats:
+    def advance(self, step: int, fresh: Floats, state: Storage) -> Storage:
         """Subtract the buffers' prediction, then let them decay."""
         del step
-        out = fresh[0]
-        work = state.astype(np.float64, copy=False)
-        out -= self._scale @ work
-        work *= self._decay[:, None]
-        work += out
-        if work is not state:
-            state[...] = work
+        out: Storage = fresh[0].astype(state.dtype, copy=False)
+        change = np.empty_like(out)
+        for buffer, scale in zip(state, self._scale, strict=True):
+            np.multiply(buffer, scale, out=change)
+            out -= change
+        for buffer, gap in zip(state, self._gap, strict=True):
+            np.multiply(buffer, gap, out=change)
+            np.subtract(out, change, out=change)
+            buffer += change
         return out
 
 
@@ -159,12 +170,12 @@ class TreeRecurrence(Recurrence):
         """Return one vector per node that round ``step`` completes and that is read."""
         return 1 + (_completed(step % self._period) if self._joins else 0)
 
-    def advance(self, step: int, fresh: Floats, state: Storage) -> Floats:
+    def advance(self, step: int, fresh: Floats, state: Storage) -> Storage:
         """Complete the nodes that end in this round."""
         step %= self._period
         height = _completed(step)
-        node = fresh[0].copy()
-        difference = np.zeros_like(node)
+        node: Floats = fresh[0].copy()
+        difference: Floats = np.zeros_like(node)
         for level in range(height):
             left = state[level].astype(np.float64, copy=False)
             difference -= left

@@ -86,15 +86,13 @@ class TreeAggregation(Factorization):
         """Heights in the tallest tree."""
         return self.restart_every.bit_length()
 
-    def sensitivity(
-        self, min_separation: int, max_participations: int
-    ) -> Sensitivity:
+    def sensitivity(self, min_separation: int, max_participations: int) -> Sensitivity:
         """Return the sensitivity of the forest, exact for a few participations.
 
         All leaves below a node no longer than ``min_separation`` are alike, so a
         pattern is a choice of such nodes, met as early as allowed; a dynamic programme
         over the taller nodes keeps, for every number of participations and earliest
-        next round, the largest sum of squared counts. With more than 16
+        next round, the largest sum of squared counts. With more than 32
         participations in one tree it would be slow; then a node of height h counts
         at most m_h = min(k, ceil(2^h / b)) and sens^2 <= k * sum_h m_h.
         """
@@ -102,7 +100,7 @@ class TreeAggregation(Factorization):
             self.rounds, min_separation, max_participations
         )
         crowd = [min(count, -(-(1 << h) // min_separation)) for h in range(self.levels)]
-        if crowd[-1] > 16:
+        if crowd[-1] > 32:
             how = "upper bound: the fullest nodes of every height"
             return Sensitivity(float(np.sqrt(count * sum(crowd))), False, how)
         reach = {(0, 0): 0}
@@ -271,7 +269,7 @@ def _tree_options(
             total = few + more
             later = half + leave if more else ready
             _keep(joined, (total, later), value + gain + total * total)
-    return tuple((used, later, value) for (used, later), value in _front(joined).items())
+    return tuple((*key, value) for key, value in _front(joined).items())
 
 
 def _diagonal_of_inverse(gram: Floats) -> Floats:

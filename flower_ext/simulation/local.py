@@ -12,10 +12,11 @@ The way to unit-test an app::
 import tomllib
 import traceback
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -137,15 +138,27 @@ class LocalGrid(Grid):
         )
         own.metadata.__dict__["_message_id"] = identifier
         try:
-            return self._client_app(own, self._contexts[own.metadata.dst_node_id])
+            reply = self._client_app(own, self._contexts[own.metadata.dst_node_id])
+            if not isinstance(reply, Message):
+                raise TypeError(f"a client must return a Message, not {reply!r}")
+            return reply
         except Exception as error:
             reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
             return Message(Error(CLIENT_RAISED, reason), reply_to=own)
 
 
 def _own_records(content: RecordDict) -> RecordDict:
-    """Copy the records but not the arrays in them, whose bytes cannot change."""
-    return RecordDict({key: record.copy() for key, record in content.items()})
+    """Copy the records and their values, but not the bytes of arrays."""
+    return RecordDict(
+        {
+            key: ArrayRecord(
+                {n: Array(x.dtype, x.shape, x.stype, x.data) for n, x in record.items()}
+            )
+            if isinstance(record, ArrayRecord)
+            else deepcopy(record)
+            for key, record in content.items()
+        }
+    )
 
 
 def run_local(

@@ -2,10 +2,8 @@
 
 from typing import cast
 
-import torch
-from torch import Tensor, nn
-
 from flwr.app import UserConfig
+from torch import Tensor, nn
 
 from fedfish.dataset import VOCABULARY
 
@@ -36,7 +34,9 @@ def make_model(run_config: UserConfig) -> nn.Module:
     return CharGRU(hidden=int(run_config["hidden-size"]))
 
 
-def logits_and_targets(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def logits_and_targets(
+    model: nn.Module, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Return logits ``(batch, characters, time)`` and the next characters."""
     text = batch["text"].long()
     return model(text[:, :-1]).transpose(1, 2), text[:, 1:]

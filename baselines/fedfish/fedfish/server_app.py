@@ -6,13 +6,15 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from flower_ext import Tracker
-from flower_ext.client import evaluate
 from fedfish.client_app import task
 from fedfish.dataset import central_data
 from fedfish.model import make_model
 from fedfish.strategy import make_strategy
-from fedfish.utils import write_report
+from fedfish.utils import COLUMNS, PANELS
+from flower_ext import Tracker
+from flower_ext.client import evaluate
+from flower_ext.report import write_summary
+from flower_ext.tracking import plot
 
 app = ServerApp()
 
@@ -41,4 +43,5 @@ def main(grid: Grid, context: Context) -> None:
             evaluate_fn=evaluate_centrally,
             tracker=Tracker(results / name),
         )
-    write_report(results, names, dict(config))
+    write_summary(results, names, COLUMNS, config=config)
+    plot({name: results / name for name in names}, PANELS, results / "comparison.png")

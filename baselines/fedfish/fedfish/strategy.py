@@ -1,10 +1,10 @@
 """The strategies that are compared, with the same cohorts, seeds and options."""
 
+from flwr.app import UserConfig
+
 from flower_ext import AdditiveStrategy
 from flower_ext.sampling import UniformSampler
 from flower_ext.strategies import FedFish
-
-from flwr.app import UserConfig
 
 
 def make_strategy(name: str, run_config: UserConfig) -> AdditiveStrategy:

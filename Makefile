@@ -1,0 +1,84 @@
+# GNU make, Linux and macOS. Every variable can be set on the command line.
+PYTHON ?= python3
+VENV ?= .venv
+# Versions that must not float; `make test CONSTRAINTS=` installs without.
+CONSTRAINTS ?= constraints.txt
+# Further options for every `pip install`.
+PIP_OPTIONS ?=
+PYTEST_OPTIONS ?=
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+INSTALL := -m pip --disable-pip-version-check install --quiet $(PIP_OPTIONS)
+INSTALL += $(if $(CONSTRAINTS),-c $(abspath $(CONSTRAINTS)))
+SOURCES := flower_ext strategies baselines benchmarks tests
+
+# A Flower home, port and Ray session of this command's own, removed when it ends.
+# The path is short: Ray's sockets live below it.
+define isolated
+	home=$$(mktemp -d /tmp/flwr-XXXXXX); \
+	trap 'rm -rf "$$home"' EXIT; \
+	trap 'exit 130' HUP INT TERM; \
+	port=$$($(PY) -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'); \
+	FLWR_HOME="$$home" RAY_TMPDIR="$$home" RAY_ADDRESS=local \
+	FLWR_LOCAL_SUPERLINK_HTTP_API_PORT="$$port" \
+	FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 FLWR_DISABLE_UPDATE_CHECK=1 \
+	FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0
+endef
+
+.PHONY: help run test check wheel bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+run: $(INSTALLED)  ## compare FedFish with FedAvg on Shakespeare, split by speaker
+	$(PY) -m flower_ext.data fetch shakespeare
+	$(PY) -m flower_ext.launch baselines/fedfish --num-supernodes 373 --progress
+
+test: $(INSTALLED)  ## run the whole test suite, Ray and SuperLink included
+	@$(isolated) $(PY) -m pytest --durations=20 $(PYTEST_OPTIONS)
+
+check: $(INSTALLED)  ## lint, check the format and the types
+	$(VENV)/bin/ruff check $(wildcard $(SOURCES))
+	$(VENV)/bin/ruff format --check $(wildcard $(SOURCES))
+	$(VENV)/bin/mypy --strict
+
+wheel: $(INSTALLED)  ## build, check the contents, test the installed wheel elsewhere
+	rm -rf build dist
+	$(PY) -m build --outdir dist
+	$(VENV)/bin/check-wheel-contents --package flower_ext --toplevel flower_ext dist/*.whl
+	@for file in strategies/*.py; do \
+	  $(PY) -m zipfile -l dist/*.whl | grep "^flower_ext/$$file " > /dev/null \
+	    || { echo "error: the wheel lacks flower_ext/$$file"; exit 1; }; \
+	done
+	@out=$$(mktemp -d /tmp/flower-ext-XXXXXX); \
+	trap 'rm -rf "$$out"' EXIT; \
+	trap 'exit 130' HUP INT TERM; \
+	set -ex; \
+	$(PYTHON) -m venv "$$out/venv"; \
+	"$$out/venv/bin/python" $(INSTALL) torch; \
+	wheel=$$(ls "$$PWD"/dist/*.whl); \
+	"$$out/venv/bin/python" $(INSTALL) "$$wheel[plot,tensorboard]" pytest hypothesis; \
+	cp -R tests pyproject.toml "$$out"; \
+	cd "$$out"; \
+	venv/bin/python -m pytest -m "not slow" $(PYTEST_OPTIONS)
+
+bench: $(INSTALLED)  ## run the benchmarks one after the other
+	@set -e; for file in benchmarks/[a-z]*.py; do \
+	  echo "== $$file"; $(PY) "$$file"; \
+	done
+
+clean:  ## remove what the other targets made, except the results
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml $(wildcard $(CONSTRAINTS))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is missing or older than Python 3.11: make PYTHON=python3.11"; \
+	  exit 1; }
+	@echo "Installing into $(VENV): this takes some minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) $(INSTALL) torch
+	$(PY) $(INSTALL) -e ".[dev]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""Bounded group loss on Adult, split by occupation."""

@@ -1,0 +1,1 @@
+"""MaxFL and FedAvg on Fashion-MNIST with label skew."""

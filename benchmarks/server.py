@@ -1,0 +1,104 @@
+"""Adding up 100 replies of 10 million float32 parameters.
+
+Limits: at most 2 times the bare numpy loop over arrays that are already decoded, and at
+most 3 model copies of memory beside the replies.
+"""
+
+import threading
+
+import numpy as np
+import psutil
+from _timing import medians, report
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from flower_ext import AdditiveStrategy, LocalGrid
+from flower_ext.arrays import view
+
+PARAMETERS = 10_000_000
+REPLIES = 100
+DISTINCT = 10  # replies share the bytes of so many models, to fit in memory
+
+
+class Peak:
+    """Peak resident memory of a block above what it was at its start, in bytes."""
+
+    def __enter__(self) -> "Peak":
+        self._process = psutil.Process()
+        self._start = self.bytes = self._process.memory_info().rss
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self.bytes = max(self.bytes, self._process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes -= self._start
+
+
+def main() -> None:
+    """Measure time and memory of ``aggregate_train``."""
+    rng = np.random.default_rng(0)
+    layers = (PARAMETERS // 10,) * 10
+    model = ArrayRecord(
+        {f"layer{i}": Array(rng.random(n, np.float32)) for i, n in enumerate(layers)}
+    )
+    distinct = [
+        ArrayRecord(
+            {
+                f"layer{i}": Array(rng.random(n, np.float32))
+                for i, n in enumerate(layers)
+            }
+        )
+        for _ in range(DISTINCT)
+    ]
+    strategy = AdditiveStrategy(min_train_nodes=REPLIES, min_available_nodes=REPLIES)
+    grid = LocalGrid(ClientApp(), REPLIES)
+    messages = list(strategy.configure_train(1, model, ConfigRecord(), grid))
+    replies = [
+        Message(
+            RecordDict(
+                {
+                    "arrays": distinct[i % DISTINCT],
+                    "metrics": MetricRecord({"num-examples": 10 + i}),
+                }
+            ),
+            reply_to=message,
+        )
+        for i, message in enumerate(messages)
+    ]
+    decoded = [{name: view(a) for name, a in record.items()} for record in distinct]
+
+    def ours() -> None:
+        strategy.aggregate_train(1, replies)
+
+    def bare() -> None:
+        total = {f"layer{i}": np.zeros(n, np.float32) for i, n in enumerate(layers)}
+        weight = 0.0
+        for i in range(REPLIES):
+            for name, array in decoded[i % DISTINCT].items():
+                total[name] += array * np.float32(10 + i)
+            weight += 10 + i
+        for array in total.values():
+            array /= np.float32(weight)
+
+    seconds = medians(ours, bare, repeats=3)
+    report(f"Sum of {REPLIES} replies of {PARAMETERS:,} parameters", *seconds, limit=2)
+    with Peak() as peak:
+        ours()
+    report(
+        "Peak memory beside the replies",
+        peak.bytes / 2**20,
+        PARAMETERS * 4 / 2**20,
+        3,
+        "MiB",
+    )
+
+
+if __name__ == "__main__":
+    main()

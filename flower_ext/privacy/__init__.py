@@ -1,0 +1,74 @@
+"""User-level differential privacy: the numerical layer.
+
+Nothing here knows a strategy or a record. *Factorizations* say how noise is correlated
+over rounds and what that costs; *noise streams* produce it; *clipping* bounds a
+contribution; *accountants* turn noise into (epsilon, delta) and back.
+"""
+
+from flower_ext.privacy.accounting import GaussianAccountant, RoundAccountant
+from flower_ext.privacy.banded import BandedToeplitz
+from flower_ext.privacy.blt import BufferedToeplitz
+from flower_ext.privacy.calibration import epsilon_for, noise_multiplier_for
+from flower_ext.privacy.clipping import (
+    Clipped,
+    clip_flat,
+    clip_per_layer,
+    l2_norm,
+    noisy_unclipped_fraction,
+    split_clipping_norm,
+    split_noise_multiplier,
+    total_clipping_norm,
+    update_clipping_norm,
+)
+from flower_ext.privacy.dense import DenseFactorization
+from flower_ext.privacy.factorizations import Factorization, Identity
+from flower_ext.privacy.gaussian import (
+    gaussian_delta,
+    gaussian_epsilon,
+    gaussian_mu,
+    rdp_epsilon,
+    zcdp_epsilon,
+    zcdp_rho,
+)
+from flower_ext.privacy.noise import NoiseStream
+from flower_ext.privacy.participation import Sensitivity
+from flower_ext.privacy.sampled import SampledGaussianAccountant
+from flower_ext.privacy.selection import Choice, Comparison, best_mechanism
+from flower_ext.privacy.toeplitz import SquareRootToeplitz, Toeplitz
+from flower_ext.privacy.trees import TreeAggregation
+
+__all__ = [
+    "BandedToeplitz",
+    "BufferedToeplitz",
+    "Choice",
+    "Clipped",
+    "Comparison",
+    "DenseFactorization",
+    "Factorization",
+    "GaussianAccountant",
+    "Identity",
+    "NoiseStream",
+    "RoundAccountant",
+    "SampledGaussianAccountant",
+    "Sensitivity",
+    "SquareRootToeplitz",
+    "Toeplitz",
+    "TreeAggregation",
+    "best_mechanism",
+    "clip_flat",
+    "clip_per_layer",
+    "epsilon_for",
+    "gaussian_delta",
+    "gaussian_epsilon",
+    "gaussian_mu",
+    "l2_norm",
+    "noise_multiplier_for",
+    "noisy_unclipped_fraction",
+    "rdp_epsilon",
+    "split_clipping_norm",
+    "split_noise_multiplier",
+    "total_clipping_norm",
+    "update_clipping_norm",
+    "zcdp_epsilon",
+    "zcdp_rho",
+]

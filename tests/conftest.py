@@ -1,0 +1,127 @@
+"""Scripted clients, and a small task with clients that really train."""
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from flower_ext.arrays import to_record
+from flower_ext.client import Task, client_app
+from flower_ext.simulation.local import LocalGrid
+
+
+@pytest.fixture(scope="session")
+def reply():
+    """Make the content of a reply: arrays, a weight and metrics."""
+
+    def make(arrays=None, weight=1.0, **metrics):
+        content = RecordDict()
+        if arrays is not None:
+            content["arrays"] = to_record(arrays)
+        content["metrics"] = MetricRecord({"num-examples": weight, **metrics})
+        return content
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def scripted():
+    """Make a grid whose client i answers every message with ``contents[i]``.
+
+    An exception in its place is raised in the client.
+    """
+
+    def make(contents):
+        def answer(message, context):
+            content = contents[context.node_config["partition-id"]]
+            if isinstance(content, Exception):
+                raise content
+            return Message(content, reply_to=message)
+
+        app = ClientApp()
+        app.train()(answer)
+        app.evaluate()(answer)
+        return LocalGrid(app, len(contents))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exchange(scripted):
+    """Let a strategy ask scripted clients; return their replies, not yet aggregated."""
+
+    def run(strategy, sent, contents, server_round=1):
+        grid = scripted(contents)
+        messages = strategy.configure_train(
+            server_round, to_record(sent), ConfigRecord(), grid
+        )
+        return list(grid.send_and_receive(messages))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def aggregate(exchange):
+    """Run one training round; return the new arrays, or None, and the metrics."""
+
+    def run(strategy, sent, contents, server_round=1):
+        replies = exchange(strategy, sent, contents, server_round)
+        record, metrics = strategy.aggregate_train(server_round, replies)
+        if record is None:
+            return None, metrics
+        return {name: array.numpy() for name, array in record.items()}, metrics
+
+    return run
+
+
+class _Net(nn.Module):
+    """Parameters, a 0-d one, BatchNorm's statistics and counter, and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.3)
+        self.out = nn.Linear(4, 2)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.scale * self.out(self.drop(torch.relu(self.norm(self.hidden(x)))))
+
+
+def _data(context):
+    client = context.node_config["partition-id"]
+    generator = torch.Generator().manual_seed(client)
+    x = torch.randn(12 + 4 * client, 3, generator=generator)
+    columns = {"x": x, "y": (x[:, 0] > x[:, 1]).long()}
+    return columns, {name: column[:8] for name, column in columns.items()}
+
+
+def _loss(model, batch):
+    return nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+def _metrics(model, batch):
+    return {"accuracy": (model(batch["x"]).argmax(-1) == batch["y"]).float()}
+
+
+@pytest.fixture(scope="session")
+def task():
+    """Make the small task: a net with BatchNorm and dropout, 12 examples and more."""
+    return Task(lambda config: _Net(), _data, _loss, _metrics)
+
+
+@pytest.fixture(scope="session")
+def initial(task):
+    """Return the initial model of the small task, as a record."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = task.model({}).state_dict()
+    return to_record({name: tensor.numpy() for name, tensor in state.items()})
+
+
+@pytest.fixture
+def grid(task):
+    """Return six clients of the small task."""
+    return LocalGrid(client_app(task), 6, {"batch-size": 4, "lr": 0.1})

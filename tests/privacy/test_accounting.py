@@ -1,0 +1,292 @@
+"""Published accountings, dp-accounting called independently, Flower's vocabulary."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from flower_ext.privacy import (
+    BandedToeplitz,
+    BufferedToeplitz,
+    GaussianAccountant,
+    Identity,
+    SampledGaussianAccountant,
+    TreeAggregation,
+    epsilon_for,
+    gaussian_delta,
+    gaussian_epsilon,
+    gaussian_mu,
+    noise_multiplier_for,
+    rdp_epsilon,
+    zcdp_epsilon,
+    zcdp_rho,
+)
+
+dp_accounting = pytest.importorskip("dp_accounting")
+serverapp = pytest.importorskip("flwr.serverapp")
+
+
+def configuration(sampling="no-amplification", **options):
+    options = {"target_delta": 1e-6, "population_size": 10_000} | options
+    return serverapp.PrivacyConfig(
+        neighboring_relation=serverapp.NeighboringRelation.ADD_OR_REMOVE_ONE,
+        sampling_method=serverapp.SamplingMethod(sampling),
+        **options,
+    )
+
+
+def test_published_epsilons(reference):
+    for row in reference["published"]:
+        mu = math.sqrt(row["sensitivity_squared"]) / row["noise_over_clip"]
+        assert zcdp_rho(mu) == pytest.approx(row["rho"], rel=1e-12)
+        epsilon = gaussian_epsilon(mu, row["delta"])
+        assert epsilon == pytest.approx(row["epsilon"], abs=5e-6)
+
+
+def test_published_tree(reference):
+    row = reference["tree_published"]
+    tree = TreeAggregation(row["rounds"], estimator="online")
+    # The publication counts the rounds between; ours is one more.
+    sensitivity = tree.sensitivity(row["separation_between"] + 1, row["participations"])
+    assert sensitivity.exact
+    rho = zcdp_rho(sensitivity.value / row["noise_over_clip"])
+    assert rho == pytest.approx(row["rho"], abs=0.005)
+    assert rdp_epsilon(rho, row["delta"]) == pytest.approx(row["rdp_epsilon"], abs=0.01)
+
+
+def test_epsilon_table(reference):
+    for row in reference["gaussian"]:
+        mu = 1 / row["noise_multiplier"]
+        epsilon = gaussian_epsilon(mu, row["delta"])
+        assert epsilon == pytest.approx(row["epsilon"], abs=6e-6)
+        loose = rdp_epsilon(zcdp_rho(mu), row["delta"])
+        assert loose == pytest.approx(row["rdp_epsilon"], abs=3e-5)
+        assert epsilon < loose < zcdp_epsilon(zcdp_rho(mu), row["delta"])
+        assert epsilon_for(1 / mu, row["delta"]) == epsilon
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.5, 30.0])
+@pytest.mark.parametrize("delta", [1e-10, 1e-6, 1e-2])
+def test_gaussian_against_dp_accounting(sigma, delta):
+    other = dp_accounting.get_epsilon_gaussian(sigma, delta)
+    epsilon = gaussian_epsilon(1 / sigma, delta)
+    assert epsilon == pytest.approx(other, abs=1e-9)
+    if epsilon > 0:
+        assert gaussian_delta(1 / sigma, epsilon) <= delta
+        assert gaussian_delta(1 / sigma, epsilon * (1 - 1e-6)) > delta
+        assert 1 / gaussian_mu(epsilon, delta) == pytest.approx(sigma, rel=1e-6)
+        assert gaussian_epsilon(gaussian_mu(epsilon, delta), delta) <= epsilon + 1e-9
+
+
+def test_gaussian_limits():
+    assert gaussian_delta(0.0, 1.0) == 0.0
+    assert gaussian_epsilon(0.0, 1e-6) == 0.0
+    assert gaussian_epsilon(1e-9, 1e-6) == 0.0
+    assert gaussian_epsilon(100.0, 1e-6) == pytest.approx(
+        dp_accounting.get_epsilon_gaussian(0.01, 1e-6), rel=1e-9
+    )
+    # Total variation distance at epsilon 0: 2 Phi(mu / 2) - 1.
+    assert gaussian_delta(1.0, 0.0) == pytest.approx(math.erf(0.5 / math.sqrt(2)))
+
+
+def test_spent_after_each_round_is_that_of_the_first_rows(enumerate_sensitivity):
+    factorization = BufferedToeplitz.optimize(12, 4, 3, buffers=2)
+    accountant = GaussianAccountant(factorization, 1.3, 4, 3, configuration())
+    matrix = factorization.strategy_matrix()
+    assert accountant.get_epsilon(1e-6) == 0.0
+    previous = 0.0
+    for done in range(1, 13):
+        accountant.advance()
+        part = enumerate_sensitivity(matrix[:done, :done], 4, 3)
+        mu = part / accountant.noise_std
+        assert accountant.mu_after(done) == pytest.approx(mu, rel=1e-9)
+        spent = accountant.get_privacy_spent()
+        assert spent.epsilon == pytest.approx(gaussian_epsilon(mu, 1e-6), rel=1e-8)
+        assert spent.num_releases == done
+        assert spent.epsilon >= previous
+        assert accountant.get_delta(spent.epsilon) <= 1e-6 * (1 + 1e-9)
+        previous = spent.epsilon
+    assert previous == gaussian_epsilon(1 / 1.3, 1e-6)
+    assert accountant.get_rho() == pytest.approx(0.5 / 1.3**2)
+    assert accountant.get_rdp_epsilon(1e-6) > previous
+    with pytest.raises(ValueError, match="planned rounds"):
+        accountant.advance()
+
+
+def test_identity_is_composition_of_gaussians():
+    accountant = GaussianAccountant(Identity(9), 2.0, 1, 9, configuration())
+    accountant.advance(9)
+    pld = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
+    pld.compose(dp_accounting.GaussianDpEvent(accountant.noise_std), 9)
+    assert accountant.get_epsilon(1e-6) == pytest.approx(
+        pld.get_epsilon(1e-6), rel=1e-4
+    )
+
+
+def test_poisson_against_dp_accounting():
+    accountant = SampledGaussianAccountant(1.0, 1000, 0.01, configuration("poisson"))
+    accountant.advance(1000)
+    pld = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
+    gaussian = dp_accounting.GaussianDpEvent(1.0)
+    pld.compose(dp_accounting.PoissonSampledDpEvent(0.01, gaussian), 1000)
+    epsilon = accountant.get_epsilon(1e-6)
+    assert epsilon == pytest.approx(pld.get_epsilon(1e-6), rel=1e-9)
+    assert epsilon == pytest.approx(2.1253, abs=5e-5)
+    assert accountant.get_delta(epsilon) == pytest.approx(1e-6, rel=1e-3)
+    assert accountant.get_privacy_spent().accounting_method == "pld"
+
+
+@pytest.mark.parametrize(
+    ("group", "sigma", "epsilon", "digits"),
+    [(4, 4.0, 1.4175, 4), (16, 16.0, 1.376, 3), (16, 4.0, 6.65, 2)],
+)
+def test_example_level_sampling(group, sigma, epsilon, digits):
+    found = epsilon_for(
+        sigma, 1e-6, rounds=1000, sampling_probability=0.01, group_size=group
+    )
+    assert round(found, digits) == epsilon
+
+
+def test_group_of_one_is_client_sampling_and_full_sampling_is_exact():
+    options = {"rounds": 50, "sampling_probability": 0.02}
+    one = epsilon_for(4.0, 1e-6, group_size=1, **options)
+    assert epsilon_for(4.0, 1e-6, group_size=2, **options) > one
+    everyone = epsilon_for(8.0, 1e-6, rounds=4, group_size=3)
+    assert everyone == gaussian_epsilon(2 * 3 / 8.0, 1e-6)
+    accountant = SampledGaussianAccountant(
+        8.0, 4, 1.0, configuration("poisson"), group_size=3
+    )
+    assert accountant.epsilon_after(4, 1e-6) == everyone
+    delta = accountant.delta_after(4, everyone)
+    assert delta == pytest.approx(1e-6, rel=0.01)
+
+
+def test_cyclic_poisson():
+    banded = BandedToeplitz.optimize(100, 8)
+    config = configuration("poisson")
+    accountant = SampledGaussianAccountant.cyclic(banded, 1.0, 50, config)
+    assert accountant.sampling_probability == pytest.approx(50 * 8 / 10_000)
+    pld = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
+    gaussian = dp_accounting.GaussianDpEvent(1.0)
+    pld.compose(dp_accounting.PoissonSampledDpEvent(0.04, gaussian), 13)  # ceil(100/8)
+    assert accountant.epsilon_after(100, 1e-6) == pytest.approx(pld.get_epsilon(1e-6))
+    assert accountant.epsilon_after(8, 1e-6) == accountant.epsilon_after(1, 1e-6)
+    assert accountant.epsilon_after(9, 1e-6) > accountant.epsilon_after(8, 1e-6)
+    scaled = BandedToeplitz(100, 3 * banded.coefficients)
+    louder = SampledGaussianAccountant.cyclic(scaled, 1.0, 50, config)
+    assert accountant.noise_std == pytest.approx(1.0)
+    assert louder.noise_std == pytest.approx(3.0)
+    with pytest.raises(ValueError, match="another mechanism"):
+        louder.load_state_dict(accountant.state_dict())
+    with pytest.raises(ValueError, match="cycle=7 must be >= bands=8"):
+        SampledGaussianAccountant.cyclic(banded, 1.0, 50, config, cycle=7)
+    with pytest.raises(ValueError, match="sampling_probability=1.6"):
+        SampledGaussianAccountant.cyclic(banded, 1.0, 2000, config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rounds": 30},
+        {"rounds": 200, "sampling_probability": 0.02},
+        {"rounds": 200, "sampling_probability": 0.1, "cycle": 10},
+    ],
+)
+def test_noise_from_a_target_and_back(options):
+    noise = noise_multiplier_for(2.0, 1e-6, **options)
+    spent = epsilon_for(noise, 1e-6, **options)
+    assert 2.0 * (1 - 1e-3) < spent <= 2.0
+
+
+def test_a_target_that_sampling_alone_meets_ends_the_search():
+    options = {"rounds": 2, "sampling_probability": 1e-4}
+    assert noise_multiplier_for(1.0, 1e-3, **options) < 0.5
+
+
+def test_budget_stops_before_it_is_exceeded():
+    from flwr.serverapp.exception import PrivacyBudgetExhausted
+
+    accountant = GaussianAccountant(
+        Identity(10), 1.0, 1, 10, configuration(max_epsilon=2.0)
+    )
+    with pytest.raises(PrivacyBudgetExhausted, match="would exceed max_epsilon=2.0"):
+        for _ in range(10):
+            accountant.require_budget()
+            accountant.advance()
+    assert 0 < accountant.get_epsilon(1e-6) <= 2.0
+    assert accountant.epsilon_after(accountant.num_releases + 1, 1e-6) > 2.0
+    assert accountant.would_exceed()
+    assert not accountant.would_exceed(max_epsilon=3.0)
+    unlimited = GaussianAccountant(Identity(1), 1.0, 1, 1, configuration())
+    unlimited.require_budget()
+    with pytest.raises(ValueError, match="max_epsilon=None"):
+        unlimited.would_exceed()
+    unlimited.advance()
+    with pytest.raises(PrivacyBudgetExhausted, match="planned"):
+        unlimited.require_budget()
+
+
+def test_state_round_trip_and_foreign_states():
+    def build(noise=1.0, rounds=10):
+        return GaussianAccountant(TreeAggregation(rounds), noise, 3, 2, configuration())
+
+    accountant = build()
+    accountant.advance(4)
+    state = json.loads(json.dumps(accountant.state_dict()))
+    resumed = build()
+    resumed.load_state_dict(state)
+    assert resumed.get_privacy_spent() == accountant.get_privacy_spent()
+    for other in (build(noise=2.0), build(rounds=11)):
+        with pytest.raises(ValueError, match="another mechanism"):
+            other.load_state_dict(state)
+    for releases in (-1, 11, None, 1.5):
+        with pytest.raises(ValueError, match="releases"):
+            build().load_state_dict(state | {"releases": releases})
+
+
+def test_protocol_and_refusals():
+    accountant = GaussianAccountant(Identity(4), 1.0, 1, 4, configuration())
+    typed: serverapp.PrivacyAccountant = accountant
+    event = serverapp.GaussianPrivacyEvent(1.0, 10, 100)
+    for call in (typed.compose, typed.would_exceed):
+        with pytest.raises(ValueError, match="one planned mechanism"):
+            call(event)
+    for name in ("config", "num_releases", "get_epsilon", "get_delta", "state_dict"):
+        assert hasattr(typed, name)
+    with pytest.raises(ValueError, match="must be what the sampler does"):
+        GaussianAccountant(Identity(4), 1.0, 1, 4, configuration("poisson"))
+    with pytest.raises(ValueError, match="sampling_method='no-amplification'"):
+        SampledGaussianAccountant(1.0, 4, 0.1, configuration())
+    for noise in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="noise_multiplier"):
+            GaussianAccountant(Identity(4), noise, 1, 4, configuration())
+    with pytest.warns(UserWarning, match="should be < 1 / population_size"):
+        GaussianAccountant(Identity(4), 1.0, 1, 4, configuration(target_delta=1e-4))
+    for bad in (0.0, 1.0, math.nan):
+        with pytest.raises(ValueError, match="delta"):
+            gaussian_epsilon(1.0, bad)
+
+
+def test_noise_std_is_the_multiplier_times_the_sensitivity():
+    accountant = GaussianAccountant(Identity(16), 1.5, 4, 4, configuration())
+    assert accountant.noise_std == pytest.approx(1.5 * 2)
+    assert np.isclose(accountant.sensitivity.value, 2.0)
+
+
+@pytest.mark.slow
+def test_the_layer_imports_without_scipy_dp_accounting_or_torch():
+    code = (
+        "import sys, importlib.util, types\n"
+        "root = importlib.util.find_spec('flower_ext').submodule_search_locations\n"
+        "package = types.ModuleType('flower_ext')\n"
+        "package.__path__ = list(root)\n"
+        "sys.modules['flower_ext'] = package\n"
+        "import flower_ext.privacy\n"
+        "heavy = {'scipy', 'dp_accounting', 'torch', 'flwr'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,251 @@
+"""A = B C, sensitivities against enumeration, and relations between mechanisms."""
+
+import doctest
+import importlib
+import pkgutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flower_ext.privacy
+from flower_ext.privacy import (
+    BandedToeplitz,
+    BufferedToeplitz,
+    DenseFactorization,
+    Identity,
+    SquareRootToeplitz,
+    Toeplitz,
+    TreeAggregation,
+    best_mechanism,
+)
+
+
+def random_dense(rounds, seed):
+    generator = np.random.default_rng(seed)
+    matrix = np.tril(generator.normal(size=(rounds, rounds)))
+    np.fill_diagonal(matrix, 1 + np.abs(matrix.diagonal()))
+    return DenseFactorization(matrix)
+
+
+def all_factorizations(n, seed=0):
+    bands = min(n, 3)
+    generator = np.random.default_rng(seed)
+    period = int(generator.integers(1, n + 1))
+    rising = np.concatenate([[1.0], generator.normal(size=bands - 1)])
+    yield Identity(n)
+    yield SquareRootToeplitz(n)
+    yield BandedToeplitz.optimize(n, bands)
+    yield BandedToeplitz.optimize(n, bands, normalize_columns=True)
+    yield Toeplitz(n, rising)
+    yield BandedToeplitz(n, rising, normalize_columns=True)
+    yield BufferedToeplitz(n, np.array([0.95, 0.5]), np.array([0.2, 0.3]))
+    yield BufferedToeplitz(n, np.array([1.0, 0.5, 0.0]), np.array([0.1, 0.3, 0.6]))
+    yield DenseFactorization.optimize(n, min(n, 2), 3)
+    yield random_dense(n, seed)
+    for estimator in ("online", "honaker", "full"):
+        yield TreeAggregation(n, estimator=estimator)
+        if estimator != "full":
+            yield TreeAggregation(n, estimator=estimator, restart_every=period)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 12])
+def test_decoder_times_strategy_is_the_prefix_sum(n):
+    for factorization in all_factorizations(n):
+        decoder, strategy = (
+            factorization.decoder_matrix(),
+            factorization.strategy_matrix(),
+        )
+        np.testing.assert_allclose(decoder @ strategy, np.tri(n), atol=1e-10)
+        errors = factorization.row_errors()
+        np.testing.assert_allclose((decoder**2).sum(1), errors, rtol=1e-9)
+        assert factorization.max_error() == pytest.approx(np.sqrt(errors.max()))
+        assert factorization.rms_error() == pytest.approx(np.sqrt(errors.mean()))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 12),
+    separation=st.integers(1, 13),
+    participations=st.integers(1, 12),
+    seed=st.integers(0, 50),
+)
+def test_sensitivity_is_that_of_the_worst_pattern(
+    enumerate_sensitivity, n, separation, participations, seed
+):
+    for factorization in all_factorizations(n, seed):
+        matrix = factorization.strategy_matrix()
+        found = factorization.sensitivity(separation, participations)
+        brute = enumerate_sensitivity(matrix, separation, participations)
+        if found.exact:
+            assert found.value == pytest.approx(brute, rel=1e-9), factorization
+            assert "bound" not in found.how
+        else:
+            assert found.value >= brute * (1 - 1e-12), factorization
+            assert found.how.startswith("upper bound: ")
+
+
+def test_exactness_is_claimed_where_the_theory_is_exact():
+    for factorization in (
+        Identity(12),
+        SquareRootToeplitz(12),
+        BandedToeplitz.optimize(12, 4),
+        BufferedToeplitz.optimize(12, buffers=2),
+        TreeAggregation(12),
+        TreeAggregation(12, restart_every=5),
+    ):
+        assert all(
+            factorization.sensitivity(b, k).exact for b in (1, 3, 12) for k in (1, 4)
+        )
+    assert DenseFactorization.optimize(12, 3, 4).sensitivity(3, 4).exact
+    assert not random_dense(6, 1).sensitivity(2, 2).exact
+
+
+def test_crowded_tree_falls_back_to_a_named_bound():
+    tree = TreeAggregation(64)
+    found = tree.sensitivity(1, 64)
+    # Every node full: sum over heights of 64 * 2^h.
+    assert not found.exact
+    assert found.value == pytest.approx(np.sqrt(64 * 127))
+    assert tree.sensitivity(1, 32).value <= tree.sensitivity(1, 33).value
+
+
+@pytest.mark.parametrize("n", [2, 7, 12])
+def test_first_rounds_are_the_leading_rows(n, enumerate_sensitivity):
+    for factorization in all_factorizations(n):
+        matrix = factorization.strategy_matrix()
+        for rounds in range(1, n + 1):
+            part = factorization.first(rounds).strategy_matrix()
+            if isinstance(factorization, TreeAggregation):
+                done = ~matrix[:, rounds:].any(axis=1)
+                np.testing.assert_array_equal(part, matrix[done][:, :rounds])
+            else:
+                np.testing.assert_allclose(part, matrix[:rounds, :rounds])
+        with pytest.raises(ValueError, match="must be <="):
+            factorization.first(n + 1)
+
+
+@pytest.mark.parametrize("objective", ["max", "rms"])
+def test_more_buffers_never_do_worse(objective):
+    found = [
+        BufferedToeplitz.optimize(100, 25, 4, buffers=d, objective=objective)
+        for d in (1, 2, 3)
+    ]
+    values = [
+        f.max_loss(25, 4) if objective == "max" else f.rms_loss(25, 4) for f in found
+    ]
+    assert values[0] >= values[1] * (1 - 1e-9) >= values[2] * (1 - 2e-9)
+
+
+def test_known_order_of_mechanisms():
+    n = 64
+    dense = DenseFactorization.optimize(n).rms_loss(1, 1)
+    others = [
+        Identity(n),
+        SquareRootToeplitz(n),
+        BandedToeplitz.optimize(n, 32),
+        BufferedToeplitz.optimize(n, buffers=2),
+        TreeAggregation(n, estimator="full"),
+    ]
+    assert all(dense <= other.rms_loss(1, 1) for other in others)
+    root = SquareRootToeplitz(n)
+    for other in (
+        BufferedToeplitz.optimize(n, buffers=3, objective="max"),
+        BandedToeplitz.optimize(n, 64, objective="max"),
+    ):
+        assert other.max_loss(1, 1) >= root.max_loss(1, 1) * (1 - 1e-9)
+
+
+def test_banded_loss_grows_with_the_root_of_participations():
+    banded = BandedToeplitz.optimize(64, 8)
+    assert banded.max_loss(8, 4) == pytest.approx(2 * banded.max_loss(8, 1))
+
+
+def test_column_normalisation_lowers_the_error_at_equal_sensitivity():
+    plain = BandedToeplitz.optimize(40, 8)
+    normal = BandedToeplitz(40, plain.coefficients, normalize_columns=True)
+    for k in (1, 5):
+        assert normal.sensitivity(8, k).exact
+        assert normal.sensitivity(8, k).value == plain.sensitivity(8, k).value
+    assert normal.rms_error() < plain.rms_error()
+    norms = np.linalg.norm(normal.strategy_matrix(), axis=0)
+    np.testing.assert_allclose(norms, 1.0)
+
+
+def test_long_normalised_bands_have_a_named_bound():
+    normal = BandedToeplitz.optimize(2100, 4, normalize_columns=True)
+    found = normal.sensitivity(2, 5)
+    assert not found.exact
+    assert found.how.startswith("upper bound")
+    plain = BandedToeplitz(2100, normal.coefficients).sensitivity(2, 5).value
+    assert plain < found.value < 2 * plain
+
+
+def test_restart_every_round_is_independent_noise():
+    tree, identity = TreeAggregation(20, restart_every=1), Identity(20)
+    np.testing.assert_allclose(tree.row_errors(), identity.row_errors())
+    assert tree.sensitivity(3, 5).value == identity.sensitivity(3, 5).value
+
+
+def test_one_round_is_one_gaussian():
+    for factorization in all_factorizations(1):
+        loss = factorization.max_loss(1, 1)
+        assert loss == pytest.approx(1.0), factorization
+
+
+@pytest.mark.parametrize("memory", [0, 2, 4, 70])
+@pytest.mark.parametrize("objective", ["max", "rms"])
+def test_best_mechanism_compares_and_fits(memory, objective):
+    choice = best_mechanism(64, 16, 4, memory=memory, objective=objective)
+    lines = {line.name: line for line in choice.compared}
+    chosen = lines[choice.factorization.name]
+    key = f"{objective}_loss"
+    assert all(line.memory <= memory for line in choice.compared)
+    best = min(getattr(line, key) for line in choice.compared)
+    assert getattr(chosen, key) <= best * 1.001
+    assert getattr(choice.compared[0], key) == best
+    assert choice.factorization.name in choice.reason
+    assert "identity" in lines
+    if memory == 70:
+        assert "dense(16 bands)" in lines or objective == "max"
+        assert "square root" in lines
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Identity(0), "rounds=0 must be an integer >= 1"),
+        (lambda: Identity(4).sensitivity(0, 1), "min_separation=0"),
+        (lambda: Identity(4).sensitivity(1, True), "max_participations=True"),
+        (lambda: BandedToeplitz.optimize(4, 5), "bands=5 must be <= rounds=4"),
+        (lambda: BandedToeplitz.optimize(4, 2, objective="mean"), "objective='mean'"),
+        (lambda: Toeplitz(4, np.array([0.0, 1.0])), r"coefficients\[0\]"),
+        (lambda: BufferedToeplitz.optimize(9, buffers=9), "buffers=9 must be <= 8"),
+        (
+            lambda: BufferedToeplitz(9, np.array([0.5]), np.array([1.5])),
+            "output_scale",
+        ),
+        (
+            lambda: BufferedToeplitz(9, np.array([1.1]), np.array([0.5])),
+            "buffer_decay",
+        ),
+        (lambda: DenseFactorization(np.ones((3, 3))), "lower-triangular"),
+        (
+            lambda: DenseFactorization.optimize(9, 2, 4, participation="fixed-epoch"),
+            "rounds=9 must be min_separation",
+        ),
+        (lambda: TreeAggregation(9, estimator="top"), "estimator='top'"),
+        (lambda: TreeAggregation(9, estimator="full").recurrence(), "to stream"),
+        (lambda: best_mechanism(9, 3, 3, memory=-1), "memory=-1"),
+    ],
+)
+def test_refusals(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_docstring_examples():
+    for module in pkgutil.iter_modules(flower_ext.privacy.__path__):
+        loaded = importlib.import_module(f"flower_ext.privacy.{module.name}")
+        assert doctest.testmod(loaded).failed == 0

@@ -1,0 +1,915 @@
+"""Bounded group loss: its dual, a problem with a known solution, and sums over all."""
+
+import doctest
+import logging
+import pickle
+import re
+from functools import partial
+from math import inf, nan
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from flower_ext.additive import AdditiveStrategy
+from flower_ext.arrays import from_record, to_record
+from flower_ext.client import Task, client_app
+from flower_ext.sampling import UniformSampler
+from flower_ext.server_optimizer import SGD
+from flower_ext.simulation.local import LocalGrid
+from flower_ext.strategies import bounded_group_loss
+from flower_ext.strategies.bounded_group_loss import (
+    BoundedGroupLoss,
+    BoundedGroupLossClient,
+    dual_weights,
+    example_multipliers,
+    group_sums,
+)
+
+ANY = {"min_train_nodes": 0, "min_evaluate_nodes": 0, "min_available_nodes": 0}
+SUMS, COUNTS = "group-loss-sums", "group-counts"
+STEP = {"lr": 0.1, "batch-size": 100, "local-steps": 1}
+
+
+# The dual -------------------------------------------------------------------------
+
+thetas = st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=6)
+
+
+@settings(derandomize=True, deadline=None)
+@given(thetas, st.floats(0, 1e6))
+def test_duals_are_bounded_whatever_theta(theta, bound):
+    dual = dual_weights(np.array(theta), bound)
+    assert np.all(dual >= 0)
+    assert dual.sum() <= bound * (1 + 1e-12)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.floats(-15, 15), min_size=1, max_size=6), st.floats(0.001, 1e6))
+def test_duals_are_the_formula_with_its_slack(theta, bound):
+    dual = dual_weights(np.array(theta), bound)
+    slack = 1 / (1 + np.exp(theta).sum())
+    assert dual == pytest.approx(bound * np.exp(theta) * slack, rel=1e-9)
+    assert dual.sum() < bound
+
+
+@pytest.mark.parametrize("groups", [1, 2, 5])
+def test_duals_start_equal(groups):
+    names = [f"g{i}" for i in range(groups)]
+    strategy = BoundedGroupLoss(groups=names, upper_bound=0.3, dual_bound=2.0)
+    assert strategy.dual == pytest.approx([2.0 / (1 + groups)] * groups)
+
+
+def test_multipliers_make_the_lagrangian():
+    # Groups of 3 and 1 examples: 1/4 sum_i (1 + m_i) l_i = F + sum_a lambda_a L_a.
+    dual, counts = np.array([0.5, 2.0]), np.array([3.0, 1.0])
+    multipliers = example_multipliers(dual, counts)
+    assert multipliers == pytest.approx([0.5 * 4 / 3, 2.0 * 4])
+    losses, groups = np.array([1.0, 2.0, 4.0, 8.0]), np.array([0, 0, 1, 0])
+    weighted = np.mean((1 + multipliers[groups]) * losses)
+    assert weighted == pytest.approx(15 / 4 + 0.5 * (11 / 3) + 2.0 * 4.0)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 1e6])
+def test_multipliers_need_shares_only(scale):
+    dual, counts = np.array([0.5, 2.0]), np.array([3.0, 1.0])
+    assert example_multipliers(dual, scale * counts) == pytest.approx(
+        example_multipliers(dual, counts)
+    )
+
+
+def test_group_of_no_example_has_no_multiplier():
+    dual = np.array([1.0, 1.0])
+    assert example_multipliers(dual, np.array([4.0, 0.0])).tolist() == [1.0, 0.0]
+    assert example_multipliers(dual, np.zeros(2)).tolist() == [0.0, 0.0]
+
+
+def dual_dynamics(bound, zeta, p=0.2, rate=0.05, steps=20_000):
+    """The problem of the specification, F halved, by the plain equations."""
+    w, theta = p, np.zeros(2)
+    for _ in range(steps):
+        dual = dual_weights(theta, bound)
+        losses = np.array([w**2, (w - 1) ** 2])
+        slope = (w - p) + 2 * dual[0] * w + 2 * dual[1] * (w - 1)
+        theta = theta + rate * (losses - zeta)
+        w -= rate * slope
+    return w, dual_weights(theta, bound)
+
+
+@pytest.mark.parametrize(
+    ("bound", "w", "dual"),
+    [
+        (5.0, 0.4, 1 / 6),
+        (1.0, 0.4, 1 / 6),
+        (0.2, 0.4, 1 / 6),
+        (0.1, 1 / 3, 0.1),
+        (0.15, 0.5 / 1.3, 0.15),
+    ],
+)
+def test_dual_reaches_the_closed_form(bound, w, dual):
+    found, duals = dual_dynamics(bound, zeta=0.36)
+    assert found == pytest.approx(w, abs=1e-5)
+    assert duals == pytest.approx([0, dual], abs=1e-5)
+
+
+# Runs with a known solution -------------------------------------------------------
+
+# Four examples want 0 and are of group a, one wants 1 and is of group b: the losses
+# are L_a = w**2 and L_b = (w - 1)**2, and F = 0.8 L_a + 0.2 L_b. The specification
+# halves F, so its duals and its bound are half of those here.
+EXAMPLES = {"c": [0.0, 0.0, 0.0, 0.0, 1.0], "group": [0, 0, 0, 0, 1]}
+
+
+@pytest.fixture(scope="session")
+def solve(point_task, play):
+    """Run the strategy on the examples with one full-batch step a round."""
+
+    def run(rounds, lr=0.1, start=0.2, clients=(EXAMPLES,), **options):
+        app = client_app(point_task(clients, scale=1.0), BoundedGroupLossClient)
+        strategy = BoundedGroupLoss(
+            groups=["a", "b"], fraction_evaluate=0.0, **ANY, **options
+        )
+        initial = {"w": np.float32(start)}
+        config = {**STEP, "lr": lr}
+        played = play(strategy, app, len(clients), initial, rounds, config)
+        return strategy, played
+
+    return run
+
+
+def last(played):
+    return float(played.models[-1]["w"])
+
+
+@pytest.mark.parametrize(
+    ("bound", "w", "dual"),
+    [
+        (10.0, 0.4, 1 / 3),
+        (1.0, 0.4, 1 / 3),
+        (0.2, 1 / 3, 0.2),
+        (0.3, 0.5 / 1.3, 0.3),
+    ],
+)
+def test_run_reaches_the_closed_form(solve, bound, w, dual):
+    rate = 1.0 if bound >= 1 else 5.0
+    strategy, played = solve(
+        120, upper_bound=0.36, dual_bound=bound, dual_learning_rate=rate
+    )
+    assert last(played) == pytest.approx(w, abs=2e-4)
+    assert strategy.dual == pytest.approx([0, dual], abs=1e-3)
+    metrics = played.train(120)
+    assert metrics["group-loss/a"] == pytest.approx(w**2, abs=5e-4)
+    assert metrics["group-loss/b"] == pytest.approx((1 - w) ** 2, abs=5e-4)
+    assert metrics["worst-group-loss"] == metrics["group-loss/b"]
+
+
+def test_infeasible_bounds_hold_the_duals_at_their_bound(solve):
+    # No w has both losses below 1/4. At w = 1/2 the duals differ by 0.6.
+    strategy, played = solve(
+        120, upper_bound=0.2, dual_bound=1.0, dual_learning_rate=2.0
+    )
+    assert strategy.dual.sum() == pytest.approx(1.0, abs=1e-4)
+    assert strategy.dual == pytest.approx([0.2, 0.8], abs=1e-3)
+    assert last(played) == pytest.approx(0.5, abs=1e-3)
+    assert played.train(120)["feasible"] == 0
+
+
+def test_bound_of_zero_minimises_the_worst_group(solve):
+    _, played = solve(
+        80, lr=0.02, upper_bound=0.0, dual_bound=20.0, dual_learning_rate=0.5
+    )
+    assert last(played) == pytest.approx(0.5, abs=1e-3)
+    assert played.train(80)["worst-group-loss"] == pytest.approx(0.25, abs=1e-3)
+
+
+def test_generous_bounds_let_the_duals_die_out(solve):
+    strategy, played = solve(
+        40, upper_bound=2.0, dual_bound=1.0, dual_learning_rate=0.5, start=0.9
+    )
+    duals = [played.train(r)["dual/a"] for r in range(1, 41)]
+    assert all(later < before for before, later in zip(duals, duals[1:], strict=False))
+    # Geometrically: theta falls by 0.5 * (2 - w**2) a round, and w is near 0.2.
+    assert duals[-1] / duals[-2] == pytest.approx(np.exp(-0.5 * (2 - 0.2**2)), rel=1e-3)
+    assert np.all(strategy.dual < 1e-10)
+    assert last(played) == pytest.approx(0.2, abs=1e-3)  # the minimiser of F
+    assert played.train(40)["feasible"] == 1
+
+
+def test_bound_of_each_group(solve):
+    # Only a is bounded: w = 0.1, where 0 = (w - 0.2) + lambda_a * w.
+    strategy, played = solve(
+        150, upper_bound=[0.01, 5.0], dual_bound=4.0, dual_learning_rate=4.0
+    )
+    assert last(played) == pytest.approx(0.1, abs=1e-3)
+    assert strategy.dual == pytest.approx([1.0, 0.0], abs=0.02)
+
+
+def test_one_group_of_all_examples_changes_the_step_not_the_solution(point_task, play):
+    data = [{**EXAMPLES, "group": [0] * 5}]
+    app = client_app(point_task(data, scale=1.0), BoundedGroupLossClient)
+    strategy = BoundedGroupLoss(
+        groups=["all"],
+        upper_bound=0.0,
+        dual_bound=3.0,
+        group_counts=[5],
+        fraction_evaluate=0.0,
+        **ANY,
+    )
+    played = play(strategy, app, 1, {"w": np.float32(1.0)}, 30, STEP)
+    # The first step is (1 + 3/2) times that of FedAvg from 1: 2 * 0.8 * 0.1.
+    assert float(played.models[1]["w"]) == pytest.approx(1 - 2.5 * 0.16)
+    assert last(played) == pytest.approx(0.2, abs=1e-3)
+
+
+# Against FedAvg -------------------------------------------------------------------
+
+
+def make_net(config):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 2)
+        )
+
+
+def net_data(context):
+    client = context.node_config["partition-id"]
+    generator = torch.Generator().manual_seed(client)
+    x = torch.randn(10 + 4 * client, 3, generator=generator)
+    columns = {"x": x, "y": (x[:, 0] > 0).long(), "group": (x[:, 1] > 0.5).long()}
+    return columns, {name: column[:7] for name, column in columns.items()}
+
+
+def cross_entropy(model, batch):
+    return nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+NET = Task(make_net, net_data, cross_entropy)
+NET_CONFIG = {"lr": 0.2, "batch-size": 4, "local-epochs": 2}
+
+
+def net_initial():
+    return {name: x.numpy() for name, x in make_net({}).state_dict().items()}
+
+
+@pytest.mark.parametrize("optimizer", [SGD(1.0), SGD(0.7)])
+def test_no_dual_is_fedavg_bit_for_bit(play, optimizer):
+    app = client_app(NET, BoundedGroupLossClient)
+    bounded = {"groups": ["a", "b"], "upper_bound": 0.1, "server_optimizer": optimizer}
+    runs = [
+        play(strategy, app, 3, net_initial(), 3, NET_CONFIG)
+        for strategy in (
+            BoundedGroupLoss(dual_bound=0.0, **bounded),
+            BoundedGroupLoss(dual_bound=2.0, **bounded),
+            AdditiveStrategy(server_optimizer=optimizer),
+        )
+    ]
+    assert all(run.train(3)["num-errors"] == 0 for run in runs)
+    without, with_dual, average = (run.models[3] for run in runs)
+    assert all(np.array_equal(without[name], average[name]) for name in average)
+    assert any(not np.allclose(with_dual[name], average[name]) for name in average)
+    # The first round knows no counts and is one of FedAvg whatever the bound.
+    first, fedavg = runs[1].models[1], runs[2].models[1]
+    assert all(np.array_equal(first[name], fedavg[name]) for name in fedavg)
+
+
+# Groups cut across clients --------------------------------------------------------
+
+
+def regression(examples=10):
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(examples, 2))
+    return {
+        "x": x,
+        "y": x @ [1.0, -2.0] + rng.normal(size=examples),
+        "group": np.array([0, 0, 0, 1, 0, 2, 2, 0, 1, 0])[:examples],
+    }
+
+
+def part(columns, chosen):
+    return {name: np.asarray(column)[chosen] for name, column in columns.items()}
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_split_over_clients_does_not_matter(linear_task, play, known):
+    data = regression()
+    splits = [
+        [list(range(10))],
+        [[0, 3, 4, 5, 6, 7, 9], [1, 2, 8]],
+        # Clients without a group, of one group only, and of one example.
+        [[0, 1, 2], [3, 8], [5, 6, 4], [7], [9]],
+    ]
+    runs = []
+    for split in splits:
+        clients = [part(data, chosen) for chosen in split]
+        app = client_app(linear_task(clients, 2), BoundedGroupLossClient)
+        strategy = BoundedGroupLoss(
+            groups=["a", "b", "c"],
+            upper_bound=[0.2, 0.1, 0.3],
+            dual_bound=3.0,
+            dual_learning_rate=0.7,
+            group_counts=[6, 2, 2] if known else None,
+            **ANY,
+        )
+        initial = {"weight": np.float32([[0.5, 0.5]])}
+        run = play(strategy, app, len(split), initial, 6, STEP)
+        runs.append((run, strategy.dual))
+    for run, dual in runs[1:]:
+        assert dual == pytest.approx(runs[0][1], rel=1e-5)
+        for server_round in range(1, 7):
+            model = runs[0][0].models[server_round]["weight"]
+            assert run.models[server_round]["weight"] == pytest.approx(model, rel=1e-4)
+            for kind in ("train", "evaluate"):
+                expected = getattr(runs[0][0], kind)(server_round)
+                found = getattr(run, kind)(server_round)
+                for name in expected:
+                    if name not in ("num-replies", "train-loss"):
+                        assert found[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+def lagrangian_slope(data, weight, dual, constraint):
+    """Gradient of F + sum_a lambda_a L_a for least squares, group by group."""
+    residuals = data["x"] @ weight - data["y"]
+    gradients = residuals[:, None] * data["x"]
+    slope = gradients.mean(0)
+    for a, value in enumerate(dual):
+        if np.any(constraint == a):
+            slope = slope + value * gradients[constraint == a].mean(0)
+    return slope
+
+
+def group_losses(data, weight, constraint, size):
+    losses = 0.5 * (data["x"] @ weight - data["y"]) ** 2
+    return np.array(
+        [
+            losses[constraint == a].mean() if np.any(constraint == a) else nan
+            for a in range(size)
+        ]
+    )
+
+
+def next_theta(theta, losses, bound, rate):
+    return theta + rate * np.where(np.isnan(losses), 0, losses - bound)
+
+
+def test_constraints_on_group_and_label(linear_task, play):
+    # The label is a column of its own here; the pair (b, 2) has no example.
+    data = regression()
+    data["kind"] = np.array([0, 1, 2, 0, 0, 1, 2, 1, 1, 2])
+    data["group"] = np.array([0, 0, 0, 1, 0, 1, 0, 0, 1, 0])
+    constraint = data["group"] * 3 + data["kind"]
+    assert 5 not in constraint and len(set(constraint)) == 5
+    clients = [part(data, chosen) for chosen in ([0, 3, 4, 5], [1, 2, 6, 7, 8, 9])]
+    app = client_app(
+        linear_task(clients, 2),
+        partial(BoundedGroupLossClient, label="kind"),
+    )
+    strategy = BoundedGroupLoss(
+        groups=["a", "b"],
+        labels=["0", "1", "2"],
+        upper_bound=0.1,
+        dual_bound=2.0,
+        dual_learning_rate=0.5,
+        group_counts=np.bincount(constraint, minlength=6).tolist(),
+    )
+    names = ["a/0", "a/1", "a/2", "b/0", "b/1", "b/2"]
+    assert strategy.constraints == names
+    weight = np.array([0.5, 0.5])
+    run = play(strategy, app, 2, {"weight": np.float32([weight])}, 4, STEP)
+    theta = np.zeros(6)
+    for server_round in range(1, 5):
+        dual = dual_weights(theta, 2.0)
+        losses = group_losses(data, weight, constraint, 6)
+        metrics = run.train(server_round)
+        for name, value, loss in zip(names, dual, losses, strict=True):
+            assert metrics[f"dual/{name}"] == pytest.approx(value, rel=1e-4)
+            if np.isnan(loss):
+                assert f"group-loss/{name}" not in metrics
+            else:
+                assert metrics[f"group-loss/{name}"] == pytest.approx(loss, rel=1e-4)
+        weight = weight - 0.1 * lagrangian_slope(data, weight, dual, constraint)
+        theta = next_theta(theta, losses, 0.1, 0.5)
+        assert run.models[server_round]["weight"][0] == pytest.approx(weight, rel=1e-4)
+    assert strategy.dual == pytest.approx(dual_weights(theta, 2.0), rel=1e-4)
+
+
+def test_columns_may_have_other_names(linear_task, play):
+    data = regression()
+    data["sex"] = data.pop("group")
+    app = client_app(
+        linear_task([data], 2), partial(BoundedGroupLossClient, group="sex")
+    )
+    strategy = BoundedGroupLoss(groups=["a", "b", "c"], upper_bound=0.1, **ANY)
+    initial = {"weight": np.zeros((1, 2), np.float32)}
+    assert play(strategy, app, 1, initial, config=STEP).train()["num-errors"] == 0
+
+
+def test_minibatches_weigh_examples_as_full_batches(linear_task, play):
+    # With a rate so small that the model stands still, an epoch of minibatches of
+    # one example adds up to as many times the full gradient.
+    data, lr = regression(), 1e-4
+    app = client_app(linear_task([data], 2), BoundedGroupLossClient)
+    weight = np.array([0.5, 0.5])
+    strategy = BoundedGroupLoss(
+        groups=["a", "b", "c"], upper_bound=0.1, group_counts=[6, 2, 2], **ANY
+    )
+    dual = strategy.dual
+    config = {"lr": lr, "batch-size": 1, "local-epochs": 1}
+    run = play(strategy, app, 1, {"weight": np.array([weight])}, config=config)
+    slope = lagrangian_slope(data, weight, dual, data["group"])
+    moved = run.models[1]["weight"][0] - weight
+    assert moved == pytest.approx(-lr * 10 * slope, rel=2e-2)
+
+
+# What is told and counted ---------------------------------------------------------
+
+
+def told(strategy):
+    return np.array(strategy.client_config()["group-multipliers"])
+
+
+def sums_reply(reply, sums, counts, w=1.0, n=None):
+    n = sum(counts) if n is None else n
+    metrics = {SUMS: sums, COUNTS: counts}
+    present = {name: value for name, value in metrics.items() if value is not None}
+    return reply({"w": np.float32([w])}, n, **present)
+
+
+SENT = {"w": np.float32([0.0])}
+TWO = {"groups": ["a", "b"], "upper_bound": 1.0, "dual_learning_rate": 0.5}
+
+
+def test_counts_that_are_given_and_that_are_found(reply, aggregate):
+    given = BoundedGroupLoss(group_counts=[3, 1], **TWO)
+    counted = BoundedGroupLoss(**TWO)
+    assert told(given) == pytest.approx([5 / 3 * 4 / 3, 5 / 3 * 4])
+    assert told(counted).tolist() == [0, 0]
+    cohort = [
+        sums_reply(reply, [2.0, 0.0], [2.0, 0.0]),
+        sums_reply(reply, [1.0, 4.0], [1.0, 1.0]),
+    ]
+    for server_round in (1, 2, 3):
+        for strategy in (given, counted):
+            aggregate(strategy, SENT, cohort, server_round)
+        assert told(given) == pytest.approx(told(counted))
+    # Counts of the cohorts so far, even if the last one lacked a group.
+    aggregate(counted, SENT, [sums_reply(reply, [1.0, 0.0], [4.0, 0.0])] * 2, 4)
+    assert told(counted) == pytest.approx(counted.dual * 20 / np.array([17, 3]))
+
+
+def test_group_loss_is_the_sum_over_the_sum_and_not_a_mean_of_means(reply, aggregate):
+    strategy = BoundedGroupLoss(**TWO)
+    cohort = [
+        sums_reply(reply, [2.0, 9.0], [1.0, 3.0]),
+        sums_reply(reply, [2.0, 1.0], [7.0, 1.0]),
+        sums_reply(reply, [1.0, 0.0], [2.0, 0.0]),  # no example of b
+    ]
+    _, metrics = aggregate(strategy, SENT, cohort)
+    assert metrics["group-loss/a"] == pytest.approx(5 / 10)
+    assert metrics["group-loss/b"] == pytest.approx(10 / 4)
+    assert metrics["worst-group-loss"] == pytest.approx(10 / 4)
+    assert metrics["feasible"] == 0
+    assert SUMS not in metrics and COUNTS not in metrics
+    # The dual step is up where the loss is above the bound of 1, else down.
+    theta = 0.5 * np.array([0.5 - 1, 2.5 - 1])
+    assert strategy.dual == pytest.approx(dual_weights(theta, 5.0))
+    assert metrics["dual/a"] == metrics["dual/b"] == pytest.approx(5 / 3)
+
+
+def test_group_that_the_cohort_lacks_keeps_its_theta(reply, aggregate):
+    strategy = BoundedGroupLoss(**TWO)
+    _, metrics = aggregate(
+        strategy, SENT, [sums_reply(reply, [8.0, 0.0], [4.0, 0.0])] * 2
+    )
+    assert "group-loss/b" not in metrics
+    assert strategy.dual == pytest.approx(dual_weights(np.array([0.5, 0.0]), 5.0))
+    assert metrics["feasible"] == 0
+
+
+def test_feasible_needs_only_the_groups_that_are_there(reply, aggregate):
+    strategy = BoundedGroupLoss(**TWO)
+    _, metrics = aggregate(
+        strategy, SENT, [sums_reply(reply, [4.0, 0.0], [4.0, 0.0])] * 2
+    )
+    assert metrics["feasible"] == 1  # a loss of 1 is within the bound of 1
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts", "reason"),
+    [
+        ([1.0, 1.0, 1.0], [1.0, 1.0], "metric 'group-loss-sums'="),
+        ([1.0, 1.0], [2.0], "metric 'group-counts'="),
+        ([1.0, -1.0], [1.0, 1.0], "metric 'group-loss-sums'="),
+        ([1.0, nan], [1.0, 1.0], "metric 'group-loss-sums'="),
+        ([1.0, inf], [1.0, 1.0], "metric 'group-loss-sums'="),
+        ([1.0, 1.0], [3.0, -1.0], "metric 'group-counts'="),
+        ([1.0, 1.0], [2.0, 0.0], "'group-loss-sums' of a group without examples"),
+        (None, [1.0, 1.0], "no metric 'group-loss-sums'"),
+        ([1.0, 1.0], None, "no metric 'group-counts'"),
+    ],
+)
+def test_reply_without_usable_sums_is_dropped(
+    reply, aggregate, caplog, sums, counts, reason
+):
+    caplog.set_level(logging.WARNING, logger="flwr")
+    strategy = BoundedGroupLoss(**TWO)
+    good = sums_reply(reply, [1.0, 3.0], [2.0, 2.0], w=2.0)
+    bad = sums_reply(reply, sums, counts, w=100.0, n=2)
+    new, metrics = aggregate(strategy, SENT, [good, bad, good])
+    assert new["w"] == pytest.approx([2.0])
+    assert (metrics["num-replies"], metrics["num-dropped"]) == (2, 1)
+    assert metrics["group-loss/b"] == pytest.approx(1.5)
+    assert re.search(reason, caplog.text)
+
+
+def test_round_that_keeps_the_model_keeps_the_duals(reply, aggregate):
+    strategy = BoundedGroupLoss(min_replies=3, **TWO)
+    cohort = [sums_reply(reply, [9.0, 9.0], [1.0, 1.0])] * 2
+    new, metrics = aggregate(strategy, SENT, cohort)
+    assert new is None
+    assert metrics["num-replies"] == 2
+    assert strategy.dual == pytest.approx([5 / 3, 5 / 3])
+    assert strategy.iterates() == {}
+    assert told(strategy).tolist() == [0, 0]
+
+
+# Evaluation -----------------------------------------------------------------------
+
+
+def test_evaluation_adds_up_over_clients(point_task, play):
+    # Other groups in the test data than in the training data, and unequal ones.
+    test = [
+        {"c": [0.0, 2.0, 2.0], "group": [0, 1, 1]},
+        {"c": [1.0] * 5, "group": [0, 0, 0, 0, 1]},
+    ]
+    train = {"c": [0.0, 0.0], "group": [0, 1]}
+    task = point_task([(train, t) for t in test], scale=1.0)
+    app = client_app(task, BoundedGroupLossClient)
+    strategy = BoundedGroupLoss(groups=["a", "b"], upper_bound=0.1)
+    run = play(strategy, app, 2, {"w": np.float32(0.5)}, config=STEP)
+    w = float(run.models[1]["w"])
+    found = run.evaluate()
+    a, b = (w**2 + 4 * (1 - w) ** 2) / 5, (2 * (2 - w) ** 2 + (1 - w) ** 2) / 3
+    assert found["group-loss/a"] == pytest.approx(a, rel=1e-5)
+    assert found["group-loss/b"] == pytest.approx(b, rel=1e-5)
+    assert found["worst-group-loss"] == pytest.approx(max(a, b), rel=1e-5)
+    assert found["loss"] == pytest.approx((5 * a + 3 * b) / 8, rel=1e-5)
+    assert SUMS not in found and COUNTS not in found
+    # Evaluation is no step of the dual.
+    assert run.train()["dual/a"] == pytest.approx(5 / 3)
+    theta = 0.5 * (0.25 - 0.1) * np.ones(2)
+    assert strategy.dual == pytest.approx(dual_weights(theta, 5.0))
+
+
+def test_no_test_data_no_group_losses(point_task, play):
+    train = {"c": [0.0, 0.0], "group": [0, 1]}
+    nothing = {"c": [], "group": np.array([], np.int64)}
+    app = client_app(point_task([(train, nothing)] * 2), BoundedGroupLossClient)
+    strategy = BoundedGroupLoss(groups=["a", "b"], upper_bound=0.1)
+    run = play(strategy, app, 2, {"w": np.float32(0.5)}, config=STEP)
+    assert not any("group" in name for name in run.evaluate())
+    assert "group-loss/a" in run.train()
+
+
+def test_losses_of_the_dual_are_in_evaluation_mode():
+    # Dropout of 0.2 would make the sums differ from those of the evaluation.
+    app = client_app(NET, BoundedGroupLossClient)
+    strategy, grid = BoundedGroupLoss(**TWO), LocalGrid(app, 2, NET_CONFIG)
+    sent = to_record(net_initial())
+    messages = strategy.configure_train(1, sent, ConfigRecord(), grid)
+    model = make_net({}).eval()
+    for client, answer in enumerate(grid.send_and_receive(messages)):
+        context = type("Context", (), {"node_config": {"partition-id": client}})
+        columns = net_data(context)[0]
+        losses = cross_entropy(model, columns).detach().double()
+        for a in (0, 1):
+            mine = columns["group"] == a
+            metrics = answer.content["metrics"]
+            assert metrics[SUMS][a] == pytest.approx(float(losses[mine].sum()), 1e-6)
+            assert metrics[COUNTS][a] == int(mine.sum())
+
+
+# Errors on the client -------------------------------------------------------------
+
+
+def first_error(task, half=BoundedGroupLossClient, **options):
+    """Return what the first client says that cannot take part."""
+    strategy = BoundedGroupLoss(**{**TWO, **options})
+    grid = LocalGrid(client_app(task, half), 2, STEP)
+    sent = to_record({"w": np.float32(0)})
+    messages = strategy.configure_train(1, sent, ConfigRecord(), grid)
+    answer = list(grid.send_and_receive(messages))[0]
+    assert answer.has_error()
+    return answer.error.reason
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ([0, 1, 2], r"column 'group'=\[0, 2\] must be indices from 0 to 1: a group"),
+        ([0, -1, 1], r"column 'group'=\[-1, 1\] must be indices from 0 to 1"),
+        ([0.0, 1.0, 0.0], r"column 'group'='torch.float32\[3\]' must be int64"),
+        ([[0], [1], [0]], r"column 'group'='torch.int64\[3, 1\]' must be int64"),
+        (None, r"column='group' must be one of the data's columns \['c'\]"),
+    ],
+)
+def test_group_column_that_does_not_fit(point_task, column, message):
+    data = {"c": [0.0, 1.0, 2.0]} | ({} if column is None else {"group": column})
+    assert re.search(message, first_error(point_task([data] * 2)))
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ([0, 1, 3], r"column 'y'=\[0, 3\] must be indices from 0 to 2"),
+        ([0, -1, 1], r"column 'y'=\[-1, 1\] must be indices from 0 to 2"),
+        ([0.0, 1.0, 0.0], r"column 'y'='torch.float32\[3\]' must be int64"),
+        (None, r"column='y' must be one of the data's columns \['c', 'group'\]"),
+    ],
+)
+def test_label_column_that_does_not_fit(point_task, column, message):
+    # Label 3 of group 0 would be label 0 of group 1.
+    data = {"c": [0.0, 1.0, 2.0], "group": [0, 0, 1]}
+    data |= {} if column is None else {"y": column}
+    labels = {"labels": ["x", "y", "z"]}
+    assert re.search(message, first_error(point_task([data] * 2), **labels))
+
+
+def test_broken_test_data_do_not_stop_the_run(point_task, play):
+    train = {"c": [0.0, 1.0], "group": [0, 1]}
+    task = point_task([(train, train), (train, {"c": [0.0], "group": [7]})])
+    app = client_app(task, BoundedGroupLossClient)
+    run = play(BoundedGroupLoss(**TWO), app, 2, {"w": np.float32(0)}, config=STEP)
+    assert run.evaluate()["group-loss/b"] == pytest.approx(0.5 * 0.95**2)
+
+
+def test_half_needs_its_strategy(point_task):
+    strategy = BoundedGroupLoss(**TWO)
+    strategy.client_config = dict
+    task = point_task([{"c": [0.0], "group": [0]}] * 2)
+    grid = LocalGrid(client_app(task, BoundedGroupLossClient), 2, STEP)
+    sent = to_record({"w": np.float32(0)})
+    messages = strategy.configure_train(1, sent, ConfigRecord(), grid)
+    answer = list(grid.send_and_receive(messages))[0]
+    assert "the server must run the strategy BoundedGroupLoss" in answer.error.reason
+
+
+def test_group_sums_by_hand():
+    found = group_sums(
+        torch.tensor([1.0, 2.0, 4.0]).requires_grad_(), torch.tensor([2, 0, 2]), 4
+    )
+    assert found == {SUMS: [2.0, 0.0, 5.0, 0.0], COUNTS: [1.0, 0.0, 2.0, 0.0]}
+    with pytest.raises(ValueError, match=r"groups=\[0, 2\] must be indices from 0 to"):
+        group_sums(torch.ones(2), torch.tensor([0, 2]), 2)
+    with pytest.raises(ValueError, match="groups='torch.int32.* must be int64"):
+        group_sums(torch.ones(1), torch.tensor([0], dtype=torch.int32), 2)
+
+
+def test_group_sums_are_added_in_double_precision():
+    losses = torch.full((40_000,), 0.1)
+    found = group_sums(losses, torch.zeros(40_000, dtype=torch.int64), 1)
+    assert found[SUMS][0] == pytest.approx(float(losses[0]) * 40_000, rel=1e-12)
+
+
+# A loop of one's own --------------------------------------------------------------
+
+
+def app_with_a_loop(clients, reports_groups):
+    """A ClientApp that minimises the weighted (w - c)**2 with a loop of its own."""
+    app = ClientApp()
+
+    def open_(message, context):
+        data = clients[context.node_config["partition-id"]]
+        w = float(message.content["arrays"]["w"].numpy())
+        c, groups = np.array(data["c"]), torch.tensor(data["group"])
+        losses = torch.tensor((w - c) ** 2)
+        return w, c, groups, losses, message.content["config"]["group-multipliers"]
+
+    def answer(message, metrics, arrays=None):
+        records = {
+            "metrics": MetricRecord({"num-examples": metrics.pop("n"), **metrics})
+        }
+        if arrays is not None:
+            records["arrays"] = to_record(arrays)
+        return Message(RecordDict(records), reply_to=message)
+
+    @app.train()
+    def train(message, context):
+        w, c, groups, losses, multipliers = open_(message, context)
+        weights = 1 + np.array(multipliers)[groups]
+        w = w - 0.1 * np.mean(weights * 2 * (w - c))
+        metrics = {"n": len(c), **group_sums(losses, groups, len(multipliers))}
+        return answer(message, metrics, {"w": np.asarray(w, np.float32)})
+
+    @app.evaluate()
+    def evaluate(message, context):
+        _, c, groups, losses, multipliers = open_(message, context)
+        metrics = {"n": len(c), "loss": float(losses.mean())}
+        if reports_groups:
+            metrics |= group_sums(losses, groups, len(multipliers))
+        return answer(message, metrics)
+
+    return app
+
+
+@pytest.mark.parametrize("reports_groups", [True, False])
+def test_a_loop_of_ones_own_gives_the_same(point_task, play, reports_groups):
+    clients = [part(EXAMPLES, [0, 4]), part(EXAMPLES, [1, 2, 3])]
+    ours = client_app(point_task(clients, scale=1.0), BoundedGroupLossClient)
+    theirs = app_with_a_loop(clients, reports_groups)
+    runs = []
+    for app in (ours, theirs):
+        strategy = BoundedGroupLoss(groups=["a", "b"], upper_bound=0.36)
+        runs.append(play(strategy, app, 2, {"w": np.float32(0.9)}, 5, STEP))
+    for server_round in range(1, 6):
+        first, second = (float(run.models[server_round]["w"]) for run in runs)
+        assert first == pytest.approx(second, rel=1e-5)
+    assert ("group-loss/a" in runs[1].evaluate(5)) == reports_groups
+    assert runs[1].evaluate(5)["loss"] == pytest.approx(runs[0].evaluate(5)["loss"])
+
+
+# Iterates, state, settings --------------------------------------------------------
+
+
+def hand_history(rounds, start, zeta, bound, rate, lr=0.1):
+    """Return the models that were sent, with their losses, by the plain equations."""
+    w, theta, sent = start, np.zeros(2), []
+    for _ in range(rounds):
+        losses = np.array([w**2, (w - 1) ** 2])
+        sent.append((w, losses))
+        dual = dual_weights(theta, bound)
+        slope = 2 * (w - 0.2) + 2 * dual[0] * w + 2 * dual[1] * (w - 1)
+        w, theta = w - lr * slope, theta + rate * (losses - zeta)
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("zeta", "rounds"),
+    [(0.36, 24), (0.36, 2), (0.2, 12)],  # the last two are never feasible
+)
+def test_average_and_best_iterate_are_those_of_a_history(solve, zeta, rounds):
+    options = {"dual_bound": 2.0, "dual_learning_rate": 4.0}
+    strategy, played = solve(
+        rounds, upper_bound=zeta, group_counts=[4, 1], start=0.1, **options
+    )
+    history = hand_history(rounds, 0.1, zeta, 2.0, 4.0)
+    for (w, _), model in zip(history, played.models, strict=False):
+        assert float(model["w"]) == pytest.approx(w, abs=1e-5)
+    feasible = [bool(np.all(losses <= zeta)) for _, losses in history]
+    assert any(feasible) == (rounds == 24)
+    found = [played.train(r)["feasible"] == 1 for r in range(1, rounds + 1)]
+    assert found == feasible
+
+    def rank(entry):
+        w, losses = entry
+        return max(0.0, *(losses - zeta)), 0.8 * losses[0] + 0.2 * losses[1]
+
+    best = min(history, key=rank)[0]
+    iterates = {name: float(r["w"].numpy()) for name, r in strategy.iterates().items()}
+    assert iterates["best-feasible"] == pytest.approx(best, abs=1e-5)
+    assert iterates["average"] == pytest.approx(
+        np.mean([w for w, _ in history]), abs=1e-5
+    )
+    assert iterates["best-feasible"] != pytest.approx(last(played), abs=1e-3)
+
+
+def test_average_is_optional(solve):
+    strategy, _ = solve(2, upper_bound=0.36, average_iterates=False)
+    assert list(strategy.iterates()) == ["best-feasible"]
+
+
+def test_iterates_are_laid_out_as_the_model(play):
+    app = client_app(NET, BoundedGroupLossClient)
+    strategy = BoundedGroupLoss(**TWO)
+    run = play(strategy, app, 2, net_initial(), 3, NET_CONFIG)
+    for record in strategy.iterates().values():
+        found = from_record(record)
+        for name, array in run.models[0].items():
+            assert found[name].shape == array.shape
+            assert found[name].dtype == array.dtype
+    batches = "1.num_batches_tracked"
+    counts = [model[batches] for model in run.models[:3]]
+    average = from_record(strategy.iterates()["average"])
+    assert average[batches] == round(float(np.mean(counts)))
+    mean = np.mean([model["0.weight"] for model in run.models[:3]], axis=0)
+    assert average["0.weight"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_state_round_trip(solve):
+    options = {"upper_bound": 0.36, "dual_bound": 1.0}
+    strategy, _ = solve(6, **options)
+    saved = pickle.loads(pickle.dumps(strategy.state_dict()))
+    other = BoundedGroupLoss(groups=["a", "b"], **options)
+    assert other.dual != pytest.approx(strategy.dual)
+    other.load_state_dict(saved)
+    assert other.dual.tolist() == strategy.dual.tolist()
+    assert other.client_config() == strategy.client_config()
+    assert set(other.iterates()) == {"average", "best-feasible"}
+    for name, record in strategy.iterates().items():
+        assert other.iterates()[name]["w"].numpy() == record["w"].numpy()
+
+
+def test_interrupted_run_continues(linear_task, play, tmp_path):
+    data = regression()
+    clients = [part(data, chosen) for chosen in ([0, 1, 2], [3, 8], [4, 5, 6], [7, 9])]
+
+    def run(rounds, folder):
+        app = client_app(linear_task(clients, 2), BoundedGroupLossClient)
+        strategy = BoundedGroupLoss(
+            groups=["a", "b", "c"],
+            upper_bound=0.1,
+            fraction_train=0.5,
+            sampler=UniformSampler(seed=1),
+            server_optimizer=SGD(1.0, momentum=0.5),
+        )
+        initial = {"weight": np.float32([[0.5, 0.5]])}
+        played = play(strategy, app, 4, initial, rounds, STEP, checkpoint=folder)
+        return strategy, played
+
+    whole, played = run(4, tmp_path / "whole")
+    run(2, tmp_path / "halves")
+    halves, resumed = run(4, tmp_path / "halves")
+    assert np.array_equal(resumed.models[-1]["weight"], played.models[-1]["weight"])
+    assert halves.dual.tolist() == whole.dual.tolist()
+    for server_round in range(1, 5):
+        assert resumed.train(server_round) == played.train(server_round)
+        assert resumed.evaluate(server_round) == played.evaluate(server_round)
+    # A run that is finished already still knows its iterates.
+    finished, _ = run(4, tmp_path / "halves")
+    for strategy in (halves, finished):
+        assert set(strategy.iterates()) == {"average", "best-feasible"}
+        for name, record in whole.iterates().items():
+            found = strategy.iterates()[name]["weight"].numpy()
+            assert np.array_equal(found, record["weight"].numpy())
+
+
+def test_state_of_other_groups_is_refused(solve):
+    strategy, _ = solve(1, upper_bound=0.36)
+    other = BoundedGroupLoss(groups=["a", "b", "c"], upper_bound=0.36)
+    with pytest.raises(ValueError, match=r"groups=\['a', 'b', 'c'\] must be 2 as in"):
+        other.load_state_dict(strategy.state_dict())
+
+
+def test_summary_logs_the_settings(caplog):
+    caplog.set_level(logging.INFO, logger="flwr")
+    BoundedGroupLoss(
+        groups=["f", "m"], upper_bound=[0.4, 0.5], dual_bound=3, dual_learning_rate=0.2
+    ).summary()
+    for line in (
+        "BoundedGroupLoss settings",
+        "Upper bounds: f 0.4, m 0.5",
+        "Dual: bound 3, rate 0.2",
+        "Minimum replies: 1",
+    ):
+        assert line in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": []}, r"groups=\[\] must be a sequence of different names"),
+        ({"groups": ["a", "a"]}, r"groups=\['a', 'a'\] must be a sequence of diff"),
+        ({"groups": "ab"}, "groups='ab' must be a sequence of different names"),
+        ({"groups": 2}, "groups=2 must be a sequence of different names"),
+        ({"labels": []}, r"labels=\[\] must be a sequence of different names"),
+        ({"labels": ["x", "x"]}, r"labels=\['x', 'x'\] must be a sequence of diff"),
+        ({"labels": "xy"}, "labels='xy' must be a sequence of different names"),
+        ({"upper_bound": -0.1}, "upper_bound=-0.1 must be finite and >= 0"),
+        ({"upper_bound": nan}, "upper_bound=nan must be finite and >= 0"),
+        ({"upper_bound": [1.0, inf]}, r"upper_bound=\[1.0, inf\] must be finite and"),
+        ({"upper_bound": [1.0]}, r"upper_bound=\[1.0\] must be one number or 2, for"),
+        ({"upper_bound": [[1, 2], 3]}, "upper_bound=.* must be one number or 2, for"),
+        ({"upper_bound": "x"}, "upper_bound='x' must be one number or 2, for"),
+        ({"upper_bound": "1"}, "upper_bound='1' must be one number or 2, for"),
+        ({"upper_bound": None}, "upper_bound=None must be"),
+        ({"upper_bound": True}, "upper_bound=True must be one number or 2, for"),
+        (
+            {"labels": ["x", "y"], "upper_bound": [1.0, 1.0]},
+            r"upper_bound=\[1.0, 1.0\] must be one number or 4, for \['a/x', 'a/y', 'b",
+        ),
+        ({"dual_bound": -1}, "dual_bound=-1 must be a finite number >= 0"),
+        ({"dual_bound": inf}, "dual_bound=inf must be a finite number >= 0"),
+        ({"dual_bound": nan}, "dual_bound=nan must be a finite number >= 0"),
+        ({"dual_bound": "5"}, "dual_bound='5' must be a finite number >= 0"),
+        ({"dual_learning_rate": 0}, "dual_learning_rate=0 must be a finite number > 0"),
+        ({"dual_learning_rate": nan}, "dual_learning_rate=nan must be a finite number"),
+        ({"group_counts": [1, -1]}, r"group_counts=\[1, -1\] must be finite and >= 0"),
+        ({"group_counts": [1]}, r"group_counts=\[1\] must be one number or 2"),
+        ({"group_counts": [0, 0]}, r"group_counts=\[0, 0\] must be > 0 for some group"),
+        ({"average_iterates": "no"}, "average_iterates='no' must be True or False"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        BoundedGroupLoss(**{"groups": ["a", "b"], "upper_bound": 0.3, **options})
+
+
+def test_examples_in_the_documentation():
+    found = doctest.testmod(bounded_group_loss)
+    assert found.failed == 0
+    assert found.attempted >= 2

@@ -1,0 +1,221 @@
+"""Named arrays: reading records, exact differences, sums in float64, norms."""
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+from flwr.app import Array
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from flower_ext.arrays import (
+    accumulate,
+    all_finite,
+    from_record,
+    is_averaged,
+    layout,
+    norm,
+    subtract,
+    to_record,
+    view,
+    zeros_like,
+)
+
+DTYPES = ["f2", "f4", "f8", "i1", "i4", "i8", "u1", "u8", "?", ">f4", ">i8"]
+any_array = st.sampled_from(DTYPES).flatmap(
+    lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, min_side=0))
+)
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def saved(array, **options):
+    """The bytes of an array as NumPy saves it."""
+    stream = BytesIO()
+    np.save(stream, array, **options)
+    return stream.getvalue()
+
+
+@quick
+@given(any_array, st.booleans())
+def test_view_is_what_numpy_reads(array, fortran):
+    array = np.asfortranarray(array) if fortran and array.ndim else array
+    record = Array(array)
+    found = view(record)
+    assert found.dtype == record.numpy().dtype
+    assert found.shape == array.shape
+    assert found.tobytes() == record.numpy().tobytes()
+
+
+def test_view_copies_nothing():
+    record = Array(np.arange(5.0))
+    assert np.shares_memory(view(record), np.frombuffer(record.data, np.uint8))
+
+
+def test_view_cannot_be_written_to():
+    with pytest.raises(ValueError, match="read-only"):
+        view(Array(np.arange(5.0)))[0] = 1
+
+
+def test_view_refuses_another_serialisation():
+    array = Array("float32", (1,), "torch.save", b"x")
+    with pytest.raises(ValueError, match=r"stype='torch.save' must be 'numpy.ndarray'"):
+        view(array)
+
+
+def test_view_never_unpickles():
+    data = saved(np.array([{}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="Python objects"):
+        view(Array("object", (1,), "numpy.ndarray", data))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, 135])
+def test_view_refuses_bytes_cut_off(keep):
+    data = saved(np.ones(2))[:keep]
+    with pytest.raises(ValueError, match=r".+"):
+        view(Array("float64", (2,), "numpy.ndarray", data))
+
+
+def test_records_keep_order_shapes_and_dtypes():
+    arrays = {
+        "z": np.float16([[1, 2]]),
+        "a": np.array(7),
+        "m": np.array([True, False]),
+        "e": np.empty((0, 3), np.float32),
+    }
+    back = from_record(to_record(arrays))
+    assert list(back) == ["z", "a", "m", "e"]
+    for name, array in arrays.items():
+        assert back[name].dtype == array.dtype
+        assert back[name].shape == array.shape
+        np.testing.assert_array_equal(back[name], array)
+
+
+def test_to_record_takes_a_numpy_scalar_as_0d():
+    assert to_record({"a": np.float32(1.5)})["a"].shape == ()
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_floats_are_averaged(dtype):
+    assert is_averaged(np.zeros(1, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["i8", "u1", "?"])
+def test_counters_and_flags_are_not_averaged(dtype):
+    assert not is_averaged(np.zeros(1, dtype))
+
+
+def test_difference_of_float16_does_not_overflow():
+    assert subtract(np.float16([60000]), np.float16([-60000])).tolist() == [120000.0]
+
+
+def test_difference_of_float64_keeps_all_digits():
+    new, old = np.array([1 + 2**-40]), np.array([1.0])
+    assert subtract(new, old).tolist() == [2**-40]
+
+
+def test_difference_of_float64_reply_to_float32_model_is_float64():
+    assert subtract(np.array([1 + 2**-40]), np.float32([1])).tolist() == [2**-40]
+
+
+def test_difference_of_large_integers_is_exact():
+    new, old = np.array([2**60 + 1, -(2**62)]), np.array([2**60, -(2**62) + 3])
+    assert subtract(new, old).tolist() == [1, -3]
+
+
+def test_difference_of_unsigned_integers_has_a_sign():
+    assert subtract(np.uint8([3]), np.uint8([5])).tolist() == [-2]
+
+
+def test_difference_of_flags_has_a_sign():
+    new, old = np.array([True, False, True]), np.array([False, True, True])
+    assert subtract(new, old).tolist() == [1, -1, 0]
+
+
+def test_difference_of_0d_arrays_is_an_array():
+    difference = subtract(np.array(3), np.array(1))
+    assert isinstance(difference, np.ndarray)
+    assert difference.shape == ()
+
+
+@quick
+@given(
+    st.sampled_from([(), (1,), (3, 5), (0,), (1 << 15,), ((1 << 15) + 1,), (3, 40000)]),
+    st.sampled_from(["f2", "f4", "f8", "i4", "?"]),
+    st.floats(-10, 10),
+    st.booleans(),
+)
+def test_accumulate_adds_weight_times_term(shape, dtype, weight, fortran):
+    random = np.random.default_rng(0)
+    term = (random.normal(size=shape) * 10).astype(dtype)
+    term = np.asfortranarray(term) if fortran and shape else np.asarray(term)
+    total = np.asarray(random.normal(size=shape))
+    expected = total + weight * term.astype(np.float64)
+    before = term.copy()
+    accumulate(total, term, weight)
+    np.testing.assert_array_equal(total, expected)
+    np.testing.assert_array_equal(term, before)
+
+
+def test_zeros_like_are_float64_of_the_same_shapes():
+    zeros = zeros_like({"a": np.ones((2, 3), np.float16), "b": np.array(5)})
+    assert layout(zeros) == {"a": "float64[2, 3]", "b": "float64[]"}
+    assert not any(x.any() for x in zeros.values())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_one_bad_value_is_not_finite(bad, dtype):
+    array = np.zeros((50, 7), dtype)
+    array[33, 4] = bad
+    assert not all_finite([np.ones(3), array])
+
+
+def test_infinities_of_both_signs_do_not_cancel():
+    assert not all_finite([np.array([np.inf, -np.inf])])
+
+
+@pytest.mark.parametrize(
+    "largest",
+    [
+        np.finfo(np.float16).max,
+        np.finfo(np.float32).max,
+        np.iinfo(np.int64).max,
+        np.iinfo(np.uint64).max,
+        np.True_,
+    ],
+)
+def test_the_largest_value_of_a_dtype_is_finite_a_thousand_times(largest):
+    assert all_finite([np.full(1000, largest), np.asarray(largest)])
+
+
+def test_no_arrays_are_finite():
+    assert all_finite([])
+
+
+def test_norm_is_that_of_one_long_vector():
+    random = np.random.default_rng(0)
+    arrays = [random.normal(size=(300, 151)), random.normal(size=7), np.array(2.0)]
+    flat = np.concatenate([x.reshape(-1) for x in arrays])
+    assert norm(arrays) == pytest.approx(np.linalg.norm(flat), rel=1e-14)
+
+
+def test_norm_of_3_and_4_is_5():
+    assert norm([np.float32([3]), np.array(4)]) == 5
+
+
+def test_norm_does_not_overflow_in_the_arrays_dtype():
+    assert norm([np.full(4, 60000, np.float16)]) == 120000
+    assert norm([np.array([3 * 2**40, 4 * 2**40])]) == 5 * 2**40
+
+
+def test_norm_of_nothing_is_0():
+    assert norm([]) == 0
+    assert norm([np.empty((0, 3))]) == 0
+
+
+def test_layout_names_dtype_and_shape():
+    assert layout({"w": np.zeros((2, 3), np.float16), "n": np.array(1)}) == {
+        "w": "float16[2, 3]",
+        "n": "int64[]",
+    }

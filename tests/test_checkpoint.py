@@ -1,0 +1,621 @@
+"""Saving and continuing runs: bit for bit, and whatever happens to the disk."""
+
+import errno
+import functools
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg, Result
+
+from flower_ext import checkpoint as module
+from flower_ext.additive import AdditiveStrategy
+from flower_ext.arrays import from_record, to_record
+from flower_ext.checkpoint import Checkpoint, CheckpointError
+from flower_ext.client import client_app
+from flower_ext.rounds import run_rounds
+from flower_ext.sampling import PoissonSampler, UniformSampler
+from flower_ext.server_optimizer import SGD, Adagrad, Adam, TorchOptimizer, Yogi
+from flower_ext.simulation.local import LocalGrid
+
+OPTIMIZERS = {
+    "plain": SGD,
+    "momentum": lambda: SGD(0.7, momentum=0.9),
+    "nesterov": lambda: SGD(0.7, momentum=0.9, nesterov=True),
+    "adagrad": lambda: Adagrad(0.05),
+    "adam": lambda: Adam(0.05, bias_correction=True),
+    "yogi": lambda: Yogi(0.05),
+    "torch": lambda: TorchOptimizer(functools.partial(torch.optim.AdamW, lr=0.05)),
+}
+
+
+def central(server_round, arrays):
+    """A central evaluation with an integer, a float, a list and a NaN."""
+    norm = float(np.sum(arrays["out.weight"].numpy().astype(float) ** 2))
+    return MetricRecord(
+        {"round": server_round, "norm": norm, "list": [norm, 0.1], "undefined": [norm]}
+    )
+
+
+def strategy_with(optimizer=None, sampler=None, **options):
+    return AdditiveStrategy(
+        fraction_train=0.5,
+        fraction_evaluate=0.5,
+        server_optimizer=optimizer or SGD(0.7, momentum=0.9),
+        sampler=sampler or UniformSampler(3),
+        **options,
+    )
+
+
+@pytest.fixture
+def clients():
+    """A ClientApp that moves every number a little, each client in its own way."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        client = context.node_config["partition-id"]
+        arrays = {
+            name: (x + np.sin(x + client)).astype(x.dtype)
+            if x.dtype.kind == "f"
+            else x + 1
+            for name, x in from_record(message.content["arrays"]).items()
+        }
+        metrics = MetricRecord({"num-examples": 10 + client, "loss": 1 / (1 + client)})
+        content = RecordDict({"arrays": to_record(arrays), "metrics": metrics})
+        return Message(content, reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message, context):
+        total = sum(
+            float(x.sum()) for x in from_record(message.content["arrays"]).values()
+        )
+        metrics = MetricRecord({"num-examples": 3, "loss": total})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    return app
+
+
+@pytest.fixture
+def start(clients, initial, monkeypatch):
+    """Run rounds of half of six clients; return the result."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+    def run(rounds, folder=None, strategy=None, app=clients, **options):
+        grid = LocalGrid(app, 6, {"batch-size": 4, "lr": 0.1})
+        options = {"evaluate_fn": central, "initial_arrays": initial, **options}
+        return run_rounds(
+            strategy or strategy_with(),
+            grid,
+            num_rounds=rounds,
+            checkpoint=folder,
+            **options,
+        )
+
+    return run
+
+
+def saved_rounds(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Continuing -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_two_and_two_rounds_are_four_bit_for_bit(start, tmp_path, make):
+    strategies = [strategy_with(make()) for _ in range(3)]
+    whole = start(4, strategy=strategies[0])
+    start(2, tmp_path, strategies[1])
+    resumed = start(4, tmp_path, strategies[2])
+    assert resumed == whole
+    kept = [s.server_optimizer.state_dict() for s in (strategies[0], strategies[2])]
+    assert kept[0].keys() == kept[1].keys()
+    for slot, arrays in kept[0].items():
+        for name, array in arrays.items():
+            assert kept[1][slot][name].dtype == array.dtype
+            assert kept[1][slot][name].tobytes() == array.tobytes()
+
+
+def test_clients_that_really_train_continue_bit_for_bit(start, tmp_path, task):
+    app = client_app(task)
+    whole = start(4, app=app)
+    start(2, tmp_path, app=app)
+    assert start(4, tmp_path, app=app) == whole
+
+
+def test_the_second_half_of_that_comparison_depends_on_what_was_saved(start, tmp_path):
+    # Without the checkpoint the momentum starts anew, and the result is another.
+    first = start(2)
+    again = start(2, initial_arrays=first.arrays)
+    assert again.arrays != start(4).arrays
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_run_killed_within_a_round_continues_to_the_same_result(start, tmp_path, at):
+    def killed(server_round, arrays):
+        if server_round == at:
+            raise KeyboardInterrupt
+        return central(server_round, arrays)
+
+    whole = start(4)
+    with pytest.raises(KeyboardInterrupt):
+        start(4, tmp_path, evaluate_fn=killed)
+    assert start(4, tmp_path) == whole
+
+
+def test_a_poisson_sampled_run_continues_with_the_same_cohorts(start, tmp_path):
+    def strategy():
+        return strategy_with(sampler=PoissonSampler(5))
+
+    whole = start(4, strategy=strategy())
+    start(2, tmp_path, strategy())
+    assert start(4, tmp_path, strategy()) == whole
+
+
+def test_a_finished_run_returns_its_result_without_a_round(start, tmp_path, task):
+    whole = start(2, tmp_path)
+    assert start(2, tmp_path, evaluate_fn=pytest.fail) == whole
+    assert start(1, tmp_path, evaluate_fn=pytest.fail) == whole
+
+
+def test_the_initial_evaluation_is_not_done_again(start, tmp_path):
+    seen = []
+
+    def noting(server_round, arrays):
+        seen.append(server_round)
+        return central(server_round, arrays)
+
+    start(1, tmp_path, evaluate_fn=noting)
+    result = start(2, tmp_path, evaluate_fn=noting)
+    assert seen == [0, 1, 2]
+    assert list(result.evaluate_metrics_serverapp) == [0, 1, 2]
+
+
+def test_continuing_says_after_which_round(start, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "flwr")
+    start(2, tmp_path)
+    assert "Continuing" not in caplog.text
+    start(3, tmp_path)
+    assert "Continuing after round 2" in caplog.text
+
+
+def test_a_strategys_own_start_takes_the_folder(task, initial, grid, tmp_path):
+    strategy_with().start(grid, initial, num_rounds=1, checkpoint=str(tmp_path / "a"))
+    assert saved_rounds(tmp_path / "a") == ["round-00001"]
+
+
+def test_nothing_is_written_without_a_folder(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start(1)
+    assert saved_rounds(tmp_path) == []
+
+
+# What is kept ---------------------------------------------------------------------
+
+
+def test_the_last_two_rounds_are_kept(start, tmp_path):
+    start(5, tmp_path)
+    assert saved_rounds(tmp_path) == ["round-00004", "round-00005"]
+
+
+def test_the_folder_is_made_with_its_parents(start, tmp_path):
+    start(1, tmp_path / "a" / "b")
+    assert saved_rounds(tmp_path / "a" / "b") == ["round-00001"]
+
+
+def test_rounds_are_ordered_as_numbers(start, tmp_path):
+    start(1, tmp_path)
+    shutil.copytree(tmp_path / "round-00001", tmp_path / "round-99999")
+    shutil.copytree(tmp_path / "round-00001", tmp_path / "round-100000")
+    assert Checkpoint(tmp_path, strategy_with()).rounds() == [1, 99999, 100000]
+
+
+def test_files_of_others_in_the_folder_are_left_alone(start, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "round-1").mkdir()
+    start(3, tmp_path)
+    assert {"notes.txt", "round-1"} < set(saved_rounds(tmp_path))
+
+
+class Holding(AdditiveStrategy):
+    """A strategy whose state is whatever it is given."""
+
+    held: object = None
+
+    def state_dict(self):
+        return {"held": self.held}
+
+    def load_state_dict(self, state):
+        self.held = state["held"]
+
+
+def through_disk(tmp_path, arrays, held=None):
+    """Save a round and restore it; return the arrays and the strategy's state."""
+    first, second = Holding(), Holding()
+    first.held = held
+    assert Checkpoint(tmp_path, first).save(1, Result(arrays=to_record(arrays)))
+    result = Result(arrays=to_record(arrays))
+    assert Checkpoint(tmp_path, second).restore(result) == 1
+    return from_record(result.arrays), second.held
+
+
+ODD_ARRAYS = {
+    "zero-d": np.array(2.5, np.float32),
+    "zero-d integer": np.array(2**60 + 1),
+    "a float16": np.float16([1, 2, 65504]),
+    "float64": np.array([1 + 2**-52]),
+    "flags": np.array([[True, False]]),
+    "bytes": np.uint8([0, 255]),
+    "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "strided": np.arange(10.0)[::3],
+    "empty": np.empty((0, 4), np.float32),
+    "nan": np.float32([np.nan, -np.inf, -0.0]),
+}
+
+
+def assert_same(left, right):
+    assert list(left) == list(right)
+    for name, array in right.items():
+        assert left[name].dtype == array.dtype, name
+        assert left[name].shape == array.shape, name
+        assert left[name].tobytes() == array.tobytes(), name
+
+
+def test_models_of_odd_arrays_survive_in_order(tmp_path):
+    found, _ = through_disk(tmp_path, ODD_ARRAYS)
+    assert_same(found, ODD_ARRAYS)
+    backwards = dict(reversed(ODD_ARRAYS.items()))
+    assert_same(through_disk(tmp_path / "b", backwards)[0], backwards)
+
+
+def test_states_of_odd_arrays_and_values_survive(tmp_path):
+    held = {
+        "arrays": ODD_ARRAYS,
+        "deep": {"er": {"x": np.ones(2)}, "": np.array(1)},
+        "values": [1, 2.5, "text", None, True, [0.1]],
+        "empty": {},
+        "nan": float("nan"),
+        "tiny": 5e-324,
+    }
+    _, found = through_disk(tmp_path, {"w": np.ones(1)}, held)
+    assert_same(found["arrays"], held["arrays"])
+    assert found["deep"]["er"]["x"].tolist() == [1, 1]
+    assert found["deep"][""].shape == ()
+    assert found["values"] == held["values"]
+    assert found["empty"] == {}
+    assert np.isnan(found["nan"])
+    assert found["tiny"] == 5e-324
+
+
+def test_a_model_without_arrays_is_saved(tmp_path):
+    assert through_disk(tmp_path, {})[0] == {}
+
+
+def test_metrics_keep_their_types_and_values(tmp_path):
+    metrics = {"i": 2**60, "f": 0.1, "l": [1, 2], "e": [], "n": [float("inf")]}
+    result = Result(
+        arrays=to_record({}),
+        train_metrics_clientapp={3: MetricRecord(metrics)},
+        evaluate_metrics_clientapp={12: MetricRecord({"a": 1})},
+        evaluate_metrics_serverapp={0: MetricRecord({"nan": float("nan")})},
+    )
+    saved = Checkpoint(tmp_path, Holding())
+    saved.save(12, result)
+    found = Result(arrays=to_record({}))
+    assert saved.restore(found) == 12
+    assert found.train_metrics_clientapp == {3: MetricRecord(metrics)}
+    assert type(found.train_metrics_clientapp[3]["i"]) is int
+    assert found.evaluate_metrics_clientapp == {12: MetricRecord({"a": 1})}
+    assert np.isnan(found.evaluate_metrics_serverapp[0]["nan"])
+
+
+def test_an_empty_folder_restores_nothing(tmp_path):
+    result = Result(arrays=to_record({"w": np.ones(1)}))
+    assert Checkpoint(tmp_path, Holding()).restore(result) == 0
+    assert result == Result(arrays=to_record({"w": np.ones(1)}))
+
+
+# Another run's checkpoint -----------------------------------------------------------
+
+
+def refused(start, folder, text, strategy=None, **options):
+    """Continuing is refused before anything runs."""
+    with pytest.raises(CheckpointError, match=text):
+        start(3, folder, strategy, evaluate_fn=pytest.fail, **options)
+
+
+class Other(AdditiveStrategy):
+    pass
+
+
+def test_a_checkpoint_of_another_strategy_is_refused(start, tmp_path):
+    start(1, tmp_path)
+    refused(
+        start, tmp_path, r"saved by .*AdditiveStrategy, this run uses .*Other", Other()
+    )
+
+
+def test_a_checkpoint_of_another_sampler_seed_is_refused(start, tmp_path):
+    start(1, tmp_path)
+    other = strategy_with(sampler=UniformSampler(4))
+    refused(start, tmp_path, r"'seed': 3.*'seed': 4.*same sampler", other)
+
+
+def test_a_checkpoint_of_another_server_optimizer_is_refused(start, tmp_path):
+    start(1, tmp_path)
+    refused(start, tmp_path, "server optimizer SGD, .* Adam", strategy_with(Adam()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays: {**arrays, "scale": np.float32([1.0])},
+        lambda arrays: {**arrays, "scale": np.array(1.0)},
+        lambda arrays: {k: x for k, x in arrays.items() if k != "scale"},
+    ],
+    ids=["shape", "dtype", "name"],
+)
+def test_a_checkpoint_of_another_model_is_refused_with_the_array(
+    start, tmp_path, initial, change
+):
+    start(1, tmp_path)
+    arrays = to_record(change(from_record(initial)))
+    text = r"another model: \['scale'\] differ"
+    refused(start, tmp_path, text, initial_arrays=arrays)
+
+
+def test_a_checkpoint_of_a_later_format_is_refused(start, tmp_path):
+    start(1, tmp_path)
+    change_state(tmp_path / "round-00001", format=99)
+    refused(start, tmp_path, "format 99, not 1")
+
+
+def test_flowers_own_strategies_are_refused(start, tmp_path):
+    refused(start, tmp_path / "a", "FedAvg has no state_dict", FedAvg())
+    assert not (tmp_path / "a").exists()
+
+
+# Damage ---------------------------------------------------------------------------
+
+
+def change_state(folder, **changes):
+    path = folder / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "name", ["state.json", "model.safetensors", "state.safetensors"]
+)
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "junk", "flipped"])
+def test_a_damaged_file_is_refused_with_what_to_do(start, tmp_path, name, damage):
+    start(2, tmp_path)
+    path = tmp_path / "round-00002" / name
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "flipped":
+        changed = bytearray(data)
+        changed[-5] ^= 0x55  # within the last numbers, or the last braces
+        path.write_bytes(changed)
+    else:
+        new = {"empty": b"", "cut off": data[: len(data) // 2], "junk": b"\xff" * 99}
+        path.write_bytes(new[damage])
+    refused(start, tmp_path, r"round-00002 cannot be read .*delete it to continue from")
+
+
+def test_after_deleting_the_damaged_round_the_run_continues(start, tmp_path):
+    whole = start(4)
+    start(3, tmp_path)
+    (tmp_path / "round-00003" / "model.safetensors").write_bytes(b"junk")
+    shutil.rmtree(tmp_path / "round-00003")
+    assert start(4, tmp_path) == whole
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3", '"text"', "{}"])
+def test_a_state_of_another_structure_is_refused(start, tmp_path, content):
+    start(1, tmp_path)
+    (tmp_path / "round-00001" / "state.json").write_text(content)
+    refused(start, tmp_path, "round-00001 cannot be read")
+
+
+@pytest.mark.parametrize("key", ["format", "round", "strategy", "model", "metrics"])
+def test_a_state_that_lacks_something_is_refused(start, tmp_path, key):
+    start(1, tmp_path)
+    path = tmp_path / "round-00001" / "state.json"
+    state = json.loads(path.read_text())
+    del state[key]
+    path.write_text(json.dumps(state))
+    refused(start, tmp_path, f"round-00001 cannot be read .*{key}")
+
+
+# Interruptions while writing --------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["save_file", "_flush", "rename"])
+def test_a_process_killed_while_writing_loses_only_that_round(
+    start, tmp_path, monkeypatch, step
+):
+    whole = start(3)
+    start(1, tmp_path)
+
+    def kill(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if step == "rename":
+            patch.setattr(Path, "rename", kill)
+        else:
+            patch.setattr(module, step, kill)
+        with pytest.raises(KeyboardInterrupt):
+            start(3, tmp_path)
+    assert [n for n in saved_rounds(tmp_path) if n[0] != "."] == ["round-00001"]
+    assert start(3, tmp_path) == whole
+
+
+def test_what_a_killed_process_left_behind_is_removed(start, tmp_path):
+    (tmp_path / ".partial-1").mkdir()
+    (tmp_path / ".partial-1" / "model.safetensors").write_bytes(b"half a model")
+    start(1, tmp_path)
+    assert saved_rounds(tmp_path) == ["round-00001"]
+
+
+def test_a_round_appears_only_when_its_files_are_complete(start, tmp_path, monkeypatch):
+    seen = []
+    rename = Path.rename
+
+    def look(self, target):
+        seen.append((saved_rounds(tmp_path), sorted(p.name for p in self.iterdir())))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", look)
+    start(1, tmp_path)
+    [(there, files)] = seen
+    assert not any(name.startswith("round-") for name in there)
+    assert files == ["model.safetensors", "state.json", "state.safetensors"]
+
+
+def test_files_are_flushed_to_the_disk_before_the_round_appears(
+    start, tmp_path, monkeypatch
+):
+    events = []
+    rename = Path.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append("fsync"))
+    monkeypatch.setattr(
+        Path, "rename", lambda self, to: events.append("rename") or rename(self, to)
+    )
+    start(1, tmp_path)
+    # three files and their folder; then the folder that holds the new name
+    assert events == ["fsync"] * 4 + ["rename", "fsync"]
+
+
+# A disk that is full ----------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Make the disk full from the given save on, at the given place."""
+
+    def fill(place, first):
+        calls = []
+
+        def full(*args, **kwargs):
+            calls.append(args)
+            if len(calls) >= first:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(*args, **kwargs)
+
+        owner, name = place
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, full)
+
+    return fill
+
+
+PLACES = {
+    "arrays": ((module, "save_file"), 5),  # two files a round: from round 3 on
+    "json": ((Path, "write_text"), 3),
+    "flush": ((module, "_flush"), 12),  # five a round: in round 3
+    "folder": ((Path, "rename"), 3),
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
+def test_a_full_disk_does_not_end_the_run(start, tmp_path, full_disk, caplog, place):
+    whole = start(4)
+    full_disk(*place)
+    assert start(4, tmp_path) == whole
+    errors = [r.message for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(errors) == 2
+    assert "Round 3 could not be saved" in errors[0]
+    assert "No space left on device" in errors[0]
+    assert errors[1].endswith("the last saved round is 2")
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
+def test_a_full_disk_leaves_the_earlier_rounds_intact(
+    start, tmp_path, full_disk, monkeypatch, place
+):
+    whole = start(4)
+    full_disk(*place)
+    start(4, tmp_path)
+    monkeypatch.undo()
+    assert saved_rounds(tmp_path) == ["round-00001", "round-00002"]
+    assert start(4, tmp_path) == whole
+
+
+def test_a_disk_that_is_full_from_the_start_says_that_nothing_is_saved(
+    start, tmp_path, full_disk, caplog
+):
+    full_disk((module, "save_file"), 1)
+    start(1, tmp_path)
+    assert "the last saved round is none" in caplog.text
+
+
+def test_after_a_full_disk_saving_goes_on(start, tmp_path, monkeypatch):
+    save_file, rounds = module.save_file, []
+
+    def full_in_round_2(arrays, path):
+        rounds.append(path)
+        if len(rounds) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(arrays, path)
+
+    monkeypatch.setattr(module, "save_file", full_in_round_2)
+    start(4, tmp_path)
+    assert saved_rounds(tmp_path) == ["round-00003", "round-00004"]
+
+
+def test_a_folder_that_vanished_is_made_again(start, tmp_path):
+    folder = tmp_path / "run"
+
+    def vanish(server_round, arrays):
+        if server_round == 2:
+            shutil.rmtree(folder)
+
+    start(3, folder, evaluate_fn=vanish)
+    assert saved_rounds(folder) == ["round-00002", "round-00003"]
+
+
+def test_a_folder_that_became_a_file_does_not_end_the_run(start, tmp_path, caplog):
+    folder = tmp_path / "run"
+
+    def replace(server_round, arrays):
+        if server_round == 2:
+            shutil.rmtree(folder)
+            folder.write_text("in the way")
+
+    result = start(3, folder, evaluate_fn=replace)
+    assert list(result.train_metrics_clientapp) == [1, 2, 3]
+    assert "Round 3 could not be saved" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_round(
+    start, tmp_path
+):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        refused(start, folder, r"checkpoint='.*file.*' must be a folder that can be wr")
+
+
+def test_a_read_only_folder_is_an_error_before_the_first_round(
+    start, tmp_path, monkeypatch
+):
+    def read_only(self, data):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", read_only)  # root may write anywhere
+    refused(start, tmp_path, "must be a folder that can be written: Permission denied")
+
+
+def test_configurations_are_not_part_of_a_checkpoint(start, tmp_path):
+    start(1, tmp_path, train_config=ConfigRecord({"lr": 0.1}))
+    text = (tmp_path / "round-00001" / "state.json").read_text()
+    assert '"lr"' not in text

@@ -1,0 +1,94 @@
+"""The baselines under ``flwr run`` on the Ray engine, on real data."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flower_ext.launch import run_app
+from flower_ext.report import SUMMARY_FILE, table
+from flower_ext.simulation.local import app_config, run_local
+from flower_ext.tracking import read_metrics
+
+BASELINES = Path(__file__).parents[1] / "baselines"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def importable(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Return a baseline's folder, whose package can be imported meanwhile."""
+    folder = BASELINES / str(request.param)
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.mark.parametrize("importable", ["fedfish"], indirect=True)
+def test_in_process_and_ray_give_the_same_metrics(
+    importable: Path, tmp_path: Path
+) -> None:
+    config = {
+        "num-server-rounds": 2,
+        "fraction-train": 0.5,
+        "local-epochs": 2,
+        "hidden-size": 16,
+    }
+    ray, local = tmp_path / "ray", tmp_path / "local"
+    run_app(importable, run_config={**config, "results": str(ray)}, num_supernodes=8)
+    server = importlib.import_module("fedfish.server_app")
+    client = importlib.import_module("fedfish.client_app")
+    run_local(
+        server.app,
+        client.app,
+        num_supernodes=8,
+        run_config={**app_config(importable), **config, "results": str(local)},
+    )
+    for strategy in ("fedavg", "fedfish"):
+        theirs, ours = read_metrics(ray / strategy), read_metrics(local / strategy)
+        assert len(theirs) == len(ours) == 2
+        for left, right in zip(theirs, ours, strict=True):
+            for row in (left, right):
+                assert row.pop("seconds/train") and row.pop("seconds/evaluate")
+            assert left == pytest.approx(right, rel=1e-5, abs=1e-5)
+    assert (ray / "comparison.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "num_supernodes", "config", "metric"),
+    [
+        (
+            "maxfl",
+            4,
+            {"num-clients": 100, "warmup-steps": 5, "fraction-train": 1.0},
+            "evaluate/gm-appeal",
+        ),
+        (
+            "bounded_group_loss",
+            15,
+            {"upper-bounds": "0.5"},
+            "evaluate/worst-group-loss",
+        ),
+    ],
+)
+def test_a_round_of_each_baseline(
+    name: str,
+    num_supernodes: int,
+    config: dict[str, str | int | float],
+    metric: str,
+    tmp_path: Path,
+) -> None:
+    outcome = run_app(
+        BASELINES / name,
+        run_config={**config, "num-server-rounds": 1, "results": str(tmp_path)},
+        num_supernodes=num_supernodes,
+    )
+    assert outcome.status == "finished:completed"
+    summary = json.loads((tmp_path / SUMMARY_FILE).read_text("utf-8"))
+    assert len(summary["runs"]) == 2
+    for values in summary["runs"].values():
+        assert 0 <= values[metric] < 10
+        assert 0.2 < values["evaluate/accuracy"] < 1
+    assert "fedavg" in table(tmp_path)

@@ -1,0 +1,353 @@
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+import flower_ext
+from flower_ext import launch
+from flower_ext.launch import RunFailed, parse_run_config, readable_line, run_app
+
+DEADLINE = 120.0
+
+PYPROJECT = """
+[project]
+name = "tiny"
+version = "1.0.0"
+description = "two clients that add one"
+license = "Apache-2.0"
+dependencies = ["flwr[simulation]>=1.41", "no-such-distribution-anywhere>=3"]
+
+[tool.flwr.app]
+publisher = "nobody"
+
+[tool.flwr.app.components]
+serverapp = "tiny.app:server"
+clientapp = "tiny.app:client"
+
+[tool.flwr.app.config]
+num-server-rounds = 2
+message = ""
+table.key = 1.5
+"""
+
+APP = """
+import importlib.util
+import os
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+client = ClientApp()
+server = ServerApp()
+
+
+@client.train()
+def train(message, context):
+    print("client imports", importlib.util.find_spec("flower_ext").origin)
+    arrays = [a + 1 for a in message.content["arrays"].to_numpy_ndarrays()]
+    records = {"arrays": ArrayRecord(arrays), "m": MetricRecord({"num-examples": 1})}
+    return Message(RecordDict(records), reply_to=message)
+
+
+@server.main()
+def main(grid, context):
+    print("home", os.environ["FLWR_HOME"])
+    print("server imports", importlib.util.find_spec("flower_ext").origin)
+    if text := context.run_config["message"]:
+        raise ValueError(text)
+    result = FedAvg(fraction_evaluate=0.0).start(
+        grid=grid,
+        initial_arrays=ArrayRecord([np.zeros(3)]),
+        num_rounds=context.run_config["num-server-rounds"],
+    )
+    print("result", result.arrays.to_numpy_ndarrays()[0].tolist())
+"""
+
+FAKE_SUPERLINK = """
+import socket, subprocess, sys, time
+deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True)
+server = socket.create_server(
+    ("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1]))
+)
+time.sleep(600)
+"""
+
+FAKE_FLWR = """
+import json, os, sys, time
+if sys.argv[1] == "list":
+    status = os.environ.get("FAKE_STATUS", "finished:completed")
+    print(json.dumps({"runs": [{"status": status, "status-details": "the reason"}]}))
+else:
+    print("home", os.environ["FLWR_HOME"], flush=True)
+    print("\\x1b[91mERROR \\x1b[0m:     what went wrong", flush=True)
+    if sys.argv[-1].endswith(".toml"):
+        print(open(sys.argv[-1]).read(), end="", flush=True)
+    time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
+    sys.exit(int(os.environ.get("FAKE_CODE", "0")))
+"""
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    folder = tmp_path / "app"
+    (folder / "tiny").mkdir(parents=True)
+    (folder / "pyproject.toml").write_text(PYPROJECT)
+    (folder / "tiny" / "__init__.py").touch()
+    (folder / "tiny" / "app.py").write_text(APP)
+    return folder
+
+
+@pytest.fixture
+def fake_flower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace Flower's programs: its SuperLink starts a detached, deaf process."""
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    for name, code in {"flower-superlink": FAKE_SUPERLINK, "flwr": FAKE_FLWR}.items():
+        (scripts / name).write_text(f"#!{sys.executable}\n{code}")
+        (scripts / name).chmod(stat.S_IRWXU)
+    get_path = sysconfig.get_path
+    monkeypatch.setattr(
+        sysconfig,
+        "get_path",
+        lambda name: str(scripts) if name == "scripts" else get_path(name),
+    )
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
+
+
+def home_of(log: str) -> str:
+    found = re.search(r"home (\S+)", log)
+    assert found
+    return found[1]
+
+
+def left_of(home: str) -> list[str]:
+    """List what a run left: processes with its home in environment or command."""
+    left = [home] if Path(home).exists() else []
+    for process in psutil.process_iter():
+        try:
+            if home in [process.environ().get("FLWR_HOME"), *process.cmdline()]:
+                left.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return left
+
+
+def test_completed_run_returns_its_log_and_leaves_nothing(app, fake_flower, tmp_path):
+    seen: list[str] = []
+    config = {"message": "a 'b' \"c\" ü", "num-server-rounds": 7, "table.key": 1e-7}
+    outcome = run_app(
+        app, run_config=config, log_file=tmp_path / "r" / "log", on_line=seen.append
+    )
+    assert outcome.status == "finished:completed"
+    assert outcome.log.splitlines() == seen
+    assert (tmp_path / "r" / "log").read_text().splitlines() == seen
+    assert "ERROR :     what went wrong" in seen
+    assert "num-server-rounds = 7" in seen
+    assert "table.key = 1e-07" in seen
+    assert 'message = "a \'b\' \\"c\\" ü"' in seen
+    assert left_of(home_of(outcome.log)) == []
+
+
+def test_failed_run_raises_with_reason_tail_and_log(app, fake_flower, monkeypatch):
+    monkeypatch.setenv("FAKE_STATUS", "finished:failed")
+    with pytest.raises(RunFailed, match="the reason") as caught:
+        run_app(app, on_line=lambda line: None)
+    assert "what went wrong" in str(caught.value)
+    log = Path(str(caught.value).rsplit("full log: ")[1])
+    assert "what went wrong" in log.read_text()
+    assert left_of(home_of(log.read_text())) == []
+    log.unlink()
+
+
+def test_flwr_that_exits_with_an_error_raises(app, fake_flower, monkeypatch):
+    monkeypatch.setenv("FAKE_CODE", "3")
+    with pytest.raises(RunFailed, match="exit code 3"):
+        run_app(app, log_file=app.parent / "log", on_line=lambda line: None)
+
+
+def test_timeout_stops_the_run(app, fake_flower, monkeypatch):
+    monkeypatch.setenv("FAKE_SECONDS", "600")
+    with pytest.raises(RunFailed, match=r"timeout=1\.5") as caught:
+        run_app(app, timeout=1.5, log_file=app.parent / "log")
+    assert left_of(home_of(str(caught.value))) == []
+
+
+def test_exception_in_callback_stops_everything(app, fake_flower, monkeypatch):
+    monkeypatch.setenv("FAKE_SECONDS", "600")
+    seen: list[str] = []
+
+    def interrupt(line: str) -> None:
+        seen.append(line)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_app(app, on_line=interrupt)
+    assert left_of(home_of(seen[0])) == []
+
+
+def test_sigterm_becomes_exit_143_and_handlers_come_back(app, fake_flower, monkeypatch):
+    monkeypatch.setenv("FAKE_SECONDS", "600")
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[str] = []
+
+    def terminate(line: str) -> None:
+        seen.append(line)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as caught:
+        run_app(app, on_line=terminate)
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert left_of(home_of(seen[0])) == []
+
+
+def test_superlink_that_cannot_start(app, fake_flower):
+    superlink = Path(sysconfig.get_path("scripts")) / "flower-superlink"
+    superlink.write_text(f"#!{sys.executable}\nraise SystemExit('no licence')\n")
+    with pytest.raises(RunFailed, match="ended with code 1\nno licence"):
+        run_app(app)
+
+
+def test_children_of_the_caller_survive(app, fake_flower):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1) as mine:
+        run_app(app)
+        assert mine.poll() is None
+        mine.kill()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_supernodes": 0}, "num_supernodes=0 must be >= 1"),
+        ({"num_cpus": -1}, "num_cpus=-1 must be >= 1"),
+        ({"num_gpus": float("nan")}, "num_gpus=nan must be >= 0"),
+        ({"timeout": 0}, "timeout=0 must be > 0"),
+        ({"run_config": {"rounds": 3}}, "no key rounds: .* lists message, num-server-"),
+    ],
+)
+def test_wrong_arguments(app, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_app(app, **options)
+
+
+def test_folder_without_an_app(tmp_path, capsys):
+    assert launch.main([str(tmp_path)]) == 2
+    assert "no Flower app: it has no pyproject.toml" in capsys.readouterr().err
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    assert launch.main([str(tmp_path)]) == 2
+    (tmp_path / "pyproject.toml").write_text("[project\n")
+    assert launch.main([str(tmp_path)]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.startswith("error: ") for line in errors] == [True, True]
+    assert "no [tool.flwr.app]" in errors[0]
+    assert "not valid TOML" in errors[1]
+
+
+def test_flwr_not_installed(app, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "_search_path", lambda: str(app))
+    assert launch.main([str(app)]) == 2
+    assert "flwr is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["a b", "a=1 b", "a=", "a=x", "a=[1", "=1"])
+def test_run_config_that_is_no_setting(text):
+    with pytest.raises(ValueError, match="run config"):
+        parse_run_config([text])
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("WARNING :   few clients", "WARNING: few clients"),
+        ("INFO :      \t└──> Aggregated", "\t└──> Aggregated"),
+        ("\x1b[91mERROR \x1b[0m:     broken", "ERROR: broken"),
+        ("loss: 0.5", "loss: 0.5"),
+        ("(raylet pid=3, ip=10.0.0.1) out of memory", "raylet: out of memory"),
+        ("INFO :      ", None),
+        ("WARNING :   Since flwr 1.32, default simulated SuperNodes changed", None),
+    ],
+)
+def test_readable_line(line, text):
+    assert readable_line(line) == text
+
+
+@pytest.mark.slow
+def test_two_real_runs_at_once_one_of_which_fails(app):
+    ends: dict[str, launch.RunOutcome | RunFailed] = {}
+
+    def run(message: str) -> None:
+        try:
+            ends[message] = run_app(
+                app,
+                run_config={"message": message},
+                num_supernodes=2,
+                on_line=lambda line: None,
+            )
+        except RunFailed as error:
+            ends[message] = error
+
+    threads = [threading.Thread(target=run, args=[m]) for m in ["", "not today"]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    failed = ends["not today"]
+    assert isinstance(failed, RunFailed)
+    assert "finished:failed" in str(failed)
+    assert "ValueError: not today" in str(failed)
+    log = Path(str(failed).rsplit("full log: ")[1])
+    assert left_of(home_of(log.read_text())) == []
+    log.unlink()
+
+    completed = ends[""]
+    assert isinstance(completed, launch.RunOutcome), completed
+    assert "result [2.0, 2.0, 2.0]" in completed.log
+    assert f"server imports {flower_ext.__file__}" in completed.log
+    assert f"client imports {flower_ext.__file__}" in completed.log
+    assert left_of(home_of(completed.log)) == []
+
+
+@pytest.mark.slow
+def test_sigterm_during_a_real_run_leaves_nothing(app):
+    command = [sys.executable, "-m", "flower_ext.launch", str(app)]
+    command += ["--num-supernodes", "2", "--run-config", "num-server-rounds=100000"]
+    output: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            output.append(line)
+            if "[ROUND 3/" in line:
+                break
+        started = psutil.Process(process.pid).children(recursive=True)
+        names = json.dumps([p.name() for p in started])
+        process.terminate()
+        process.stdout.read()
+        assert process.wait(DEADLINE) == 143, output
+    assert "flower-superlin" in names
+    assert "raylet" in names
+    _, alive = psutil.wait_procs(started, timeout=1)
+    assert alive == []
+    assert left_of(home_of("".join(output))) == []
+
+
+@pytest.mark.slow
+def test_command_line_says_in_one_line_what_is_wrong(tmp_path):
+    command = [sys.executable, "-m", "flower_ext.launch", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
