@@ -25,7 +25,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from flower_ext._flower import AggregationError, InconsistentMessageReplies, log
-from flower_ext.arrays import Arrays, from_record, subtract, to_record
+from flower_ext.arrays import Arrays, Term, from_record, subtract, to_record
 from flower_ext.client import CLIENT_HALF_KEY, ClientHalf, Metrics
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import fraction, refuse, whole
@@ -44,6 +44,10 @@ from flower_ext.server_optimizer import SGD, ServerOptimizer, State
 from flower_ext.tracking import Tracker
 
 Config = Mapping[str, ConfigRecordValues]
+
+_NOT_FINITE = "the contribution is not finite"
+# Enough for the sum to be read and written rarely, few enough to be held at a time.
+_TERMS_AT_A_TIME = 16
 
 
 class AdditiveStrategy(FedAvg):
@@ -156,7 +160,7 @@ class AdditiveStrategy(FedAvg):
         """Return what clients are told besides the user's configuration."""
         return {}
 
-    def delta(self, reply: RecordDict, sent: Arrays) -> Arrays:
+    def delta(self, reply: RecordDict, sent: Arrays) -> dict[str, Term]:
         """Return the client's model minus the model that it was sent."""
         new = read_arrays(reply, self.arrayrecord_key, sent)
         return {name: subtract(new[name], sent[name]) for name in sent}
@@ -260,31 +264,49 @@ class AdditiveStrategy(FedAvg):
     def _add_up(
         self, replies: list[Message], dropped: Counter[str]
     ) -> tuple[Total, list[RecordDict]]:
-        """Sum the usable contributions; count the others in ``dropped``."""
+        """Sum the usable contributions; count the others in ``dropped``.
+
+        That all are finite is checked on their sum, which costs one pass a round
+        instead of one a reply; only where it is not are the ones to blame looked for.
+        """
+        total, used, left_out = self._sum(replies)
+        if not total.is_finite():
+            total, used, left_out = self._sum(replies, check=True)
+        dropped += left_out
+        self._understood |= bool(used) or _NOT_FINITE in left_out
+        if left_out and not self._understood:
+            half = self.client_half
+            raise InconsistentMessageReplies(
+                f"{type(self).__name__} can use no reply of its first round"
+                + (f", which needs the client half {half.__name__}" if half else "")
+                + f": {next(iter(left_out))}"
+            )
+        return total, used
+
+    def _sum(
+        self, replies: list[Message], *, check: bool = False
+    ) -> tuple[Total, list[RecordDict], Counter[str]]:
+        """Return the sum, what is in it, and the reasons to leave others out."""
         assert self._sent is not None
-        total, used, malformed = Total(), [], ""
+        total, used, left_out = Total(), [], Counter[str]()
+        waiting: list[Contribution] = []
         for reply in replies:
             try:
                 self.weight(reply.content)  # the metrics are averaged with it
                 term = self.contribution(reply.content, self._sent)
             except MalformedReply as problem:
-                malformed = str(problem)
-                dropped[malformed] += 1
+                left_out[str(problem)] += 1
                 continue
-            if term.is_finite():
-                total.add(term)
-                used.append(reply.content)
-            else:
-                dropped["the contribution is not finite"] += 1
-        self._understood |= bool(used)
-        if malformed and not self._understood:
-            half = self.client_half
-            raise InconsistentMessageReplies(
-                f"{type(self).__name__} can use no reply of its first round"
-                + (f", which needs the client half {half.__name__}" if half else "")
-                + f": {malformed}"
-            )
-        return total, used
+            if check and not term.is_finite():
+                left_out[_NOT_FINITE] += 1
+                continue
+            used.append(reply.content)
+            waiting.append(term)
+            if len(waiting) == _TERMS_AT_A_TIME:
+                total.add(*waiting)
+                waiting.clear()
+        total.add(*waiting)
+        return total, used, left_out
 
     def _problem(self, total: Total) -> str:
         """Say why the model cannot be moved, if so."""

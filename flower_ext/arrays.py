@@ -1,6 +1,8 @@
 """The algebra of named arrays, and their way to and from Flower's records."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from math import prod
 
@@ -12,7 +14,7 @@ from flwr.common import NDArray
 Arrays = dict[str, NDArray]
 
 # Elements added at a time: a block of float64 that stays in the cache.
-_BLOCK = 1 << 15
+_BLOCK = 1 << 14
 
 
 def view(array: Array) -> NDArray:
@@ -67,48 +69,108 @@ def is_averaged(array: NDArray) -> bool:
     return array.dtype.kind == "f"
 
 
-def subtract(new: NDArray, old: NDArray) -> NDArray:
-    """Return ``new - old``: floats in float32 or wider, integers exactly in int64."""
-    if is_averaged(new):
-        wide = np.result_type(new, old, np.float32)
-        return np.asarray(np.subtract(new, old, dtype=wide))
-    return np.asarray(new.astype(np.int64) - old.astype(np.int64))
+class Lazy:
+    """An elementwise function of arrays, computed block by block when it is needed.
 
+    A client's term may be as large as the model; computed this way while it is added
+    to the sum, it is never held as a whole.
 
-def accumulate(total: npt.NDArray[np.float64], term: NDArray, weight: float) -> None:
-    """Add ``weight * term`` to ``total`` in place, in float64, block by block.
-
-    The blocks keep the product in the processor's cache: no temporary array of the
-    size of the model.
+    Parameters
+    ----------
+    function : callable
+        Takes flat blocks of the operands and returns a flat block.
+    *operands : ndarray or Lazy
+        All of one shape.
     """
-    into, values = total.reshape(-1), term.reshape(-1)
-    for start in range(0, into.size, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        into[block] += np.multiply(values[block], weight, dtype=np.float64)
+
+    def __init__(
+        self, function: Callable[..., NDArray], *operands: "NDArray | Lazy"
+    ) -> None:
+        self.shape: tuple[int, ...] = operands[0].shape
+        self._function = function
+        self._flat = [x if isinstance(x, Lazy) else x.reshape(-1) for x in operands]
+
+    def block(self, where: slice) -> NDArray:
+        """Return a part of the flattened array."""
+        return self._function(
+            *(x.block(where) if isinstance(x, Lazy) else x[where] for x in self._flat)
+        )
+
+    def numpy(self) -> NDArray:
+        """Return the whole array."""
+        return self.block(slice(None)).reshape(self.shape)
 
 
-def zeros_like(arrays: Mapping[str, NDArray]) -> dict[str, npt.NDArray[np.float64]]:
-    """Return float64 zeros of the same names and shapes."""
-    return {name: np.zeros(x.shape) for name, x in arrays.items()}
+Term = NDArray | Lazy
 
 
-def all_finite(arrays: Iterable[NDArray]) -> bool:
-    """Whether no array holds a NaN or an infinity (one pass, no temporary)."""
+def subtract(new: NDArray, old: NDArray) -> Lazy:
+    """Return ``new - old``: floats in float32 or wider, integers exactly in int64."""
+    if not is_averaged(new):
+        return Lazy(_subtract_integers, new, old)
+    wide = np.result_type(new, old, np.float32)
+    return Lazy(partial(np.subtract, dtype=wide), new, old)
+
+
+def _subtract_integers(new: NDArray, old: NDArray) -> NDArray:
+    return np.subtract(new.astype(np.int64), old.astype(np.int64))
+
+
+def multiply(left: Term, right: Term) -> Lazy:
+    """Return the elementwise product, float64: two small float32 may underflow."""
+    return Lazy(partial(np.multiply, dtype=np.float64), left, right)
+
+
+def accumulate(
+    total: npt.NDArray[np.float64], terms: Sequence[tuple[Term, float]]
+) -> None:
+    """Add ``sum(weight * term)`` to ``total`` in place, in float64, in order.
+
+    All terms are added to one block of the total before the next: it stays in the
+    processor's cache, and no temporary array is as large as the model.
+
+    Parameters
+    ----------
+    total : ndarray of float64
+        Contiguous.
+    terms : sequence of (ndarray or Lazy, float)
+        Each of the shape of ``total``, and its weight.
+    """
+    into = total.reshape(-1)
+    flat = [(x if isinstance(x, Lazy) else x.reshape(-1), w) for x, w in terms]
+    product = np.empty(min(_BLOCK, into.size))
     with np.errstate(invalid="ignore", over="ignore"):
-        return all(np.isfinite(np.sum(x, dtype=np.float64)) for x in arrays)
+        for start in range(0, into.size, _BLOCK):
+            where = slice(start, start + _BLOCK)
+            block = into[where]
+            wide = product[: block.size]
+            for x, weight in flat:
+                wide[...] = x.block(where) if isinstance(x, Lazy) else x[where]
+                wide *= weight
+                block += wide
 
 
-def norm(arrays: Iterable[NDArray]) -> float:
+def all_finite(terms: Iterable[Term]) -> bool:
+    """Whether no array holds a NaN or an infinity."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return all(np.all(np.isfinite(block)) for x in terms for block in _blocks(x))
+
+
+def norm(terms: Iterable[Term]) -> float:
     """Return the l2 norm of all arrays taken as one vector."""
-    return float(np.sqrt(sum(_squares(x) for x in arrays)))
-
-
-def _squares(array: NDArray) -> float:
-    flat = array.reshape(-1)
-    return sum(
-        float(np.sum(np.square(flat[start : start + _BLOCK], dtype=np.float64)))
-        for start in range(0, flat.size, _BLOCK)
+    squares = (
+        float(np.sum(np.square(block, dtype=np.float64)))
+        for x in terms
+        for block in _blocks(x)
     )
+    return math.sqrt(sum(squares))
+
+
+def _blocks(term: Term) -> Iterator[NDArray]:
+    flat = term if isinstance(term, Lazy) else term.reshape(-1)
+    for start in range(0, prod(term.shape), _BLOCK):
+        where = slice(start, start + _BLOCK)
+        yield flat.block(where) if isinstance(flat, Lazy) else flat[where]
 
 
 def layout(arrays: Mapping[str, NDArray]) -> dict[str, str]:

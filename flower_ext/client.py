@@ -208,7 +208,7 @@ class Local:
         value = self.config.get(key, default)
         if not isinstance(value, int | float):
             refuse(f"config[{key!r}]", value, "a number")
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
 
     @property
     def steps_per_epoch(self) -> int:

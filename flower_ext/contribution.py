@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.common import NDArray
 
-from flower_ext.arrays import Arrays, accumulate, all_finite, zeros_like
+from flower_ext.arrays import Arrays, Term, accumulate, all_finite
 
 DELTA = "delta"
 
@@ -18,7 +18,7 @@ class Contribution:
 
     Parameters
     ----------
-    arrays : dict[str, dict[str, ndarray]]
+    arrays : dict[str, dict[str, ndarray or Lazy]]
         Named parts, each of named arrays: ``{"delta": {"conv.weight": ...}}``.
     weight : float (default: 1.0)
         Multiplies every array, and is itself added up.
@@ -26,7 +26,7 @@ class Contribution:
         Added up as they are: sums and counts of shape ``()`` or ``(groups,)``.
     """
 
-    arrays: Mapping[str, Arrays]
+    arrays: Mapping[str, Mapping[str, Term]]
     weight: float = 1.0
     scalars: Mapping[str, float | NDArray] = field(default_factory=dict)
 
@@ -56,19 +56,24 @@ class Total:
     scalars: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     count: int = 0
 
-    def add(self, term: Contribution) -> None:
-        """Add one term in place."""
-        for part, arrays in term.arrays.items():
-            into = self.arrays.setdefault(part, {})
-            into.update(zeros_like({k: x for k, x in arrays.items() if k not in into}))
-            for name, array in arrays.items():
-                accumulate(into[name], array, term.weight)
-        for name, value in term.scalars.items():
-            self.scalars[name] = np.asarray(
-                self.scalars.get(name, 0.0) + np.asarray(value, np.float64)
-            )
-        self.weight += term.weight
-        self.count += 1
+    def add(self, *terms: Contribution) -> None:
+        """Add terms in place, in their order: the result is that of one at a time."""
+        added: dict[tuple[str, str], list[tuple[Term, float]]] = {}
+        for term in terms:
+            for part, arrays in term.arrays.items():
+                for name, array in arrays.items():
+                    added.setdefault((part, name), []).append((array, term.weight))
+            for name, value in term.scalars.items():
+                self.scalars[name] = np.asarray(
+                    self.scalars.get(name, 0.0) + np.asarray(value, np.float64)
+                )
+            self.weight += term.weight
+            self.count += 1
+        for (part, name), weighted in added.items():
+            sums = self.arrays.setdefault(part, {})
+            if name not in sums:
+                sums[name] = np.zeros(weighted[0][0].shape)
+            accumulate(sums[name], weighted)
 
     def is_finite(self) -> bool:
         """Whether no sum has overflowed."""

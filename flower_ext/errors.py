@@ -1,36 +1,77 @@
-"""One way to refuse an argument: its name, its value, the bound, the usual cause."""
+"""One way to refuse an argument: its name, its value, the bound, the usual cause.
+
+Each check returns the value as a plain ``int``, ``float`` or ``str``.
+"""
 
 import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import NoReturn
 
 
-def refuse(name: str, value: object, bound: str, cause: str = "") -> None:
+def refuse(name: str, value: object, bound: str, cause: str = "") -> NoReturn:
     """Raise ``ValueError`` for an argument that is out of its bound."""
     raise ValueError(f"{name}={value!r} must be {bound}" + (f": {cause}" * bool(cause)))
 
 
-def at_least(name: str, value: float, low: float, cause: str = "") -> None:
+def at_least(name: str, value: object, low: float, cause: str = "") -> float:
     """Require a finite number ``value >= low``."""
-    if not _is_number(value) or not value >= low or math.isinf(value):
+    number = _number(value)
+    if not number >= low or math.isinf(number):
         refuse(name, value, f"a finite number >= {low:g}", cause)
+    return number
 
 
-def positive(name: str, value: float, cause: str = "") -> None:
-    """Require a finite number ``value > 0``."""
-    if not _is_number(value) or not value > 0 or math.isinf(value):
-        refuse(name, value, "a finite number > 0", cause)
+def positive(
+    name: str, value: object, cause: str = "", *, allow_inf: bool = False
+) -> float:
+    """Require a number ``value > 0``; infinity only where it has a meaning."""
+    number = _number(value)
+    if not number > 0 or (math.isinf(number) and not allow_inf):
+        refuse(name, value, f"a {'' if allow_inf else 'finite '}number > 0", cause)
+    return number
 
 
-def fraction(name: str, value: float, cause: str = "") -> None:
+def fraction(name: str, value: object, cause: str = "") -> float:
     """Require ``0 <= value <= 1``."""
-    if not _is_number(value) or not 0 <= value <= 1:
+    number = _number(value)
+    if not 0 <= number <= 1:
         refuse(name, value, "between 0 and 1", cause)
+    return number
 
 
-def whole(name: str, value: int, low: int, cause: str = "") -> None:
+def probability(name: str, value: object, cause: str = "") -> float:
+    """Require ``0 < value <= 1``."""
+    number = _number(value)
+    if not 0 < number <= 1:
+        refuse(name, value, "in (0, 1]", cause)
+    return number
+
+
+def open_unit(name: str, value: object, cause: str = "") -> float:
+    """Require ``0 < value < 1``."""
+    number = _number(value)
+    if not 0 < number < 1:
+        refuse(name, value, "in the open interval (0, 1)", cause)
+    return number
+
+
+def whole(name: str, value: object, low: int, cause: str = "") -> int:
     """Require an integer ``value >= low``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         refuse(name, value, f"an integer >= {low}", cause)
+    return int(value)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def one_of(name: str, value: str, choices: Sequence[str], cause: str = "") -> str:
+    """Require one of a few words."""
+    if value not in choices:
+        refuse(name, value, f"one of {tuple(choices)}", cause)
+    return value
+
+
+def _number(value: object) -> float:
+    """Return a real number as a float, anything else as NaN."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    return float(value)

@@ -24,7 +24,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from flower_ext.additive import AdditiveStrategy, Config
-from flower_ext.arrays import Arrays, accumulate, to_record, zeros_like
+from flower_ext.arrays import Arrays, accumulate, to_record
 from flower_ext.client import Batch, ClientHalf, Local, Metrics, batches
 from flower_ext.contribution import Contribution, Total
 from flower_ext.errors import at_least, positive, refuse
@@ -436,9 +436,11 @@ class BoundedGroupLoss(AdditiveStrategy):
         if self._best is None or rank < self._best[0]:
             self._best = rank, self._sent
         if self._keep_average:
-            self._average = self._average or zeros_like(self._sent)
+            self._average = self._average or {
+                name: np.zeros(x.shape) for name, x in self._sent.items()
+            }
             for name, array in self._sent.items():
-                accumulate(self._average[name], array, 1.0)
+                accumulate(self._average[name], [(array, 1.0)])
         self._rounds += 1
 
 

@@ -24,7 +24,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from flower_ext.additive import AdditiveStrategy, Config
-from flower_ext.arrays import Arrays, is_averaged
+from flower_ext.arrays import Arrays, is_averaged, multiply
 from flower_ext.client import ClientHalf, Local, Metrics, batches, num_examples
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import refuse
@@ -273,11 +273,7 @@ class FedFish(AdditiveStrategy):
         )
         if not fisher or any(np.min(f, initial=0) < 0 for f in fisher.values()):
             raise MalformedReply(f"ArrayRecord {FISHER_KEY!r} must hold squares, >= 0")
-        # In float32 the product of two small numbers would be another number.
-        product = {
-            name: np.multiply(f, delta[name], dtype=np.float64)
-            for name, f in fisher.items()
-        }
+        product = {name: multiply(f, delta[name]) for name, f in fisher.items()}
         return Contribution(
             {DELTA: delta, FISHER_KEY: fisher, FISHER_DELTA: product},
             self.weight(reply),

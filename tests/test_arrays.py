@@ -19,7 +19,6 @@ from flower_ext.arrays import (
     subtract,
     to_record,
     view,
-    zeros_like,
 )
 
 DTYPES = ["f2", "f4", "f8", "i1", "i4", "i8", "u1", "u8", "?", ">f4", ">i8"]
@@ -106,34 +105,34 @@ def test_counters_and_flags_are_not_averaged(dtype):
 
 
 def test_difference_of_float16_does_not_overflow():
-    assert subtract(np.float16([60000]), np.float16([-60000])).tolist() == [120000.0]
+    assert subtract(np.float16([60000]), np.float16([-60000])).numpy().tolist() == [120000.0]
 
 
 def test_difference_of_float64_keeps_all_digits():
     new, old = np.array([1 + 2**-40]), np.array([1.0])
-    assert subtract(new, old).tolist() == [2**-40]
+    assert subtract(new, old).numpy().tolist() == [2**-40]
 
 
 def test_difference_of_float64_reply_to_float32_model_is_float64():
-    assert subtract(np.array([1 + 2**-40]), np.float32([1])).tolist() == [2**-40]
+    assert subtract(np.array([1 + 2**-40]), np.float32([1])).numpy().tolist() == [2**-40]
 
 
 def test_difference_of_large_integers_is_exact():
     new, old = np.array([2**60 + 1, -(2**62)]), np.array([2**60, -(2**62) + 3])
-    assert subtract(new, old).tolist() == [1, -3]
+    assert subtract(new, old).numpy().tolist() == [1, -3]
 
 
 def test_difference_of_unsigned_integers_has_a_sign():
-    assert subtract(np.uint8([3]), np.uint8([5])).tolist() == [-2]
+    assert subtract(np.uint8([3]), np.uint8([5])).numpy().tolist() == [-2]
 
 
 def test_difference_of_flags_has_a_sign():
     new, old = np.array([True, False, True]), np.array([False, True, True])
-    assert subtract(new, old).tolist() == [1, -1, 0]
+    assert subtract(new, old).numpy().tolist() == [1, -1, 0]
 
 
 def test_difference_of_0d_arrays_is_an_array():
-    difference = subtract(np.array(3), np.array(1))
+    difference = subtract(np.array(3), np.array(1)).numpy()
     assert isinstance(difference, np.ndarray)
     assert difference.shape == ()
 
@@ -152,15 +151,9 @@ def test_accumulate_adds_weight_times_term(shape, dtype, weight, fortran):
     total = np.asarray(random.normal(size=shape))
     expected = total + weight * term.astype(np.float64)
     before = term.copy()
-    accumulate(total, term, weight)
+    accumulate(total, [(term, weight)])
     np.testing.assert_array_equal(total, expected)
     np.testing.assert_array_equal(term, before)
-
-
-def test_zeros_like_are_float64_of_the_same_shapes():
-    zeros = zeros_like({"a": np.ones((2, 3), np.float16), "b": np.array(5)})
-    assert layout(zeros) == {"a": "float64[2, 3]", "b": "float64[]"}
-    assert not any(x.any() for x in zeros.values())
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

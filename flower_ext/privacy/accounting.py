@@ -19,10 +19,9 @@ import warnings
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from flower_ext.privacy._checks import (
-    non_negative_int,
+from flower_ext.errors import (
     positive,
-    positive_int,
+    whole,
 )
 from flower_ext.privacy.factorizations import Factorization
 from flower_ext.privacy.gaussian import (
@@ -60,7 +59,7 @@ class RoundAccountant(ABC):
 
     def __init__(self, config: PrivacyConfig, rounds: int) -> None:
         self._config = config
-        self._rounds = positive_int("rounds", rounds)
+        self._rounds = whole("rounds", rounds, 1)
         self._done = 0
         if config.sampling_method.value != self._sampling:
             raise ValueError(
@@ -162,7 +161,7 @@ class RoundAccountant(ABC):
         """
         from flwr.serverapp.exception import PrivacyBudgetExhausted
 
-        if self._done + positive_int("count", count) > self._rounds:
+        if self._done + whole("count", count, 1) > self._rounds:
             raise PrivacyBudgetExhausted(
                 f"round {self._done + count} is after the {self._rounds} planned "
                 "rounds: plan the mechanism for the whole run"
@@ -204,18 +203,18 @@ class RoundAccountant(ABC):
                     f"state[{key!r}]={state.get(key)!r} must be {value!r}: the "
                     "checkpoint was made with another mechanism"
                 )
-        releases = non_negative_int("state['releases']", state.get("releases"))
+        releases = whole("state['releases']", state.get("releases"), 0)
         if releases > self._rounds:
             raise ValueError(f"state['releases']={releases} must be <= {self._rounds}")
         self._done = releases
 
     def _ahead(self, count: int) -> int:
         """Return the number of rounds after ``count`` more."""
-        return self._check_rounds(self._done + positive_int("count", count))
+        return self._check_rounds(self._done + whole("count", count, 1))
 
     def _check_rounds(self, rounds: int) -> int:
         """Return ``rounds`` if it is within the plan."""
-        if non_negative_int("rounds", rounds) > self._rounds:
+        if whole("rounds", rounds, 0) > self._rounds:
             raise ValueError(
                 f"rounds={rounds} must be <= {self._rounds}, the planned rounds: plan "
                 "the mechanism for the whole run"
@@ -273,8 +272,8 @@ class GaussianAccountant(RoundAccountant):
         self.noise_multiplier = positive(
             "noise_multiplier", noise_multiplier, "a run without noise has no privacy"
         )
-        self.min_separation = positive_int("min_separation", min_separation)
-        self.max_participations = positive_int("max_participations", max_participations)
+        self.min_separation = whole("min_separation", min_separation, 1)
+        self.max_participations = whole("max_participations", max_participations, 1)
         self.sensitivity: Sensitivity = factorization.sensitivity(
             min_separation, max_participations
         )

@@ -3,7 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_ext.privacy._checks import one_of, positive_int
+from flower_ext.errors import (
+    one_of,
+    whole,
+)
 from flower_ext.privacy.factorizations import Factorization
 from flower_ext.privacy.participation import (
     Sensitivity,
@@ -189,9 +192,9 @@ def optimize_bands(rounds: int, bands: int, *, objective: str = "rms") -> Floats
     from scipy.optimize import minimize  # type: ignore[import-untyped]
     from scipy.signal import lfilter  # type: ignore[import-untyped]
 
-    positive_int("bands", bands)
+    whole("bands", bands, 1)
     one_of("objective", objective, ("rms", "max"))
-    if bands > positive_int("rounds", rounds):
+    if bands > whole("rounds", rounds, 1):
         raise ValueError(
             f"bands={bands} must be <= rounds={rounds}: a run has no longer memory"
         )

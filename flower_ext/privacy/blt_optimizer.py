@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_ext.privacy._checks import one_of, positive_int
+from flower_ext.errors import (
+    one_of,
+    whole,
+)
 from flower_ext.privacy.participation import effective_participations
 
 Floats = NDArray[np.float64]
@@ -129,8 +132,8 @@ def optimize_buffers(
     tuple of NDArray
         ``buffer_decay`` and ``output_scale``, shape ``(<= buffers,)``.
     """
-    positive_int("rounds", rounds)
-    if positive_int("buffers", buffers) > MAX_BUFFERS:
+    whole("rounds", rounds, 1)
+    if whole("buffers", buffers, 1) > MAX_BUFFERS:
         raise ValueError(
             f"buffers={buffers} must be <= {MAX_BUFFERS}: more gain nothing and are "
             "numerically unstable"

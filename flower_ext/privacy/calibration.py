@@ -6,7 +6,12 @@ import math
 from functools import lru_cache
 from typing import Protocol, cast
 
-from flower_ext.privacy._checks import open_unit, positive, positive_int, probability
+from flower_ext.errors import (
+    open_unit,
+    positive,
+    probability,
+    whole,
+)
 from flower_ext.privacy.gaussian import gaussian_epsilon, gaussian_mu
 
 INTERVAL = 1e-3
@@ -108,11 +113,11 @@ def epsilon_for(
     """
     open_unit("delta", delta)
     return sampled_epsilon(
-        -(-positive_int("rounds", rounds) // positive_int("cycle", cycle)),
+        -(-whole("rounds", rounds, 1) // whole("cycle", cycle, 1)),
         delta,
         positive("noise_multiplier", noise_multiplier),
         probability("sampling_probability", sampling_probability),
-        positive_int("group_size", group_size),
+        whole("group_size", group_size, 1),
         positive("interval", interval),
     )
 
@@ -145,9 +150,9 @@ def noise_multiplier_for(
     1.0
     """
     positive("epsilon", epsilon)
-    count = -(-positive_int("rounds", rounds) // positive_int("cycle", cycle))
+    count = -(-whole("rounds", rounds, 1) // whole("cycle", cycle, 1))
     probability("sampling_probability", sampling_probability)
-    positive_int("group_size", group_size)
+    whole("group_size", group_size, 1)
     mu = gaussian_mu(epsilon, delta)
     # Sampling can only help; a hair more so that rounding cannot break the promise.
     high = math.sqrt(count) * group_size / mu * (1 + 1e-12)

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_ext.privacy._checks import non_negative, open_unit, positive, positive_int
+from flower_ext.errors import (
+    at_least,
+    open_unit,
+    positive,
+    whole,
+)
 
 Array = NDArray[np.float32] | NDArray[np.float64]
 
@@ -236,7 +241,7 @@ def update_clipping_norm(
     """
     norm = positive("clipping_norm", clipping_norm)
     target = open_unit("target_quantile", target_quantile)
-    rate = non_negative("learning_rate", learning_rate)
+    rate = at_least("learning_rate", learning_rate, 0)
     if not math.isfinite(unclipped_fraction):
         raise ValueError(f"unclipped_fraction={unclipped_fraction} must be finite")
     exponent = max(-50.0, min(50.0, -rate * (unclipped_fraction - target)))
@@ -266,7 +271,7 @@ def noisy_unclipped_fraction(
     count_noise : float
         A draw of N(0, sigma_b^2), from a seeded or secure generator of the caller.
     """
-    positive_int("planned_clients", planned_clients)
+    whole("planned_clients", planned_clients, 1)
     if not 0 <= unclipped <= clients:
         raise ValueError(f"unclipped={unclipped} must be in [0, clients={clients}]")
     if not math.isfinite(count_noise):

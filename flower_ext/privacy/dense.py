@@ -6,7 +6,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_ext.privacy._checks import one_of, positive_int
+from flower_ext.errors import (
+    one_of,
+    whole,
+)
 from flower_ext.privacy.factorizations import Factorization
 from flower_ext.privacy.participation import Sensitivity, gram_sensitivity
 from flower_ext.privacy.recurrences import HistoryRecurrence, Recurrence
@@ -76,7 +79,7 @@ class DenseFactorization(Factorization):
 
         It holds only if every epoch visits the clients in the same order.
         """
-        positive_int("period", period)
+        whole("period", period, 1)
         weights = self._matrix.T @ self._matrix
         exact = bool(weights.min() >= -1e-12 * weights.max())
         totals = [
@@ -155,9 +158,9 @@ def optimize_dense(
     2306.08153.
     """
     one_of("participation", participation, ("min-separation", "fixed-epoch"))
-    positive_int("min_separation", min_separation)
-    positive_int("max_participations", max_participations)
-    if positive_int("rounds", rounds) > 1000:
+    whole("min_separation", min_separation, 1)
+    whole("max_participations", max_participations, 1)
+    if whole("rounds", rounds, 1) > 1000:
         raise ValueError(f"rounds={rounds} must be <= 1000: use banded Toeplitz or BLT")
     index = np.arange(rounds)
     lag = np.abs(np.subtract.outer(index, index))

@@ -21,7 +21,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_ext.privacy._checks import positive_int
+from flower_ext.errors import (
+    whole,
+)
 from flower_ext.privacy.participation import Sensitivity, effective_participations
 from flower_ext.privacy.recurrences import IndependentRecurrence, Recurrence
 
@@ -48,7 +50,7 @@ class Factorization(ABC):
     """
 
     def __init__(self, rounds: int) -> None:
-        self.rounds = positive_int("rounds", rounds)
+        self.rounds = whole("rounds", rounds, 1)
 
     @property
     @abstractmethod
@@ -131,7 +133,7 @@ class Factorization(ABC):
 
     def _check_first(self, rounds: int) -> int:
         """Return ``rounds`` if the plan covers it."""
-        if positive_int("rounds", rounds) > self.rounds:
+        if whole("rounds", rounds, 1) > self.rounds:
             raise ValueError(
                 f"rounds={rounds} must be <= {self.rounds}, the planned rounds of "
                 f"{self.name}: plan the mechanism for the whole run"

@@ -7,7 +7,11 @@ its accounting needs. Neighbouring relation: one client's contributions become z
 
 import math
 
-from flower_ext.privacy._checks import non_negative, open_unit, positive
+from flower_ext.errors import (
+    at_least,
+    open_unit,
+    positive,
+)
 
 
 def _log_ndtr(value: float) -> float:
@@ -33,8 +37,8 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
     ----------
     Balle and Wang 2018, arXiv 1805.06530, Theorem 8.
     """
-    non_negative("mu", mu)
-    non_negative("epsilon", epsilon)
+    at_least("mu", mu, 0)
+    at_least("epsilon", epsilon, 0)
     if mu == 0:
         return 0.0
     upper = _log_ndtr(mu / 2 - epsilon / mu)
@@ -94,7 +98,7 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
 
 def zcdp_rho(mu: float) -> float:
     """Return rho of zero-concentrated privacy, mu^2 / 2; it adds up over releases."""
-    return non_negative("mu", mu) ** 2 / 2
+    return at_least("mu", mu, 0) ** 2 / 2
 
 
 def zcdp_epsilon(rho: float, delta: float) -> float:
@@ -105,7 +109,7 @@ def zcdp_epsilon(rho: float, delta: float) -> float:
     Bun and Steinke 2016, arXiv 1605.02065, Proposition 1.3.
     """
     open_unit("delta", delta)
-    return non_negative("rho", rho) + 2 * math.sqrt(rho * math.log(1 / delta))
+    return at_least("rho", rho, 0) + 2 * math.sqrt(rho * math.log(1 / delta))
 
 
 def rdp_epsilon(rho: float, delta: float) -> float:
@@ -121,7 +125,7 @@ def rdp_epsilon(rho: float, delta: float) -> float:
     Canonne, Kamath, Steinke 2020, arXiv 2004.00010, Proposition 12.
     """
     open_unit("delta", delta)
-    if non_negative("rho", rho) == 0:
+    if at_least("rho", rho, 0) == 0:
         return 0.0
     from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
 

@@ -7,11 +7,10 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_ext.privacy._checks import (
-    non_negative,
-    non_negative_int,
+from flower_ext.errors import (
+    at_least,
     one_of,
-    positive_int,
+    whole,
 )
 from flower_ext.privacy.factorizations import Factorization
 
@@ -82,7 +81,7 @@ class NoiseStream:
                 "the operating system, not both and not neither"
             )
         if seed is not None:
-            non_negative_int("seed", seed)
+            whole("seed", seed, 0)
         if not shapes:
             raise ValueError("shapes={} must name at least one array")
         self._factorization = factorization
@@ -93,7 +92,7 @@ class NoiseStream:
         self._seed = seed
         self._secure = secure
         self._dtype = np.dtype(one_of("dtype", dtype, ("float32", "float64")))
-        self._chunk = positive_int("chunk", chunk)
+        self._chunk = whole("chunk", chunk, 1)
         self._round = 0
         self._standard_deviation = 0.0
         self._buffers: Array = np.zeros(
@@ -125,7 +124,7 @@ class NoiseStream:
         ValueError
             After the planned rounds, and when the scale changes within a restart.
         """
-        scale = non_negative("standard_deviation", standard_deviation)
+        scale = at_least("standard_deviation", standard_deviation, 0)
         if self._round >= self._factorization.rounds:
             raise ValueError(
                 f"rounds={self._factorization.rounds} of {self._factorization.name} "
@@ -206,7 +205,7 @@ class NoiseStream:
                 )
         done, scale = state["round"], state["standard_deviation"]
         buffers = state["buffers"]
-        if non_negative_int("state['round']", done) > self._factorization.rounds:
+        if whole("state['round']", done, 0) > self._factorization.rounds:
             raise ValueError(f"state['round']={done} is after the planned rounds")
         if (
             not isinstance(buffers, np.ndarray)
@@ -218,7 +217,7 @@ class NoiseStream:
                 f"state['buffers'] must be finite {self._dtype} of shape "
                 f"{self._buffers.shape}: without it the noise cannot be continued"
             )
-        self._standard_deviation = non_negative("state['standard_deviation']", scale)
+        self._standard_deviation = at_least("state['standard_deviation']", scale, 0)
         self._round = int(str(done))
         self._buffers = buffers.copy()
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_ext.privacy._checks import positive_int
+from flower_ext.errors import (
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ def effective_participations(
     rounds: int, min_separation: int, max_participations: int
 ) -> int:
     """Return how often a client can really take part: min(k, ceil(n / b))."""
-    positive_int("min_separation", min_separation, "1 means every round is allowed")
-    positive_int("max_participations", max_participations)
+    whole("min_separation", min_separation, 1, "1 means every round is allowed")
+    whole("max_participations", max_participations, 1)
     return min(max_participations, -(-rounds // min_separation))
 
 

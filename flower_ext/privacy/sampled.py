@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from flower_ext.privacy._checks import (
-    non_negative,
+from flower_ext.errors import (
+    at_least,
     open_unit,
     positive,
-    positive_int,
     probability,
+    whole,
 )
 from flower_ext.privacy.accounting import RoundAccountant
 from flower_ext.privacy.banded import BandedToeplitz
@@ -79,8 +79,8 @@ class SampledGaussianAccountant(RoundAccountant):
         self.sampling_probability = probability(
             "sampling_probability", sampling_probability, "cohort / population"
         )
-        self.group_size = positive_int("group_size", group_size)
-        self.cycle = positive_int("cycle", cycle)
+        self.group_size = whole("group_size", group_size, 1)
+        self.cycle = whole("cycle", cycle, 1)
         self.interval = positive("interval", interval)
         self._column_norm = 1.0
         self._factorization = "identity"
@@ -122,7 +122,7 @@ class SampledGaussianAccountant(RoundAccountant):
         interval : float
             Grid of the privacy loss.
         """
-        cycle = factorization.bands if cycle is None else positive_int("cycle", cycle)
+        cycle = factorization.bands if cycle is None else whole("cycle", cycle, 1)
         if cycle < factorization.bands:
             raise ValueError(
                 f"cycle={cycle} must be >= bands={factorization.bands}: fewer bands, "
@@ -157,7 +157,7 @@ class SampledGaussianAccountant(RoundAccountant):
 
     def delta_after(self, rounds: int, epsilon: float) -> float:
         """Return an upper bound of delta of the first ``rounds`` rounds."""
-        non_negative("epsilon", epsilon)
+        at_least("epsilon", epsilon, 0)
         count = -(-self._check_rounds(rounds) // self.cycle)
         if not count:
             return 0.0

@@ -4,10 +4,9 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flower_ext.privacy._checks import (
-    non_negative_int,
+from flower_ext.errors import (
     one_of,
-    positive_int,
+    whole,
 )
 from flower_ext.privacy.banded import BandedToeplitz
 from flower_ext.privacy.blt import BufferedToeplitz
@@ -107,8 +106,8 @@ def best_mechanism(
     >>> choice.factorization.name
     'BLT(1)'
     """
-    positive_int("rounds", rounds)
-    non_negative_int("memory", memory)
+    whole("rounds", rounds, 1)
+    whole("memory", memory, 0)
     one_of("objective", objective, ("rms", "max"))
     candidates = _candidates(
         rounds, min_separation, max_participations, memory, objective

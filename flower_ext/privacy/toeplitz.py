@@ -11,7 +11,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_ext.privacy._checks import positive_int
+from flower_ext.errors import (
+    whole,
+)
 from flower_ext.privacy.factorizations import Factorization
 from flower_ext.privacy.participation import (
     Sensitivity,
@@ -150,7 +152,7 @@ class SquareRootToeplitz(Toeplitz):
     """
 
     def __init__(self, rounds: int) -> None:
-        index = np.arange(1, positive_int("rounds", rounds))
+        index = np.arange(1, whole("rounds", rounds, 1))
         ratio = (2 * index - 1) / (2 * index)
         super().__init__(rounds, np.concatenate([[1.0], np.cumprod(ratio)]))
 

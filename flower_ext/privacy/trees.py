@@ -14,7 +14,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_ext.privacy._checks import one_of, positive_int
+from flower_ext.errors import (
+    one_of,
+    whole,
+)
 from flower_ext.privacy.factorizations import Factorization
 from flower_ext.privacy.participation import Sensitivity, effective_participations
 from flower_ext.privacy.recurrences import Recurrence, TreeRecurrence
@@ -71,7 +74,7 @@ class TreeAggregation(Factorization):
         one_of("estimator", estimator, ("honaker", "online", "full"))
         period = self.rounds
         if restart_every is not None:
-            period = min(positive_int("restart_every", restart_every), self.rounds)
+            period = min(whole("restart_every", restart_every, 1), self.rounds)
         self.estimator = estimator
         self.restart_every = period
 

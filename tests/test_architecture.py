@@ -1,0 +1,219 @@
+"""Who may import whom: the rules that keep the rooms of the project apart."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import flower_ext
+import flower_ext.strategies
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(flower_ext.__file__).parent
+STRATEGIES = Path(flower_ext.strategies.__file__).parent
+BASELINES = ROOT / "baselines"
+PUBLIC_FLWR = {
+    "flwr.app",
+    "flwr.clientapp",
+    "flwr.clientapp.mod",
+    "flwr.serverapp",
+    "flwr.serverapp.strategy",
+}
+
+
+def shared_files():
+    """The modules that several strategies share, by name."""
+    return {
+        file.relative_to(PACKAGE).as_posix(): file
+        for file in sorted(PACKAGE.rglob("*.py"))
+        if file.relative_to(PACKAGE).parts[0] != "strategies"
+    }
+
+
+def strategy_files():
+    return {file.name: file for file in sorted(STRATEGIES.glob("*.py"))}
+
+
+def baseline_files():
+    return {
+        file.relative_to(BASELINES).as_posix(): file
+        for file in sorted(BASELINES.rglob("*.py"))
+    }
+
+
+def imported(source, package=""):
+    """Return every ``(module, name)`` that a module imports; ``import m`` has no name.
+
+    Parameters
+    ----------
+    source : str
+        Python.
+    package : str
+        Package of the module, which relative imports start from.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, "") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                start = package.split(".")[: len(package.split(".")) - node.level + 1]
+                module = ".".join([*start, *filter(None, [module])])
+            found |= {(module, alias.name) for alias in node.names}
+    return found
+
+
+def under(module, name, package):
+    """Whether an import is of a package or of something in it."""
+    return f"{module}.{name}.".startswith(f"{package}.") or module == package
+
+
+def strategies_imported(source, package):
+    return {
+        pair
+        for pair in imported(source, package)
+        if under(*pair, "flower_ext.strategies") or under(*pair, "strategies")
+    }
+
+
+def private_imports(source):
+    """Names and modules with a leading underscore, but for ``__future__``."""
+    return {
+        (module, name)
+        for module, name in imported(source)
+        if any(
+            part.startswith("_") and not part.endswith("__")
+            for part in [*module.split("."), name]
+        )
+    }
+
+
+def private_flwr_imports(source):
+    return {
+        (module, name)
+        for module, name in imported(source)
+        if under(module, name, "flwr")
+        and (module, name) != ("flwr.common", "NDArray")
+        and (module not in PUBLIC_FLWR or name.startswith("_"))
+    }
+
+
+def package_of(relative):
+    return ".".join(["flower_ext", *Path(relative).parts[:-1]])
+
+
+def test_shared_code_knows_no_strategy():
+    files = shared_files()
+    assert "additive.py" in files and "simulation/local.py" in files
+    for relative, file in files.items():
+        found = strategies_imported(file.read_text("utf-8"), package_of(relative))
+        assert not found, f"{relative} imports {found}"
+
+
+def test_no_strategy_imports_another():
+    files = strategy_files()
+    assert {"fedfish.py", "maxfl.py", "bounded_group_loss.py"} <= set(files)
+    for name, file in files.items():
+        if name != "__init__.py":
+            found = strategies_imported(
+                file.read_text("utf-8"), "flower_ext.strategies"
+            )
+            assert not found, f"{name} imports {found}"
+
+
+def test_baselines_import_nothing_private():
+    files = baseline_files()
+    # They are not in the wheel, whose tests run without them.
+    assert files or not (ROOT / "strategies").is_dir()
+    for relative, file in files.items():
+        found = private_imports(file.read_text("utf-8"))
+        assert not found, f"{relative} imports {found}"
+
+
+def test_private_names_of_flower_are_in_one_module():
+    shared = shared_files()
+    assert private_flwr_imports(shared.pop("_flower.py").read_text("utf-8"))
+    for files in (shared, strategy_files(), baseline_files()):
+        for relative, file in files.items():
+            found = private_flwr_imports(file.read_text("utf-8"))
+            assert not found, f"{relative} imports {found}"
+
+
+def test_strategies_are_imported_by_their_public_name():
+    init = strategy_files()["__init__.py"].read_text("utf-8")
+    names = {name for _, name in imported(init)}
+    assert names == set(flower_ext.strategies.__all__)
+
+
+# The rules can be broken ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "package"),
+    [
+        ("import flower_ext.strategies", "flower_ext"),
+        ("import flower_ext.strategies.maxfl as m", "flower_ext"),
+        ("from flower_ext import strategies", "flower_ext"),
+        ("from flower_ext.strategies import MaxFL", "flower_ext"),
+        ("from flower_ext.strategies.maxfl import MaxFL", "flower_ext"),
+        ("from strategies import MaxFL", "flower_ext"),
+        ("from . import strategies", "flower_ext"),
+        ("from .strategies.maxfl import MaxFL", "flower_ext"),
+        ("from .. import strategies", "flower_ext.simulation"),
+        ("from ..strategies import MaxFL", "flower_ext.simulation"),
+        ("from .maxfl import MaxFL", "flower_ext.strategies"),
+        ("def f():\n    if x:\n        import flower_ext.strategies", "flower_ext"),
+    ],
+)
+def test_import_of_a_strategy_is_seen(source, package):
+    assert strategies_imported(source, package)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from flower_ext import AdditiveStrategy",
+        "from flower_ext.strategies_of_others import x",
+        "import numpy as np",
+    ],
+)
+def test_other_imports_are_not_of_a_strategy(source):
+    assert not strategies_imported(source, "flower_ext")
+
+
+@pytest.mark.parametrize(
+    ("source", "private"),
+    [
+        ("from flower_ext.additive import _x", True),
+        ("from flower_ext._flower import log", True),
+        ("import flower_ext._flower", True),
+        ("import _thread", True),
+        ("from __future__ import annotations", False),
+        ("from flower_ext import AdditiveStrategy", False),
+    ],
+)
+def test_private_import_is_seen(source, private):
+    assert bool(private_imports(source)) == private
+
+
+@pytest.mark.parametrize(
+    ("source", "private"),
+    [
+        ("from flwr.supercore import log", True),
+        ("from flwr import common", True),
+        ("import flwr", True),
+        ("import flwr.common", True),
+        ("from flwr.common import log", True),
+        ("from flwr.serverapp.strategy.strategy_utils import f", True),
+        ("from flwr.serverapp.exception import AggregationError", True),
+        ("from flwr.app import _x", True),
+        ("from flwr.app import ArrayRecord", False),
+        ("from flwr.serverapp.strategy import FedAvg", False),
+        ("from flwr.clientapp.mod import f", False),
+        ("from flwr.common import NDArray", False),
+        ("import flwr_datasets.partitioner", False),
+    ],
+)
+def test_private_flwr_import_is_seen(source, private):
+    assert bool(private_flwr_imports(source)) == private
