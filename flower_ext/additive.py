@@ -26,7 +26,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from flower_ext._flower import AggregationError, InconsistentMessageReplies, log
 from flower_ext.arrays import Arrays, Term, from_record, subtract, to_record
-from flower_ext.client import CLIENT_HALF_KEY, ClientHalf, Metrics
+from flower_ext.client import CLIENT_HALF_KEY, WRONG_HALF, ClientHalf, Metrics
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import fraction, refuse, whole
 from flower_ext.options import FedAvgOptions
@@ -240,11 +240,15 @@ class AdditiveStrategy(FedAvg):
                 return None, None
             raise AggregationError("aggregate_train needs configure_train before it")
         sorted_ = sort_replies(replies, self._cohort)
+        if not self._understood and not sorted_.usable:
+            for line in "\n".join(sorted_.errors).splitlines():
+                if WRONG_HALF in line:
+                    raise InconsistentMessageReplies(line)
         total, used = self._add_up(sorted_.usable, sorted_.dropped)
         log_dropped(sorted_.dropped, server_round)
         counts: Metrics = {
             "num-replies": len(used),
-            "num-errors": sorted_.errors,
+            "num-errors": len(sorted_.errors),
             "num-dropped": sorted_.dropped.total(),
         }
         if problem := self._problem(total):

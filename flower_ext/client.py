@@ -41,6 +41,9 @@ ARRAYS_KEY = "arrays"
 CONFIG_KEY = "config"
 METRICS_KEY = "metrics"
 
+# The server finds it in the reason of an error reply.
+WRONG_HALF = "the strategy needs the client half"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -434,7 +437,7 @@ def _choose(known: Mapping[str, HalfFactory], config: ConfigRecord) -> ClientHal
     name = str(config.get(CLIENT_HALF_KEY, ClientHalf.name))
     if name not in known:
         raise ValueError(
-            f"the strategy needs the client half {name!r}, this ClientApp has "
+            f"{WRONG_HALF} {name!r}, this ClientApp has "
             f"{sorted(known)}: add its class to client_app(task, ...)"
         )
     return known[name]()

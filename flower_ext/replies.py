@@ -91,10 +91,10 @@ def _find(reply: RecordDict, key: str) -> MetricRecordValues:
 
 @dataclass
 class Sorted:
-    """Replies told apart: usable ones in client order, errors, and the rest."""
+    """Replies told apart: usable ones in client order, reasons of errors, the rest."""
 
     usable: list[Message]
-    errors: int
+    errors: list[str]
     dropped: Counter[str] = field(default_factory=Counter)
 
 
@@ -109,10 +109,10 @@ def sort_replies(replies: Iterable[Message], cohort: Mapping[int, int]) -> Sorte
         Place of every node that was asked. Replies of others are left out, and so are
         all replies of a node that sent several, since none can be told to be right.
     """
-    good, errors = [], 0
+    good, errors = [], []
     for reply in replies:
         if reply.has_error():
-            errors += 1
+            errors.append(reply.error.reason or "")
             log(
                 INFO,
                 "\t> Received error in reply from node %d: %s",

@@ -35,8 +35,7 @@ class Sampler(ABC):
     """
 
     def __init__(self, seed: int = 0, *, same_for_evaluation: bool = False) -> None:
-        whole("seed", seed, 0)
-        self.seed = seed
+        self.seed = whole("seed", seed, 0)
         self.same_for_evaluation = same_for_evaluation
 
     @abstractmethod

@@ -11,6 +11,7 @@ from math import inf, nan
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.clientapp import ClientApp
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAvg
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from flower_ext import additive, options
 from flower_ext.additive import AdditiveStrategy
 from flower_ext.arrays import from_record, layout, to_record
-from flower_ext.client import ClientHalf
+from flower_ext.client import ClientHalf, client_app
 from flower_ext.contribution import Contribution
 from flower_ext.sampling import AllClients, PoissonSampler, UniformSampler
 from flower_ext.server_optimizer import SGD, Adam
@@ -123,8 +124,6 @@ def test_a_client_that_never_replied_is_left_out(exchange, reply):
 
 
 def test_a_whole_run_equals_fedavgs(task, initial, grid):
-    from flower_ext.client import client_app
-
     theirs = FedAvg().start(grid, initial, num_rounds=3)
     again = LocalGrid(client_app(task), 6, {"batch-size": 4, "lr": 0.1})
     ours = AdditiveStrategy().start(again, initial, num_rounds=3)
@@ -303,8 +302,6 @@ def test_a_run_in_which_nothing_changed_returns_the_initial_model(scripted):
 
 
 def test_a_kept_model_is_sent_again_in_the_next_round(reply):
-    from flwr.clientapp import ClientApp
-
     app, seen = ClientApp(), []
 
     @app.train()
@@ -385,6 +382,66 @@ def test_replies_may_carry_more_records_than_needed(aggregate, reply):
     assert new["w"].tolist() == [4, 5]
 
 
+@pytest.mark.parametrize("count", [16, 17, 40])
+def test_many_replies_are_summed_as_one_at_a_time(aggregate, reply, count):
+    random = np.random.default_rng(0)
+    sent = {"w": np.float32(random.normal(size=50))}
+    arrays = [np.float32(random.normal(size=50)) for _ in range(count)]
+    weights = random.integers(1, 99, count).tolist()
+    contents = [reply({"w": w}, n) for w, n in zip(arrays, weights, strict=True)]
+    new, metrics = aggregate(AdditiveStrategy(), sent, contents)
+    total = np.zeros(50)
+    for w, n in zip(arrays, weights, strict=True):
+        total += n * (w - sent["w"]).astype(np.float64)
+    expected = (sent["w"] + total / sum(weights)).astype(np.float32)
+    assert new["w"].tobytes() == expected.tobytes()
+    assert counts(metrics) == (count, 0, 0)
+
+
+@pytest.mark.parametrize("bad", [nan, inf])
+def test_only_the_replies_that_are_not_finite_are_dropped_of_many(
+    aggregate, reply, bad
+):
+    contents = [reply(model(i, i + 1), i + 1, loss=float(i)) for i in range(40)]
+    for i in (0, 15, 16, 39):
+        contents[i] = reply(model(0, bad), i + 1, loss=bad)
+    rest = [c for i, c in enumerate(contents) if i not in (0, 15, 16, 39)]
+    new, metrics = aggregate(AdditiveStrategy(), SENT, contents)
+    expected, expected_metrics = aggregate(AdditiveStrategy(), SENT, rest)
+    assert new["w"].tobytes() == expected["w"].tobytes()
+    assert metrics["loss"] == expected_metrics["loss"]
+    assert counts(metrics) == (36, 0, 4)
+
+
+def test_infinities_that_would_cancel_are_dropped(aggregate, reply):
+    contents = [reply(model(inf, 0)), reply(model(-inf, 0)), reply(model(3, 4))]
+    new, metrics = aggregate(AdditiveStrategy(), SENT, contents)
+    assert new["w"].tolist() == [3, 4]
+    assert counts(metrics) == (1, 0, 2)
+
+
+def test_a_reply_that_is_not_finite_is_dropped_although_it_weighs_nothing(
+    aggregate, reply
+):
+    contents = [reply(model(inf, nan), 0), reply(model(3, 4), 2)]
+    new, metrics = aggregate(AdditiveStrategy(), SENT, contents)
+    assert new["w"].tolist() == [3, 4]
+    assert counts(metrics) == (1, 0, 1)
+
+
+def test_a_first_round_that_is_not_finite_keeps_the_model(aggregate, reply):
+    new, metrics = aggregate(AdditiveStrategy(), SENT, [reply(model(nan, nan))] * 2)
+    assert new is None
+    assert counts(metrics) == (0, 0, 2)
+
+
+def test_a_sum_that_is_not_finite_does_not_hide_a_reply_that_is_not(aggregate, reply):
+    contents = [reply(model(50, 50), 1e308), reply(model(6, 1)), reply(model(nan, 1))]
+    new, metrics = aggregate(AdditiveStrategy(), SENT, contents)
+    assert new is None
+    assert counts(metrics) == (2, 0, 1)
+
+
 class Half(ClientHalf):
     name = "half-of-the-test"
 
@@ -393,11 +450,33 @@ class NeedsHalf(AdditiveStrategy):
     client_half = Half
 
 
+def test_clients_without_the_half_end_the_run_with_what_to_do(task, initial):
+    grid = LocalGrid(client_app(task), 3)
+    with pytest.raises(
+        InconsistentMessageReplies,
+        match=r"half 'half-of-the-test', this ClientApp has \['plain'\]: add its class",
+    ):
+        NeedsHalf().start(grid, initial)
+
+
+def test_clients_with_the_half_train(task, initial):
+    grid = LocalGrid(client_app(task, Half), 3)
+    result = NeedsHalf().start(grid, initial, num_rounds=1)
+    assert counts(result.train_metrics_clientapp[1]) == (3, 0, 0)
+
+
+def test_a_single_client_without_the_half_does_not_end_the_run(aggregate, reply):
+    error = ValueError("the strategy needs the client half 'half-of-the-test'")
+    new, metrics = aggregate(NeedsHalf(), SENT, [error, reply(model(3, 4))])
+    assert new["w"].tolist() == [3, 4]
+    assert counts(metrics) == (1, 1, 0)
+
+
 @pytest.mark.parametrize("strategy", [AdditiveStrategy, NeedsHalf])
 def test_a_first_round_of_malformed_replies_only_ends_the_run_with_the_reason(
     aggregate, reply, strategy
 ):
-    contents = [reply({"w": np.ones(2)}), RuntimeError("no"), reply(None)]
+    contents = [reply(None), RuntimeError("no"), reply(None)]
     with pytest.raises(InconsistentMessageReplies) as caught:
         aggregate(strategy(), SENT, contents)
     text = str(caught.value)
@@ -541,8 +620,6 @@ class ShuffledGrid(LocalGrid):
 
 
 def test_node_ids_change_no_bit(task, initial):
-    from flower_ext.client import client_app
-
     results = []
     for ids in ([5, 900, 3, 77, 12, 40], [1, 2, 3, 4, 5, 6]):
         strategy = AdditiveStrategy(fraction_train=0.5, fraction_evaluate=0.5)

@@ -15,6 +15,7 @@ from flower_ext.arrays import (
     from_record,
     is_averaged,
     layout,
+    multiply,
     norm,
     subtract,
     to_record,
@@ -105,7 +106,9 @@ def test_counters_and_flags_are_not_averaged(dtype):
 
 
 def test_difference_of_float16_does_not_overflow():
-    assert subtract(np.float16([60000]), np.float16([-60000])).numpy().tolist() == [120000.0]
+    assert subtract(np.float16([60000]), np.float16([-60000])).numpy().tolist() == [
+        120000.0
+    ]
 
 
 def test_difference_of_float64_keeps_all_digits():
@@ -114,7 +117,9 @@ def test_difference_of_float64_keeps_all_digits():
 
 
 def test_difference_of_float64_reply_to_float32_model_is_float64():
-    assert subtract(np.array([1 + 2**-40]), np.float32([1])).numpy().tolist() == [2**-40]
+    assert subtract(np.array([1 + 2**-40]), np.float32([1])).numpy().tolist() == [
+        2**-40
+    ]
 
 
 def test_difference_of_large_integers_is_exact():
@@ -154,6 +159,55 @@ def test_accumulate_adds_weight_times_term(shape, dtype, weight, fortran):
     accumulate(total, [(term, weight)])
     np.testing.assert_array_equal(total, expected)
     np.testing.assert_array_equal(term, before)
+
+
+def test_terms_are_accumulated_with_their_own_weights_in_order():
+    # In another order, or with the sum of small ones first, 1 would be lost or kept.
+    terms = [(np.array([1e16]), 1.0), (np.array([1.0]), 1.0), (np.array([-1e16]), 1.0)]
+    total = np.zeros(1)
+    accumulate(total, terms)
+    assert total.tolist() == [(1e16 + 1.0) - 1e16]
+    total = np.zeros(1)
+    accumulate(total, [terms[0], terms[2], (np.array([1.0]), 3.0)])
+    assert total.tolist() == [3.0]
+
+
+@pytest.mark.parametrize("size", [1, 1 << 14, (1 << 14) + 1, 40_000])
+def test_a_lazy_term_is_accumulated_as_what_it_stands_for(size):
+    random = np.random.default_rng(0)
+    new, old, factor = random.normal(size=(3, size)).astype(np.float32)
+    lazy = multiply(factor, subtract(new, old))
+    eager = factor.astype(np.float64) * (new - old)
+    np.testing.assert_array_equal(lazy.numpy(), eager)
+    total, expected = np.zeros(size), np.zeros(size)
+    accumulate(total, [(lazy, 0.3)])
+    accumulate(expected, [(eager, 0.3)])
+    np.testing.assert_array_equal(total, expected)
+
+
+def test_a_lazy_term_keeps_shape_and_order():
+    new = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    lazy = subtract(new, np.ones((2, 3)))
+    assert lazy.shape == (2, 3)
+    assert lazy.numpy().tolist() == (new - 1).tolist()
+    assert lazy.block(slice(1, 3)).tolist() == [0, 1]
+
+
+def test_a_product_does_not_underflow():
+    tiny = np.float32([1e-30])
+    assert multiply(tiny, tiny).numpy().tolist() == [float(tiny[0]) ** 2]
+    assert float(tiny[0]) ** 2 > 0
+
+
+@pytest.mark.parametrize("at", [0, 20_000, 39_999])
+def test_finiteness_and_norm_look_into_lazy_terms(at):
+    new = np.zeros(40_000, np.float32)
+    new[at] = 3
+    lazy = subtract(new, np.zeros(40_000, np.float32))
+    assert all_finite([lazy])
+    assert norm([lazy, np.array(4.0)]) == 5
+    new[at] = np.inf
+    assert not all_finite([np.ones(1), lazy])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -2,17 +2,26 @@
 
 import functools
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from ray import cloudpickle
 from torch import nn
 
 from flower_ext.arrays import to_record
 from flower_ext.client import (
     ClientHalf,
+    Local,
     LocalSettings,
     Task,
     batches,
@@ -20,6 +29,7 @@ from flower_ext.client import (
     evaluate,
     num_examples,
     random_seed,
+    train,
 )
 from flower_ext.simulation.local import LocalGrid
 
@@ -277,8 +287,6 @@ def test_the_data_function_gets_the_clients_context(send):
 
 
 def test_settings_default_to_the_documented_values():
-    import re
-
     documented = re.findall(
         r"(\w+)(?:, (\w+))? : .*\(default: (.+)\)", LocalSettings.__doc__
     )
@@ -295,10 +303,10 @@ def test_the_message_goes_before_the_run_config(send):
     np.testing.assert_allclose(weights(found), descend(2, 0.05)[0], rtol=1e-12)
 
 
-@pytest.mark.parametrize(("first", "second"), [("lr", "learning-rate")] * 2)
-def test_both_names_of_the_learning_rate_obey_that_order(first, second):
-    for one, two in ((first, second), (second, first)):
-        assert LocalSettings.read({one: 0.5}, {two: 0.1}).learning_rate == 0.5
+@pytest.mark.parametrize("names", [("lr", "learning-rate"), ("learning-rate", "lr")])
+def test_both_names_of_the_learning_rate_obey_that_order(names):
+    one, two = names
+    assert LocalSettings.read({one: 0.5}, {two: 0.1}).learning_rate == 0.5
 
 
 def test_the_run_config_goes_before_the_defaults():
@@ -334,11 +342,6 @@ def test_a_bad_setting_is_the_clients_error_with_name_value_and_bound(
     with pytest.raises(RuntimeError, match="must be") as caught:
         send(linear_task(), **{key: bad})
     assert f"ValueError: {key}={bad!r} must be {bound}" in str(caught.value)
-
-
-def test_both_learning_rates_of_the_message_and_a_bad_one_is_named(send):
-    with pytest.raises(RuntimeError, match=r"learning-rate=-1 must be"):
-        send(linear_task(), lr=-1)
 
 
 # Determinism ----------------------------------------------------------------------
@@ -397,7 +400,7 @@ def test_another_client_trains_otherwise_on_the_same_data(send, task, initial):
     assert one != two
 
 
-def test_dropout_depends_on_the_seed_alone(send):
+def test_dropout_depends_on_seed_round_and_client_only(send):
     class Dropped(nn.Module):
         def __init__(self):
             super().__init__()
@@ -410,23 +413,26 @@ def test_dropout_depends_on_the_seed_alone(send):
     task = Task(lambda config: Dropped(), linear_task().data, squared_error)
     arrays = {"w": START["w"]}
 
-    def run(seed):
+    def run(**options):
         # Full batches: only dropout is random.
-        return weights(send(task, arrays=arrays, seed=seed, lr=0.01, **FULL)).tolist()
+        options = {"lr": 0.01, "server_round": 1, **FULL, **options}
+        return weights(send(task, arrays=arrays, **options)).tolist()
 
     torch.manual_seed(1)
-    expected = run(0)
+    expected = run()
     torch.manual_seed(2)
-    assert run(0) == expected
-    assert run(1) != expected
+    assert run() == expected
+    assert run(seed=1) != expected
+    assert run(server_round=2) != expected
+    assert run(client=1) != expected
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
 def test_the_global_random_state_is_as_it_was(send, task, initial, kind):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    train = {"content": RecordDict({"arrays": initial, "config": ConfigRecord()})}
-    send(task, kind=kind, **train)
+    content = RecordDict({"arrays": initial, "config": ConfigRecord()})
+    send(task, kind=kind, content=content)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -501,24 +507,51 @@ def test_a_seed_differs_in_every_coordinate():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_a_client_without_partition_goes_by_its_node():
-    from flwr.app import Context
-
-    from flower_ext.client import Local
-
-    context = Context(1, 4711, {}, RecordDict(), {})
-    local = Local(
+@pytest.fixture
+def local():
+    """A client at work on its own, at a node without partition."""
+    return Local(
         linear_task(),
         Linear(),
+        data_of(EXAMPLES),
         data_of(3),
-        data_of(3),
-        LocalSettings(),
-        ConfigRecord({"server-round": 2}),
-        context,
+        LocalSettings(batch_size=4),
+        ConfigRecord({"server-round": 2, "text": "x"}),
+        Context(1, 4711, {}, RecordDict(), {}),
         torch.device("cpu"),
     )
+
+
+def test_a_client_without_partition_goes_by_its_node(local):
     assert local.client == 4711
     assert local.seed() == random_seed(0, 2, 4711)
+
+
+def test_training_on_its_own_leaves_the_global_random_state_as_it_was(local):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(local, ClientHalf())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_client_knows_its_steps(local):
+    assert (local.steps_per_epoch, local.num_steps) == (3, 3)
+
+
+def test_a_setting_of_the_server_that_is_no_number_is_refused(local):
+    assert local.number("server-round", 9.0) == 2
+    assert local.number("missing", 9.0) == 9
+    with pytest.raises(ValueError, match=r"config\['text'\]='x' must be a number"):
+        local.number("text", 1.0)
+
+
+def test_the_mean_loss_is_that_of_an_evaluation(local):
+    expected = evaluate(local.task, local.model, local.train)["loss"]
+    assert local.mean_loss(local.train) == expected
+    other = Linear()
+    with torch.no_grad():
+        other.w.fill_(9.0)
+    assert local.mean_loss(local.train, other) > 2 * expected
 
 
 # Threads --------------------------------------------------------------------------

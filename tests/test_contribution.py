@@ -1,6 +1,7 @@
 """One client's term and the sum of terms."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -91,6 +92,37 @@ def test_adding_changes_neither_arrays_nor_scalars_of_a_term():
     assert term.arrays[DELTA]["w"].tolist() == [1, 1]
     assert term.scalars["n"].tolist() == [1, 1]
     assert total.scalars["n"].tolist() == [2, 2]
+
+
+def test_terms_added_together_are_as_added_one_by_one():
+    random = np.random.default_rng(0)
+    terms = [
+        Contribution(
+            {"a": {"w": random.normal(size=40_000)}, f"b{i % 2}": {"v": np.ones(2)}},
+            random.random(),
+            {"n": random.normal(size=3)},
+        )
+        for i in range(5)
+    ]
+    together, one_by_one = Total(), Total()
+    together.add(*terms)
+    for term in terms:
+        one_by_one.add(term)
+    assert pickle.dumps(together) == pickle.dumps(one_by_one)
+
+
+def test_adding_nothing_changes_nothing():
+    total = Total()
+    total.add()
+    assert total == Total()
+
+
+def test_a_total_is_finite_until_it_overflows():
+    total, term = Total(), Contribution({DELTA: {"w": np.array([1e308])}})
+    total.add(term)
+    assert total.is_finite()
+    total.add(term)
+    assert not total.is_finite()
 
 
 def test_a_finite_term_is_finite():

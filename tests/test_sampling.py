@@ -1,5 +1,6 @@
 """Cohort samplers: seeded, uniform, and free of any other state."""
 
+import json
 import logging
 import math
 import random
@@ -187,6 +188,12 @@ def test_the_state_of_another_sampler_is_refused_with_both(other):
         UniformSampler(3).load_state_dict(other.state_dict())
     assert str(other.state_dict()) in str(caught.value)
     assert str(UniformSampler(3).state_dict()) in str(caught.value)
+
+
+def test_a_numpy_integer_is_a_seed_whose_state_is_json():
+    sampler = UniformSampler(np.int64(3))
+    assert json.loads(json.dumps(sampler.state_dict())) == sampler.state_dict()
+    assert cohorts(sampler) == cohorts(UniformSampler(3))
 
 
 def test_the_state_of_an_equal_sampler_is_accepted():

@@ -3,6 +3,7 @@
 import doctest
 import logging
 import re
+from dataclasses import replace
 from functools import partial
 from math import inf, nan
 
@@ -445,8 +446,13 @@ def test_fisher_is_of_gradients_before_they_are_clipped():
     assert close(content["fisher"], mean_of(passes))
 
 
-def test_per_example_is_taken_at_the_trained_model():
-    content = answer(FedFish(estimator="per-example"), MLP).content
+def never(model, batch, generator):
+    raise AssertionError("labels are drawn for 'sampled' only")
+
+
+def test_per_example_is_taken_at_the_trained_model_with_the_datas_labels():
+    task = replace(MLP, sample_labels=never)
+    content = answer(FedFish(estimator="per-example"), task).content
     model = make_mlp({})
     model.load_state_dict(content["arrays"].to_torch_state_dict())
     columns, squares = mlp_data_of(CLIENT), []
