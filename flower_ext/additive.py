@@ -57,7 +57,8 @@ class AdditiveStrategy(FedAvg):
     contribution :math:`n_k \Delta_k`, update :math:`\sum n_k\Delta_k / \sum n_k`.
     Against it: cohorts are seeded; replies are added in client order in float64, so
     that the result does not depend on who finished first; integer arrays keep their
-    dtype (their weighted mean is rounded); a reply that is malformed, not finite,
+    dtype (their weighted mean is rounded; exact while change times total weight is
+    below 2**53); a reply that is malformed, not finite,
     ambiguous or unasked for is left out and counted instead of ending the run or
     spoiling the model.
 
@@ -396,13 +397,13 @@ class AdditiveStrategy(FedAvg):
         return {
             "sampler": self.sampler.state_dict(),
             "server-optimizer": self.server_optimizer.state_dict(),
-            "server-optimizer-kind": type(self.server_optimizer).__name__,
+            "server-optimizer-kind": self.server_optimizer.kind,
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue where a run with the same settings was saved."""
         self.sampler.load_state_dict(state["sampler"])
-        kind = type(self.server_optimizer).__name__
+        kind = self.server_optimizer.kind
         if state["server-optimizer-kind"] != kind:
             raise ValueError(
                 f"the saved run used the server optimizer "

@@ -7,6 +7,7 @@ strategies export beside their halves instead.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import ClassVar, Protocol
@@ -393,7 +394,7 @@ def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
 
     @app.train()
     def train_(message: Message, context: Context) -> Message:
-        with torch.random.fork_rng(devices=[]):
+        with _isolated():
             local = _open(task, message, context)
             half = _choose(known, local.config)
             loss = train(local, half)
@@ -414,7 +415,7 @@ def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
 
     @app.evaluate()
     def evaluate_(message: Message, context: Context) -> Message:
-        with torch.random.fork_rng(devices=[]):
+        with _isolated():
             local = _open(task, message, context)
             half = _choose(known, local.config)
             values: Metrics = {
@@ -427,6 +428,17 @@ def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
         )
 
     return app
+
+
+@contextmanager
+def _isolated() -> Iterator[None]:
+    """Leave torch's random state and number of threads as they were."""
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _client(context: Context) -> int:

@@ -57,6 +57,11 @@ class ServerOptimizer(ABC):
             New arrays with the names, dtypes and shapes of ``sent``.
         """
 
+    @property
+    def kind(self) -> str:
+        """What the moments belong to; those of another kind do not fit."""
+        return type(self).__name__
+
     def state_dict(self) -> State:
         """Return the moments, by slot and array name."""
         return {slot: dict(arrays) for slot, arrays in self.state.items()}
@@ -378,6 +383,13 @@ class TorchOptimizer(ServerOptimizer):
                 optimizer.state[parameters[name]][slot] = torch.from_numpy(
                     np.array(value)
                 )
+
+    @property
+    def kind(self) -> str:
+        """What the moments belong to, see :attr:`ServerOptimizer.kind`."""
+        factory = getattr(self.factory, "func", self.factory)
+        name = getattr(factory, "__name__", type(factory).__name__)
+        return f"{type(self).__name__}({name})"
 
     def __repr__(self) -> str:
         """Name the factory, for ``summary()``."""

@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import functools
 import inspect
 import logging
 import pickle
@@ -10,6 +11,7 @@ from math import inf, nan
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
@@ -23,7 +25,7 @@ from flower_ext.arrays import from_record, layout, to_record
 from flower_ext.client import ClientHalf, client_app
 from flower_ext.contribution import Contribution
 from flower_ext.sampling import AllClients, PoissonSampler, UniformSampler
-from flower_ext.server_optimizer import SGD, Adam
+from flower_ext.server_optimizer import SGD, Adam, TorchOptimizer
 from flower_ext.simulation.local import LocalGrid
 
 ANY = {"min_train_nodes": 0, "min_evaluate_nodes": 0, "min_available_nodes": 0}
@@ -472,6 +474,15 @@ def test_a_single_client_without_the_half_does_not_end_the_run(aggregate, reply)
     assert counts(metrics) == (1, 1, 0)
 
 
+def test_a_later_round_of_clients_without_the_half_keeps_the_model(aggregate, reply):
+    strategy = NeedsHalf()
+    aggregate(strategy, SENT, [reply(model(1, 1))] * 2)
+    error = ValueError("the strategy needs the client half 'half-of-the-test'")
+    new, metrics = aggregate(strategy, SENT, [error] * 2, server_round=2)
+    assert new is None
+    assert counts(metrics) == (0, 2, 0)
+
+
 @pytest.mark.parametrize("strategy", [AdditiveStrategy, NeedsHalf])
 def test_a_first_round_of_malformed_replies_only_ends_the_run_with_the_reason(
     aggregate, reply, strategy
@@ -554,6 +565,21 @@ def test_evaluations_of_strangers_and_duplicates_are_left_out(scripted, reply):
     replies = evaluation(strategy, scripted, contents)
     twice = [*replies, replies[0], stranger(reply(None, 9, acc=1.0))]
     assert strategy.aggregate_evaluate(1, twice) == {"acc": pytest.approx(0.5)}
+
+
+def test_an_evaluation_of_a_client_that_only_trained_is_left_out(exchange, reply):
+    strategy = AdditiveStrategy(fraction_evaluate=0.5)
+    contents = [reply(model(i, i), 1, acc=float(i)) for i in range(4)]
+    everyone = exchange(strategy, SENT, contents)
+    trained = {m.metadata.src_node_id: m.content["metrics"]["acc"] for m in everyone}
+    grid = LocalGrid(ClientApp(), 4)
+    asked = [
+        m.metadata.dst_node_id
+        for m in strategy.configure_evaluate(1, to_record(SENT), ConfigRecord(), grid)
+    ]
+    assert len(asked) == 2
+    expected = sum(trained[node] for node in asked) / 2
+    assert strategy.aggregate_evaluate(1, everyone) == {"acc": expected}
 
 
 def test_an_evaluation_without_weight_is_left_out_with_a_warning(
@@ -893,10 +919,33 @@ def test_state_continues_in_another_object(aggregate, reply):
     assert fresh["w"].tolist() != expected["w"].tolist()
 
 
-def test_state_of_another_server_optimizer_is_refused():
-    saved = AdditiveStrategy(server_optimizer=SGD(0.5, momentum=0.9)).state_dict()
-    with pytest.raises(ValueError, match="SGD.*Adam"):
-        AdditiveStrategy(server_optimizer=Adam()).load_state_dict(saved)
+def torch_optimizer(kind):
+    return TorchOptimizer(functools.partial(kind, lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("saved", "other", "text"),
+    [
+        (SGD(), Adam(), "SGD, this one Adam"),
+        (SGD(), torch_optimizer(torch.optim.SGD), r"SGD, .* TorchOptimizer\(SGD\)"),
+        (
+            torch_optimizer(torch.optim.SGD),
+            torch_optimizer(torch.optim.AdamW),
+            r"TorchOptimizer\(SGD\), this one TorchOptimizer\(AdamW\)",
+        ),
+    ],
+)
+def test_state_of_another_server_optimizer_is_refused(saved, other, text):
+    state = AdditiveStrategy(server_optimizer=saved).state_dict()
+    with pytest.raises(ValueError, match=text):
+        AdditiveStrategy(server_optimizer=other).load_state_dict(state)
+
+
+def test_state_of_other_settings_of_the_server_optimizer_is_accepted():
+    state = AdditiveStrategy(server_optimizer=Adam(0.1)).state_dict()
+    strategy = AdditiveStrategy(server_optimizer=Adam(0.01))
+    strategy.load_state_dict(state)
+    assert strategy.server_optimizer.learning_rate == 0.01
 
 
 def test_state_of_another_sampler_is_refused():

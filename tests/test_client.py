@@ -586,6 +586,21 @@ def test_a_client_has_the_threads_that_it_is_told(send, threads):
     assert set(seen) == {2}
 
 
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_torchs_threads_are_afterwards_as_they_were(send, threads, kind):
+    task, _ = threads
+    torch.set_num_threads(2)
+    send(task, kind=kind)
+    assert torch.get_num_threads() == 2
+
+
+def test_torchs_threads_are_as_they_were_after_an_error_too(send, threads):
+    torch.set_num_threads(2)
+    with pytest.raises(RuntimeError, match="loading state_dict"):
+        send(threads[0], arrays={"w": START["w"]})
+    assert torch.get_num_threads() == 2
+
+
 def test_torch_threads_0_leaves_torchs_setting_alone(send, threads):
     task, seen = threads
     torch.set_num_threads(2)

@@ -457,6 +457,10 @@ def test_counts_that_are_given_and_that_are_found(reply, aggregate):
         for strategy in (given, counted):
             aggregate(strategy, SENT, cohort, server_round)
         assert told(given) == pytest.approx(told(counted))
+    # What was given stays, whatever the cohorts hold.
+    assert told(given) == pytest.approx(given.dual * 4 / np.array([3, 1]))
+    aggregate(given, SENT, [sums_reply(reply, [1.0, 1.0], [1.0, 9.0])] * 2, 4)
+    assert told(given) == pytest.approx(given.dual * 4 / np.array([3, 1]))
     # Counts of the cohorts so far, even if the last one lacked a group.
     aggregate(counted, SENT, [sums_reply(reply, [1.0, 0.0], [4.0, 0.0])] * 2, 4)
     assert told(counted) == pytest.approx(counted.dual * 20 / np.array([17, 3]))

@@ -468,6 +468,14 @@ def test_preferred_model_is_the_one_of_less_training_loss(point_task, play):
         {"w": 1.2},
         config=config,
     )
+    weights = [
+        appeal_weight(
+            0.5 * (1.2 - train["c"][0]) ** 2
+            - loss_of_own_model(2.0, train["c"][0], 2, 0.2)
+        )
+        for train, _ in data
+    ]
+    assert run.train()["appeal-weight-sum"] == pytest.approx(sum(weights), rel=1e-5)
     w = float(run.models[1]["w"])
     loss = distance = examples = wanted = 0.0
     for train, test in data:
@@ -552,14 +560,18 @@ def test_clients_that_were_seen_are_saved(point_task, play, tmp_path):
 
     def run(rounds, folder):
         app = client_app(point_task([{"c": [c]} for c in centres]), MaxFLClient)
-        strategy = MaxFL(requirement=0.3, fraction_train=0.3)
+        sampler = UniformSampler(seed=1)
+        strategy = MaxFL(requirement=0.3, fraction_train=0.3, sampler=sampler)
         config = {**STEP, "lr": 0.3}
         initial = {"w": np.float32(0.9)}
-        return play(strategy, app, 6, initial, rounds, config, checkpoint=folder)
+        played = play(strategy, app, 6, initial, rounds, config, checkpoint=folder)
+        return strategy.state_dict()["seen"], played
 
-    whole = run(4, tmp_path / "whole")
-    run(2, tmp_path / "halves")
-    resumed = run(4, tmp_path / "halves")
+    seen, whole = run(4, tmp_path / "whole")
+    first, _ = run(2, tmp_path / "halves")
+    later, resumed = run(4, tmp_path / "halves")
+    assert later == seen
+    assert set(first) < set(seen) < set(range(6))
     assert resumed.models[-1] == whole.models[-1]
     for server_round in range(1, 5):
         assert resumed.evaluate(server_round) == whole.evaluate(server_round)
