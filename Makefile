@@ -5,7 +5,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # Further options for every `pip install`.
 PIP_OPTIONS ?=
-PYTEST_OPTIONS ?=
+# Two tests at a time; `make test PYTEST_OPTIONS=` runs one.
+PYTEST_OPTIONS ?= -n 2 --dist worksteal
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
@@ -59,7 +60,7 @@ wheel: $(INSTALLED)  ## build, check the contents, test the installed wheel else
 	$(PYTHON) -m venv "$$out/venv"; \
 	"$$out/venv/bin/python" $(INSTALL) torch; \
 	wheel=$$(ls "$$PWD"/dist/*.whl); \
-	"$$out/venv/bin/python" $(INSTALL) "$$wheel[plot,tensorboard]" pytest hypothesis; \
+	"$$out/venv/bin/python" $(INSTALL) "$$wheel[plot,tensorboard,dp]" pytest pytest-xdist hypothesis; \
 	cp -R tests pyproject.toml "$$out"; \
 	cd "$$out"; \
 	venv/bin/python -m pytest -m "not slow" $(PYTEST_OPTIONS)

@@ -3,7 +3,11 @@
 from flwr.common.config import flatten_dict
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
+from flwr.serverapp.exception import (
+    AggregationError,
+    InconsistentMessageReplies,
+    PrivacyBudgetExhausted,
+)
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 from flwr.supercore import log
 from flwr.supercore.run import Run
@@ -16,6 +20,7 @@ __all__ = [
     "AggregationError",
     "InconsistentMessageReplies",
     "NodeInfo",
+    "PrivacyBudgetExhausted",
     "Run",
     "ensure_task_identity",
     "flatten_dict",

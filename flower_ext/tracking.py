@@ -111,10 +111,16 @@ class Tracker:
         row = this.row()
         try:
             self._append(json.dumps(row) + "\n")
-            if self._tensorboard:
-                self._write_events(row)
         except OSError as error:
             log(ERROR, "round %s is not in %s: %s", row["round"], self.path, error)
+        if self._tensorboard:
+            try:
+                self._write_events(row)
+            except OSError as error:
+                self._events = (
+                    None  # its thread has ended; the next round has a new one
+                )
+                log(ERROR, "round %s is not in TensorBoard: %s", row["round"], error)
         log(INFO, "%s", self._progress(row))
 
     def _append(self, line: str) -> None:

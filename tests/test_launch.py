@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 import flower_ext
-from flower_ext import launch
-from flower_ext.launch import RunFailed, parse_run_config, readable_line, run_app
+from flower_ext import _processes, launch
+from flower_ext._runlog import readable_line
+from flower_ext.launch import RunFailed, parse_run_config, run_app
 
 DEADLINE = 120.0
 
@@ -124,7 +125,7 @@ def fake_flower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "get_path",
         lambda name: str(scripts) if name == "scripts" else get_path(name),
     )
-    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(_processes, "GRACE_SECONDS", 0.5)
 
 
 def home_of(log: str) -> str:

@@ -197,19 +197,38 @@ class Half:
         self._file.close()
 
 
-def test_tensorboards_full_disk_is_logged_and_the_row_is_kept(
+def test_tensorboards_full_disk_costs_only_that_rounds_events(
     tmp_path, monkeypatch, caplog
 ):
+    written = []
+
+    class Writer:
+        made = 0
+
+        def __init__(self, folder):
+            type(self).made += 1
+            self.works = self.made > 1
+
+        def add_scalar(self, name, value, step):
+            if not self.works:
+                raise OSError(28, "No space left on device")
+            written.append(step)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
     tracker = Tracker(tmp_path, tensorboard=True)
-    tracker.begin(1, 0)
-
-    def full(row):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tracker, "_write_events", full)
-    tracker.round(round_of(1))
-    assert "No space left on device" in caplog.text
-    assert len(read_metrics(tmp_path)) == 1
+    tracker.begin(3, 0)
+    for number in (1, 2, 3):
+        tracker.round(round_of(number))
+    errors = [r.message for r in caplog.records if r.levelno == logging.ERROR]
+    assert errors == [
+        "round 1 is not in TensorBoard: [Errno 28] No space left on device"
+    ]
+    assert set(written) == {2, 3}
+    assert Writer.made == 2
+    assert [row["round"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 # Progress -------------------------------------------------------------------------

@@ -159,7 +159,7 @@ class RoundAccountant(ABC):
         flwr.serverapp.exception.PrivacyBudgetExhausted
             If ``count`` more rounds exceed ``config.max_epsilon`` or the plan.
         """
-        from flwr.serverapp.exception import PrivacyBudgetExhausted
+        from flower_ext._flower import PrivacyBudgetExhausted
 
         if self._done + whole("count", count, 1) > self._rounds:
             raise PrivacyBudgetExhausted(

@@ -16,7 +16,7 @@ from copy import deepcopy
 from pathlib import Path
 from uuid import uuid4
 
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict, UserConfig
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -151,9 +151,7 @@ def _own_records(content: RecordDict) -> RecordDict:
     """Copy the records and their values, but not the bytes of arrays."""
     return RecordDict(
         {
-            key: ArrayRecord(
-                {n: Array(x.dtype, x.shape, x.stype, x.data) for n, x in record.items()}
-            )
+            key: ArrayRecord(dict(record))  # new Arrays of the same bytes
             if isinstance(record, ArrayRecord)
             else deepcopy(record)
             for key, record in content.items()
