@@ -218,8 +218,8 @@ class FedFish(AdditiveStrategy):
     :math:`p_k` of their training data.
 
     The paper does not say (in the parts available to us) over which epochs the Fisher
-    is collected, and damps no Fisher; both are options here. A Fisher reveals more of a
-    client's data than its model alone.
+    is collected, nor whether it is damped; both are options here. A Fisher reveals more
+    of a client's data than its model alone.
 
     Examples
     --------
