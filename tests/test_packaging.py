@@ -11,10 +11,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("flower_ext", "strategies")
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "strategies").is_dir(), reason="not in a checkout"
-)
-
 
 def source_files() -> set[str]:
     """Return the path in the wheel of every module of the checkout."""

@@ -5,8 +5,10 @@ import math
 import subprocess
 import sys
 
+import dp_accounting
 import numpy as np
 import pytest
+from flwr import serverapp
 
 from flower_ext.privacy import (
     BandedToeplitz,
@@ -24,9 +26,6 @@ from flower_ext.privacy import (
     zcdp_epsilon,
     zcdp_rho,
 )
-
-dp_accounting = pytest.importorskip("dp_accounting")
-serverapp = pytest.importorskip("flwr.serverapp")
 
 
 def configuration(sampling="no-amplification", **options):
