@@ -408,23 +408,23 @@ def test_dropout_depends_on_seed_round_and_client_only(send):
             self.drop = nn.Dropout(0.5)
 
         def forward(self, x):
-            return self.drop(x) @ self.w
+            return x @ self.drop(self.w)
 
     task = Task(lambda config: Dropped(), linear_task().data, squared_error)
     arrays = {"w": START["w"]}
 
     def run(**options):
-        # Full batches: only dropout is random.
-        options = {"lr": 0.01, "server_round": 1, **FULL, **options}
+        # Full batches, weights dropped: nothing but dropout is random.
+        options = {"lr": 0.01, "server_round": 1, "local_epochs": 9, **FULL, **options}
         return weights(send(task, arrays=arrays, **options)).tolist()
 
     torch.manual_seed(1)
     expected = run()
     torch.manual_seed(2)
     assert run() == expected
-    assert run(seed=1) != expected
-    assert run(server_round=2) != expected
-    assert run(client=1) != expected
+    # The order of a batch alone changes no more than the rounding.
+    for other in ({"seed": 1}, {"server_round": 2}, {"client": 1}):
+        assert not np.allclose(run(**other), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
