@@ -4,8 +4,12 @@ A strategy is two functions: ``contribution``, one client's term, and ``update``
 the server makes of the sum of the terms. The round in between is written here once::
 
     sample -> broadcast -> [clients train] -> contribution -> sum -> update -> optimizer
+
+With a mechanism of :mod:`flower_ext.privacy`, contributions are clipped before the sum
+and noise is added to it.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING
@@ -25,11 +29,21 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from flower_ext._flower import AggregationError, InconsistentMessageReplies, log
-from flower_ext.arrays import Arrays, Term, from_record, subtract, to_record
+from flower_ext.arrays import (
+    Arrays,
+    Term,
+    from_record,
+    subtract,
+    to_record,
+    zeros_like,
+)
 from flower_ext.client import CLIENT_HALF_KEY, WRONG_HALF, ClientHalf, Metrics
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import fraction, refuse, whole
+from flower_ext.nodes import wait_for_nodes
 from flower_ext.options import FedAvgOptions
+from flower_ext.privacy.mechanism import Mechanism
+from flower_ext.privacy.release import PrivateSum
 from flower_ext.replies import (
     MalformedReply,
     aggregate_metrics,
@@ -39,7 +53,7 @@ from flower_ext.replies import (
     sort_replies,
 )
 from flower_ext.rounds import run_rounds
-from flower_ext.sampling import Purpose, Sampler, UniformSampler, wait_for_nodes
+from flower_ext.sampling import Purpose, Sampler, TooFewClients, UniformSampler
 from flower_ext.server_optimizer import SGD, ServerOptimizer, State
 from flower_ext.tracking import Tracker
 
@@ -71,13 +85,17 @@ class AdditiveStrategy(FedAvg):
         said by ``fraction_train``, ``min_train_nodes`` and their like.
     min_replies : int (default: 1)
         A round with fewer usable replies keeps the model.
+    mechanism : Mechanism, optional
+        Makes the run differentially private, see
+        :class:`~flower_ext.privacy.Mechanism`. It says how many clients are drawn, all
+        clients weigh the same, and their own metrics are withheld.
     **options
         Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
 
     Notes
     -----
     A subclass overrides :meth:`contribution` and :meth:`update`, and, where it needs
-    them, :meth:`report`, :meth:`client_config`, :meth:`state_dict` and
+    them, :meth:`zero`, :meth:`report`, :meth:`client_config`, :meth:`state_dict` and
     :meth:`settings`. Round metrics hold ``num-replies``, ``num-errors`` and
     ``num-dropped`` beside the clients' own.
 
@@ -91,6 +109,8 @@ class AdditiveStrategy(FedAvg):
     client_half: ClassVar[type[ClientHalf] | None] = None
     #: Metrics that the strategy reads itself; averaging them would mean nothing.
     consumed_metrics: tuple[str, ...] = ()
+    #: Under a mechanism, what brings parts and scalars to the size of the others.
+    scales: ClassVar[Mapping[str, float]] = {}
 
     def __init__(
         self,
@@ -98,6 +118,7 @@ class AdditiveStrategy(FedAvg):
         server_optimizer: ServerOptimizer | None = None,
         sampler: Sampler | None = None,
         min_replies: int = 1,
+        mechanism: Mechanism | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         super().__init__(**options)
@@ -119,12 +140,41 @@ class AdditiveStrategy(FedAvg):
         self.server_optimizer = server_optimizer or SGD()
         self.sampler = sampler or UniformSampler()
         self.min_replies = min_replies
+        self._private: PrivateSum | None = None
+        if mechanism is not None:
+            self._private = self._under(mechanism, options)
         self._sent: Arrays | None = None
         # Node ids are new in every run, a client's place among the nodes is not.
         self._clients: dict[int, int] = {}
         self._cohort: dict[int, int] = {}
         self._evaluators: dict[int, int] = {}
         self._understood = False  # whether any reply has ever been usable
+
+    def _under(self, mechanism: Mechanism, options: FedAvgOptions) -> PrivateSum:
+        """Put the round under a mechanism."""
+        if not isinstance(mechanism, Mechanism):
+            refuse("mechanism", mechanism, "a Mechanism, or None")
+        for name in ("fraction_train", "min_train_nodes"):
+            if name in options:
+                refuse(
+                    name,
+                    options[name],
+                    "left out with a mechanism",
+                    f"the cohort is its num_sampled_clients={mechanism.cohort}",
+                )
+        if mechanism.is_private and self.min_replies > 1:
+            refuse(
+                "min_replies",
+                self.min_replies,
+                "1 with a mechanism",
+                "whether a round is released must not depend on the replies",
+            )
+        return PrivateSum(mechanism, self.sampler, self.scales)
+
+    @property
+    def mechanism(self) -> Mechanism | None:
+        """What makes the run private, if it is."""
+        return self._private.mechanism if self._private else None
 
     # What a strategy says ---------------------------------------------------------
 
@@ -145,9 +195,21 @@ class AdditiveStrategy(FedAvg):
         """
         return Contribution({DELTA: self.delta(reply, sent)}, self.weight(reply))
 
+    def zero(self, sent: Arrays) -> Contribution:
+        """Return the contribution of a client that changes nothing: its layout.
+
+        Whatever :meth:`contribution` may return must be in it, or a mechanism would
+        have no noise for it.
+        """
+        return Contribution({DELTA: zeros_like(sent)})
+
     def update(self, total: Total) -> Arrays:
         """Return the direction to move the model along; may consume ``total``."""
         return total.mean()
+
+    def divisor(self, total: Total) -> float:
+        """Return what the sum is divided by; where it is 0 the model is kept."""
+        return total.weight
 
     def report(self, total: Total) -> Metrics:
         """Return metrics of the round; called before :meth:`update`."""
@@ -167,21 +229,34 @@ class AdditiveStrategy(FedAvg):
         return {name: subtract(new[name], sent[name]) for name in sent}
 
     def weight(self, reply: RecordDict) -> float:
-        """Return the metric ``weighted_by_key`` of a reply."""
-        return read_scalar(reply, self.weighted_by_key)
+        """Return the metric ``weighted_by_key`` of a reply; 1 under a mechanism."""
+        weight = read_scalar(reply, self.weighted_by_key)
+        return 1.0 if self._private else weight
 
     # The round --------------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Draw the cohort that trains and broadcast the model."""
+        """Draw the cohort that trains and broadcast the model.
+
+        Raises
+        ------
+        PrivacyBudgetExhausted
+            If a mechanism has no budget, or no planned round, left for it.
+        TooFewClients
+            If the sampler is to stop a run that is short of clients.
+        """
         if self.fraction_train == 0.0:
             return []
+        if self._private:
+            self._private.require_budget()
         self._sent = from_record(arrays)
         for name, array in self._sent.items():
             if array.dtype.kind not in "fiub":
                 refuse(f"array {name!r}", array.dtype, "of floats, integers or flags")
+        if self._private:
+            self._private.open(self.zero(self._sent))
         messages = self._broadcast(server_round, arrays, config, grid, "train")
         asked = [message.metadata.dst_node_id for message in messages]
         self._cohort = {node: self._clients[node] for node in asked}
@@ -206,21 +281,13 @@ class AdditiveStrategy(FedAvg):
         grid: Grid,
         purpose: Purpose,
     ) -> list[Message]:
-        share, least = (
-            (self.fraction_train, self.min_train_nodes)
-            if purpose == "train"
-            else (self.fraction_evaluate, self.min_evaluate_nodes)
-        )
-        nodes = wait_for_nodes(grid, max(self.min_available_nodes, least))
-        self._clients = {node: i for i, node in enumerate(nodes)}
-        size = max(int(len(nodes) * share), least)
-        cohort = self.sampler.sample(nodes, size, server_round, purpose)
+        cohort = self._draw(server_round, grid, purpose)
         log(
             INFO,
             "configure_%s: Sampled %s nodes (out of %s)",
             purpose,
             len(cohort),
-            len(nodes),
+            len(self._clients),
         )
         told = ConfigRecord({**config, **self.client_config()})
         told["server-round"] = server_round
@@ -231,6 +298,30 @@ class AdditiveStrategy(FedAvg):
         )
         kind = MessageType.TRAIN if purpose == "train" else MessageType.EVALUATE
         return [Message(content, node, kind) for node in cohort]
+
+    def _draw(self, server_round: int, grid: Grid, purpose: Purpose) -> list[int]:
+        """Return the nodes of a cohort; wait for nodes where there are too few."""
+        share, least = (
+            (self.fraction_train, self.min_train_nodes)
+            if purpose == "train"
+            else (self.fraction_evaluate, self.min_evaluate_nodes)
+        )
+        sampler = self._private.sampler if self._private else self.sampler
+        while True:
+            nodes = wait_for_nodes(grid, max(self.min_available_nodes, least))
+            self._clients = {node: i for i, node in enumerate(nodes)}
+            if self._private and purpose == "train":
+                self._private.require_nodes(len(nodes))
+                size = self._private.mechanism.cohort
+            else:
+                size = max(int(len(nodes) * share), least)
+            try:
+                return sampler.sample(nodes, size, server_round, purpose)
+            except TooFewClients as problem:
+                if sampler.when_short != "wait":
+                    raise
+                log(INFO, "%s; waiting for others to connect", problem)
+                time.sleep(1)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -255,16 +346,26 @@ class AdditiveStrategy(FedAvg):
         if problem := self._problem(total):
             log(WARNING, "round %s: %s: the model is kept", server_round, problem)
             return None, MetricRecord(counts)
-        metrics = aggregate_metrics(
-            used,
-            self.weighted_by_key,
-            self.train_metrics_aggr_fn,
-            self.consumed_metrics,
-        )
+        metrics = MetricRecord()
+        if self._tells_metrics:
+            metrics = aggregate_metrics(
+                used,
+                self.weighted_by_key,
+                self.train_metrics_aggr_fn,
+                self.consumed_metrics,
+            )
+        if self._private:
+            total = self._private.release(total)
+            metrics.update(self._private.metrics())
         metrics.update(self.report(total))
         metrics.update(counts)
         new = self.server_optimizer.step(self._sent, self.update(total))
         return to_record(new), metrics
+
+    @property
+    def _tells_metrics(self) -> bool:
+        """Whether averages of the clients' own metrics may be reported."""
+        return not self._private or self._private.mechanism.unprotected_metrics
 
     def _add_up(
         self, replies: list[Message], dropped: Counter[str]
@@ -275,7 +376,7 @@ class AdditiveStrategy(FedAvg):
         instead of one a reply; only where it is not are the ones to blame looked for.
         """
         total, used, left_out = self._sum(replies)
-        if not total.is_finite():
+        if not self._private and not total.is_finite():
             total, used, left_out = self._sum(replies, check=True)
         dropped += left_out
         self._understood |= bool(used) or _NOT_FINITE in left_out
@@ -302,11 +403,16 @@ class AdditiveStrategy(FedAvg):
             except MalformedReply as problem:
                 left_out[str(problem)] += 1
                 continue
-            if check and not term.is_finite():
+            clipped: Contribution | None = term
+            if self._private:
+                clipped = self._private.clip(term)
+            elif check and not term.is_finite():
+                clipped = None
+            if clipped is None:
                 left_out[_NOT_FINITE] += 1
                 continue
             used.append(reply.content)
-            waiting.append(term)
+            waiting.append(clipped)
             if len(waiting) == _TERMS_AT_A_TIME:
                 total.add(*waiting)
                 waiting.clear()
@@ -314,10 +420,16 @@ class AdditiveStrategy(FedAvg):
         return total, used, left_out
 
     def _problem(self, total: Total) -> str:
-        """Say why the model cannot be moved, if so."""
-        if total.count < self.min_replies or total.weight <= 0:
+        """Say why the model cannot be moved, if so.
+
+        Under noise it always can: that nobody replied must not show.
+        """
+        if self._private and self._private.mechanism.is_private:
+            return ""
+        weight = self.divisor(total) if total.count else 0.0
+        if total.count < self.min_replies or weight <= 0:
             return (
-                f"{total.count} usable replies of total weight {total.weight:g}, at "
+                f"{total.count} usable replies of total weight {weight:g}, at "
                 f"least {self.min_replies} are needed"
             )
         return "" if total.is_finite() else "the sum of the replies is not finite"
@@ -336,7 +448,7 @@ class AdditiveStrategy(FedAvg):
             else:
                 used.append(reply)
         log_dropped(sorted_.dropped, server_round)
-        if not used:
+        if not used or not self._tells_metrics:
             return None
         metrics = aggregate_metrics(
             [reply.content for reply in used],
@@ -378,7 +490,19 @@ class AdditiveStrategy(FedAvg):
         -------
         Result
             Flower's result; ``arrays`` is the initial model if no round changed it.
+
+        Raises
+        ------
+        ValueError
+            If the mechanism is planned for fewer rounds.
         """
+        if self._private and num_rounds > self._private.factorization.rounds:
+            refuse(
+                "num_rounds",
+                num_rounds,
+                f"<= {self._private.factorization.rounds}",
+                "the mechanism's noise is planned for no more",
+            )
         return run_rounds(
             self,
             grid,
@@ -394,15 +518,26 @@ class AdditiveStrategy(FedAvg):
 
     def state_dict(self) -> dict[str, object]:
         """Return what crosses rounds: JSON values and arrays, nested by name."""
-        return {
+        state: dict[str, object] = {
             "sampler": self.sampler.state_dict(),
             "server-optimizer": self.server_optimizer.state_dict(),
             "server-optimizer-kind": self.server_optimizer.kind,
         }
+        if self._private:
+            state["privacy"] = self._private.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue where a run with the same settings was saved."""
-        self.sampler.load_state_dict(state["sampler"])
+        if ("privacy" in state) != bool(self._private):
+            raise ValueError(
+                "the saved run had a mechanism, or had none, other than this one"
+            )
+        self.sampler.load_state_dict(cast("Mapping[str, object]", state["sampler"]))
+        if self._private:
+            self._private.load_state_dict(
+                cast("Mapping[str, object]", state["privacy"])
+            )
         kind = self.server_optimizer.kind
         if state["server-optimizer-kind"] != kind:
             raise ValueError(
@@ -425,4 +560,5 @@ class AdditiveStrategy(FedAvg):
             "Server optimizer": self.server_optimizer,
             "Sampler": f"{type(self.sampler).__name__}(seed={self.sampler.seed})",
             "Minimum replies": self.min_replies,
+            **(self._private.settings() if self._private else {}),
         }

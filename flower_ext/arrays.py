@@ -116,9 +116,24 @@ def _subtract_integers(new: NDArray, old: NDArray) -> NDArray:
     return np.subtract(new.astype(np.int64), old.astype(np.int64))
 
 
+def zeros_like(arrays: Mapping[str, NDArray]) -> Arrays:
+    """Return zeros of the same names, shapes and dtypes that take no memory."""
+    return {
+        name: np.broadcast_to(np.zeros((), x.dtype), x.shape)
+        for name, x in arrays.items()
+    }
+
+
 def multiply(left: Term, right: Term) -> Lazy:
     """Return the elementwise product, float64: two small float32 may underflow."""
     return Lazy(partial(np.multiply, dtype=np.float64), left, right)
+
+
+def scale(term: Term, factor: float) -> Term:
+    """Return the array times a number, float64; the array itself for 1."""
+    if factor == 1:
+        return term
+    return Lazy(partial(np.multiply, factor, dtype=np.float64), term)
 
 
 def accumulate(

@@ -245,9 +245,42 @@ class ClientHalf:
 
     #: Messages name the half that they need.
     name: ClassVar[str] = "plain"
+    #: What this half promises, another half of the same ClientApp would break.
+    exclusive: ClassVar[bool] = False
 
     def begin(self, local: Local) -> None:
         """Look at model and data before the first step."""
+
+    def optimizer(self, local: Local) -> torch.optim.Optimizer:
+        """Return the optimizer of this local training."""
+        make = local.task.optimizer or _sgd
+        return make(_trainable(local.model), local.settings)
+
+    def batches(self, local: Local) -> Iterator[Batch]:
+        """Return the batch of every step: epochs in an order of their own."""
+        order = torch.Generator().manual_seed(local.seed())
+        steps = 0
+        while steps < local.num_steps:
+            for batch in batches(local.train, local.settings.batch_size, order):
+                yield batch
+                steps += 1
+                if steps == local.num_steps:
+                    break
+
+    def step(
+        self, local: Local, optimizer: torch.optim.Optimizer, batch: Batch
+    ) -> float:
+        """Take one optimizer step; return the objective before it."""
+        optimizer.zero_grad()
+        loss = self.objective(example_losses(local.task, local.model, batch), batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.after_backward(local.model)
+        if local.settings.max_gradient_norm != math.inf:
+            nn.utils.clip_grad_norm_(
+                _trainable(local.model), local.settings.max_gradient_norm
+            )
+        optimizer.step()
+        return float(loss.detach())
 
     def objective(self, losses: Tensor, batch: Batch) -> Tensor:
         """Return the scalar to minimise, from losses of shape ``(batch,)``."""
@@ -263,6 +296,10 @@ class ClientHalf:
     def evaluate(self, local: Local) -> Metrics:
         """Return metrics to add to the reply to an evaluation."""
         return {}
+
+    def release(self, metrics: Metrics) -> Metrics:
+        """Return those metrics of a reply that may leave the client."""
+        return metrics
 
 
 class HalfFactory(Protocol):
@@ -287,32 +324,26 @@ def train(local: Local, half: ClientHalf) -> float:
     float
         NaN without a step.
     """
-    settings, task = local.settings, local.task
     half.begin(local)
-    make = task.optimizer or _sgd
-    trainable = [p for p in local.model.parameters() if p.requires_grad]
-    optimizer = make(trainable, settings)
-    order = torch.Generator().manual_seed(local.seed())
+    optimizer = half.optimizer(local)
     local.model.train()
     total, steps = 0.0, 0
     # Dropout has no generator of its own: it draws from torch's global one.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(local.seed(stream=1))
-        while steps < local.num_steps:
-            for batch in batches(local.train, settings.batch_size, order):
-                optimizer.zero_grad()
-                losses = _per_example("loss", task.loss(local.model, batch), batch)
-                loss = half.objective(losses, batch)
-                loss.backward()  # type: ignore[no-untyped-call]
-                half.after_backward(local.model)
-                if settings.max_gradient_norm != math.inf:
-                    nn.utils.clip_grad_norm_(trainable, settings.max_gradient_norm)
-                optimizer.step()
-                total += float(loss.detach())
-                steps += 1
-                if steps == local.num_steps:
-                    break
+        for batch in half.batches(local):
+            total += half.step(local, optimizer, batch)
+            steps += 1
     return total / steps if steps else math.nan
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def example_losses(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    """Return the task's losses, of shape ``(batch,)``."""
+    return _per_example("loss", task.loss(model, batch), batch)
 
 
 def _sgd(
@@ -386,9 +417,17 @@ def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
     """
     known: dict[str, HalfFactory] = {ClientHalf.name: ClientHalf}
     for half in halves:
-        name = getattr(half.func if isinstance(half, partial) else half, "name", None)
+        owner = _owner(half)
+        name = getattr(owner, "name", None)
         if not callable(half) or not isinstance(name, str):
             refuse("halves", half, "classes derived from ClientHalf")
+        if len(halves) > 1 and getattr(owner, "exclusive", False):
+            refuse(
+                "halves",
+                [getattr(_owner(h), "__name__", h) for h in halves],
+                f"{getattr(owner, '__name__', owner)} alone",
+                "a server that asks for another half would get round its guarantee",
+            )
         known[str(name)] = half
     app = ClientApp()
 
@@ -404,6 +443,7 @@ def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
             "train-loss": loss,
             **metrics,
         }
+        values = half.release(values)
         content = RecordDict(
             {
                 ARRAYS_KEY: ArrayRecord(local.model.state_dict()),
@@ -423,6 +463,7 @@ def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
                 **evaluate(task, local.model, local.test),
                 **half.evaluate(local),
             }
+            values = half.release(values)
         return Message(
             RecordDict({METRICS_KEY: MetricRecord(values)}), reply_to=message
         )
@@ -445,12 +486,20 @@ def _client(context: Context) -> int:
     return int(context.node_config.get("partition-id", context.node_id))
 
 
+def _owner(half: HalfFactory) -> object:
+    """Return the class behind a partial of it."""
+    return half.func if isinstance(half, partial) else half
+
+
 def _choose(known: Mapping[str, HalfFactory], config: ConfigRecord) -> ClientHalf:
     name = str(config.get(CLIENT_HALF_KEY, ClientHalf.name))
     if name not in known:
+        advice = "add its class to client_app(task, ...)"
+        for half in known.values():
+            if getattr(_owner(half), "exclusive", False):
+                advice = "a strategy of plain local training is all that it may serve"
         raise ValueError(
-            f"{WRONG_HALF} {name!r}, this ClientApp has "
-            f"{sorted(known)}: add its class to client_app(task, ...)"
+            f"{WRONG_HALF} {name!r}, this ClientApp has {sorted(known)}: {advice}"
         )
     return known[name]()
 

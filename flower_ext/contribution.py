@@ -49,12 +49,16 @@ class Total:
         Plain sums.
     count : int
         Number of terms.
+    noise : dict[str, float]
+        Under a mechanism, standard deviation of the noise in each coordinate of a part
+        or scalar; what is smaller tells nothing.
     """
 
     arrays: dict[str, dict[str, npt.NDArray[np.float64]]] = field(default_factory=dict)
     weight: float = 0.0
     scalars: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     count: int = 0
+    noise: dict[str, float] = field(default_factory=dict)
 
     def add(self, *terms: Contribution) -> None:
         """Add terms in place, in their order: the result is that of one at a time."""

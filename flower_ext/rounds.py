@@ -3,27 +3,48 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from flower_ext._flower import log, log_strategy_start_info
+from flower_ext._flower import PrivacyBudgetExhausted, log, log_strategy_start_info
 from flower_ext.checkpoint import Checkpoint
 from flower_ext.errors import positive, whole
+from flower_ext.sampling import TooFewClients
 from flower_ext.tracking import Round, Tracker
+from flower_ext.traffic import Traffic, measure
 
 
 @dataclass
-class _Traffic:
+class _Phase:
     """What one phase of a round cost."""
 
-    bytes_down: int = 0
-    bytes_up: int = 0
+    down: Traffic
+    up: Traffic = field(default_factory=Traffic)
     seconds: float = 0.0
     replies: list[Message] = field(default_factory=list)
+
+    def told(self, metrics: MetricRecord, strategy: Strategy) -> MetricRecord:
+        """Return metrics with what all messages together cost.
+
+        What clients send depends on their data, its length too where it is sparse: of
+        a private run it is not told.
+        """
+        mechanism = getattr(strategy, "mechanism", None)
+        told = {"down": self.down, "up": self.up}
+        if mechanism is not None and mechanism.is_private:
+            del told["up"]
+        return MetricRecord(
+            {
+                **metrics,
+                **{f"bytes-{way}": x.serialized for way, x in told.items()},
+                **{f"encoded-bytes-{way}": x.encoded for way, x in told.items()},
+                **{f"parameters-{way}": x.parameters for way, x in told.items()},
+            }
+        )
 
 
 def run_rounds(
@@ -60,7 +81,8 @@ def run_rounds(
     Returns
     -------
     Result
-        Of all rounds, those before an interruption included.
+        Of all rounds, those before an interruption included; of fewer than
+        ``num_rounds`` if the privacy budget or the eligible clients end sooner.
 
     Raises
     ------
@@ -88,18 +110,29 @@ def run_rounds(
     for current in range(done + 1, num_rounds + 1):
         log(INFO, "")
         log(INFO, "[ROUND %s/%s]", current, num_rounds)
-        train = _exchange(
-            grid,
-            strategy.configure_train(current, result.arrays, _copy(train_config), grid),
-            timeout,
-        )
+        try:
+            messages = strategy.configure_train(
+                current, result.arrays, _copy(train_config), grid
+            )
+        except (PrivacyBudgetExhausted, TooFewClients) as reason:
+            if current == 1:
+                raise
+            log(WARNING, "The run ends after round %s: %s", current - 1, reason)
+            break
+        train = _exchange(grid, messages, timeout)
         arrays, metrics = strategy.aggregate_train(current, train.replies)
+        if metrics is not None:
+            metrics = train.told(metrics, strategy)
         train.replies = []  # free them before the evaluation
         if arrays is not None:
             result.arrays = arrays
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             result.train_metrics_clientapp[current] = metrics
+        if saved and getattr(strategy, "mechanism", None):
+            # Before anybody sees the model: a round that is repeated after a crash
+            # must not be a second release.
+            saved.save(current, result)
         evaluate = _exchange(
             grid,
             strategy.configure_evaluate(
@@ -108,6 +141,8 @@ def run_rounds(
             timeout,
         )
         metrics = strategy.aggregate_evaluate(current, evaluate.replies)
+        if metrics is not None:
+            metrics = evaluate.told(metrics, strategy)
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             result.evaluate_metrics_clientapp[current] = metrics
@@ -123,8 +158,8 @@ def run_rounds(
                     central=result.evaluate_metrics_serverapp.get(current),
                     seconds_train=train.seconds,
                     seconds_evaluate=evaluate.seconds,
-                    bytes_down=train.bytes_down + evaluate.bytes_down,
-                    bytes_up=train.bytes_up + evaluate.bytes_up,
+                    bytes_down=train.down.serialized + evaluate.down.serialized,
+                    bytes_up=train.up.serialized + evaluate.up.serialized,
                 )
             )
         if saved:
@@ -144,27 +179,12 @@ def _copy(config: ConfigRecord | None) -> ConfigRecord:
     return ConfigRecord(dict(config or {}))
 
 
-def _exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> _Traffic:
+def _exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> _Phase:
     """Send messages, wait for the replies, and count the bytes of both."""
     begun = time.monotonic()
     messages = list(messages)
-    traffic = _Traffic(bytes_down=_content_bytes(messages))
-    traffic.replies = list(grid.send_and_receive(messages, timeout=timeout))
-    traffic.bytes_up = _content_bytes(traffic.replies)
-    traffic.seconds = time.monotonic() - begun
-    return traffic
-
-
-def _content_bytes(messages: list[Message]) -> int:
-    """Sum Flower's own size of the records; a shared record is measured once."""
-    sizes: dict[int, int] = {}
-    total = 0
-    for message in messages:
-        if message.has_content():
-            content = message.content
-            if id(content) not in sizes:
-                sizes[id(content)] = sum(
-                    record.count_bytes() for record in content.values()
-                )
-            total += sizes[id(content)]
-    return total
+    phase = _Phase(measure(messages))
+    phase.replies = list(grid.send_and_receive(messages, timeout=timeout))
+    phase.up = measure(phase.replies)
+    phase.seconds = time.monotonic() - begun
+    return phase

@@ -3,23 +3,29 @@
 How many is Flower's own option (``fraction_train``, ``min_train_nodes``); how they are
 drawn is the sampler. Each draws from a generator of its own, derived from its seed,
 the round and the purpose, so that a cohort depends on nothing else: not on earlier
-rounds, not on the global random state, not on whether the run was resumed.
+rounds, not on the global random state, not on whether the run was resumed. Samplers
+that limit how often a client takes part also remember who did.
+
+For privacy accounting a sampler says what it promises of every client:
+``min_separation`` and ``max_participations``. What it promises, it enforces.
 """
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from logging import INFO
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast, get_args
 
 import numpy as np
-from flwr.serverapp import Grid
 
-from flower_ext._flower import log
-from flower_ext.errors import whole
+from flower_ext.errors import one_of, probability, whole
+from flower_ext.nodes import NodeRegistry
 
 Purpose = Literal["train", "evaluate"]
+WhenShort = Literal["smaller", "wait", "stop"]
 _STREAM: dict[Purpose, int] = {"train": 0, "evaluate": 1}
+
+
+def _require_probability(value: float) -> None:
+    probability("probability", value, "of one client in one round")
 
 
 class Sampler(ABC):
@@ -33,6 +39,13 @@ class Sampler(ABC):
         Draw the evaluation's cohort as the training's of the same round: with equal
         fractions, the clients that trained evaluate.
     """
+
+    #: Least difference of the numbers of two rounds with the same client.
+    min_separation: int = 1
+    #: Most rounds of one client; None is every round.
+    max_participations: int | None = None
+    #: What to do with fewer clients than asked for.
+    when_short: WhenShort = "smaller"
 
     def __init__(self, seed: int = 0, *, same_for_evaluation: bool = False) -> None:
         self.seed = whole("seed", seed, 0)
@@ -49,50 +62,150 @@ class Sampler(ABC):
         stream = 0 if self.same_for_evaluation else _STREAM[purpose]
         return np.random.default_rng([self.seed, server_round, stream])
 
-    def state_dict(self) -> dict[str, str | int]:
-        """Return what identifies the random streams; they hold no other state."""
+    def settings(self) -> dict[str, str | int | float]:
+        """Return what a resumed run must have in common with the saved one."""
         return {
             "kind": type(self).__name__,
             "seed": self.seed,
             "same-for-evaluation": self.same_for_evaluation,
         }
 
-    def load_state_dict(self, state: object) -> None:
+    def state_dict(self) -> dict[str, object]:
+        """Return settings and memory."""
+        return {**self.settings()}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Check that a saved run drew its cohorts as this sampler does."""
-        if state != self.state_dict():
+        own = self.settings()
+        saved = {k: v for k, v in state.items() if isinstance(v, str | int | float)}
+        if saved != own:
             raise ValueError(
-                f"the saved run sampled with {state}, this one with "
-                f"{self.state_dict()}: a resumed run needs the same sampler"
+                f"the saved run sampled with {saved}, this one with {own}: a resumed "
+                "run needs the same sampler"
             )
 
 
 class UniformSampler(Sampler):
-    """Exactly ``size`` clients, uniformly without replacement."""
+    """``size`` clients, or all if there are fewer, uniformly without replacement."""
 
     def sample(
         self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
     ) -> list[int]:
         """Draw ``size`` clients."""
         chosen = self.generator(server_round, purpose).choice(
-            len(clients), size, replace=False
+            len(clients), min(size, len(clients)), replace=False
         )
         return [clients[i] for i in sorted(chosen.tolist())]
 
 
 class PoissonSampler(Sampler):
-    """Every client on its own with probability ``size / len(clients)``.
+    """Every client on its own with the same probability.
 
-    The cohort varies in size and may be empty; a round of nobody keeps the model.
-    This is the sampling that privacy amplification by Poisson sampling assumes.
+    The cohort varies in size and may be empty; without privacy, a round of nobody
+    keeps the model. This is the sampling that privacy amplification by Poisson
+    sampling assumes: then give the probability, and keep the seed as secret as the
+    noise's.
+
+    Parameters
+    ----------
+    seed, same_for_evaluation
+        See :class:`Sampler`.
+    probability : float, optional
+        In (0, 1], whatever the number of clients that are connected; by default
+        ``size / len(clients)``.
     """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        probability: float | None = None,
+        same_for_evaluation: bool = False,
+    ) -> None:
+        super().__init__(seed, same_for_evaluation=same_for_evaluation)
+        if probability is not None:
+            _require_probability(probability)
+        self.probability = probability
 
     def sample(
         self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
     ) -> list[int]:
         """Toss one coin per client."""
         draws = self.generator(server_round, purpose).random(len(clients))
-        chosen = draws * len(clients) < size
+        if self.probability is None or purpose == "evaluate":
+            chosen = draws * len(clients) < size
+        else:
+            chosen = draws < self.probability
         return [client for client, take in zip(clients, chosen, strict=True) if take]
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Add the probability."""
+        return {**super().settings(), "probability": self.probability or "size"}
+
+
+class CyclicPoissonSampler(Sampler):
+    """Clients take turns in groups; in its turn each is sampled on its own.
+
+    A client belongs to one of ``cycle`` groups for the whole run, by the order in
+    which clients were first seen; round t samples from group t mod ``cycle``, each
+    client with the same probability (Choquette-Choo et al. 2023, arXiv 2306.08153).
+
+    Parameters
+    ----------
+    probability : float
+        In (0, 1], of a client in its turn.
+    cycle : int
+        Number of groups; at least the number of bands of the mechanism.
+    seed, same_for_evaluation
+        See :class:`Sampler`.
+    """
+
+    def __init__(
+        self,
+        probability: float,
+        cycle: int,
+        seed: int = 0,
+        *,
+        same_for_evaluation: bool = False,
+    ) -> None:
+        super().__init__(seed, same_for_evaluation=same_for_evaluation)
+        _require_probability(probability)
+        self.probability = probability
+        self.cycle = self.min_separation = whole("cycle", cycle, 1)
+        self._registry = NodeRegistry()
+
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Toss one coin for each client whose turn it is."""
+        numbers = self._registry.number(clients)
+        draws = self.generator(server_round, purpose).random(len(clients))
+        if purpose == "evaluate":
+            chosen = [d * len(clients) < size for d in draws]
+        else:
+            turn = server_round % self.cycle
+            chosen = [
+                numbers[client] % self.cycle == turn and d < self.probability
+                for client, d in zip(clients, draws, strict=True)
+            ]
+        return [client for client, take in zip(clients, chosen, strict=True) if take]
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Add probability and cycle."""
+        return {
+            **super().settings(),
+            "probability": self.probability,
+            "cycle": self.cycle,
+        }
+
+    def state_dict(self) -> dict[str, object]:
+        """Add who is in which group."""
+        return {**super().state_dict(), **self._registry.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take over who is in which group."""
+        super().load_state_dict(state)
+        self._registry.load_state_dict(state)
 
 
 class AllClients(Sampler):
@@ -105,27 +218,118 @@ class AllClients(Sampler):
         return list(clients)
 
 
-def ordered_nodes(grid: Grid) -> list[int]:
-    """Return the node ids in the order in which the nodes registered.
+class TooFewClients(RuntimeError):
+    """Fewer clients may take part in a round than were asked for."""
 
-    Node ids are random numbers, new in every run. In a simulation nodes register in
-    the order of their partitions, so this order is that of ``partition-id``, and a
-    seeded cohort names the same partitions in every run.
+
+class MinSeparationSampler(Sampler):
+    """Uniform, but no client too often, and none too soon again.
+
+    A client that took part in round t is not drawn again before round
+    t + ``min_separation``, and never more than ``max_participations`` times. This is
+    what correlated noise is calibrated for. Being drawn counts, whether or not the
+    client replies.
+
+    Parameters
+    ----------
+    min_separation : int
+        Least difference of the numbers of two rounds with the same client; 1 allows
+        every round. At most population / cohort, or rounds run short of clients.
+    max_participations : int, optional
+        Most rounds of one client; by default what the separation allows.
+    seed, same_for_evaluation
+        See :class:`Sampler`.
+    when_short : str (default: "smaller")
+        With fewer eligible clients than asked for: ``smaller`` takes those that there
+        are, be it nobody; ``wait`` waits until others connect; ``stop`` ends the run.
+
+    Notes
+    -----
+    Clients are nodes. In a simulation that is resumed they are recognised by their
+    partition, see :class:`~flower_ext.nodes.NodeRegistry`. A person behind several
+    nodes, or one that registers anew, is not recognised.
     """
-    nodes = sorted(
-        grid.get_nodes(), key=lambda node: (node.registered_at, node.node_id)
-    )
-    return [node.node_id for node in nodes]
 
+    def __init__(
+        self,
+        min_separation: int,
+        max_participations: int | None = None,
+        seed: int = 0,
+        *,
+        when_short: WhenShort = "smaller",
+        same_for_evaluation: bool = False,
+    ) -> None:
+        super().__init__(seed, same_for_evaluation=same_for_evaluation)
+        self.min_separation = whole("min_separation", min_separation, 1)
+        if max_participations is not None:
+            whole("max_participations", max_participations, 1)
+        self.max_participations = max_participations
+        one_of("when_short", when_short, get_args(WhenShort))
+        self.when_short = when_short
+        self._registry = NodeRegistry()
+        self._last: dict[int, int] = {}
+        self._times: dict[int, int] = {}
 
-def wait_for_nodes(grid: Grid, at_least: int) -> list[int]:
-    """Return the nodes in order, once there are ``at_least`` so many."""
-    while len(nodes := ordered_nodes(grid)) < at_least:
-        log(
-            INFO,
-            "Waiting for nodes to connect: %d connected (minimum required: %d).",
-            len(nodes),
-            at_least,
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Draw ``size`` of the eligible clients, and remember them.
+
+        Raises
+        ------
+        TooFewClients
+            If there are fewer and ``when_short`` is not ``smaller``.
+        """
+        if purpose == "evaluate":
+            eligible = list(clients)
+        else:
+            numbers = self._registry.number(clients)
+            eligible = [c for c in clients if self._may(numbers[c], server_round)]
+            if len(eligible) < size and self.when_short != "smaller":
+                raise TooFewClients(
+                    f"round {server_round} needs {size} clients, {len(eligible)} of "
+                    f"the {len(clients)} connected may take part: the others did so "
+                    f"less than min_separation={self.min_separation} rounds ago, or "
+                    f"max_participations={self.max_participations} times"
+                )
+        drawn = self.generator(server_round, purpose).choice(
+            len(eligible), min(size, len(eligible)), replace=False
         )
-        time.sleep(1)
-    return nodes
+        cohort = [eligible[i] for i in sorted(drawn.tolist())]
+        if purpose == "train":
+            for client in cohort:
+                number = numbers[client]
+                self._last[number] = server_round
+                self._times[number] = self._times.get(number, 0) + 1
+        return cohort
+
+    def _may(self, number: int, server_round: int) -> bool:
+        last = self._last.get(number)
+        rested = last is None or server_round - last >= self.min_separation
+        most = self.max_participations
+        return rested and (most is None or self._times.get(number, 0) < most)
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Add the limits."""
+        return {
+            **super().settings(),
+            "min-separation": self.min_separation,
+            "max-participations": self.max_participations or "any",
+        }
+
+    def state_dict(self) -> dict[str, object]:
+        """Add who took part, when last and how often."""
+        return {
+            **super().state_dict(),
+            **self._registry.state_dict(),
+            "last": [[k, v] for k, v in self._last.items()],
+            "times": [[k, v] for k, v in self._times.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take over who took part."""
+        super().load_state_dict(state)
+        self._registry.load_state_dict(state)
+        pairs = cast("Mapping[str, list[list[int]]]", state)
+        self._last = {k: v for k, v in pairs["last"]}
+        self._times = {k: v for k, v in pairs["times"]}

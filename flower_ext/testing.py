@@ -34,6 +34,7 @@ from flower_ext.arrays import Arrays, from_record, layout
 from flower_ext.checkpoint import Stateful
 from flower_ext.client import ARRAYS_KEY, Batch, Task, client_app
 from flower_ext.simulation.local import LocalGrid
+from flower_ext.sparse import accept_sparse
 
 CLIENTS = 3
 
@@ -67,14 +68,15 @@ def check_strategy(
 ) -> Report:
     """Check that a strategy keeps the contract of Flower's Message API.
 
-    It must construct, run, keep the model in a round without replies, average what is
-    left when some clients fail, in training and in evaluation, not depend on the order
-    of replies, mutate nothing that it was given (but for ``server-round`` in the
-    configuration), keep names and shapes, be picklable, and continue from
-    ``state_dict`` if it has one. A robust strategy also keeps dtypes, of integer arrays
-    too, accepts extra records, and leaves out hostile replies: missing, extra,
-    misshapen, unreadable or non-finite arrays, weights and other metrics it needs that
-    are missing or no numbers, clients that reply twice or were not asked.
+    It must construct, run, keep the model in a round without replies (under a
+    mechanism with noise: release it nevertheless), average what is left when some
+    clients fail, in training and in evaluation, not depend on the order of replies,
+    mutate nothing that it was given (but for ``server-round`` in the configuration),
+    keep names and shapes, be picklable, and continue from ``state_dict`` if it has one.
+    A robust strategy also keeps dtypes, of integer arrays too, accepts extra records,
+    and leaves out hostile replies: missing, extra, misshapen, unreadable or non-finite
+    arrays, weights and other metrics it needs that are missing or no numbers, clients
+    that reply twice or were not asked.
 
     Parameters
     ----------
@@ -149,7 +151,7 @@ def _make_model(config: UserConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: beside a generator it visits every kind of device.
         torch.default_generator.manual_seed(0)
-        return _Model(bool(config["counter"]))
+        return accept_sparse(_Model(bool(config["counter"])))
 
 
 def _data(context: Context) -> tuple[Batch, Batch]:
@@ -265,17 +267,24 @@ def _runs(bench: _Bench) -> None:
     )
 
 
+def _nobody(bench: _Bench, replies: list[Message], what: str) -> None:
+    record, _ = bench.strategy.aggregate_train(1, replies)
+    mechanism = getattr(bench.strategy, "mechanism", None)
+    if mechanism is not None and mechanism.is_private:
+        _require(record is not None, f"{what} released nothing: that tells who replied")
+    else:
+        _require(record is None, f"{what} returned arrays")
+
+
 def _empty(bench: _Bench) -> None:
     """Keeps the model in a round without replies."""
     bench.ask()
-    record, _ = bench.strategy.aggregate_train(1, [])
-    _require(record is None, "aggregate_train(1, []) returned arrays")
+    _nobody(bench, [], "aggregate_train(1, [])")
 
 
 def _all_errors(bench: _Bench) -> None:
     """Keeps the model in a round of errors only."""
-    record, _ = bench.strategy.aggregate_train(1, [_error(m) for m in bench.ask()])
-    _require(record is None, "aggregate_train of errors returned arrays")
+    _nobody(bench, [_error(m) for m in bench.ask()], "aggregate_train of errors")
 
 
 def _partial(bench: _Bench) -> None:
@@ -455,7 +464,7 @@ def _with_array(array: Array | None, name: str = "linear.weight") -> Tamper:
     def tamper(content: RecordDict, _: Strategy) -> None:
         record = content.array_records[ARRAYS_KEY]
         if array is None:
-            del record[name]
+            del record[name if name in record else next(iter(record))]
         else:
             record[name] = array
 

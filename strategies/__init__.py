@@ -4,12 +4,17 @@ from flower_ext.strategies.bounded_group_loss import (
     BoundedGroupLoss,
     BoundedGroupLossClient,
 )
+from flower_ext.strategies.dpftrl import DPFTRL
 from flower_ext.strategies.fedfish import FedFish, FedFishClient
+from flower_ext.strategies.flasc import FLASC, FLASCClient
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient
 
 __all__ = [
+    "DPFTRL",
+    "FLASC",
     "BoundedGroupLoss",
     "BoundedGroupLossClient",
+    "FLASCClient",
     "FedFish",
     "FedFishClient",
     "MaxFL",

@@ -24,11 +24,12 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from flower_ext.additive import AdditiveStrategy, Config
-from flower_ext.arrays import Arrays, accumulate, to_record
+from flower_ext.arrays import Arrays, accumulate, to_record, zeros_like
 from flower_ext.client import Batch, ClientHalf, Local, Metrics, batches
-from flower_ext.contribution import Contribution, Total
+from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import at_least, positive, refuse
 from flower_ext.options import FedAvgOptions
+from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.replies import MalformedReply, read_vector
 from flower_ext.sampling import Sampler
 from flower_ext.server_optimizer import ServerOptimizer, apply_direction
@@ -212,7 +213,7 @@ class BoundedGroupLoss(AdditiveStrategy):
         is one of FedAvg.
     average_iterates : bool (default: True)
         Keep the mean of the models (one more model in memory, float64).
-    server_optimizer, sampler, min_replies
+    server_optimizer, sampler, min_replies, mechanism
         See :class:`~flower_ext.AdditiveStrategy`.
     **options
         Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
@@ -234,6 +235,10 @@ class BoundedGroupLoss(AdditiveStrategy):
     example; the counts of a small client are sensitive nevertheless. With partial
     participation the losses are those of the cohort.
 
+    Under a mechanism, sums and counts are clipped together with the change of the
+    model, times 0.01, for clients of about a hundred examples; ``scales`` of the
+    mechanism says otherwise. A group counted below its noise is taken as unseen.
+
     Examples
     --------
     >>> strategy = BoundedGroupLoss(groups=["female", "male"], upper_bound=0.4)
@@ -243,6 +248,7 @@ class BoundedGroupLoss(AdditiveStrategy):
 
     client_half = BoundedGroupLossClient
     consumed_metrics = (LOSS_SUMS, COUNTS)
+    scales = {LOSS_SUMS: 0.01, COUNTS: 0.01}
 
     def __init__(
         self,
@@ -257,12 +263,14 @@ class BoundedGroupLoss(AdditiveStrategy):
         server_optimizer: ServerOptimizer | None = None,
         sampler: Sampler | None = None,
         min_replies: int = 1,
+        mechanism: Mechanism | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         super().__init__(
             server_optimizer=server_optimizer,
             sampler=sampler,
             min_replies=min_replies,
+            mechanism=mechanism,
             **options,
         )
         _require_names("groups", groups)
@@ -314,9 +322,16 @@ class BoundedGroupLoss(AdditiveStrategy):
         term = super().contribution(reply, sent)
         return Contribution(term.arrays, term.weight, {LOSS_SUMS: sums, COUNTS: counts})
 
+    def zero(self, sent: Arrays) -> Contribution:
+        """Return no change, of a client without examples."""
+        none = np.zeros(len(self.constraints))
+        return Contribution(
+            {DELTA: zeros_like(sent)}, scalars={LOSS_SUMS: none, COUNTS: none}
+        )
+
     def report(self, total: Total) -> Metrics:
         """Return group losses and duals of the model that the cohort received."""
-        losses = _losses(total.scalars)
+        losses = _losses(total.scalars, total.noise.get(COUNTS, 0.0))
         metrics = self._loss_metrics(losses)
         metrics["feasible"] = int(bool(np.all(_excess(losses, self.upper_bound) <= 0)))
         for name, value in zip(self.constraints, self.dual, strict=True):
@@ -326,12 +341,12 @@ class BoundedGroupLoss(AdditiveStrategy):
     def update(self, total: Total) -> Arrays:
         """Average the deltas, and take the dual step."""
         self._remember(total)
-        losses = _losses(total.scalars)
+        losses = _losses(total.scalars, total.noise.get(COUNTS, 0.0))
         self._theta += self.dual_learning_rate * np.nan_to_num(
             losses - self.upper_bound
         )
         if not self._known:
-            self._counts += total.scalars[COUNTS]
+            self._counts += np.maximum(total.scalars[COUNTS], 0)
         return total.mean()
 
     def report_evaluate(self, replies: list[Message]) -> Metrics:
@@ -427,7 +442,7 @@ class BoundedGroupLoss(AdditiveStrategy):
     def _remember(self, total: Total) -> None:
         """Take the model that was sent into the average, and if it is best, keep it."""
         assert self._sent is not None
-        losses = _losses(total.scalars)
+        losses = _losses(total.scalars, total.noise.get(COUNTS, 0.0))
         overall = total.scalars[LOSS_SUMS].sum() / max(total.scalars[COUNTS].sum(), 1)
         excess = max(
             0.0, float(np.nanmax(_excess(losses, self.upper_bound), initial=0))
@@ -450,11 +465,11 @@ def _require_names(name: str, values: Sequence[str]) -> None:
         refuse(name, values, "a sequence of different names")
 
 
-def _losses(scalars: Mapping[str, Vector]) -> Vector:
-    """Return the loss of each group; NaN for one without examples."""
-    sums, counts = scalars[LOSS_SUMS], scalars[COUNTS]
+def _losses(scalars: Mapping[str, Vector], floor: float = 0.0) -> Vector:
+    """Return the loss of each group; NaN for one of no more than ``floor`` examples."""
+    sums, counts = np.maximum(scalars[LOSS_SUMS], 0), scalars[COUNTS]
     losses = np.full(sums.shape, np.nan)
-    np.divide(sums, counts, out=losses, where=counts > 0)
+    np.divide(sums, counts, out=losses, where=counts > floor)
     return losses
 
 

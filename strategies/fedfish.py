@@ -24,12 +24,13 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from flower_ext.additive import AdditiveStrategy, Config
-from flower_ext.arrays import Arrays, is_averaged, multiply
+from flower_ext.arrays import Arrays, is_averaged, multiply, zeros_like
 from flower_ext.client import ClientHalf, Local, Metrics, batches, num_examples
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import refuse
 from flower_ext.fisher import SquaredGradients, per_example, tensor_record
 from flower_ext.options import FedAvgOptions
+from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.replies import MalformedReply, read_arrays, read_scalar
 from flower_ext.sampling import Sampler
 from flower_ext.server_optimizer import ServerOptimizer
@@ -205,7 +206,7 @@ class FedFish(AdditiveStrategy):
     barrier : bool (default: False)
         Report the Client-Server Barrier, at the price of one more pass over each
         client's data in training and one in evaluation, see :class:`FedFishClient`.
-    server_optimizer, sampler, min_replies
+    server_optimizer, sampler, min_replies, mechanism
         See :class:`~flower_ext.AdditiveStrategy`.
     **options
         Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
@@ -220,6 +221,10 @@ class FedFish(AdditiveStrategy):
     The paper does not say (in the parts available to us) over which epochs the Fisher
     is collected, nor whether it is damped; both are options here. A Fisher reveals more
     of a client's data than its model alone.
+
+    Under a mechanism, change, Fisher and their product are clipped together; Fishers
+    are squares of gradients and often tiny beside the change: ``scales={"fisher": s,
+    "fisher-delta": s}`` of the mechanism brings them to its size.
 
     Examples
     --------
@@ -238,12 +243,14 @@ class FedFish(AdditiveStrategy):
         server_optimizer: ServerOptimizer | None = None,
         sampler: Sampler | None = None,
         min_replies: int = 1,
+        mechanism: Mechanism | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         super().__init__(
             server_optimizer=server_optimizer,
             sampler=sampler,
             min_replies=min_replies,
+            mechanism=mechanism,
             **options,
         )
         if isinstance(damping, bool) or not (
@@ -279,11 +286,21 @@ class FedFish(AdditiveStrategy):
             self.weight(reply),
         )
 
+    def zero(self, sent: Arrays) -> Contribution:
+        """Return no change that nobody knows anything of."""
+        known = zeros_like({k: x for k, x in sent.items() if is_averaged(x)})
+        return Contribution(
+            {DELTA: zeros_like(sent), FISHER_KEY: known, FISHER_DELTA: known}
+        )
+
     def update(self, total: Total) -> Arrays:
         """Return the mean in function space."""
+        fisher = total.take(FISHER_KEY)
+        if floor := total.noise.get(FISHER_KEY):  # below it, sums may be negative
+            fisher = {name: np.maximum(f, floor, out=f) for name, f in fisher.items()}
         return function_space_mean(
             total.take(FISHER_DELTA),
-            total.take(FISHER_KEY),
+            fisher,
             total.take(DELTA),
             total.weight,
             self.damping,

@@ -23,11 +23,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from flower_ext.additive import AdditiveStrategy, Config
-from flower_ext.arrays import Arrays
+from flower_ext.arrays import Arrays, scale, zeros_like
 from flower_ext.client import ClientHalf, Local, Metrics, evaluate, random_seed, train
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import at_least, positive, refuse, whole
 from flower_ext.options import FedAvgOptions
+from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.replies import MalformedReply, read_scalar
 from flower_ext.sampling import Sampler
 from flower_ext.server_optimizer import ServerOptimizer
@@ -194,7 +195,7 @@ class MaxFL(AdditiveStrategy):
         requirement, see :class:`MaxFLClient`.
     requirement : float, optional
         The same requirement for all clients, instead of their own.
-    server_optimizer, sampler, min_replies
+    server_optimizer, sampler, min_replies, mechanism
         See :class:`~flower_ext.AdditiveStrategy`; the paper's global learning rate is
         the server optimizer's.
     **options
@@ -231,12 +232,14 @@ class MaxFL(AdditiveStrategy):
         server_optimizer: ServerOptimizer | None = None,
         sampler: Sampler | None = None,
         min_replies: int = 1,
+        mechanism: Mechanism | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         super().__init__(
             server_optimizer=server_optimizer,
             sampler=sampler,
             min_replies=min_replies,
+            mechanism=mechanism,
             **options,
         )
         positive("temperature", temperature)
@@ -260,17 +263,33 @@ class MaxFL(AdditiveStrategy):
         return told
 
     def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
-        r"""Return :math:`\Delta_k` weighted by :math:`q_k`."""
+        r"""Return :math:`q_k \Delta_k` and :math:`q_k`."""
         weight = read_scalar(reply, WEIGHT)
         if weight > 0.25:
             raise MalformedReply(f"metric {WEIGHT!r}={weight} must be <= 0.25: s(1-s)")
-        appealed = read_scalar(reply, APPEALED)
+        appealed = min(read_scalar(reply, APPEALED), 1.0)
+        delta = {k: scale(x, weight) for k, x in self.delta(reply, sent).items()}
         return Contribution(
-            {DELTA: self.delta(reply, sent)}, weight, {APPEALED: min(appealed, 1.0)}
+            {DELTA: delta}, scalars={WEIGHT: weight, APPEALED: appealed}
         )
 
+    def zero(self, sent: Arrays) -> Contribution:
+        """Return the term of a client that is far from being won."""
+        return Contribution(
+            {DELTA: zeros_like(sent)}, scalars={WEIGHT: 0.0, APPEALED: 0.0}
+        )
+
+    def divisor(self, total: Total) -> float:
+        r"""Return :math:`\sum q`."""
+        return float(total.scalars[WEIGHT])
+
     def update(self, total: Total) -> Arrays:
-        r"""Return :math:`\sum q\Delta / (\sum q + \epsilon)`."""
+        r"""Return :math:`\sum q\Delta / (\sum q + \epsilon)`.
+
+        Under a mechanism the sum of weights counts as no less than the standard
+        deviation of its noise.
+        """
+        total.weight = max(self.divisor(total), total.noise.get(WEIGHT, 0.0))
         total.weight += self.epsilon
         return total.mean()
 
@@ -278,7 +297,7 @@ class MaxFL(AdditiveStrategy):
         """Return the cohort's appeal and the sum of its weights."""
         return {
             "gm-appeal": float(total.scalars[APPEALED]) / total.count,
-            "appeal-weight-sum": total.weight,
+            "appeal-weight-sum": self.divisor(total),
         }
 
     def configure_train(

@@ -1,24 +1,18 @@
 """Cohort samplers: seeded, uniform, and free of any other state."""
 
 import json
-import logging
 import math
 import random
-import time
 from collections import Counter
 from itertools import combinations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from flower_ext._flower import NodeInfo
 from flower_ext.sampling import (
     AllClients,
     PoissonSampler,
     UniformSampler,
-    ordered_nodes,
-    wait_for_nodes,
 )
 
 CLIENTS = [101, 7, 55, 23, 999, 4, 60, 61, 62, 63]
@@ -206,48 +200,3 @@ def test_the_state_of_an_equal_sampler_is_accepted():
 def test_a_bad_seed_is_refused(bad):
     with pytest.raises(ValueError, match=rf"^seed={bad!r} must be an integer >= 0$"):
         UniformSampler(bad)
-
-
-# Nodes ----------------------------------------------------------------------------
-
-
-def grid_of(*polls):
-    """A grid that shows these (node, time of registration) pairs, poll by poll."""
-    remaining = list(polls)
-
-    def get_nodes():
-        found = remaining.pop(0) if len(remaining) > 1 else remaining[0]
-        return [NodeInfo(node_id=n, registered_at=at) for n, at in found]
-
-    return SimpleNamespace(get_nodes=get_nodes, remaining=remaining)
-
-
-def test_nodes_are_ordered_by_registration():
-    grid = grid_of(
-        [
-            (5, "2026-01-01T10:00:02.5+00:00"),
-            (9, "2026-01-01T10:00:00+00:00"),
-            (1, "2026-01-01T10:00:02.25+00:00"),
-        ]
-    )
-    assert ordered_nodes(grid) == [9, 1, 5]
-
-
-def test_nodes_that_registered_together_are_ordered_by_id():
-    assert ordered_nodes(grid_of([(5, "t"), (3, "t"), (4, "s")])) == [4, 3, 5]
-
-
-def test_a_round_waits_until_there_are_enough_nodes(monkeypatch, caplog):
-    caplog.set_level(logging.INFO, "flwr")
-    naps = []
-    monkeypatch.setattr(time, "sleep", naps.append)
-    a, b, c = (1, "a"), (2, "b"), (3, "c")
-    grid = grid_of([], [a], [a, b, c])
-    assert wait_for_nodes(grid, 2) == [1, 2, 3]
-    assert len(naps) == 2
-    assert "1 connected (minimum required: 2)" in caplog.text
-
-
-def test_no_nodes_are_waited_for_if_none_are_needed(monkeypatch):
-    monkeypatch.setattr(time, "sleep", pytest.fail)
-    assert wait_for_nodes(grid_of([]), 0) == []

@@ -10,14 +10,13 @@ from flower_ext.privacy.banded import BandedToeplitz
 from flower_ext.privacy.blt import BufferedToeplitz
 from flower_ext.privacy.calibration import epsilon_for, noise_multiplier_for
 from flower_ext.privacy.clipping import (
-    Clipped,
-    clip_flat,
-    clip_per_layer,
-    l2_norm,
-    noisy_unclipped_fraction,
+    AdaptiveClipping,
+    Clipping,
+    FlatClipping,
+    PerLayerClipping,
+    clipping_factor,
     split_clipping_norm,
     split_noise_multiplier,
-    total_clipping_norm,
     update_clipping_norm,
 )
 from flower_ext.privacy.dense import DenseFactorization
@@ -30,44 +29,51 @@ from flower_ext.privacy.gaussian import (
     zcdp_epsilon,
     zcdp_rho,
 )
+from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.privacy.noise import NoiseStream
 from flower_ext.privacy.participation import Sensitivity
-from flower_ext.privacy.sampled import SampledGaussianAccountant
+from flower_ext.privacy.release import PrivateSum
+from flower_ext.privacy.sampled import (
+    SampledGaussianAccountant,
+    WithoutReplacementAccountant,
+)
 from flower_ext.privacy.selection import Choice, Comparison, best_mechanism
 from flower_ext.privacy.toeplitz import SquareRootToeplitz, Toeplitz
 from flower_ext.privacy.trees import TreeAggregation
 
 __all__ = [
+    "AdaptiveClipping",
     "BandedToeplitz",
     "BufferedToeplitz",
     "Choice",
-    "Clipped",
     "Comparison",
+    "Clipping",
     "DenseFactorization",
     "Factorization",
+    "FlatClipping",
     "GaussianAccountant",
     "Identity",
+    "Mechanism",
     "NoiseStream",
+    "PerLayerClipping",
+    "PrivateSum",
     "RoundAccountant",
     "SampledGaussianAccountant",
     "Sensitivity",
     "SquareRootToeplitz",
     "Toeplitz",
     "TreeAggregation",
+    "WithoutReplacementAccountant",
     "best_mechanism",
-    "clip_flat",
-    "clip_per_layer",
+    "clipping_factor",
     "epsilon_for",
     "gaussian_delta",
     "gaussian_epsilon",
     "gaussian_mu",
-    "l2_norm",
     "noise_multiplier_for",
-    "noisy_unclipped_fraction",
     "rdp_epsilon",
     "split_clipping_norm",
     "split_noise_multiplier",
-    "total_clipping_norm",
     "update_clipping_norm",
     "zcdp_epsilon",
     "zcdp_rho",

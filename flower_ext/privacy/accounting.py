@@ -75,6 +75,11 @@ class RoundAccountant(ABC):
                 stacklevel=3,
             )
 
+    @property
+    @abstractmethod
+    def noise_std(self) -> float:
+        """Standard deviation of Z in units of the clipping norm."""
+
     @abstractmethod
     def epsilon_after(self, rounds: int, delta: float) -> float:
         """Return epsilon of the first ``rounds`` rounds."""

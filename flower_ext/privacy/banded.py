@@ -120,6 +120,10 @@ class BandedToeplitz(Toeplitz):
             errors[step] = row @ row
         return errors
 
+    def noise_variances(self) -> Floats:
+        """Return the variances; row t of C^-1 is scaled by the norm of column t."""
+        return np.asarray(super().noise_variances() * self._norms**2)
+
     def strategy_matrix(self) -> Floats:
         """Return C."""
         return super().strategy_matrix() / self._norms

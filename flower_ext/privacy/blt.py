@@ -128,9 +128,12 @@ class BufferedToeplitz(Factorization):
 
     def decoder_coefficients(self) -> Floats:
         """Return the first column of B, shape ``(rounds,)``."""
+        return np.asarray(np.cumsum(self._inverse_coefficients()))
+
+    def _inverse_coefficients(self) -> Floats:
+        """Return the first column of C^-1, shape ``(rounds,)``."""
         decay, scale = self.inverse_parameters()
-        inverse = np.concatenate([[1.0], _power_sum(decay, scale, self.rounds - 1)])
-        return np.asarray(np.cumsum(inverse))
+        return np.concatenate([[1.0], _power_sum(decay, scale, self.rounds - 1)])
 
     def sensitivity(self, min_separation: int, max_participations: int) -> Sensitivity:
         """Return the sensitivity (exact: the coefficients never rise)."""
@@ -141,6 +144,10 @@ class BufferedToeplitz(Factorization):
     def row_errors(self) -> Floats:
         """Return the running sums of the squared coefficients of B."""
         return np.asarray(np.cumsum(self.decoder_coefficients() ** 2))
+
+    def noise_variances(self) -> Floats:
+        """Return the running sums of the squared coefficients of C^-1."""
+        return np.asarray(np.cumsum(self._inverse_coefficients() ** 2))
 
     def strategy_matrix(self) -> Floats:
         """Return C."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from types import ModuleType
 from typing import Protocol, cast
 
 from flower_ext.errors import (
@@ -31,19 +32,24 @@ class LossDistribution(Protocol):
         """Return delta."""
 
 
+def _dp_accounting() -> ModuleType:
+    try:
+        import dp_accounting
+        import dp_accounting.pld.privacy_loss_distribution
+        import dp_accounting.rdp
+    except ImportError as error:
+        raise ImportError(
+            "accounting for sampling needs dp-accounting: pip install 'flower-ext[dp]'"
+        ) from error
+    return cast("ModuleType", dp_accounting)
+
+
 @lru_cache(maxsize=64)
 def loss_distribution(
     noise_multiplier: float, rate: float, group_size: int, interval: float
 ) -> LossDistribution:
     """Return the privacy loss of one round, always rounded up."""
-    try:
-        from dp_accounting.pld import (  # type: ignore[import-untyped,unused-ignore]
-            privacy_loss_distribution as pld,
-        )
-    except ImportError as error:
-        raise ImportError(
-            "accounting for sampling needs dp-accounting: pip install 'flwr[dp]'"
-        ) from error
+    pld = _dp_accounting().pld.privacy_loss_distribution
     if group_size == 1 or rate == 1:
         loss = pld.from_gaussian_mechanism(
             noise_multiplier / group_size,
@@ -180,3 +186,58 @@ def noise_multiplier_for(
         middle = math.sqrt(low * high)
         low, high = (middle, high) if spent(middle) > epsilon else (low, middle)
     return high
+
+
+class RenyiAccountant(Protocol):
+    """What is used of dp-accounting's Renyi accountant."""
+
+    def compose(self, event: object, /) -> RenyiAccountant:
+        """Add an event."""
+
+    def get_epsilon(self, delta: float, /) -> float:
+        """Return epsilon."""
+
+    def get_delta(self, epsilon: float, /) -> float:
+        """Return delta."""
+
+
+def _renyi_accountant() -> RenyiAccountant:
+    accounting = _dp_accounting()
+    relation = accounting.NeighboringRelation.REPLACE_ONE
+    return cast("RenyiAccountant", accounting.rdp.RdpAccountant(None, relation))
+
+
+def _fixed_cohorts(noise: float, population: int, cohort: int, rounds: int) -> object:
+    accounting = _dp_accounting()
+    # Of two clients that are exchanged, each adds up to the clipping norm.
+    one = accounting.GaussianDpEvent(noise / 2)
+    cohorts = accounting.SampledWithoutReplacementDpEvent(population, cohort, one)
+    return accounting.SelfComposedDpEvent(cohorts, rounds)
+
+
+def without_replacement(
+    noise_multiplier: float, population: int, cohort: int, rounds: int
+) -> RenyiAccountant:
+    """Return the privacy of ``rounds`` cohorts of a fixed size, for replace-one."""
+    events = _fixed_cohorts(noise_multiplier, population, cohort, rounds)
+    return _renyi_accountant().compose(events)
+
+
+def noise_multiplier_without_replacement(
+    epsilon: float, delta: float, *, rounds: int, population: int, cohort: int
+) -> float:
+    """Return the smallest noise multiplier that meets a target, rounded up.
+
+    As `noise_multiplier_for`, for cohorts of exactly ``cohort`` clients out of
+    ``population``, and the relation replace-one.
+    """
+    accounting = _dp_accounting()
+    found = accounting.calibrate_dp_mechanism(
+        _renyi_accountant,
+        lambda noise: _fixed_cohorts(noise, population, cohort, rounds),
+        positive("epsilon", epsilon),
+        open_unit("delta", delta),
+        accounting.LowerEndpointAndGuess(2 * _LEAST_NOISE, 4.0),
+        tol=1e-3,
+    )
+    return float(found)

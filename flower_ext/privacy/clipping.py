@@ -1,194 +1,158 @@
 """Bounding what one client can add, and adapting the bound in private.
 
-A contribution is one vector: named arrays and named scalars together. Its l2 norm is
-taken over all of them in float64. All functions are pure; nothing is changed in place.
+A contribution is one vector: named arrays and named scalars together. Clipping is
+decided on the l2 norms of its pieces alone, so that no piece is ever copied: a rule
+turns the norms into one factor per piece, all at most 1, and the pieces are multiplied
+by them while they are added up.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+from flower_ext.errors import at_least, open_unit, positive, refuse
 
-from flower_ext.errors import (
-    at_least,
-    open_unit,
-    positive,
-    whole,
-)
-
-Array = NDArray[np.float32] | NDArray[np.float64]
+# Rounding in a sum of float64 must not exceed the bound.
+_MARGIN = 1 - 1e-12
 
 
-@dataclass(frozen=True)
-class Clipped:
-    """A clipped contribution.
+def clipping_factor(norm: float, clipping_norm: float) -> float:
+    """Return min(1, clipping_norm / norm), rounded towards the smaller.
 
-    Parameters
-    ----------
-    arrays : dict[str, NDArray]
-        Clipped arrays, in the dtype they came in.
-    scalars : dict[str, float]
-        Clipped scalars.
-    norm : float
-        l2 norm before clipping.
-    unclipped : bool
-        Whether the contribution was within its bound, the bit of adaptive clipping.
-    """
-
-    arrays: dict[str, Array]
-    scalars: dict[str, float]
-    norm: float
-    unclipped: bool
-
-
-def l2_norm(
-    arrays: Mapping[str, Array], scalars: Mapping[str, float] | None = None
-) -> float:
-    """Return the l2 norm of all arrays and scalars together, without overflow.
-
-    Raises
-    ------
-    TypeError
-        For arrays that are not floating point: a counter is not an update.
-    ValueError
-        For NaN or infinity, naming the entry.
-    """
-    norms = [_array_norm(name, array) for name, array in arrays.items()]
-    for name, value in (scalars or {}).items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name}={value} must be finite: local training diverged")
-        norms.append(abs(float(value)))
-    return math.hypot(*norms)
-
-
-def _array_norm(name: str, array: Array) -> float:
-    """Return the l2 norm of one array in float64."""
-    if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(
-            f"{name} has dtype {array.dtype}, must be floating point: leave integer "
-            "buffers out of the contribution"
-        )
-    flat = array.reshape(-1)
-    total, peak = 0.0, 0.0
-    for low in range(0, flat.size, 1 << 16):
-        part = flat[low : low + (1 << 16)].astype(np.float64)
-        with np.errstate(over="ignore"):
-            total += float(part @ part)
-        peak = max(peak, float(np.abs(part).max()))
-        if math.isnan(total):
-            break
-    if math.isfinite(total) and (total > 1e-280 or peak == 0):
-        return math.sqrt(total)
-    if not np.all(np.isfinite(flat)):
-        raise ValueError(f"{name} must be finite: local training diverged")
-    scaled = flat.astype(np.float64) / peak  # squares over- or underflow
-    return peak * float(np.sqrt(scaled @ scaled))
-
-
-def clip_flat(
-    arrays: Mapping[str, Array],
-    clipping_norm: float,
-    scalars: Mapping[str, float] | None = None,
-) -> Clipped:
-    """Scale the whole contribution to norm at most ``clipping_norm``.
-
-        x <- x * min(1, clipping_norm / ||x||)
-
-    Parameters
-    ----------
-    arrays : Mapping[str, NDArray]
-        Floating-point arrays of any shape.
-    clipping_norm : float
-        > 0; infinity leaves every contribution as it is (and allows no noise).
-    scalars : Mapping[str, float], optional
-        Scalars that count into the same norm.
-
-    Notes
-    -----
-    Where a contribution is scaled, the factor is a few units in the last place
-    smaller, so that rounding to float32 cannot exceed the bound. A norm of exactly
-    ``clipping_norm`` counts as not clipped.
+    A norm of exactly ``clipping_norm`` is not clipped.
 
     Examples
     --------
-    >>> import numpy as np
-    >>> clipped = clip_flat({"w": np.array([3.0, 4.0])}, clipping_norm=1.0)
-    >>> clipped.norm, clipped.unclipped, clipped.arrays["w"].round(3)
-    (5.0, False, array([0.6, 0.8]))
+    >>> clipping_factor(0.5, 1.0), round(clipping_factor(4.0, 1.0), 6)
+    (1.0, 0.25)
     """
-    bound = positive(
-        "clipping_norm", clipping_norm, "a diverged adaptive norm", allow_inf=True
-    )
-    scalars = dict(scalars or {})
-    norm = l2_norm(arrays, scalars)
-    if norm <= bound:
-        return Clipped(
-            {name: array.copy() for name, array in arrays.items()}, scalars, norm, True
-        )
-    factor = bound / norm
-    return Clipped(
-        {name: _scaled(array, factor) for name, array in arrays.items()},
-        {name: value * factor * (1 - 1e-15) for name, value in scalars.items()},
-        norm,
-        False,
-    )
+    return 1.0 if norm <= clipping_norm else clipping_norm / norm * _MARGIN
 
 
-def _scaled(array: Array, factor: float) -> Array:
-    """Return the array times the factor, rounded towards a smaller norm."""
-    margin = 1 - 4 * float(np.finfo(array.dtype).eps)
-    product = array.astype(np.float64) * (factor * margin)
-    return np.asarray(product.astype(array.dtype))
-
-
-def clip_per_layer(
-    arrays: Mapping[str, Array],
-    clipping_norms: Mapping[str, float],
-    scalars: Mapping[str, float] | None = None,
-) -> Clipped:
-    """Scale every array and every scalar to its own bound.
-
-    The sensitivity of the sum is `total_clipping_norm` of the bounds.
+class Clipping(ABC):
+    """How a contribution is brought to an l2 norm of at most ``clipping_norm``.
 
     Parameters
     ----------
-    arrays, scalars : Mapping
-        The contribution.
-    clipping_norms : Mapping[str, float]
-        One bound per array and scalar, no more and no less.
+    clipping_norm : float
+        > 0. Infinity leaves every contribution as it is, and allows no noise.
     """
-    scalars = dict(scalars or {})
-    if set(clipping_norms) != set(arrays) | set(scalars):
-        difference = sorted(set(clipping_norms) ^ (set(arrays) | set(scalars)))
-        raise ValueError(
-            f"clipping_norms must name every array and scalar once, not {difference}: "
-            "what has no bound has no privacy"
-        )
-    pieces = [
-        clip_flat({name: array}, clipping_norms[name]) for name, array in arrays.items()
-    ]
-    pieces += [
-        clip_flat({}, clipping_norms[name], {name: value})
-        for name, value in scalars.items()
-    ]
-    return Clipped(
-        {name: array for piece in pieces for name, array in piece.arrays.items()},
-        {name: value for piece in pieces for name, value in piece.scalars.items()},
-        math.hypot(*(piece.norm for piece in pieces)),
-        all(piece.unclipped for piece in pieces),
-    )
+
+    clipping_norm: float
+
+    def __post_init__(self) -> None:
+        positive("clipping_norm", self.clipping_norm, allow_inf=True)
+
+    @abstractmethod
+    def factors(
+        self, norms: Mapping[str, float], clipping_norm: float
+    ) -> dict[str, float]:
+        """Return what to multiply each piece with.
+
+        Parameters
+        ----------
+        norms : Mapping[str, float]
+            l2 norm of every piece, finite.
+        clipping_norm : float
+            The bound in force; the initial one, or what it was adapted to.
+        """
 
 
-def total_clipping_norm(clipping_norms: Mapping[str, float]) -> float:
-    """Return sqrt(sum of squared bounds), the norm of a per-layer contribution."""
-    return math.hypot(
-        *(
-            positive(f"clipping_norms[{name!r}]", bound, allow_inf=True)
-            for name, bound in clipping_norms.items()
-        )
-    )
+@dataclass(frozen=True)
+class FlatClipping(Clipping):
+    """Scale the whole contribution: x <- x min(1, clipping_norm / ||x||)."""
+
+    clipping_norm: float
+
+    def factors(
+        self, norms: Mapping[str, float], clipping_norm: float
+    ) -> dict[str, float]:
+        """Return the same factor for every piece."""
+        factor = clipping_factor(math.hypot(*norms.values()), clipping_norm)
+        return dict.fromkeys(norms, factor)
+
+
+@dataclass(frozen=True)
+class PerLayerClipping(Clipping):
+    """Scale every array and scalar to a bound of its own.
+
+    The squares of the bounds add up to the square of ``clipping_norm``, which is what
+    the noise is for.
+
+    Parameters
+    ----------
+    clipping_norm : float
+        Bound of the whole contribution.
+    weights : Mapping[str, float], optional
+        Relative bounds, > 0, of all pieces (``"delta/conv.weight"``: part and array;
+        scalars by name); by default all are equal, clipping_norm / sqrt(pieces).
+    """
+
+    clipping_norm: float
+    weights: Mapping[str, float] | None = None
+
+    def factors(
+        self, norms: Mapping[str, float], clipping_norm: float
+    ) -> dict[str, float]:
+        """Return a factor for every piece.
+
+        Raises
+        ------
+        ValueError
+            If ``weights`` do not name exactly these pieces: what has no bound has no
+            privacy.
+        """
+        weights = dict.fromkeys(norms, 1.0) if self.weights is None else self.weights
+        if differ := sorted(set(weights) ^ set(norms)):
+            refuse("weights", differ, f"all of and only {sorted(norms)}")
+        if math.isinf(clipping_norm):
+            return dict.fromkeys(norms, 1.0)
+        bounds = split_clipping_norm(clipping_norm, weights)
+        return {name: clipping_factor(norms[name], bounds[name]) for name in norms}
+
+
+@dataclass(frozen=True)
+class AdaptiveClipping(FlatClipping):
+    """Flat clipping whose norm follows a quantile of the contributions' norms.
+
+    Every client adds one bit, whether it was within the norm; the noisy fraction of
+    these moves the norm, see `update_clipping_norm`. The bit is one more coordinate of
+    the clipped vector and is paid for by the same noise. The norm that clipped a
+    round's contributions is the norm of that round's noise; where a mechanism uses
+    noise again in later rounds, the norm changes only when it restarts.
+
+    Parameters
+    ----------
+    clipping_norm : float
+        The norm of the first round.
+    target_quantile : float (default: 0.5)
+        gamma in (0, 1); 0.5 is the median.
+    clip_norm_lr : float (default: 0.2)
+        eta >= 0; 0 keeps the norm.
+    clipped_count_stddev : float, optional
+        sigma_b, standard deviation of the noise on the count of bits; by default a
+        twentieth of the planned cohort, or the noise's own (over the clipping norm)
+        where that is more. It must exceed half of that, or the bits alone would spend
+        the budget.
+
+    References
+    ----------
+    Andrew, Thakkar, McMahan, Ramaswamy, "Differentially private learning with adaptive
+    clipping", NeurIPS 2021, arXiv 1905.03871.
+    """
+
+    clipping_norm: float
+    target_quantile: float = 0.5
+    clip_norm_lr: float = 0.2
+    clipped_count_stddev: float | None = None
+
+    def __post_init__(self) -> None:
+        positive("clipping_norm", self.clipping_norm)
+        open_unit("target_quantile", self.target_quantile)
+        at_least("clip_norm_lr", self.clip_norm_lr, 0)
+        if self.clipped_count_stddev is not None:
+            positive("clipped_count_stddev", self.clipped_count_stddev)
 
 
 def split_clipping_norm(
@@ -204,7 +168,7 @@ def split_clipping_norm(
         Relative bounds, > 0; all 1 gives clipping_norm / sqrt(layers) to each.
     """
     bound = positive("clipping_norm", clipping_norm, "unlimited layers have no split")
-    total = total_clipping_norm(weights)
+    total = math.hypot(*(positive(f"weights[{k!r}]", w) for k, w in weights.items()))
     return {name: bound * weight / total for name, weight in weights.items()}
 
 
@@ -228,7 +192,8 @@ def update_clipping_norm(
         zeta, the norm that this round's contributions were clipped with; their noise
         belongs to it, not to the result.
     unclipped_fraction : float
-        b, from `noisy_unclipped_fraction`; noise may take it outside [0, 1].
+        b = 1/2 + (sum of b_i - 1/2, with noise) / planned cohort: each bit is shifted,
+        so that a client changes the sum by 1/2 only. Noise may take it outside [0, 1].
     target_quantile : float
         gamma in (0, 1); 0.5 is the median.
     learning_rate : float
@@ -246,37 +211,6 @@ def update_clipping_norm(
         raise ValueError(f"unclipped_fraction={unclipped_fraction} must be finite")
     exponent = max(-50.0, min(50.0, -rate * (unclipped_fraction - target)))
     return positive("clipping_norm", norm * math.exp(exponent), "adaptation diverged")
-
-
-def noisy_unclipped_fraction(
-    unclipped: int,
-    clients: int,
-    planned_clients: int,
-    count_noise: float,
-) -> float:
-    """Return the private fraction of clients that were not clipped.
-
-        b = (sum_i (b_i - 1/2) + noise) / m + 1/2
-
-    Every bit is shifted by 1/2, so that one client changes the sum by 1/2 only.
-
-    Parameters
-    ----------
-    unclipped : int
-        Clients within their bound.
-    clients : int
-        Clients that replied.
-    planned_clients : int
-        m, the planned cohort; a divisor that reveals nothing.
-    count_noise : float
-        A draw of N(0, sigma_b^2), from a seeded or secure generator of the caller.
-    """
-    whole("planned_clients", planned_clients, 1)
-    if not 0 <= unclipped <= clients:
-        raise ValueError(f"unclipped={unclipped} must be in [0, clients={clients}]")
-    if not math.isfinite(count_noise):
-        raise ValueError(f"count_noise={count_noise} must be finite")
-    return (unclipped - clients / 2 + count_noise) / planned_clients + 0.5
 
 
 def split_noise_multiplier(noise_multiplier: float, count_noise_std: float) -> float:

@@ -95,13 +95,20 @@ class DenseFactorization(Factorization):
         """Return the squared norms of the rows of B."""
         return np.asarray((self.decoder_matrix() ** 2).sum(axis=1))
 
+    def noise_variances(self) -> Floats:
+        """Return the squared norms of the rows of C^-1."""
+        from scipy.linalg import solve_triangular  # type: ignore[import-untyped]
+
+        inverse = solve_triangular(self._matrix, np.eye(self.rounds), lower=True)
+        return np.asarray((inverse**2).sum(axis=1))
+
     def strategy_matrix(self) -> Floats:
         """Return C."""
         return self._matrix
 
     def decoder_matrix(self) -> Floats:
         """Return A C^-1."""
-        from scipy.linalg import solve_triangular  # type: ignore[import-untyped]
+        from scipy.linalg import solve_triangular
 
         ones = np.tri(self.rounds)
         return np.asarray(solve_triangular(self._matrix.T, ones.T, lower=False).T)

@@ -80,6 +80,21 @@ class Factorization(ABC):
         """Return err_i = ||B[i, :]||^2 of every prefix sum, shape ``(rounds,)``."""
 
     @abstractmethod
+    def noise_variances(self) -> Floats:
+        """Return the variance of every coordinate of each round's noise.
+
+            v_t = ||B[t, :] - B[t-1, :]||^2,  which is ||C^-1[t, :]||^2 for a square C
+
+        The stream of a round with standard deviation s has variance s^2 v_t: the noise
+        in the update of that round alone, where `row_errors` is that of the sum so far.
+
+        Returns
+        -------
+        NDArray
+            Shape ``(rounds,)``, for Z of unit variance.
+        """
+
+    @abstractmethod
     def strategy_matrix(self) -> Floats:
         """Return C, shape ``(released rows, rounds)``; for small ``rounds``."""
 
@@ -170,6 +185,10 @@ class Identity(Factorization):
     def row_errors(self) -> Floats:
         """Return 1, 2, ..., n."""
         return np.arange(1.0, self.rounds + 1)
+
+    def noise_variances(self) -> Floats:
+        """Return ones."""
+        return np.ones(self.rounds)
 
     def strategy_matrix(self) -> Floats:
         """Return the identity matrix."""

@@ -9,6 +9,7 @@ from flower_ext.errors import (
     open_unit,
     positive,
     probability,
+    refuse,
     whole,
 )
 from flower_ext.privacy.accounting import RoundAccountant
@@ -17,6 +18,7 @@ from flower_ext.privacy.calibration import (
     INTERVAL,
     loss_distribution,
     sampled_epsilon,
+    without_replacement,
 )
 
 if TYPE_CHECKING:
@@ -181,3 +183,65 @@ class SampledGaussianAccountant(RoundAccountant):
             "cycle": self.cycle,
             "interval": self.interval,
         }
+
+
+class WithoutReplacementAccountant(RoundAccountant):
+    """Privacy amplified by cohorts of a fixed size, drawn from the whole population.
+
+    The relation is Flower's ``replace-one``: one client is exchanged for any other, so
+    that a contribution changes by up to twice the clipping norm. Epsilon goes through
+    Renyi privacy and is an upper bound.
+
+    Parameters
+    ----------
+    noise_multiplier : float
+        Standard deviation of the noise over the clipping norm.
+    rounds : int
+        Planned rounds.
+    cohort : int
+        Clients in every round, drawn uniformly from ``config.population_size``.
+    config : flwr.serverapp.PrivacyConfig
+        With sampling method ``without-replacement`` and relation ``replace-one``.
+
+    References
+    ----------
+    Wang, Balle, Kasiviswanathan 2019, arXiv 1808.00087, Theorem 27; computed by
+    dp-accounting.
+    """
+
+    _method = "rdp"
+    _sampling = "without-replacement"
+
+    def __init__(
+        self, noise_multiplier: float, rounds: int, cohort: int, config: PrivacyConfig
+    ) -> None:
+        super().__init__(config, rounds)
+        self.noise_multiplier = positive("noise_multiplier", noise_multiplier)
+        self.cohort = whole("cohort", cohort, 1)
+        if cohort > config.population_size:
+            refuse("cohort", cohort, f"<= population_size={config.population_size}")
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise in units of the clipping norm."""
+        return self.noise_multiplier
+
+    def epsilon_after(self, rounds: int, delta: float) -> float:
+        """Return an upper bound of epsilon of the first ``rounds`` rounds."""
+        open_unit("delta", delta)
+        count = self._check_rounds(rounds)
+        spent = without_replacement(*self._setting(), count)
+        return float(spent.get_epsilon(delta)) if count else 0.0
+
+    def delta_after(self, rounds: int, epsilon: float) -> float:
+        """Return an upper bound of delta of the first ``rounds`` rounds."""
+        at_least("epsilon", epsilon, 0)
+        count = self._check_rounds(rounds)
+        spent = without_replacement(*self._setting(), count)
+        return float(spent.get_delta(epsilon)) if count else 0.0
+
+    def _setting(self) -> tuple[float, int, int]:
+        return self.noise_multiplier, self.config.population_size, self.cohort
+
+    def _mechanism(self) -> dict[str, str | int | float]:
+        return {"noise-multiplier": self.noise_multiplier, "cohort": self.cohort}

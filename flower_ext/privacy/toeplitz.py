@@ -119,6 +119,11 @@ class Toeplitz(Factorization):
         """Return the running sums of the squared coefficients of B."""
         return np.asarray(np.cumsum(self.decoder_coefficients() ** 2))
 
+    def noise_variances(self) -> Floats:
+        """Return the running sums of the squared coefficients of C^-1."""
+        inverse = np.diff(self.decoder_coefficients(), prepend=0.0)
+        return np.asarray(np.cumsum(inverse**2))
+
     def strategy_matrix(self) -> Floats:
         """Return C."""
         return toeplitz_matrix(self._column, self.rounds)

@@ -134,6 +134,27 @@ class TreeAggregation(Factorization):
         last = min(self.restart_every, self.rounds) - 1
         return np.asarray(errors + finished * errors[last])
 
+    def noise_variances(self) -> Floats:
+        """Return the variances; they depend on the height h of the node completed.
+
+        The round emits y_h - sum_{l<h} y_left(l). Height l enters y_h with the weight
+        w_l = prod_{l<m<=h} (1 - v_m), so that the left nodes, of variance v_l, count
+        (1 - w_l)^2 v_l and the own noises (w_l v_l)^2.
+        """
+        if self.estimator == "full":
+            matrix = self.strategy_matrix()
+            return np.diagonal(np.linalg.inv(matrix.T @ matrix)).copy()
+        shares = self._own_share()
+        by_height = np.empty(self.levels)
+        for height in range(self.levels):
+            above = np.append(1 - shares[1 : height + 1], 1.0)
+            weight = np.cumprod(above[::-1])[::-1]
+            lefts = ((1 - weight[:-1]) ** 2 * shares[:height]).sum()
+            own = ((weight * shares[: height + 1]) ** 2).sum()
+            by_height[height] = own + lefts
+        stop = np.arange(self.rounds) % self.restart_every + 1
+        return np.asarray(by_height[np.log2(stop & -stop).astype(int)])
+
     def strategy_matrix(self) -> Floats:
         """Return C, shape ``(nodes, rounds)``, nodes in the order of completion."""
         rows = []

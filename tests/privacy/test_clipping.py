@@ -6,103 +6,93 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from flower_ext.privacy import (
-    clip_flat,
-    clip_per_layer,
-    l2_norm,
-    noisy_unclipped_fraction,
+    AdaptiveClipping,
+    FlatClipping,
+    PerLayerClipping,
+    clipping_factor,
     split_clipping_norm,
     split_noise_multiplier,
-    total_clipping_norm,
     update_clipping_norm,
 )
 
-FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
+NORMS = st.dictionaries(
+    st.sampled_from(["delta/w", "delta/b", "count"]),
+    st.floats(0, 1e30),
+    min_size=1,
+)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(
-    a=arrays(np.float32, 7, elements=FINITE),
-    b=arrays(np.float64, (2, 2), elements=st.floats(-1e30, 1e30)),
-    scalar=st.floats(-1e30, 1e30),
-    bound=st.floats(1e-3, 1e3),
-)
-def test_norm_never_exceeds_the_bound(a, b, scalar, bound):
-    clipped = clip_flat({"a": a, "b": b}, bound, {"s": scalar})
-    flat = np.concatenate([a.astype(float), b.ravel(), [scalar]])
-    assert clipped.norm == pytest.approx(np.linalg.norm(flat), rel=1e-12)
-    assert l2_norm(clipped.arrays, clipped.scalars) <= bound
-    assert clipped.unclipped == (clipped.norm <= bound)
-    if clipped.unclipped:
-        np.testing.assert_array_equal(clipped.arrays["a"], a)
-        assert clipped.scalars == {"s": scalar}
-    else:
-        factor = bound / clipped.norm
-        np.testing.assert_allclose(clipped.arrays["b"], b * factor, rtol=1e-6)
-        assert clipped.scalars["s"] == pytest.approx(scalar * factor)
-    assert clipped.arrays["a"].dtype == np.float32
-    assert clipped.arrays["a"] is not a
+@given(norms=NORMS, bound=st.floats(1e-3, 1e3))
+def test_flat_clipping_scales_everything_alike(norms, bound):
+    factors = FlatClipping(bound).factors(norms, bound)
+    norm = math.hypot(*norms.values())
+    assert set(factors) == set(norms)
+    assert len(set(factors.values())) == 1
+    factor = factors.popitem()[1]
+    assert norm * factor <= bound
+    expected = 1.0 if norm <= bound else bound / norm
+    assert factor == pytest.approx(expected, rel=1e-11)
 
 
-def test_extreme_magnitudes_neither_overflow_nor_vanish():
-    assert l2_norm({"x": np.full(4, 1e200)}) == pytest.approx(2e200)
-    assert l2_norm({"x": np.full(4, 1e-200)}) == pytest.approx(2e-200)
-    huge = clip_flat({"x": np.full(4, 1e200)}, 1.0)
-    assert l2_norm(huge.arrays) == pytest.approx(1.0)
-    assert l2_norm({"x": np.zeros(3), "e": np.zeros(0)}) == 0.0
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(norms=NORMS, bound=st.floats(1e-3, 1e3))
+def test_every_layer_has_its_bound(norms, bound):
+    weights = {"delta/w": 1.0, "delta/b": 2.0, "count": 0.5}
+    weights = {name: weights[name] for name in norms}
+    factors = PerLayerClipping(bound, weights).factors(norms, bound)
+    bounds = split_clipping_norm(bound, weights)
+    for name, norm in norms.items():
+        assert norm * factors[name] <= bounds[name] * (1 + 1e-12)
+        assert factors[name] == 1.0 or norm > bounds[name]
+    clipped = [norm * factors[name] for name, norm in norms.items()]
+    assert math.hypot(*clipped) <= bound * (1 + 1e-12)
 
 
-def test_zero_update_and_infinite_bound_change_nothing():
-    assert clip_flat({"x": np.zeros(3)}, 1.0).unclipped
-    same = clip_flat({"x": np.array([3.0, 4.0])}, math.inf)
-    assert same.unclipped
-    np.testing.assert_array_equal(same.arrays["x"], [3.0, 4.0])
+def test_layers_are_equal_unless_weighed():
+    factors = PerLayerClipping(1.0).factors({"a": 10.0, "b": 0.1}, 1.0)
+    assert factors == {"a": pytest.approx(math.sqrt(0.5) / 10), "b": 1.0}
 
 
-def test_input_is_left_alone():
-    array = np.array([3.0, 4.0])
-    clip_flat({"x": array}, 1.0)
-    np.testing.assert_array_equal(array, [3.0, 4.0])
+def test_a_layer_without_a_bound_is_refused():
+    for weights in ({"a": 1.0}, {"a": 1.0, "b": 1.0, "z": 1.0}):
+        with pytest.raises(ValueError, match="weights="):
+            PerLayerClipping(1.0, weights).factors({"a": 1.0, "b": 1.0}, 1.0)
 
 
+def test_zero_and_infinity():
+    assert clipping_factor(0.0, 1.0) == 1.0
+    assert clipping_factor(1.0, 1.0) == 1.0
+    assert clipping_factor(1e300, math.inf) == 1.0
+    assert PerLayerClipping(math.inf).factors({"a": 1e9}, math.inf) == {"a": 1.0}
+
+
+@pytest.mark.parametrize("kind", [FlatClipping, PerLayerClipping, AdaptiveClipping])
 @pytest.mark.parametrize("bound", [0.0, -1.0, math.nan, True, "1"])
-def test_bad_bounds_are_refused(bound):
+def test_bad_bounds_are_refused(kind, bound):
     with pytest.raises(ValueError, match="clipping_norm"):
-        clip_flat({"x": np.ones(2)}, bound)
+        kind(bound)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_diverged_updates_are_refused(bad):
-    with pytest.raises(ValueError, match="x must be finite"):
-        clip_flat({"x": np.array([1.0, bad])}, 1.0)
-    with pytest.raises(ValueError, match="must be finite"):
-        clip_flat({}, 1.0, {"s": bad})
-
-
-def test_integer_arrays_are_refused():
-    with pytest.raises(TypeError, match="int64"):
-        clip_flat({"n": np.array([1, 2])}, 1.0)
-
-
-def test_per_layer_bounds_and_total():
-    arrays = {"a": np.array([3.0, 4.0]), "b": np.array([0.1])}
-    bounds = {"a": 1.0, "b": 2.0, "s": 0.5}
-    clipped = clip_per_layer(arrays, bounds, {"s": -9.0})
-    assert l2_norm({"a": clipped.arrays["a"]}) == pytest.approx(1.0)
-    np.testing.assert_array_equal(clipped.arrays["b"], [0.1])
-    assert clipped.scalars["s"] == pytest.approx(-0.5)
-    assert not clipped.unclipped
-    assert l2_norm(clipped.arrays, clipped.scalars) <= total_clipping_norm(bounds)
-    for wrong in ({"a": 1.0}, bounds | {"z": 1.0}):
-        with pytest.raises(ValueError, match="no bound has no privacy"):
-            clip_per_layer(arrays, wrong, {"s": 1.0})
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clipping_norm": math.inf}, "clipping_norm=inf"),
+        ({"target_quantile": 1.0}, "target_quantile=1.0"),
+        ({"clip_norm_lr": -0.1}, "clip_norm_lr=-0.1"),
+        ({"clipped_count_stddev": 0.0}, "clipped_count_stddev=0.0"),
+    ],
+)
+def test_bad_adaptation_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveClipping(**{"clipping_norm": 1.0, **settings})
 
 
 def test_split_norm_has_the_same_square():
     parts = split_clipping_norm(2.0, {"a": 1.0, "b": 1.0, "c": 2.0})
-    assert total_clipping_norm(parts) == pytest.approx(2.0)
+    assert math.hypot(*parts.values()) == pytest.approx(2.0)
     assert parts["c"] == pytest.approx(2 * parts["a"])
 
 
@@ -128,18 +118,6 @@ def test_adaptive_update_by_hand():
     assert update_clipping_norm(1.0, 0.0) == pytest.approx(math.exp(0.1))
     assert update_clipping_norm(3.0, 0.5) == 3.0
     assert update_clipping_norm(3.0, 0.9, learning_rate=0.0) == 3.0
-
-
-def test_noisy_fraction_by_hand():
-    assert noisy_unclipped_fraction(3, 4, 4, 0.0) == pytest.approx(0.75)
-    assert noisy_unclipped_fraction(3, 4, 4, 2.0) == pytest.approx(1.25)
-    # One client more, clipped or not, moves the numerator by one half.
-    base = noisy_unclipped_fraction(3, 6, 10, 0.0)
-    for bit in (0, 1):
-        moved = noisy_unclipped_fraction(3 + bit, 7, 10, 0.0)
-        assert abs(moved - base) == pytest.approx(0.5 / 10)
-    with pytest.raises(ValueError, match="unclipped=5"):
-        noisy_unclipped_fraction(5, 4, 4, 0.0)
 
 
 def test_noise_split_adds_up():

@@ -64,6 +64,33 @@ def test_decoder_times_strategy_is_the_prefix_sum(n):
         assert factorization.rms_error() == pytest.approx(np.sqrt(errors.mean()))
 
 
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(n=st.integers(1, 20), seed=st.integers(0, 50), data=st.data())
+def test_noise_variances_are_those_of_the_prefix_sums_differences(n, seed, data):
+    for factorization in all_factorizations(n, seed):
+        part = factorization.first(data.draw(st.integers(1, n)))
+        for mechanism in (factorization, part):
+            rounds = mechanism.rounds
+            steps = np.diff(mechanism.decoder_matrix(), axis=0, prepend=0.0)
+            found = mechanism.noise_variances()
+            assert found.shape == (rounds,)
+            np.testing.assert_allclose(found, (steps**2).sum(1), rtol=1e-9)
+            strategy = mechanism.strategy_matrix()
+            if len(strategy) == rounds:
+                inverse = np.linalg.inv(strategy)
+                np.testing.assert_allclose(found, (inverse**2).sum(1), rtol=1e-9)
+
+
+def test_noise_variances_by_hand():
+    # Node of height 1: y = z'/3 * 2 + (z_0 + z_1)/3, emitted less the left leaf z_0.
+    honaker = TreeAggregation(2).noise_variances()
+    np.testing.assert_allclose(honaker, [1, (2 / 3) ** 2 + (2 / 3) ** 2 + 1 / 9])
+    online = TreeAggregation(8, estimator="online").noise_variances()
+    np.testing.assert_allclose(online, [1, 2, 1, 3, 1, 2, 1, 4])
+    root = SquareRootToeplitz(3).noise_variances()
+    np.testing.assert_allclose(root, [1, 1 + 1 / 4, 1 + 1 / 4 + 1 / 64])
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     n=st.integers(1, 12),

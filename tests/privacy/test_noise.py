@@ -94,6 +94,18 @@ def test_covariance_is_that_of_the_mechanism(kind):
     assert_covariance(rows, expected, bound=5.0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_variances_are_those_of_the_stream(kind):
+    n, size = 40, 20_000
+    factorization = streaming(n, kind)
+    stream = NoiseStream(factorization, {"x": (size,)}, seed=12)
+    rows = np.array([stream.next(0.5)["x"] for _ in range(n)], dtype=np.float64)
+    found = (rows**2).mean(axis=1) / 0.25
+    # The mean of squares has a relative error of sqrt(2 / size); 5 standard errors.
+    expected = factorization.noise_variances()
+    np.testing.assert_allclose(found, expected, rtol=5 * np.sqrt(2 / size))
+
+
 def assert_covariance(rows, expected, bound):
     """|z| of every entry; an entry has variance (S_ii S_jj + S_ij^2) / samples."""
     size = rows.shape[1]

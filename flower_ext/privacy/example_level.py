@@ -1,0 +1,831 @@
+r"""Example-level differential privacy inside every silo: DP-SGD as local training.
+
+Cross-silo federations have few clients with many people's data in each, and what needs
+protection is a person, not a hospital. Every silo trains with DP-SGD: a step releases
+
+.. math::
+   \frac{1}{q n} \Big( \sum_{i \in B} g_i \min(1, C / \|g_i\|)
+   + \mathcal N(0, \sigma^2 C^2 I) \Big),
+
+where every one of the n examples is in the batch B independently with probability q.
+What leaves the silo is made of such steps only, so that the server and the other silos
+need not be trusted.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import ClassVar, Literal, Protocol, cast, get_args
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor, nn
+
+from flower_ext.client import (
+    Batch,
+    ClientHalf,
+    Local,
+    Metrics,
+    example_losses,
+    num_examples,
+)
+from flower_ext.errors import open_unit, positive, refuse, whole
+from flower_ext.privacy.calibration import (
+    INTERVAL,
+    LossDistribution,
+    loss_distribution,
+    noise_multiplier_for,
+    sampled_epsilon,
+)
+from flower_ext.privacy.factorizations import Identity
+from flower_ext.privacy.noise import NoiseStream
+
+GradSampleMode = Literal["hooks", "ghost"]
+
+EXAMPLE_EPSILON = "example-epsilon"
+EXAMPLE_DELTA = "example-delta"
+USER_EPSILON = "user-epsilon"
+USER_DELTA = "user-delta"
+SPENT = (EXAMPLE_EPSILON, EXAMPLE_DELTA, USER_EPSILON, USER_DELTA)
+
+_STATE = "example-level-dp"
+# Below it epsilon is in the hundreds and its grid does not fit into memory.
+_LEAST_NOISE = 0.1
+# As good as no clipping, and 0 times it is 0.
+_NO_CLIPPING = 1e30
+_PROBES = 8
+
+
+class SiloBudgetExhausted(RuntimeError):
+    """The next round would spend more than the silo's ``max_epsilon``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiloPrivacy:
+    r"""What one silo promises to the people in its data.
+
+    Exactly one of ``noise_multiplier`` and ``epsilon`` is given.
+
+    Parameters
+    ----------
+    clipping_norm : float
+        C, the largest l2 norm of one example's gradient over all trained parameters.
+        Infinity, no clipping, is allowed without noise only.
+    delta : float
+        In (0, 1); should be well below 1 / examples.
+    noise_multiplier : float, optional
+        :math:`\sigma`: the noise on the *sum* of clipped gradients has standard
+        deviation :math:`\sigma C`. At least 0.1; 0 is no noise, no privacy and an
+        infinite epsilon.
+    epsilon : float, optional
+        Target after ``num_rounds`` rounds in which the silo trains; the noise
+        multiplier is the smallest that meets it. It is sought once, for the batch size
+        and steps of the silo's first round, and kept.
+    num_rounds : int, optional
+        With ``epsilon`` only.
+    max_epsilon : float, optional
+        A round that would exceed it is refused; nothing is trained then. With
+        ``epsilon`` it is that unless given. Without it the server decides, by the
+        rounds and steps it asks for, how much is spent.
+    max_examples_per_user : int, optional
+        G: protect a user with all examples in this silo, of which the first G in the
+        order of the data are used, instead of one example.
+    user : str (default: "user")
+        Integer column of the data that says whose example it is.
+    seed : int, optional
+        Secret seed >= 0 of batches, noise and dropout, for tests and simulations.
+        Without it batches and noise come from the operating system. Whoever knows it
+        can remove the noise: it must not be in anything that a server sees.
+    """
+
+    clipping_norm: float
+    delta: float
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    num_rounds: int | None = None
+    max_epsilon: float | None = None
+    max_examples_per_user: int | None = None
+    user: str = "user"
+    seed: int | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        positive("clipping_norm", self.clipping_norm, allow_inf=True)
+        open_unit("delta", self.delta)
+        if (self.noise_multiplier is None) == (self.epsilon is None):
+            raise ValueError(
+                f"noise_multiplier={self.noise_multiplier} with epsilon="
+                f"{self.epsilon}: give one of them, the other follows"
+            )
+        if (self.epsilon is None) != (self.num_rounds is None):
+            raise ValueError(
+                f"epsilon={self.epsilon} with num_rounds={self.num_rounds}: a target "
+                "is for a planned number of rounds"
+            )
+        if self.epsilon is not None:
+            positive("epsilon", self.epsilon)
+            whole("num_rounds", self.num_rounds, 1)
+        noise = self.noise_multiplier
+        if noise != 0 and noise is not None:
+            positive("noise_multiplier", noise)
+            if noise < _LEAST_NOISE:
+                refuse("noise_multiplier", noise, f"0 or >= {_LEAST_NOISE}")
+        if math.isinf(self.clipping_norm) and noise != 0:
+            refuse(
+                "clipping_norm", self.clipping_norm, "finite", "noise scales with it"
+            )
+        if self.max_epsilon is not None:
+            positive("max_epsilon", self.max_epsilon)
+            if self.epsilon is not None and self.max_epsilon < self.epsilon:
+                refuse("max_epsilon", self.max_epsilon, f">= epsilon={self.epsilon}")
+        if self.max_examples_per_user is not None:
+            whole("max_examples_per_user", self.max_examples_per_user, 1)
+        if self.seed is not None:
+            whole("seed", self.seed, 0)
+
+    @property
+    def limit(self) -> float | None:
+        """The epsilon that is never exceeded."""
+        return self.epsilon if self.max_epsilon is None else self.max_epsilon
+
+    @property
+    def group_size(self) -> int:
+        """Most examples of one privacy unit."""
+        return self.max_examples_per_user or 1
+
+
+class _Composable(LossDistribution, Protocol):
+    def compose(self, other: LossDistribution, /) -> "_Composable":
+        """Return the distribution of both."""
+
+
+@dataclass(frozen=True)
+class StepLedger:
+    r"""Noisy steps that a silo has taken, by sampling rate and noise multiplier.
+
+    Parameters
+    ----------
+    group_size : int (default: 1)
+        Most examples of one user; their number in a batch is Binomial(G, q).
+    steps : dict[tuple[float, float], int]
+        ``{(sampling probability, noise multiplier): steps}``.
+
+    Examples
+    --------
+    >>> ledger = StepLedger().add(0.1, 2.0, 30)
+    >>> round(ledger.add(0.1, 2.0, 70).epsilon(delta=1e-5), 4)
+    2.3375
+    """
+
+    group_size: int = 1
+    steps: Mapping[tuple[float, float], int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Number of steps."""
+        return sum(self.steps.values())
+
+    def add(self, rate: float, noise_multiplier: float, count: int) -> "StepLedger":
+        """Return the ledger after ``count`` more steps."""
+        if not count:
+            return self
+        key = (rate, noise_multiplier)
+        return StepLedger(
+            self.group_size, {**self.steps, key: self.steps.get(key, 0) + count}
+        )
+
+    def epsilon(self, delta: float) -> float:
+        """Return an upper bound of epsilon, tight up to the grid; 0 without steps."""
+        return _spent(tuple(self.steps.items()), self.group_size, delta)
+
+    def record(self) -> ConfigRecord:
+        """Return the record that stays in ``context.state``."""
+        return ConfigRecord(
+            {
+                "group-size": self.group_size,
+                "rates": [rate for rate, _ in self.steps],
+                "noise-multipliers": [noise for _, noise in self.steps],
+                "steps": list(self.steps.values()),
+            }
+        )
+
+    @classmethod
+    def read(cls, record: ConfigRecord | None, group_size: int) -> "StepLedger":
+        """Read what :meth:`record` wrote; without it no step has been taken."""
+        if record is None:
+            return cls(group_size)
+        if record["group-size"] != group_size:
+            refuse(
+                "max_examples_per_user",
+                group_size,
+                f"{record['group-size']!r} as in the rounds before",
+                "what is spent on one unit says nothing about another",
+            )
+        rates, noises, steps = (
+            cast("list[float]", record[key])
+            for key in ("rates", "noise-multipliers", "steps")
+        )
+        keys = zip(rates, noises, strict=True)
+        return cls(group_size, dict(zip(keys, map(int, steps), strict=True)))
+
+
+# Many virtual silos of one simulation, and the rounds of one silo, ask the same.
+@lru_cache(maxsize=1024)
+def _spent(
+    steps: tuple[tuple[tuple[float, float], int], ...], group_size: int, delta: float
+) -> float:
+    if not steps:
+        return 0.0
+    if any(noise == 0 for (_, noise), _ in steps):
+        return math.inf
+    if len(steps) == 1:
+        [((rate, noise), count)] = steps
+        return sampled_epsilon(count, delta, noise, rate, group_size, INTERVAL)
+    composed: _Composable | None = None
+    for (rate, noise), count in steps:
+        loss = loss_distribution(noise, rate, group_size, INTERVAL).self_compose(count)
+        composed = cast(
+            _Composable, loss if composed is None else composed.compose(loss)
+        )
+    assert composed is not None
+    return float(composed.get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=256)
+def _noise_for(
+    epsilon: float, delta: float, steps: int, rate: float, group_size: int
+) -> float:
+    found = noise_multiplier_for(
+        epsilon,
+        delta,
+        rounds=steps,
+        sampling_probability=rate,
+        group_size=group_size,
+    )
+    return max(found, _LEAST_NOISE)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch about hooks on layers whose input needs no gradient."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        yield
+
+
+def keep_per_user(users: Tensor, most: int) -> Tensor:
+    """Return the indices of the first ``most`` examples of every user, ascending.
+
+    Parameters
+    ----------
+    users : Tensor
+        Whose example it is, integers of shape ``(n,)``.
+    most : int
+        G, at least 1.
+
+    Examples
+    --------
+    >>> keep_per_user(torch.tensor([7, 3, 7, 7, 3]), most=2)
+    tensor([0, 1, 2, 4])
+    """
+    whole("most", most, 1)
+    if users.ndim != 1 or users.is_floating_point() or users.is_complex():
+        shown = f"{users.dtype} of shape {tuple(users.shape)}"
+        refuse("users", shown, "integers of shape (n,)")
+    order = torch.argsort(users, stable=True)
+    ordered = users[order]
+    places = torch.arange(len(users), device=users.device)
+    new = torch.ones_like(places, dtype=torch.bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    first = torch.cummax(torch.where(new, places, 0), 0).values if len(users) else new
+    return torch.sort(order[places - first < most]).values if len(users) else order
+
+
+class ExampleLevelDP(ClientHalf):
+    r"""Plain local training, made private for every example of the silo by DP-SGD.
+
+    It replaces plain training, whatever FedAvg-like strategy asks for it, Flower's own
+    too. ::
+
+        privacy = SiloPrivacy(epsilon=2.0, delta=1e-5, num_rounds=50, clipping_norm=1.0)
+        app = client_app(task, partial(ExampleLevelDP, privacy))
+
+    A ClientApp with it takes no other half, and refuses strategies that need one:
+    FedFish's Fisher, MaxFL's and bounded group loss' sums of losses are read from raw
+    data.
+
+    Parameters
+    ----------
+    privacy : SiloPrivacy or callable
+        ``Context -> SiloPrivacy`` where silos differ. Take what a silo promises from
+        its own ``context.node_config``; run config and messages are the server's.
+    mode : str (default: "hooks")
+        ``hooks`` keeps every example's gradient (Opacus' ``GradSampleModule``, memory
+        batch x parameters); ``ghost`` only its norm, at the price of a second backward
+        pass (``GradSampleModuleFastGradientClipping``). Both give the same model.
+    release_train_loss : bool (default: False)
+        Send ``train-loss``, estimated over the batches. It is not private.
+    release_evaluation : bool (default: False)
+        Answer evaluations with loss and metrics of the silo's test data, not only with
+        their number. They are exact, and private for nobody.
+
+    Raises
+    ------
+    SiloBudgetExhausted
+        If the round would exceed the budget. Like the errors below it becomes the
+        silo's error reply; nothing is trained or spent then.
+    ValueError
+        If a layer or the loss cannot be trained so (a BatchNorm, say; it is named), if
+        ``max-gradient-norm`` is set, and if the user column is missing.
+    ImportError
+        Without Opacus.
+
+    Notes
+    -----
+    **Guarantee.** Everything a silo sends in all its rounds together, but for what is
+    listed below, is (epsilon, delta)-differentially private, by privacy loss
+    distributions of the Poisson-sampled Gaussian mechanism, against a server that picks
+    each model by what it saw before.
+
+    *Unit*: one example; with ``max_examples_per_user`` one user with all examples in
+    this silo (example-level sampling, ELS, of Charles et al.: accounted as a mixture of
+    Gaussians). A person in several silos spends the sum of what they spend.
+
+    *Neighbours*: the unit's contributions become zero, Flower's
+    ``add-or-remove-one`` with a known number of examples. That number n is public: it
+    is sent as ``num-examples`` (after the cap on users), it is in the probability
+    :math:`q = \min(1, \text{batch-size} / n)`, and the weights are its.
+
+    *Sampling*: each step's batch is drawn anew. An empty one is a step too, and
+    releases noise. Steps are ``local-steps``, or ``local-epochs`` times
+    :math:`\lceil n / \text{batch-size} \rceil`.
+
+    *Not protected*: n; who takes part when, and time; error replies; the test data of
+    evaluations and ``train-loss``, where they are released; anything that ``Task``
+    itself does with the data, such as standardising it. Momentum, weight decay and
+    other optimizers (``Task.optimizer``) are post-processing and free.
+
+    *Assumed*: the loss of an example depends on that example, not on the others of
+    its batch or their number. Opacus' validators, the comparison of an example's
+    gradient with autograd's, and of its loss in two batches, at the start of every
+    round, find models and losses that break this, though not all that one can think of.
+
+    *Randomness*: batches and noise come from ``os.urandom``, or from NumPy's SFC64
+    generator, which is not cryptographic, with a ``seed``: then from (seed, client,
+    round, steps taken). Opacus' own noise is not used: torch's CPU generator has 32
+    bits of seed. Dropout does draw from torch's, seeded secretly. Floating-point noise
+    has gaps that a strong adversary may read (Mironov 2012).
+
+    *Budget*: the steps taken are kept in ``context.state``, which Flower keeps for one
+    run. Another run on the same data starts from 0: add up by hand.
+
+    A gradient that is not finite counts as zero. The reply's metrics hold what is spent
+    so far, ``example-epsilon`` and ``example-delta``, or ``user-epsilon`` and
+    ``user-delta``; an average over silos means nothing, see :func:`worst_silo`.
+
+    References
+    ----------
+    Abadi et al. 2016, "Deep learning with differential privacy", arXiv 1607.00133
+    (DP-SGD); Li et al. 2021, "Large language models can be strong differentially
+    private learners", arXiv 2110.05679 (ghost clipping); Charles et al. 2024,
+    "Fine-tuning large language models with user-level differential privacy", arXiv
+    2407.07737 (ELS); Yousefpour et al. 2021, arXiv 2109.12298 (Opacus).
+    """
+
+    exclusive: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        privacy: SiloPrivacy | Callable[[Context], SiloPrivacy],
+        *,
+        mode: GradSampleMode = "hooks",
+        release_train_loss: bool = False,
+        release_evaluation: bool = False,
+    ) -> None:
+        if not isinstance(privacy, SiloPrivacy) and not callable(privacy):
+            refuse("privacy", privacy, "a SiloPrivacy, or a function that returns one")
+        if mode not in get_args(GradSampleMode):
+            refuse("mode", mode, f"one of {get_args(GradSampleMode)}")
+        self._of_silo = privacy
+        self._mode = mode
+        self._release_train_loss = release_train_loss
+        self._release_evaluation = release_evaluation
+        self._evaluates = False
+        self._steps = 0
+
+    def begin(self, local: Local) -> None:
+        """Refuse what cannot be private, plan the steps, and charge them."""
+        privacy = self._privacy = self._of(local.context)
+        if local.settings.max_gradient_norm != math.inf:
+            refuse(
+                "max-gradient-norm",
+                local.settings.max_gradient_norm,
+                "left out",
+                "clipping_norm bounds the gradient of every example",
+            )
+        if privacy.max_examples_per_user:
+            local.train = _capped(local.train, privacy)
+        size = num_examples(local.train)
+        state = local.context.state
+        ledger = StepLedger.read(state.config_records.get(_STATE), privacy.group_size)
+        self._done, self._steps = ledger.total, local.num_steps
+        if not self._steps:
+            self._spent = ledger.epsilon(privacy.delta)
+            return
+        if privacy.delta >= 1 / size:
+            warnings.warn(
+                f"delta={privacy.delta} should be < 1 / examples={1 / size:.3g}: "
+                "publishing one whole example would satisfy it",
+                stacklevel=2,
+            )
+        self._rate = min(1.0, local.settings.batch_size / size)
+        self._expected = self._rate * size
+        self._noise_multiplier = self._calibrated(state)
+        charged = ledger.add(self._rate, self._noise_multiplier, self._steps)
+        self._spent = charged.epsilon(privacy.delta)
+        # Not "spent > limit": NaN must count as exceeding.
+        if privacy.limit is not None and not self._spent <= privacy.limit:
+            raise SiloBudgetExhausted(
+                f"round {local.server_round} would exceed max_epsilon={privacy.limit} "
+                f"at delta={privacy.delta}: {ledger.epsilon(privacy.delta):.6g} is "
+                f"spent, it would be {self._spent:.6g}; nothing was trained"
+            )
+        self._wrap(local)
+        # Charged before the first step: a training that breaks off has cost its steps.
+        record = charged.record()
+        if privacy.epsilon is not None:
+            record["noise-multiplier"] = self._noise_multiplier
+        state[_STATE] = record
+
+    def _of(self, context: Context) -> SiloPrivacy:
+        found = self._of_silo
+        if not isinstance(found, SiloPrivacy):
+            found = found(context)
+        if not isinstance(found, SiloPrivacy):
+            refuse("privacy(context)", found, "a SiloPrivacy")
+        return found
+
+    def _calibrated(self, state: RecordDict) -> float:
+        """Return the noise multiplier: given, kept, or sought for the target."""
+        privacy = self._privacy
+        if privacy.noise_multiplier is not None:
+            return float(privacy.noise_multiplier)
+        kept = state.config_records.get(_STATE, ConfigRecord()).get("noise-multiplier")
+        if isinstance(kept, float):
+            return kept
+        assert privacy.epsilon is not None and privacy.num_rounds is not None
+        return _noise_for(
+            privacy.epsilon,
+            privacy.delta,
+            privacy.num_rounds * self._steps,
+            self._rate,
+            privacy.group_size,
+        )
+
+    def _wrap(self, local: Local) -> None:
+        """Let Opacus compute gradients per example, and see that it can."""
+        self._opacus = _import_opacus()
+        local.model.train()
+        _refuse_layers(local.model, self._opacus)
+        self._trained = {
+            name: p for name, p in local.model.named_parameters() if p.requires_grad
+        }
+        if not self._trained:
+            refuse("model", type(local.model).__name__, "one with parameters to train")
+        self._buffers = {n: b.clone() for n, b in local.model.named_buffers()}
+        try:
+            if self._mode == "hooks":
+                self._wrapped = self._opacus.hooks(local.model, loss_reduction="sum")
+            else:
+                self._wrapped = self._opacus.ghost(
+                    local.model, loss_reduction="sum", max_grad_norm=self._bound
+                )
+            self._probe(local)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the model has no gradient per example in mode={self._mode!r}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    @property
+    def _bound(self) -> float:
+        return min(self._privacy.clipping_norm, _NO_CLIPPING)
+
+    def _probe(self, local: Local) -> None:
+        """Compare with autograd: a gradient that hooks do not see is not clipped."""
+        size = num_examples(local.train)
+        with torch.random.fork_rng(devices=[]):
+            norms = []
+            for i in range(min(size, _PROBES)):
+                example = {name: c[i : i + 1] for name, c in local.train.items()}
+                norms.append(self._seen_norm(local, example))
+                if 0 < norms[-1] < math.inf:
+                    break
+            if not any(map(math.isfinite, norms)):
+                raise ValueError(
+                    f"no gradient of the first {len(norms)} examples is finite: has "
+                    "the received model diverged?"
+                )
+            if size > 2:
+                # Both batches have the same shape, so that dropout is the same.
+                one, other = (
+                    self._losses_of(local, torch.tensor([0, i])) for i in (1, 2)
+                )
+                if not torch.allclose(one[0], other[0], rtol=1e-3, equal_nan=True):
+                    raise ValueError(
+                        "the loss of an example must not depend on the other examples "
+                        "of its batch: a layer or Task.loss mixes them"
+                    )
+        self._wrapped.zero_grad(set_to_none=True)
+        self._keep_buffers(local.model)
+
+    def _keep_buffers(self, model: nn.Module) -> None:
+        """Refuse buffers that the data have changed: they are sent, without noise."""
+        for name, buffer in model.named_buffers():
+            if not torch.equal(buffer, self._buffers[name]):
+                raise ValueError(
+                    f"buffer {name!r} changed in training and is not private: a "
+                    "layer keeps statistics of the data"
+                )
+
+    @torch.no_grad()
+    def _losses_of(self, local: Local, chosen: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        batch = {name: column[chosen] for name, column in local.train.items()}
+        return example_losses(local.task, local.model, batch)
+
+    def _seen_norm(self, local: Local, example: Batch) -> float:
+        """Return the gradient norm of one example, which Opacus must see as well."""
+        self._wrapped.zero_grad(set_to_none=True)
+        self._forget_norms(1)
+        with _quiet():
+            example_losses(local.task, local.model, example).sum().backward()  # type: ignore[no-untyped-call]
+        real = {
+            name: 0.0 if p.grad is None else float(p.grad.double().norm())
+            for name, p in self._trained.items()
+        }
+        total = math.hypot(*real.values())
+        for name, p in self._trained.items() if math.isfinite(total) else ():
+            seen = float(self._norms(name, p, 1))
+            if not abs(seen - real[name]) <= 1e-3 * real[name] + 1e-5 * total:
+                # Without the norms: the server reads it, and they are of raw data.
+                raise ValueError(
+                    f"parameter {name!r}: Opacus does not see all of an example's "
+                    "gradient: Task.loss must use parameters through model(...) and "
+                    "its layers only, with the batch as their first dimension"
+                )
+        return total
+
+    def _forget_norms(self, size: int) -> None:
+        """Let a parameter that a pass does not reach have the norm 0 there."""
+        if self._mode == "ghost":
+            for p in self._trained.values():
+                p._norm_sample = torch.zeros(size, dtype=p.dtype, device=p.device)  # type: ignore[attr-defined]
+
+    def _norms(self, name: str, p: nn.Parameter, size: int) -> Tensor:
+        """Return the norms of one parameter's gradients, of shape ``(batch,)``."""
+        if self._mode == "ghost":
+            norms: Tensor = p._norm_sample  # type: ignore[attr-defined]
+        else:
+            if p.grad_sample is None:  # type: ignore[attr-defined]
+                p.grad_sample = p.new_zeros((size, *p.shape))  # type: ignore[attr-defined]
+            norms = p.grad_sample.flatten(1).norm(dim=1)  # type: ignore[attr-defined]
+        if norms.shape != (size,):
+            raise ValueError(
+                f"parameter {name!r} has gradients for {len(norms)} examples in a "
+                f"batch of {size}: the batch must be the first dimension in every layer"
+            )
+        return norms
+
+    def optimizer(self, local: Local) -> torch.optim.Optimizer:
+        """Return Opacus' optimizer around the task's, with noise of our own."""
+        inner = super().optimizer(local)
+        if not self._steps:
+            return inner
+        make = self._opacus.optimizer[self._mode]
+        outer = make(
+            inner,
+            noise_multiplier=0.0,
+            max_grad_norm=self._bound,
+            expected_batch_size=self._expected,
+        )
+        self._keys = _keys(self._privacy.seed, local, self._done)
+        wide = any(p.dtype == torch.float64 for p in outer.params)
+        stream = NoiseStream(
+            Identity(self._steps),
+            {str(i): tuple(p.shape) for i, p in enumerate(outer.params)},
+            seed=None if self._keys is None else self._keys[1],
+            secure=self._keys is None,
+            dtype="float64" if wide else "float32",
+        )
+        # On the sum; Opacus calls this after it has divided by the expected size.
+        noise = self._noise_multiplier and self._noise_multiplier * self._bound
+
+        def add_noise(optimizer: torch.optim.Optimizer) -> None:
+            drawn = stream.next(noise).values()
+            for p, array in zip(outer.params, drawn, strict=True):
+                p.grad += torch.from_numpy(array).to(p.grad) / self._expected
+
+        outer.attach_step_hook(add_noise)
+        return cast(torch.optim.Optimizer, outer)
+
+    def batches(self, local: Local) -> Iterator[Batch]:
+        """Draw every step's batch: each example independently, maybe none."""
+        if not self._steps:
+            return
+        size = num_examples(local.train)
+        keys = self._keys
+        coins = None if keys is None else np.random.Generator(np.random.SFC64(keys[0]))
+        # With a public seed the server would know which example had which mask.
+        torch.manual_seed(_word(os.urandom(8)) if keys is None else keys[2] % 2**63)
+        try:
+            for _ in range(self._steps):
+                chosen = torch.from_numpy(_poisson(size, self._rate, coins))
+                yield {k: column[chosen] for k, column in local.train.items()}
+        finally:
+            self._wrapped.to_standard_module()
+
+    def step(
+        self, local: Local, optimizer: torch.optim.Optimizer, batch: Batch
+    ) -> float:
+        """Clip, add up, add noise and step; return the summed loss over q n."""
+        self._wrapped.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
+        size = num_examples(batch)
+        if not size:
+            total = 0.0
+        elif self._mode == "hooks":
+            total = self._by_hooks(local, batch)
+        else:
+            total = self._by_ghost(local, optimizer, batch)
+        for p in self._trained.values():
+            if self._mode == "hooks" and not size:
+                p.grad_sample = p.new_zeros((0, *p.shape))  # type: ignore[attr-defined]
+            elif p.grad is None:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        return total / self._expected
+
+    def _by_hooks(self, local: Local, batch: Batch) -> float:
+        """Leave every example's gradient; the optimizer clips and adds them up."""
+        losses = example_losses(local.task, local.model, batch)
+        with _quiet():
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        norms = [self._norms(k, p, len(losses)) for k, p in self._trained.items()]
+        bad = ~torch.stack(norms).isfinite().all(dim=0)
+        if bad.any():
+            for p in self._trained.values():
+                p.grad_sample[bad] = 0  # type: ignore[attr-defined]
+        return float(losses.detach().sum())
+
+    def _by_ghost(
+        self, local: Local, optimizer: torch.optim.Optimizer, batch: Batch
+    ) -> float:
+        """Leave the sum of clipped gradients, from two backward passes."""
+        losses = example_losses(local.task, local.model, batch)
+        self._forget_norms(len(losses))
+        with _quiet():
+            self._opacus.two_passes(self._wrapped, optimizer, losses, "sum").backward()
+        norms = [self._norms(k, p, len(losses)) for k, p in self._trained.items()]
+        fine = torch.stack(norms).isfinite().all(dim=0)
+        if not fine.all():
+            self._wrapped.zero_grad(set_to_none=True)
+            if fine.any():
+                self._by_ghost(local, optimizer, {k: c[fine] for k, c in batch.items()})
+        return float(losses.detach().sum())
+
+    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
+        """Return what is spent so far; refuse buffers that the data have changed."""
+        if self._steps:
+            self._keep_buffers(local.model)
+        users = self._privacy.max_examples_per_user is not None
+        names = (
+            (USER_EPSILON, USER_DELTA) if users else (EXAMPLE_EPSILON, EXAMPLE_DELTA)
+        )
+        epsilon, delta = names
+        return {}, {epsilon: self._spent, delta: self._privacy.delta}
+
+    def evaluate(self, local: Local) -> Metrics:
+        """Note that it is an evaluation that is answered."""
+        self._evaluates = True
+        return {}
+
+    def release(self, metrics: Metrics) -> Metrics:
+        """Withhold what is not private, unless it was asked for."""
+        if self._evaluates:
+            kept = metrics if self._release_evaluation else {"num-examples"}
+        else:
+            kept = {"num-examples", *SPENT}
+            kept |= {"train-loss"} if self._release_train_loss else set()
+        return {name: value for name, value in metrics.items() if name in kept}
+
+
+def worst_silo(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Average metrics as Flower does, but report the largest epsilon and delta spent.
+
+    A ``train_metrics_aggr_fn`` for federations with :class:`ExampleLevelDP`. It speaks
+    of the silos that replied in this round; one that did not has spent what it
+    reported last.
+
+    Examples
+    --------
+    >>> spent = [{"num-examples": 90, "example-epsilon": 1.0},
+    ...          {"num-examples": 10, "example-epsilon": 4.0}]
+    >>> silos = [RecordDict({"metrics": MetricRecord(m)}) for m in spent]
+    >>> worst_silo(silos, "num-examples")["example-epsilon"]
+    4.0
+    """
+    average = FedAvg().train_metrics_aggr_fn
+    found = MetricRecord(dict(average(contents, weighted_by_key)))
+    for content in contents:
+        for record in content.metric_records.values():
+            for name in set(SPENT) & set(record):
+                found[name] = max(float(record[name]), float(found[name]))  # type: ignore[arg-type]
+    return found
+
+
+def _capped(data: Batch, privacy: SiloPrivacy) -> Batch:
+    """Return the data with at most G examples of every user."""
+    if privacy.user not in data:
+        refuse("user", privacy.user, f"one of the data's columns {sorted(data)}")
+    num_examples(data)  # the columns are as long as each other
+    kept = keep_per_user(data[privacy.user], privacy.group_size)
+    return {name: column[kept] for name, column in data.items()}
+
+
+def _refuse_layers(model: nn.Module, opacus: SimpleNamespace) -> None:
+    """Refuse layers that mix examples or keep statistics of them."""
+    mixing = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    for name, module in model.named_modules():
+        trains = any(p.requires_grad for p in module.parameters(recurse=False))
+        problems: list[object] = []
+        for kind, check in opacus.validators.items():
+            # Opacus looks at trained layers only; a frozen BatchNorm mixes as well.
+            mixes = isinstance(module, mixing) and module.training
+            if isinstance(module, kind) and (trains or mixes):
+                problems += check(module)
+        if trains and not problems and any(True for _ in module.buffers()):
+            problems.append("a trained layer with buffers, which are not private")
+        if problems:
+            raise ValueError(
+                f"layer {name or 'model'!r} ({type(module).__name__}) cannot be "
+                f"trained with example-level privacy: {problems[0]}"
+            )
+
+
+def _keys(seed: int | None, local: Local, done: int) -> Sequence[int] | None:
+    """Return secret keys of batches, noise and dropout, or None without a seed.
+
+    The steps taken are among what they depend on: a server that asks for the same
+    round again must not get the same noise on another model.
+    """
+    if seed is None:
+        return None
+    sources = [seed, local.client, local.server_round, done]
+    sequence = np.random.SeedSequence(sources)
+    return [_word(s.generate_state(4).tobytes()) for s in sequence.spawn(3)]
+
+
+def _word(octets: bytes) -> int:
+    return int.from_bytes(octets, "little")
+
+
+def _poisson(
+    size: int, rate: float, coins: np.random.Generator | None
+) -> np.typing.NDArray[np.intp]:
+    """Return the indices that fall into a batch."""
+    if coins is not None:
+        return np.flatnonzero(coins.random(size) < rate)
+    words = np.frombuffer(os.urandom(8 * size), dtype=np.uint64)
+    return np.flatnonzero((words >> np.uint64(11)) * 2.0**-53 < rate)
+
+
+def _import_opacus() -> SimpleNamespace:
+    """Import what is used of Opacus."""
+    try:
+        from opacus.grad_sample import (
+            GradSampleModule,
+            GradSampleModuleFastGradientClipping,
+        )
+        from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+        from opacus.utils.fast_gradient_clipping_utils import (
+            DPTensorFastGradientClipping,
+        )
+        from opacus.validators import ModuleValidator
+    except ImportError as error:
+        raise ImportError(
+            "example-level privacy needs Opacus: pip install 'flower-ext[dp]'"
+        ) from error
+    return SimpleNamespace(
+        hooks=GradSampleModule,
+        ghost=GradSampleModuleFastGradientClipping,
+        optimizer={"hooks": DPOptimizer, "ghost": DPOptimizerFastGradientClipping},
+        two_passes=DPTensorFastGradientClipping,
+        validators=ModuleValidator.VALIDATORS,
+    )

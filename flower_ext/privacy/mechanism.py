@@ -1,0 +1,358 @@
+"""Mechanism: what a strategy needs to be differentially private."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from typing import Literal, get_args
+
+from flwr.serverapp import NeighboringRelation, PrivacyConfig, SamplingMethod
+
+from flower_ext.errors import (
+    at_least,
+    one_of,
+    open_unit,
+    positive,
+    refuse,
+    whole,
+)
+from flower_ext.privacy.accounting import GaussianAccountant, RoundAccountant
+from flower_ext.privacy.banded import BandedToeplitz
+from flower_ext.privacy.calibration import (
+    noise_multiplier_for,
+    noise_multiplier_without_replacement,
+)
+from flower_ext.privacy.clipping import Clipping, FlatClipping
+from flower_ext.privacy.factorizations import Factorization, Identity
+from flower_ext.privacy.sampled import (
+    SampledGaussianAccountant,
+    WithoutReplacementAccountant,
+)
+from flower_ext.privacy.selection import best_mechanism
+from flower_ext.privacy.trees import TreeAggregation
+from flower_ext.sampling import (
+    CyclicPoissonSampler,
+    PoissonSampler,
+    Sampler,
+    UniformSampler,
+)
+
+FactorizationName = Literal["best", "identity", "tree"]
+
+
+class Mechanism:
+    r"""User-level differential privacy for any strategy of the pack.
+
+    Every client's contribution, all its arrays and scalars as one vector, is clipped to
+    an l2 norm; the contributions are added up; noise, correlated over the rounds by
+    the factorization, is added to the sum; the noisy sum is divided by the *planned*
+    cohort. What the strategy and its optimizer do with it is post-processing.
+
+    Parameters
+    ----------
+    num_rounds : int
+        Rounds that the noise is planned for; a run may be shorter, never longer.
+    num_sampled_clients : int
+        The planned cohort, and the divisor of every round, whoever replies.
+    population_size : int
+        Clients that may ever take part.
+    clipping : float or Clipping (default: 1.0)
+        Flat l2 norm, or a :class:`~flower_ext.privacy.PerLayerClipping` or
+        :class:`~flower_ext.privacy.AdaptiveClipping`.
+    noise_multiplier : float, optional
+        Standard deviation of the noise over (clipping norm x sensitivity of the whole
+        run): the run is as private as one Gaussian release with
+        :math:`\mu = 1 / z`. For independent noise with amplification it is the usual
+        standard deviation over clipping norm. 0 only clips, and protects nothing.
+    max_epsilon : float, optional
+        Without ``noise_multiplier``, the least noise is used that keeps the run within
+        (``max_epsilon``, ``target_delta``). With it, the budget: the run stops before
+        the round that would exceed it.
+    target_delta : float (default: 1e-6)
+        Should be below 1 / ``population_size``.
+    factorization : Factorization or str (default: "best")
+        ``best`` compares the mechanisms that fit ``memory`` and takes the one of least
+        error, see :func:`~flower_ext.privacy.best_mechanism`; ``identity`` is
+        independent noise, plain DP-FedAvg; ``tree`` is Honaker's tree estimator.
+    memory : int (default: 4)
+        Model-sized buffers that the server can spare, for ``best``.
+    amplified : bool (default: False)
+        Count on the cohorts being secret. Needs independent noise and a
+        :class:`~flower_ext.sampling.PoissonSampler` with a probability or a
+        :class:`~flower_ext.sampling.UniformSampler` (then all clients must be connected
+        in every round), or a banded mechanism and a
+        :class:`~flower_ext.sampling.CyclicPoissonSampler`.
+    simulated_cohort : int, optional
+        For research: clients really drawn in a round, fewer than planned. The noise of
+        the planned cohort is scaled down by ``simulated_cohort / num_sampled_clients``
+        and the sum divided by ``simulated_cohort``, so that the model moves as with
+        the large cohort's noise. Epsilon is then that of the planned cohort and
+        population, not of the simulation, and the sampler's limits are assumed, not
+        enforced.
+    scales : Mapping[str, float], optional
+        Factors by which parts of the contribution (``"fisher"``) and scalars are
+        multiplied before they are clipped and noised, and divided by after: large for
+        what is small and matters. They are over the strategy's own.
+    unprotected_metrics : bool (default: False)
+        Report averages of the clients' own metrics. They are computed from raw data
+        without noise and no epsilon covers them; otherwise they are withheld.
+    seed : int, optional
+        Secret seed of reproducible noise, for one run; by default noise comes from the
+        operating system's cryptographic generator.
+
+    Notes
+    -----
+    Guarantee. Unit: one client (node) with everything it ever sends. Relation: its
+    contributions become zero, ``add-or-remove-one`` in Flower's vocabulary
+    (``replace-one`` for amplification by cohorts of fixed size). The released values
+    are the models and the strategy's metrics after every round. Error replies, replies
+    that are dropped and empty cohorts only remove contributions from the sum: noise
+    and divisor stay, so the guarantee does. A round is released whenever it was asked
+    for, since whether anything arrived may depend on data.
+
+    Not protected: who takes part, replies or fails; the metrics of
+    ``unprotected_metrics``; the server, which sees every contribution; seeds and
+    checkpoints, from which the noise can be removed.
+
+    The first t rounds of an unamplified mechanism are themselves a Gaussian release,
+    and epsilon is exact; see :mod:`flower_ext.privacy.accounting`.
+
+    References
+    ----------
+    Kairouz et al. 2021, arXiv 2103.00039 (DP-FTRL); Denisov et al. 2022, arXiv
+    2202.08312 (matrix factorization, adaptivity); McMahan et al. 2018, arXiv
+    1710.06963 (DP-FedAvg).
+
+    Examples
+    --------
+    >>> mechanism = Mechanism(num_rounds=100, num_sampled_clients=20,
+    ...                       population_size=1000, clipping=0.5, noise_multiplier=1.0)
+    >>> mechanism.cohort
+    20
+    """
+
+    def __init__(
+        self,
+        *,
+        num_rounds: int,
+        num_sampled_clients: int,
+        population_size: int,
+        clipping: float | Clipping = 1.0,
+        noise_multiplier: float | None = None,
+        max_epsilon: float | None = None,
+        target_delta: float = 1e-6,
+        factorization: Factorization | FactorizationName = "best",
+        memory: int = 4,
+        amplified: bool = False,
+        simulated_cohort: int | None = None,
+        scales: Mapping[str, float] | None = None,
+        unprotected_metrics: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        self.num_rounds = whole("num_rounds", num_rounds, 1)
+        self.num_sampled_clients = whole("num_sampled_clients", num_sampled_clients, 1)
+        self.population_size = whole("population_size", population_size, 1)
+        if num_sampled_clients > population_size:
+            refuse("num_sampled_clients", num_sampled_clients, "<= population_size")
+        self.clipping = (
+            clipping if isinstance(clipping, Clipping) else FlatClipping(clipping)
+        )
+        if noise_multiplier is None and max_epsilon is None:
+            raise ValueError(
+                "noise_multiplier=None and max_epsilon=None: one of them says how much "
+                "noise there is"
+            )
+        if noise_multiplier is not None:
+            at_least("noise_multiplier", noise_multiplier, 0)
+        if max_epsilon is not None:
+            positive("max_epsilon", max_epsilon)
+        if noise_multiplier != 0 and math.isinf(self.clipping.clipping_norm):
+            refuse(
+                "clipping",
+                math.inf,
+                "finite",
+                "noise protects only what is bounded; noise_multiplier=0 has no noise",
+            )
+        self.noise_multiplier = noise_multiplier
+        self.max_epsilon = max_epsilon
+        self.target_delta = open_unit("target_delta", target_delta)
+        self.memory = whole("memory", memory, 0)
+        self.factorization = factorization
+        if isinstance(factorization, Factorization):
+            if factorization.rounds < num_rounds:
+                refuse(
+                    "factorization",
+                    factorization,
+                    f"planned for num_rounds={num_rounds}",
+                )
+        else:
+            one_of("factorization", factorization, get_args(FactorizationName))
+        for name, flag in (
+            ("amplified", amplified),
+            ("unprotected_metrics", unprotected_metrics),
+        ):
+            if not isinstance(flag, bool):
+                refuse(name, flag, "True or False")
+        self.amplified = amplified
+        self.unprotected_metrics = unprotected_metrics
+        if simulated_cohort is not None:
+            whole("simulated_cohort", simulated_cohort, 1)
+            if simulated_cohort > num_sampled_clients:
+                refuse("simulated_cohort", simulated_cohort, "<= num_sampled_clients")
+        self.simulated_cohort = simulated_cohort
+        self.scales = {
+            name: positive(f"scales[{name!r}]", scale)
+            for name, scale in (scales or {}).items()
+        }
+        if seed is not None:
+            whole("seed", seed, 0)
+        self.seed = seed
+
+    @property
+    def cohort(self) -> int:
+        """Clients drawn in a round, and the divisor: planned, or simulated."""
+        return self.simulated_cohort or self.num_sampled_clients
+
+    @property
+    def shrink(self) -> float:
+        """Factor on the planned cohort's noise: 1, or less in a simulation."""
+        return self.cohort / self.num_sampled_clients
+
+    @property
+    def is_private(self) -> bool:
+        """Whether there is noise at all."""
+        return self.noise_multiplier != 0
+
+    def choose(self, sampler: Sampler) -> Factorization:
+        """Return the factorization for what a sampler promises."""
+        chosen, (separation, most) = self.factorization, self.participation(sampler)
+        if (
+            isinstance(chosen, BandedToeplitz)
+            and most > 1
+            and chosen.bands > separation
+        ):
+            refuse(
+                "factorization",
+                chosen,
+                f"of at most {separation} bands",
+                f"the sampler lets a client return after {separation} rounds: a "
+                "MinSeparationSampler of as many rounds as bands",
+            )
+        if isinstance(chosen, Factorization):
+            return chosen
+        if chosen == "tree":
+            return TreeAggregation(self.num_rounds)
+        if chosen == "identity" or self.amplified or not self.is_private:
+            return Identity(self.num_rounds)
+        return _best(self.num_rounds, separation, most, self.memory)
+
+    def participation(self, sampler: Sampler) -> tuple[int, int]:
+        """Return (minimum separation, most participations) that a sampler promises."""
+        separation, most = sampler.min_separation, sampler.max_participations
+        possible = -(-self.num_rounds // separation)
+        return separation, possible if most is None else min(most, possible)
+
+    def account(
+        self, factorization: Factorization, sampler: Sampler
+    ) -> RoundAccountant | None:
+        """Return the accountant of a run, its noise that which meets the target.
+
+        Raises
+        ------
+        ValueError
+            If the sampler does not deliver what the accounting would count on.
+        """
+        if not self.is_private:
+            return None
+        if self.amplified:
+            return self._amplified(factorization, sampler)
+        return GaussianAccountant(
+            factorization,
+            self._noise(noise_multiplier_for),
+            *self.participation(sampler),
+            self._config(SamplingMethod.NO_AMPLIFICATION),
+        )
+
+    def _amplified(
+        self, factorization: Factorization, sampler: Sampler
+    ) -> RoundAccountant:
+        rounds = factorization.rounds
+        if isinstance(sampler, CyclicPoissonSampler):
+            if not isinstance(factorization, BandedToeplitz):
+                refuse("factorization", factorization, "a BandedToeplitz", _CYCLIC)
+            calibrate = partial(
+                noise_multiplier_for,
+                rounds=rounds,
+                sampling_probability=sampler.probability,
+                cycle=sampler.cycle,
+            )
+            return SampledGaussianAccountant.cyclic(
+                factorization,
+                self._noise(calibrate),
+                sampler.probability * (self.population_size // sampler.cycle),
+                self._config(SamplingMethod.POISSON),
+                cycle=sampler.cycle,
+            )
+        if not isinstance(factorization, Identity):
+            refuse("factorization", factorization, "identity", _CYCLIC)
+        if isinstance(sampler, PoissonSampler) and sampler.probability:
+            calibrate = partial(
+                noise_multiplier_for,
+                rounds=rounds,
+                sampling_probability=sampler.probability,
+            )
+            return SampledGaussianAccountant(
+                self._noise(calibrate),
+                rounds,
+                sampler.probability,
+                self._config(SamplingMethod.POISSON),
+            )
+        if type(sampler) is not UniformSampler:
+            raise ValueError(
+                "amplified=True needs a sampler that says how it draws, not "
+                f"{type(sampler).__name__}: PoissonSampler(probability=...), "
+                "UniformSampler or CyclicPoissonSampler"
+            )
+        cohort = self.num_sampled_clients
+        calibrate = partial(
+            noise_multiplier_without_replacement,
+            rounds=rounds,
+            population=self.population_size,
+            cohort=cohort,
+        )
+        return WithoutReplacementAccountant(
+            self._noise(calibrate),
+            rounds,
+            cohort,
+            self._config(SamplingMethod.WITHOUT_REPLACEMENT),
+        )
+
+    def _noise(self, calibrate: Callable[[float, float], float]) -> float:
+        if self.noise_multiplier is not None:
+            return self.noise_multiplier
+        assert self.max_epsilon is not None
+        return calibrate(self.max_epsilon, self.target_delta)
+
+    def _config(self, sampling: SamplingMethod) -> PrivacyConfig:
+        replaced = sampling is SamplingMethod.WITHOUT_REPLACEMENT
+        return PrivacyConfig(
+            target_delta=self.target_delta,
+            population_size=self.population_size,
+            neighboring_relation=NeighboringRelation.REPLACE_ONE
+            if replaced
+            else NeighboringRelation.ADD_OR_REMOVE_ONE,
+            sampling_method=sampling,
+            max_epsilon=self.max_epsilon,
+        )
+
+
+@lru_cache(maxsize=32)
+def _best(rounds: int, separation: int, most: int, memory: int) -> Factorization:
+    """Tune once for runs that are planned alike."""
+    return best_mechanism(rounds, separation, most, memory=memory).factorization
+
+
+_CYCLIC = (
+    "with amplified=True noise is independent, or banded under a CyclicPoissonSampler"
+)
