@@ -330,6 +330,6 @@ class MinSeparationSampler(Sampler):
         """Take over who took part."""
         super().load_state_dict(state)
         self._registry.load_state_dict(state)
-        pairs = cast("Mapping[str, list[list[int]]]", state)
-        self._last = {k: v for k, v in pairs["last"]}
-        self._times = {k: v for k, v in pairs["times"]}
+        pairs = cast("Mapping[str, list[tuple[int, int]]]", state)
+        self._last = dict(pairs["last"])
+        self._times = dict(pairs["times"])

@@ -4,10 +4,10 @@ Independent noise in every round adds up in the model: after t rounds its varian
 t times that of one. Noise that is correlated over the rounds, row t of
 :math:`C^{-1} Z`, cancels in the sum: with :math:`A = BC` the matrix of prefix sums, the
 model sees :math:`B Z`, which is small where :math:`C` is chosen well (Kairouz et al.
-2021, "Practical and Private (Deep) Learning without Sampling or Shuffling", ICML, arXiv
-2103.00039; Denisov et al. 2022, arXiv 2202.08312; McMahan, Xu and Zhang 2024, "A Hassle-
-free Algorithm for Private Learning in Practice", arXiv 2408.08868). Privacy comes from
-limiting how often clients take part instead of from secret sampling.
+2021, "Practical and Private (Deep) Learning without Sampling or Shuffling", ICML,
+arXiv 2103.00039; Denisov et al. 2022, arXiv 2202.08312; McMahan, Xu and Zhang 2024,
+"A Hassle-free Algorithm for Private Learning in Practice", arXiv 2408.08868). Privacy
+comes from limiting how often clients take part instead of from secret sampling.
 """
 
 from typing import Unpack
@@ -27,7 +27,7 @@ class DPFTRL(AdditiveStrategy):
     r"""The mean of the clients' changes, with user-level differential privacy.
 
     Against FedAvg: every client's change is clipped to ``clipping`` and weighs the
-    same; correlated noise is added to the sum; the sum is divided by the planned cohort;
+    same; correlated noise is added to the sum, which is divided by the planned cohort;
     the server moves with momentum; no client takes part more often, or sooner again,
     than the noise is calibrated for. Works with an unmodified client.
 
@@ -47,7 +47,7 @@ class DPFTRL(AdditiveStrategy):
         Most rounds of a client; by default what the separation allows.
     clipping : float or Clipping (default: 1.0)
         l2 norm of a client's change.
-    noise_multiplier, max_epsilon, target_delta, factorization, memory,
+    noise_multiplier, max_epsilon, target_delta, factorization, memory, amplified,
     simulated_cohort, unprotected_metrics, seed
         See :class:`~flower_ext.privacy.Mechanism`; ``noise_multiplier`` or
         ``max_epsilon`` must be given.
@@ -65,8 +65,9 @@ class DPFTRL(AdditiveStrategy):
     Notes
     -----
     Guarantee: (``epsilon``, ``target_delta``) for everything that one client ever
-    sends, without amplification, whatever clients send and whenever they drop out; see
-    :class:`~flower_ext.privacy.Mechanism` for its limits. Metrics ``epsilon`` and
+    sends, whatever clients send and whenever they drop out, and unless ``amplified``
+    even if all cohorts are known; see :class:`~flower_ext.privacy.Mechanism` for its
+    limits. Metrics ``epsilon`` and
     ``delta`` say what is spent.
 
     In the paper the noise is that of a prefix sum from which the model is computed anew
@@ -96,6 +97,7 @@ class DPFTRL(AdditiveStrategy):
         target_delta: float = 1e-6,
         factorization: Factorization | FactorizationName = "best",
         memory: int = 4,
+        amplified: bool = False,
         restart_every: int | None = None,
         simulated_cohort: int | None = None,
         unprotected_metrics: bool = False,
@@ -131,6 +133,7 @@ class DPFTRL(AdditiveStrategy):
                 target_delta=target_delta,
                 factorization=factorization,
                 memory=memory,
+                amplified=amplified,
                 simulated_cohort=simulated_cohort,
                 unprotected_metrics=unprotected_metrics,
                 seed=seed,

@@ -92,3 +92,21 @@ def test_a_round_of_each_baseline(
         assert 0 <= values[metric] < 10
         assert 0.2 < values["evaluate/accuracy"] < 1
     assert "fedavg" in table(tmp_path)
+
+
+def test_two_rounds_of_dpftrl(tmp_path: Path) -> None:
+    config = {"mechanisms": "none blt", "epsilons": "8", "central-examples": 500}
+    outcome = run_app(
+        BASELINES / "dpftrl",
+        run_config={**config, "num-server-rounds": 2, "results": str(tmp_path)},
+        num_supernodes=20,
+    )
+    assert outcome.status == "finished:completed"
+    runs = json.loads((tmp_path / SUMMARY_FILE).read_text("utf-8"))["runs"]
+    assert list(runs) == ["none", "blt-8"]
+    last = read_metrics(tmp_path / "blt-8")[-1]
+    assert 7.9 < last["train/epsilon"] <= 8.0
+    assert last["train/simulated-cohort"] == 20
+    assert "train/train-loss" not in last
+    for name in ("comparison.png", "epsilon.png"):
+        assert (tmp_path / name).stat().st_size > 10_000

@@ -1,8 +1,9 @@
-"""User-level differential privacy: the numerical layer.
+"""Differential privacy for federated strategies.
 
-Nothing here knows a strategy or a record. *Factorizations* say how noise is correlated
-over rounds and what that costs; *noise streams* produce it; *clipping* bounds a
-contribution; *accountants* turn noise into (epsilon, delta) and back.
+*Factorizations* say how noise is correlated over rounds and what that costs; *noise
+streams* produce it; *clipping* bounds a contribution; *accountants* turn noise into
+(epsilon, delta) and back. A :class:`Mechanism` is all of it for one run, and what a
+strategy takes as an argument. :class:`ExampleLevelDP` is privacy inside every silo.
 """
 
 from flower_ext.privacy.accounting import GaussianAccountant, RoundAccountant
@@ -20,6 +21,7 @@ from flower_ext.privacy.clipping import (
     update_clipping_norm,
 )
 from flower_ext.privacy.dense import DenseFactorization
+from flower_ext.privacy.example_level import ExampleLevelDP, keep_per_user, worst_silo
 from flower_ext.privacy.factorizations import Factorization, Identity
 from flower_ext.privacy.gaussian import (
     gaussian_delta,
@@ -38,6 +40,7 @@ from flower_ext.privacy.sampled import (
     WithoutReplacementAccountant,
 )
 from flower_ext.privacy.selection import Choice, Comparison, best_mechanism
+from flower_ext.privacy.silo import SiloBudgetExhausted, SiloPrivacy, StepLedger
 from flower_ext.privacy.toeplitz import SquareRootToeplitz, Toeplitz
 from flower_ext.privacy.trees import TreeAggregation
 
@@ -49,6 +52,7 @@ __all__ = [
     "Comparison",
     "Clipping",
     "DenseFactorization",
+    "ExampleLevelDP",
     "Factorization",
     "FlatClipping",
     "GaussianAccountant",
@@ -60,7 +64,10 @@ __all__ = [
     "RoundAccountant",
     "SampledGaussianAccountant",
     "Sensitivity",
+    "SiloBudgetExhausted",
+    "SiloPrivacy",
     "SquareRootToeplitz",
+    "StepLedger",
     "Toeplitz",
     "TreeAggregation",
     "WithoutReplacementAccountant",
@@ -70,11 +77,13 @@ __all__ = [
     "gaussian_delta",
     "gaussian_epsilon",
     "gaussian_mu",
+    "keep_per_user",
     "noise_multiplier_for",
     "rdp_epsilon",
     "split_clipping_norm",
     "split_noise_multiplier",
     "update_clipping_norm",
+    "worst_silo",
     "zcdp_epsilon",
     "zcdp_rho",
 ]

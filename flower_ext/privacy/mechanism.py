@@ -227,11 +227,8 @@ class Mechanism:
     def choose(self, sampler: Sampler) -> Factorization:
         """Return the factorization for what a sampler promises."""
         chosen, (separation, most) = self.factorization, self.participation(sampler)
-        if (
-            isinstance(chosen, BandedToeplitz)
-            and most > 1
-            and chosen.bands > separation
-        ):
+        widest = separation if most > 1 else self.num_rounds
+        if isinstance(chosen, BandedToeplitz) and chosen.bands > widest:
             refuse(
                 "factorization",
                 chosen,

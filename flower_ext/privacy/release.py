@@ -300,11 +300,14 @@ class PrivateSum:
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""
         plan, accountant = self.mechanism, self.accountant
-        cohort = f"{plan.num_sampled_clients} of {plan.population_size} clients"
+        cohort = (
+            f"{plan.num_rounds} rounds, {plan.num_sampled_clients} of "
+            f"{plan.population_size} clients"
+        )
         if plan.simulated_cohort is not None:
             cohort += f", simulated with {plan.simulated_cohort}"
         described: dict[str, object] = {
-            "Mechanism": f"{self.factorization.name}, {plan.num_rounds} rounds, {cohort}",
+            "Mechanism": f"{self.factorization.name}, {cohort}",
             "Clipping": plan.clipping,
         }
         if accountant is None:

@@ -19,7 +19,7 @@ from flower_ext import AdditiveStrategy
 from flower_ext.arrays import to_record
 from flower_ext.client import ClientHalf, Task, client_app
 from flower_ext.privacy import example_level
-from flower_ext.privacy.example_level import (
+from flower_ext.privacy import (
     ExampleLevelDP,
     SiloPrivacy,
     StepLedger,

@@ -46,7 +46,7 @@ def test_conformance(changes):
 
 
 def test_momentum_makes_prefix_sums_of_prefix_sums(point_task, play):
-    """Kairouz et al.: w_t = w_0 + v_t, v_t = beta v_(t-1) + s_t, s_t sums of changes."""
+    """Kairouz et al.: w_t = w_0 + v_t, v_t = beta v_(t-1) + the sum of changes."""
     clients = [{"c": [4.0]}] * 3
     strategy = DPFTRL(
         **{

@@ -11,6 +11,7 @@ class FedAvg(MaxFL):
     """FedAvg with MaxFL's metrics: the weights are the numbers of examples."""
 
     contribution = AdditiveStrategy.contribution
+    divisor = AdditiveStrategy.divisor
     update = AdditiveStrategy.update
     report = AdditiveStrategy.report
 

@@ -1,0 +1,1 @@
+"""DP-FTRL's mechanisms beside DP-FedAvg at equal epsilon."""

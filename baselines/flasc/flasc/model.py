@@ -1,0 +1,34 @@
+"""MiniLM with a head for the six topics, and what of it is trained."""
+
+from flwr.app import UserConfig
+from peft import LoraConfig
+
+from flower_ext.adapters import AdapterModel
+from flower_ext.data import model_folder
+
+TOPICS = 6
+
+
+def make_model(name: str, run_config: UserConfig) -> AdapterModel:
+    """Return what a method trains.
+
+    Parameters
+    ----------
+    name : str
+        See :func:`flasc.strategy.make_strategy`.
+    run_config : UserConfig
+        With ``rank`` and ``seed``.
+    """
+    options = {"num_labels": TOPICS, "seed": int(run_config["seed"])}
+    if name in ("full", "probe"):
+        trains = "all" if name == "full" else "head"
+        return AdapterModel(model_folder("minilm"), trains, **options)
+    rank = 1 if name == "low-rank" else int(run_config["rank"])
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=["query", "value"],
+        task_type="SEQ_CLS",
+    )
+    frozen = ("lora_A",) if name == "ffa" else ()
+    return AdapterModel(model_folder("minilm"), lora, frozen=frozen, **options)

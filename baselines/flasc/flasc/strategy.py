@@ -1,0 +1,68 @@
+"""The methods that are compared, as settings of FLASC."""
+
+from flwr.app import UserConfig
+
+from flower_ext.sampling import UniformSampler
+from flower_ext.server_optimizer import Adam
+from flower_ext.strategies.flasc import FLASC, Decay, Tier
+
+DENSE = {"download_density": 1.0, "upload_density": 1.0}
+NAMES = (
+    "lora",
+    "flasc",
+    "low-rank",
+    "ffa",
+    "sparse-adapter",
+    "adapter-lth",
+    "fed-select",
+    "het-lora",
+    "full",
+    "probe",
+)
+
+
+def make_strategy(name: str, run_config: UserConfig) -> FLASC:
+    """Make one of :data:`NAMES`, with the same cohorts, seeds and server optimizer."""
+    down = float(run_config["download-density"])
+    settings = {
+        "lora": DENSE,
+        "low-rank": DENSE,
+        "ffa": DENSE,
+        "full": DENSE,
+        "probe": DENSE,
+        "flasc": {
+            "download_density": down,
+            "upload_density": float(run_config["upload-density"]),
+            "precision": str(run_config["precision"]),
+        },
+        "sparse-adapter": {
+            "download_density": down,
+            "upload_density": 1.0,
+            "client_freeze": True,
+            "fixed_mask_after": 1,
+        },
+        "adapter-lth": {
+            "download_density": Decay(1.0, 0.9),
+            "upload_density": 1.0,
+            "client_freeze": True,
+        },
+        "fed-select": {
+            "download_density": down,
+            "upload_density": 1.0,
+            "client_freeze": True,
+        },
+        "het-lora": {**DENSE, "tiers": (Tier(rank=1), Tier(rank=2), Tier())},
+    }
+    if name not in settings:
+        raise ValueError(f"strategies={name!r} must name some of {NAMES}")
+    return FLASC(
+        server_optimizer=Adam(
+            float(run_config["server-learning-rate"]),
+            beta_2=0.99,
+            tau=1e-4,
+        ),
+        sampler=UniformSampler(int(run_config["seed"])),
+        fraction_train=float(run_config["fraction-train"]),
+        fraction_evaluate=0.0,
+        **settings[name],
+    )

@@ -1,0 +1,702 @@
+"""FLASC: an independent reference, its limits, masks, tiers, and real adapters."""
+
+import doctest
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, RecordDict
+from torch import nn
+
+from flower_ext.adapters import AdapterModel, adapter_task
+from flower_ext.additive import AdditiveStrategy
+from flower_ext.arrays import from_record, to_record
+from flower_ext.client import Task, client_app
+from flower_ext.contribution import DELTA, Contribution
+from flower_ext.privacy import Mechanism
+from flower_ext.server_optimizer import SGD, Adam, TorchOptimizer
+from flower_ext.simulation.local import LocalGrid
+from flower_ext.sparse import PAYLOAD, accept_sparse, decode, encode, num_values
+from flower_ext.strategies import flasc
+from flower_ext.strategies.flasc import FLASC, Decay, FLASCClient, Tier
+from flower_ext.testing import check_strategy
+
+ANY = {"min_train_nodes": 0, "min_evaluate_nodes": 0, "min_available_nodes": 0}
+PLAIN = {"server_optimizer": SGD(1.0), "fraction_evaluate": 0.0, **ANY}
+
+# A problem to solve by hand: a client wants its own c, ||p - c||^2 / 2 ---------------
+
+SHAPES = {"a": (2, 3), "b": (4,)}
+STEP = {"lr": 0.25, "batch-size": 1, "local-epochs": 2}
+START = {
+    "a": np.float32([[0.5, -4.0, 0.0], [2.0, -1.0, 3.0]]),
+    "b": np.float32([0.1, -0.2, 6.0, 0.0]),
+}
+
+
+class Vectors(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name, shape in SHAPES.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+def centre(client):
+    rng = np.random.default_rng(client)
+    return {n: rng.standard_normal(s, np.float32) * 3 for n, s in SHAPES.items()}
+
+
+def centres(context):
+    client = int(context.node_config["partition-id"])
+    columns = {n: torch.from_numpy(x)[None] for n, x in centre(client).items()}
+    return columns, columns
+
+
+def distance(model, batch):
+    return sum(
+        0.5 * ((p - batch[n]) ** 2).flatten(1).sum(1)
+        for n, p in model.named_parameters()
+    )
+
+
+TASK = Task(lambda config: accept_sparse(Vectors()), centres, distance)
+APP = client_app(TASK, FLASCClient)
+
+
+def sorted_mask(flat, k):
+    mask = np.zeros(flat.size, bool)
+    mask[np.argsort(-np.abs(flat), kind="stable")[:k]] = True
+    return mask
+
+
+def reference(rounds, clients, download, upload, scope, freeze=False, steps=2):
+    """The algorithm on flat vectors, as the paper's code has it; SGD(1) on the server.
+
+    Returns the weights after every round.
+    """
+    blocks = [slice(0, 6), slice(6, 10)] if scope == "tensor" else [slice(0, 10)]
+
+    def top(x, density):
+        mask = np.ones(10, bool)
+        if density < 1:
+            for block in blocks:
+                size = block.stop - block.start
+                mask[block] = sorted_mask(x[block], int(density * size))
+        return mask
+
+    p = np.concatenate([START[n].reshape(-1) for n in SHAPES]).astype(np.float64)
+    models = [p]
+    for _ in range(rounds):
+        mask = top(p, download)
+        total = np.zeros(10)
+        for client in range(clients):
+            c = np.concatenate([centre(client)[n].reshape(-1) for n in SHAPES])
+            w0 = w = p * mask
+            for _ in range(steps):
+                w = w - 0.25 * (w - c) * (mask if freeze else 1)
+            delta = w - w0
+            total += delta * (top(delta, upload) & (mask if freeze else True))
+        p = p + total / clients
+        models.append(p)
+    return models
+
+
+def flat(model):
+    return np.concatenate([model[n].reshape(-1) for n in SHAPES])
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize(
+    ("download", "upload"), [(1, 1), (1, 0.3), (0.3, 1), (0.5, 0.3), (0.0, 0.5)]
+)
+def test_run_is_the_algorithm(play, scope, freeze, download, upload):
+    strategy = FLASC(
+        download_density=download,
+        upload_density=upload,
+        scope=scope,
+        client_freeze=freeze,
+        **PLAIN,
+    )
+    played = play(strategy, APP, 3, START, 4, STEP)
+    expected = reference(4, 3, download, upload, scope, freeze)
+    for model, weights in zip(played.models, expected, strict=True):
+        assert flat(model) == pytest.approx(weights, abs=1e-5)
+
+
+class Uniform(AdditiveStrategy):
+    """FedAvg of clients that weigh the same."""
+
+    def contribution(self, reply, sent):
+        return Contribution({DELTA: self.delta(reply, sent)})
+
+
+@pytest.mark.parametrize(
+    "make", [Adam, SGD, partial(TorchOptimizer, partial(torch.optim.AdamW, lr=0.1))]
+)
+def test_density_one_is_dense_bit_for_bit(task, initial, make):
+    def wrapped(config):
+        return accept_sparse(task.model(config))
+
+    app = client_app(Task(wrapped, task.data, task.loss, task.metrics), FLASCClient)
+    models = []
+    for strategy in (
+        FLASC(download_density=1, upload_density=1, server_optimizer=make()),
+        Uniform(server_optimizer=make()),
+    ):
+        grid = LocalGrid(app, 4, {"batch-size": 4, "lr": 0.1})
+        models.append(from_record(strategy.start(grid, initial, num_rounds=3).arrays))
+    assert all(np.array_equal(x, models[1][name]) for name, x in models[0].items())
+
+
+def test_default_server_optimizer_is_torchs_adam():
+    rng = np.random.default_rng(0)
+    ours = FLASC().server_optimizer
+    theirs = TorchOptimizer(partial(torch.optim.Adam, lr=1e-3))
+    one = two = {"w": rng.standard_normal(50).astype(np.float32)}
+    for _ in range(5):
+        move = {"w": rng.standard_normal(50)}
+        one, two = ours.step(one, dict(move)), theirs.step(two, dict(move))
+    assert one["w"] == pytest.approx(two["w"], abs=1e-6)
+
+
+# Weights outside the mask ------------------------------------------------------------
+
+
+def test_weights_outside_the_mask_survive_and_come_back(play):
+    class Zero(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(2))
+
+    data = {"c": torch.zeros(1, 2)}
+    task = Task(
+        lambda config: accept_sparse(Zero()),
+        lambda context: (data, data),
+        lambda model, batch: 0.5 * ((model.w - batch["c"]) ** 2).sum(1),
+    )
+    app = client_app(task, FLASCClient)
+    strategy = FLASC(
+        download_density=0.5, upload_density=1, client_freeze=True, **PLAIN
+    )
+    config = {"lr": 0.5, "batch-size": 1, "local-epochs": 1}
+    played = play(strategy, app, 1, {"w": np.float32([3, 2])}, 4, config)
+    assert [m["w"].tolist() for m in played.models] == [
+        [3, 2],
+        [1.5, 2],  # the first is half of what it was, the second untouched
+        [1.5, 1],  # now the second is larger
+        [0.75, 1],
+        [0.75, 0.5],
+    ]
+
+
+def test_clients_train_what_they_did_not_receive(play):
+    strategy = FLASC(download_density=0.3, upload_density=1, **PLAIN)
+    played = play(strategy, APP, 2, START, 1, STEP)
+    moved = flat(played.models[1]) != flat(played.models[0])
+    sent = sorted_mask(flat(START), 3)
+    assert moved[~sent].all()
+
+
+# What travels ------------------------------------------------------------------------
+
+
+def exchanged(strategy, start, app=APP, clients=3, config=STEP, server_round=1):
+    """Return the messages and the replies of one round."""
+    grid = LocalGrid(app, clients, config)
+    sent = to_record(start)
+    messages = list(strategy.configure_train(server_round, sent, ConfigRecord(), grid))
+    down = [m.content.array_records["arrays"] for m in messages]
+    replies = list(grid.send_and_receive(messages))
+    assert all(reply.has_content() for reply in replies)
+    return down, [r.content.array_records["arrays"] for r in replies], replies
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("upload", [0.0, 0.1, 0.35, 1.0])
+def test_no_more_than_k_values_travel_and_none_off_the_mask(freeze, upload):
+    strategy = FLASC(
+        download_density=0.5, upload_density=upload, client_freeze=freeze, **PLAIN
+    )
+    down, up, _ = exchanged(strategy, START)
+    _, received = decode(down[0], START)
+    assert num_values(down[0]) == 5
+    for record in up:
+        assert num_values(record) <= int(upload * 10)
+        delta, sent = decode(record, START)
+        for name in SHAPES:
+            assert np.all(delta[name][~sent[name]] == 0)
+            if freeze:
+                assert not np.any(sent[name] & ~received[name])
+                assert np.all(delta[name][~received[name]] == 0)
+
+
+def test_ties_and_nothing_at_all():
+    zeros = {n: np.zeros(s, np.float32) for n, s in SHAPES.items()}
+    strategy = FLASC(download_density=0.35, upload_density=0.05, **PLAIN)
+    down, up, _ = exchanged(strategy, zeros)
+    _, masks = decode(down[0], zeros)
+    assert flat(masks).tolist() == [True] * 3 + [False] * 7
+    assert [num_values(record) for record in up] == [0, 0, 0]
+
+
+def test_model_stays_without_upload(play):
+    strategy = FLASC(upload_density=0.0, **PLAIN)
+    played = play(strategy, APP, 2, START, 2, STEP)
+    assert np.array_equal(flat(played.models[2]), flat(START))
+    assert played.train(2)["num-replies"] == 2
+
+
+def test_named_arrays_travel_whole():
+    strategy = FLASC(download_density=0.2, upload_density=0.2, dense=["b"], **PLAIN)
+    down, up, _ = exchanged(strategy, START)
+    for record in (down[0], up[0]):
+        _, masks = decode(record, START)
+        assert masks["b"].all() and masks["a"].sum() == 1
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "nf4"])
+def test_change_is_counted_from_the_rounded_weights(precision):
+    strategy = FLASC(download_density=1, upload_density=1, precision=precision, **PLAIN)
+    down, up, _ = exchanged(strategy, START)
+    received, _ = decode(down[0], START)
+    for client, record in enumerate(up):
+        delta, _ = decode(record, START)
+        c = flat(centre(client))
+        exact = (1 - 0.75**2) * (c - flat(received))
+        again, _ = decode(
+            encode(split(exact.astype(np.float32)), precision=precision), START
+        )
+        assert flat(delta) == pytest.approx(flat(again), abs=1e-2)
+
+
+def split(vector):
+    return {"a": vector[:6].reshape(2, 3), "b": vector[6:]}
+
+
+def test_error_feedback_loses_nothing(play, spied):
+    app, calls = spied(APP)
+    strategy = FLASC(
+        download_density=1,
+        upload_density=0.2,
+        precision="nf4",
+        error_feedback=True,
+        **PLAIN,
+    )
+    play(strategy, app, 1, START, 5, STEP)
+    sent, trained = np.zeros(10), np.zeros(10)
+    weights = flat(START).astype(np.float64)
+    for call in calls:
+        delta, masks = decode(call.reply.array_records["arrays"], START)
+        assert flat(masks).sum() == 2
+        received = flat(
+            decode(encode(split(weights.astype(np.float32)), precision="nf4"), START)[0]
+        )
+        trained += (1 - 0.75**2) * (flat(centre(0)) - received)
+        sent += flat(delta)
+        weights += flat(delta)
+    left = flat(from_record(calls[-1].state.array_records["flasc-residual"]))
+    assert sent + left == pytest.approx(trained, abs=1e-3)
+
+
+# Masks over the rounds ---------------------------------------------------------------
+
+
+def test_density_schedule(play):
+    strategy = FLASC(download_density=Decay(1.0, 0.5, 2), upload_density=1, **PLAIN)
+    counts = []
+    for server_round in (1, 2, 3, 5):
+        down, _, _ = exchanged(strategy, START, server_round=server_round)
+        counts.append(num_values(down[0]))
+    assert counts == [10, 10, 5, 2]
+    played = play(strategy, APP, 2, START, 3, STEP)
+    assert [played.train(r)["download-density"] for r in (1, 2, 3)] == [1, 1, 0.5]
+    assert played.train(3)["upload-density"] == 1
+
+
+def test_mask_that_is_fixed_after_a_round(play, tmp_path):
+    def make():
+        return FLASC(
+            download_density=0.3,
+            upload_density=1,
+            client_freeze=True,
+            fixed_mask_after=1,
+            **PLAIN,
+        )
+
+    strategy = make()
+    down, _, _ = exchanged(strategy, START)
+    assert num_values(down[0]) == 10
+    weights = split(np.arange(10, dtype=np.float32))
+    first = decode(exchanged(strategy, weights, server_round=2)[0][0], START)[1]
+    other = decode(exchanged(strategy, START, server_round=3)[0][0], START)[1]
+    assert flat(first).tolist() == flat(other).tolist() == [False] * 7 + [True] * 3
+    # A run that is continued keeps the mask.
+    whole = play(make(), APP, 2, START, 4, STEP).models
+    parts = [
+        play(make(), APP, 2, START, rounds, STEP, checkpoint=tmp_path).models
+        for rounds in (2, 4)
+    ]
+    assert np.array_equal(flat(whole[4]), flat(parts[1][-1]))
+
+
+def test_evaluation_sees_what_clients_saw(play, spied):
+    for eval_masked in (True, False):
+        strategy = FLASC(
+            download_density=0.3,
+            upload_density=1,
+            eval_masked=eval_masked,
+            server_optimizer=SGD(1.0),
+            **ANY,
+        )
+        grid = LocalGrid(APP, 2, STEP)
+        down, _, replies = exchanged(strategy, START, clients=2)
+        new, _ = strategy.aggregate_train(1, replies)
+        asked = strategy.configure_evaluate(1, new, ConfigRecord(), grid)
+        seen, _ = decode(next(iter(asked)).content["arrays"], START)
+        mask = flat(decode(down[0], START)[1])
+        expected = flat(from_record(new)) * (mask if eval_masked else 1)
+        assert flat(seen) == pytest.approx(expected)
+        assert flat(from_record(strategy.masked(new))) == pytest.approx(
+            flat(from_record(new)) * mask
+        )
+
+
+# Clients that differ -----------------------------------------------------------------
+
+
+def test_tiers_of_density():
+    tiers = [Tier(0.1, 0.2), Tier(0.5, 0.1), Tier(1.0)]
+    strategy = FLASC(tiers=tiers, upload_density=0.4, **PLAIN)
+    down, up, _ = exchanged(strategy, START, clients=5)
+    assert [num_values(x) for x in down] == [1, 5, 10, 1, 5]
+    assert [num_values(x) for x in up] == [2, 1, 4, 2, 1]
+    chosen = FLASC(tiers=tiers, tier_of=lambda client: 1, **PLAIN)
+    assert {num_values(x) for x in exchanged(chosen, START)[0]} == {5}
+    with pytest.raises(ValueError, match=r"tier_of\(0\)=3"):
+        exchanged(FLASC(tiers=tiers, tier_of=lambda client: 3, **PLAIN), START)
+
+
+class Lora(nn.Module):
+    """One LoRA pair of rank 4 and a head, with peft's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(3, 4, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 2, bias=False)})
+        self.head = nn.Linear(2, 1)
+
+
+LORA = Task(
+    lambda config: accept_sparse(Lora()),
+    lambda context: ({"x": torch.ones(1, 3)}, {"x": torch.ones(1, 3)}),
+    lambda model, batch: (
+        model.head(model.lora_B["default"](model.lora_A["default"](batch["x"])))[:, 0]
+        ** 2
+    ),
+)
+A, B = "lora_A.default.weight", "lora_B.default.weight"
+
+
+def lora_start():
+    torch.manual_seed(3)
+    return {n: x.numpy() for n, x in Lora().state_dict().items()}
+
+
+@pytest.mark.parametrize("aggregation", ["cohort", "senders"])
+def test_tiers_of_rank(aggregation):
+    start = lora_start()
+    strategy = FLASC(
+        download_density=1,
+        upload_density=1,
+        tiers=[Tier(rank=1), Tier(rank=4)],
+        aggregation=aggregation,
+        **PLAIN,
+    )
+    app = client_app(LORA, FLASCClient)
+    down, up, replies = exchanged(strategy, start, app, clients=4)
+    deltas = [decode(record, start)[0] for record in up]
+    assert num_values(down[0]) == num_values(up[0]) == 3 + 2 + 3
+    assert num_values(down[1]) == num_values(up[1]) == 12 + 8 + 3
+    assert all(not d[A][1:].any() and not d[B][:, 1:].any() for d in deltas[::2])
+    assert deltas[1][A][1:].any()
+    new = from_record(strategy.aggregate_train(1, replies)[0])
+    for name, axis in ((A, 0), (B, 1)):
+        total = sum(d[name].astype(np.float64) for d in deltas)
+        rest = 4 if aggregation == "cohort" else 2
+        ranks = np.array([4, rest, rest, rest])
+        divided = total / (ranks[:, None] if axis == 0 else ranks)
+        assert new[name] - start[name] == pytest.approx(divided, abs=1e-6)
+
+
+def test_senders_by_hand(reply, aggregate):
+    strategy = FLASC(aggregation="senders", **PLAIN)
+    sent = {"w": np.float32([1, 1, 1])}
+
+    def sends(values, mask, examples=1.0):
+        content = reply(weight=examples)
+        mask = {"w": np.array(mask, bool)}
+        content["arrays"] = encode({"w": np.float32(values)}, mask)
+        return content
+
+    cohort = [sends([4, 0, 9], [1, 0, 0]), sends([2, 6, 9], [1, 1, 0])]
+    new, _ = aggregate(strategy, sent, cohort)
+    assert new["w"].tolist() == [4, 7, 1]
+    # A client without examples counts neither in the sum nor among the senders.
+    new, _ = aggregate(strategy, sent, [*cohort, sends([7, 7, 7], [1, 1, 1], 0.0)])
+    assert new["w"].tolist() == [4, 7, 1]
+    new, _ = aggregate(
+        FLASC(**PLAIN), sent, [*cohort, sends([7, 7, 7], [1, 1, 1], 0.0)]
+    )
+    assert new["w"].tolist() == [4, 4, 1]
+
+
+# Replies -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda c: encode({"w": np.float32([1, np.nan])}), "not finite"),
+        (lambda c: encode({"w": np.float32([1, 2, 3])}), "not the 1 expected"),
+        (lambda c: encode({"w": np.float64([1, 2])}), "not the 1 expected"),
+        (lambda c: to_record({"w": np.float32([1, 2])}), "has one array"),
+        (
+            lambda c: to_record({PAYLOAD: c["arrays"][PAYLOAD].numpy()[:-1]}),
+            "checksum is wrong",
+        ),
+    ],
+)
+def test_malformed_reply_is_left_out(reply, aggregate, caplog, spoil, reason):
+    caplog.set_level("WARNING", logger="flwr")
+    good, bad = reply(), reply()
+    good["arrays"] = bad["arrays"] = encode({"w": np.float32([1, 2])})
+    bad["arrays"] = spoil(bad)
+    sent = {"w": np.zeros(2, np.float32)}
+    new, metrics = aggregate(FLASC(**PLAIN), sent, [good, bad, good])
+    assert new["w"].tolist() == [1, 2]
+    assert (metrics["num-replies"], metrics["num-dropped"]) == (2, 1)
+    assert reason in caplog.text
+
+
+def test_reply_without_arrays_is_left_out(reply, aggregate):
+    good = reply()
+    good["arrays"] = encode({"w": np.float32([1, 2])})
+    sent = {"w": np.zeros(2, np.float32)}
+    _, metrics = aggregate(FLASC(**PLAIN), sent, [good, reply()])
+    assert metrics["num-dropped"] == 1
+
+
+def test_counters_are_averaged_and_never_masked(reply, aggregate):
+    sent = {"w": np.float32([5, 1]), "n": np.array(7), "flag": np.array([True, False])}
+    contents = []
+    for step in (1, 3):
+        content = reply()
+        content["arrays"] = encode(
+            {
+                "w": np.float32([1, 1]),
+                "n": np.array(step),
+                "flag": np.zeros(2, np.int64),
+            }
+        )
+        contents.append(content)
+    strategy = FLASC(download_density=0.5, **PLAIN)
+    new, _ = aggregate(strategy, sent, contents)
+    assert int(new["n"]) == 9 and new["n"].dtype == np.int64
+    assert new["flag"].tolist() == [True, False]
+
+
+# The whole contract ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"download_density": 1, "upload_density": 1},
+        {"client_freeze": True, "fixed_mask_after": 1, "aggregation": "senders"},
+        {"tiers": (Tier(0.5), Tier(1.0, 0.5)), "scope": "tensor"},
+        {"precision": "bfloat16"},
+    ],
+)
+def test_conformance(options):
+    assert check_strategy(partial(FLASC, **options)).limitations == {}
+
+
+def test_settings_are_picklable_and_shown(caplog):
+    caplog.set_level("INFO", logger="flwr")
+    strategy = FLASC(download_density=Decay(1, 0.9), fixed_mask_after=2)
+    pickle.loads(pickle.dumps(strategy)).summary()
+    assert "Decay(initial=1, rate=0.9, every=1)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"download_density": 1.5}, "download_density=1.5"),
+        ({"upload_density": -0.1}, "upload_density=-0.1"),
+        ({"upload_density": lambda server_round: 2.0}, "upload_density=2.0"),
+        ({"scope": "layer"}, "scope='layer'"),
+        ({"aggregation": "mean"}, "aggregation='mean'"),
+        ({"precision": "int8"}, "precision='int8'"),
+        ({"fixed_mask_after": -1}, "fixed_mask_after=-1"),
+        ({"tiers": ()}, "tiers="),
+        ({"dense": "head"}, "dense='head'"),
+    ],
+)
+def test_settings_out_of_range(options, match):
+    with pytest.raises(ValueError, match=match):
+        FLASC(**options)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(Tier, 2.0), partial(Tier, rank=0), partial(Decay, 1.0, 2.0)]
+)
+def test_tiers_and_schedules_out_of_range(make):
+    with pytest.raises(ValueError, match="must be"):
+        make()
+
+
+# Privacy -----------------------------------------------------------------------------
+
+
+def private(noise_multiplier, clipping=0.5, **options):
+    mechanism = Mechanism(
+        num_rounds=4,
+        num_sampled_clients=3,
+        population_size=3,
+        clipping=clipping,
+        noise_multiplier=noise_multiplier,
+        factorization="identity",
+    )
+    return FLASC(
+        mechanism=mechanism,
+        server_optimizer=SGD(1.0),
+        fraction_evaluate=0.0,
+        download_density=0.5,
+        upload_density=0.3,
+        **options,
+    )
+
+
+def test_change_is_clipped_as_it_arrives(play):
+    played = play(private(0.0), APP, 3, START, 1, STEP)
+    _, up, _ = exchanged(private(0.0), START)
+    total = np.zeros(10)
+    for record in up:
+        delta = flat(decode(record, START)[0]).astype(np.float64)
+        total += delta * min(1, 0.5 / np.linalg.norm(delta))
+    moved = flat(played.models[1]) - flat(START)
+    assert moved == pytest.approx(total / 3, abs=1e-6)
+
+
+def test_noise_is_dense(play):
+    played = play(private(1.0), APP, 3, START, 1, STEP)
+    assert np.all(flat(played.models[1]) != flat(START))
+
+
+def test_senders_are_refused_under_a_mechanism():
+    with pytest.raises(ValueError, match="'cohort' with a mechanism"):
+        private(1.0, aggregation="senders")
+
+
+# Adapters ----------------------------------------------------------------------------
+
+
+def texts(context):
+    client = int(context.node_config["partition-id"])
+    generator = torch.Generator().manual_seed(client)
+    ids = torch.randint(5, 12, (10, 6), generator=generator)
+    columns = {"input_ids": ids, "labels": (ids[:, 0] > 8).long()}
+    return columns, columns
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_bert):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, target_modules=["query", "value"], task_type="SEQ_CLS", lora_dropout=0.1
+    )
+    return lambda **options: AdapterModel(tiny_bert, config, **options)
+
+
+CONFIG = {"lr": 0.1, "batch-size": 5, "local-epochs": 1}
+
+
+def test_first_mask_takes_no_b(adapters):
+    model = adapters()
+    app = client_app(adapter_task(model, texts), FLASCClient)
+    start = {n: x.numpy() for n, x in model({}).state_dict().items()}
+    assert all(not x.any() for n, x in start.items() if "lora_B" in n)
+    head = {"dense": ["modules_to_save"]}
+    strategy = FLASC(download_density=0.25, upload_density=1, **head, **PLAIN)
+    down, up, _ = exchanged(strategy, start, app, 2, {**CONFIG, "local-steps": 1})
+    _, masks = decode(down[0], start)
+    assert not any(mask.any() for name, mask in masks.items() if "lora_B" in name)
+    # While B is zero nothing is known of A: the first step moves B and the head only.
+    delta, _ = decode(up[0], start)
+    assert all(not x.any() for name, x in delta.items() if "lora_A" in name)
+    assert any(x.any() for name, x in delta.items() if "lora_B" in name)
+
+
+def test_global_scope_can_starve_a_head_of_small_weights(adapters):
+    # Of a new head nothing is among the largest here, and through a head of zeros no
+    # gradient reaches the adapters.
+    model = adapters()
+    app = client_app(adapter_task(model, texts), FLASCClient)
+    start = {n: x.numpy() for n, x in model({}).state_dict().items()}
+    moved = {}
+    for scope in ("global", "tensor"):
+        strategy = FLASC(download_density=0.25, scope=scope, **PLAIN)
+        _, up, _ = exchanged(strategy, start, app, 1, {**CONFIG, "local-steps": 1})
+        delta, _ = decode(up[0], start)
+        moved[scope] = any(x.any() for n, x in delta.items() if "lora_B" in n)
+    assert moved == {"global": False, "tensor": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "frozen"),
+    [
+        (
+            {
+                "download_density": 0.25,
+                "upload_density": 0.1,
+                "dense": ["modules_to_save"],
+            },
+            (),
+        ),
+        ({"download_density": 1, "upload_density": 1}, ("lora_A",)),
+        (
+            {
+                "download_density": 1,
+                "upload_density": 1,
+                "tiers": (Tier(rank=1), Tier()),
+            },
+            (),
+        ),
+    ],
+)
+def test_adapters_learn(adapters, tmp_path, options, frozen):
+    model = adapters(frozen=frozen)
+    app = client_app(adapter_task(model, texts), FLASCClient)
+    strategy = FLASC(server_optimizer=Adam(0.05), **options)
+    start = to_record({n: x.numpy() for n, x in model({}).state_dict().items()})
+    result = strategy.start(LocalGrid(app, 3, CONFIG), start, num_rounds=5)
+    assert all(m["num-errors"] == 0 for m in result.train_metrics_clientapp.values())
+    losses = [m["loss"] for m in result.evaluate_metrics_clientapp.values()]
+    assert losses[-1] < losses[0]
+    model.save(strategy.masked(result.arrays), tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_client_is_told_nothing_else():
+    down, _, replies = exchanged(FLASC(**PLAIN), START)
+    assert list(down[0]) == [PAYLOAD]
+    assert set(replies[0].content.array_records) == {"arrays"}
+    assert isinstance(replies[0].content, RecordDict)
+
+
+def test_doctests():
+    assert doctest.testmod(flasc).failed == 0
