@@ -6,6 +6,9 @@ streams* produce it; *clipping* bounds a contribution; *accountants* turn noise 
 strategy takes as an argument. :class:`ExampleLevelDP` is privacy inside every silo.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from flower_ext.privacy.accounting import GaussianAccountant, RoundAccountant
 from flower_ext.privacy.banded import BandedToeplitz
 from flower_ext.privacy.blt import BufferedToeplitz
@@ -21,7 +24,6 @@ from flower_ext.privacy.clipping import (
     update_clipping_norm,
 )
 from flower_ext.privacy.dense import DenseFactorization
-from flower_ext.privacy.example_level import ExampleLevelDP, keep_per_user, worst_silo
 from flower_ext.privacy.factorizations import Factorization, Identity
 from flower_ext.privacy.gaussian import (
     gaussian_delta,
@@ -31,20 +33,40 @@ from flower_ext.privacy.gaussian import (
     zcdp_epsilon,
     zcdp_rho,
 )
-from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.privacy.noise import NoiseStream
 from flower_ext.privacy.participation import Sensitivity
-from flower_ext.privacy.release import PrivateSum
 from flower_ext.privacy.sampled import (
     SampledGaussianAccountant,
     WithoutReplacementAccountant,
 )
 from flower_ext.privacy.selection import Choice, Comparison, best_mechanism
-from flower_ext.privacy.silo import SiloBudgetExhausted, SiloPrivacy, StepLedger
 from flower_ext.privacy.toeplitz import SquareRootToeplitz, Toeplitz
 from flower_ext.privacy.trees import TreeAggregation
 
+if TYPE_CHECKING:
+    from flower_ext.privacy.example_level import ExampleLevelDP as ExampleLevelDP
+    from flower_ext.privacy.example_level import keep_per_user as keep_per_user
+    from flower_ext.privacy.example_level import worst_silo as worst_silo
+    from flower_ext.privacy.mechanism import Mechanism as Mechanism
+    from flower_ext.privacy.release import PrivateSum as PrivateSum
+    from flower_ext.privacy.silo import SiloBudgetExhausted as SiloBudgetExhausted
+    from flower_ext.privacy.silo import SiloPrivacy as SiloPrivacy
+    from flower_ext.privacy.silo import StepLedger as StepLedger
+
+# They need torch or Flower, the numbers above do not: imported when first used.
+_HOME = {
+    "ExampleLevelDP": "example_level",
+    "Mechanism": "mechanism",
+    "PrivateSum": "release",
+    "SiloBudgetExhausted": "silo",
+    "SiloPrivacy": "silo",
+    "StepLedger": "silo",
+    "keep_per_user": "example_level",
+    "worst_silo": "example_level",
+}
+
 __all__ = [
+    *_HOME,
     "AdaptiveClipping",
     "BandedToeplitz",
     "BufferedToeplitz",
@@ -52,22 +74,16 @@ __all__ = [
     "Comparison",
     "Clipping",
     "DenseFactorization",
-    "ExampleLevelDP",
     "Factorization",
     "FlatClipping",
     "GaussianAccountant",
     "Identity",
-    "Mechanism",
     "NoiseStream",
     "PerLayerClipping",
-    "PrivateSum",
     "RoundAccountant",
     "SampledGaussianAccountant",
     "Sensitivity",
-    "SiloBudgetExhausted",
-    "SiloPrivacy",
     "SquareRootToeplitz",
-    "StepLedger",
     "Toeplitz",
     "TreeAggregation",
     "WithoutReplacementAccountant",
@@ -77,13 +93,18 @@ __all__ = [
     "gaussian_delta",
     "gaussian_epsilon",
     "gaussian_mu",
-    "keep_per_user",
     "noise_multiplier_for",
     "rdp_epsilon",
     "split_clipping_norm",
     "split_noise_multiplier",
     "update_clipping_norm",
-    "worst_silo",
     "zcdp_epsilon",
     "zcdp_rho",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

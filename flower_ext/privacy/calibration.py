@@ -72,6 +72,7 @@ def loss_distribution(
     return cast("LossDistribution", loss)
 
 
+@lru_cache(maxsize=256)
 def sampled_epsilon(
     count: int,
     delta: float,
@@ -215,6 +216,7 @@ def _fixed_cohorts(noise: float, population: int, cohort: int, rounds: int) -> o
     return accounting.SelfComposedDpEvent(cohorts, rounds)
 
 
+@lru_cache(maxsize=8)
 def without_replacement(
     noise_multiplier: float, population: int, cohort: int, rounds: int
 ) -> RenyiAccountant:

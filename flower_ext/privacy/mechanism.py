@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
+from logging import INFO
 from typing import Literal, get_args
 
 from flwr.serverapp import NeighboringRelation, PrivacyConfig, SamplingMethod
 
+from flower_ext._flower import log
 from flower_ext.errors import (
     at_least,
     one_of,
@@ -29,7 +31,7 @@ from flower_ext.privacy.sampled import (
     SampledGaussianAccountant,
     WithoutReplacementAccountant,
 )
-from flower_ext.privacy.selection import best_mechanism
+from flower_ext.privacy.selection import Choice, best_mechanism
 from flower_ext.privacy.trees import TreeAggregation
 from flower_ext.sampling import (
     CyclicPoissonSampler,
@@ -242,7 +244,9 @@ class Mechanism:
             return TreeAggregation(self.num_rounds)
         if chosen == "identity" or self.amplified or not self.is_private:
             return Identity(self.num_rounds)
-        return _best(self.num_rounds, separation, most, self.memory)
+        best = _best(self.num_rounds, separation, most, self.memory)
+        log(INFO, "Mechanism chosen: %s", best.reason)
+        return best.factorization
 
     def participation(self, sampler: Sampler) -> tuple[int, int]:
         """Return (minimum separation, most participations) that a sampler promises."""
@@ -345,9 +349,9 @@ class Mechanism:
 
 
 @lru_cache(maxsize=32)
-def _best(rounds: int, separation: int, most: int, memory: int) -> Factorization:
+def _best(rounds: int, separation: int, most: int, memory: int) -> Choice:
     """Tune once for runs that are planned alike."""
-    return best_mechanism(rounds, separation, most, memory=memory).factorization
+    return best_mechanism(rounds, separation, most, memory=memory)
 
 
 _CYCLIC = (
