@@ -1,9 +1,12 @@
-"""Timing two things against each other, fairly, in one process."""
+"""Timing and weighing things against each other, fairly, in one process."""
 
 import gc
 import statistics
+import threading
 import time
 from collections.abc import Callable
+
+import psutil
 
 
 def medians(*functions: Callable[[], object], repeats: int = 7) -> list[float]:
@@ -33,3 +36,24 @@ def report(what: str, ours: float, peer: float, limit: float, unit: str = "s") -
         f"{what}: {ours:.4g} {unit} against {peer:.4g} {unit}, "
         f"ratio {ratio:.2f} (limit {limit:g}) {verdict}"
     )
+
+
+class Peak:
+    """Peak resident memory of a block above what it was at its start, in bytes."""
+
+    def __enter__(self) -> "Peak":
+        self._process = psutil.Process()
+        self._start = self.bytes = self._process.memory_info().rss
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self.bytes = max(self.bytes, self._process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes -= self._start

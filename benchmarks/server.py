@@ -4,11 +4,8 @@ Limits: at most 2 times the bare numpy loop over arrays that are already decoded
 most 3 model copies of memory beside the replies.
 """
 
-import threading
-
 import numpy as np
-import psutil
-from _timing import medians, report
+from _timing import Peak, medians, report
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -18,27 +15,6 @@ from flower_ext.arrays import view
 PARAMETERS = 10_000_000
 REPLIES = 100
 DISTINCT = 10  # replies share the bytes of so many models, to fit in memory
-
-
-class Peak:
-    """Peak resident memory of a block above what it was at its start, in bytes."""
-
-    def __enter__(self) -> "Peak":
-        self._process = psutil.Process()
-        self._start = self.bytes = self._process.memory_info().rss
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self.bytes = max(self.bytes, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.bytes -= self._start
 
 
 def main() -> None:

@@ -24,7 +24,15 @@ from flwr.serverapp import Grid
 
 from flower_ext.additive import AdditiveStrategy, Config
 from flower_ext.arrays import Arrays, scale, zeros_like
-from flower_ext.client import ClientHalf, Local, Metrics, evaluate, random_seed, train
+from flower_ext.client import (
+    ClientHalf,
+    Local,
+    Metrics,
+    evaluate,
+    random_seed,
+    seed_torch,
+    train,
+)
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import at_least, positive, refuse, whole
 from flower_ext.options import FedAvgOptions
@@ -158,7 +166,7 @@ def _warm_up(local: Local) -> MetricRecord:
     """Train a model of the client's own; return its training loss and test metrics."""
     steps = int(local.number(WARMUP_KEY, 100))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_seed(local.settings.seed, 0, 0, stream=3))
+        seed_torch(random_seed(local.settings.seed, 0, 0, stream=3))
         model = local.task.model(local.context.run_config).to(local.device)
     own = replace(
         local,

@@ -1,0 +1,236 @@
+"""Planning a mechanism, drawing its noise, and what each mechanism costs.
+
+Limits: optimising BLT(4) for 2,048 rounds at most a tenth of jax_privacy's time, and
+for 100,000 rounds within a minute; one round of BLT(4) noise for 10 million parameters
+at most 2.5 times the drawing of that many Gaussians, in memory of at most the buffers
+and 2 model copies.
+
+jax_privacy is compared where an environment of its own has it:
+
+    python benchmarks/privacy.py --jax-python PATH/TO/ENVIRONMENT/bin/python
+
+The default run takes about two minutes; jax_privacy adds three, ``--dense`` some more.
+On a busy machine set OPENBLAS_NUM_THREADS=1: threads of a BLAS that wait for a core
+would be most of what is measured in the search for BLT parameters.
+"""
+
+import argparse
+import json
+import subprocess
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import psutil
+from _timing import Peak, medians, report
+
+from flower_ext.privacy import (
+    BandedToeplitz,
+    BufferedToeplitz,
+    DenseFactorization,
+    Factorization,
+    Identity,
+    NoiseStream,
+    SquareRootToeplitz,
+    TreeAggregation,
+)
+
+PATTERNS = ((1, 1), (512, 4))  # (min_separation, max_participations) of 2,048 rounds
+SLICE = 16_384  # parameters that a stream handles at a time
+JAX_SCRIPT = """
+import json, sys, time
+import jax
+from jax_privacy.matrix_factorization import buffered_toeplitz as blt
+
+def optimise(n, separation, participations, error):
+    if participations == 1 and error == "max":
+        loss = blt.LossFn.build_closed_form_single_participation(n=n)
+    else:
+        loss = blt.LossFn.build_min_sep(
+            n=n, error=error, min_sep=separation, max_participations=participations
+        )
+    begun = time.perf_counter()
+    value = float(blt.optimize_loss(loss, num_buffers=4)[1])
+    return time.perf_counter() - begun, value ** 0.5
+
+results = []
+for case in json.loads(sys.argv[1]):
+    with jax.enable_x64(True):
+        first, value = optimise(*case)
+        again, value = optimise(*case)
+    results.append((first, again, value))
+print(json.dumps(results))
+"""
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Return the seconds of one call."""
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
+
+
+def optimisation(jax_python: str | None) -> None:
+    """Time the search for BLT parameters."""
+    print("Optimising BLT(4)")
+    cases = [(b, k, what) for b, k in PATTERNS for what in ("max", "rms")]
+    theirs = jax_times(jax_python, cases) if jax_python else None
+    if theirs is None:
+        print("  jax_privacy is not compared: give --jax-python")
+    for index, (separation, participations, objective) in enumerate(cases):
+        problem = (2048, separation, participations)
+        plan = partial(BufferedToeplitz.optimize, *problem, objective=objective)
+        (ours,) = medians(plan, repeats=3)
+        blt = plan()
+        loss = blt.max_loss if objective == "max" else blt.rms_loss
+        what = f"  n=2,048, b={separation}, k={participations}, {objective} loss"
+        print(f"{what} {loss(separation, participations):.6f}: {ours:.3g} s")
+        if theirs:
+            first, again, value = theirs[index]
+            print(f"    jax_privacy reaches {value:.6f}")
+            report("    its first call, compilation included", ours, first, 0.1)
+            report("    its second call", ours, again, 0.1)
+    for _, participations, objective in cases:
+        b = 1 if participations == 1 else 25_000
+        problem = (100_000, b, participations)
+        taken = seconds_of(
+            partial(BufferedToeplitz.optimize, *problem, objective=objective)
+        )
+        report(f"  n=100,000, b={b}, k={participations}, {objective}", taken, 60, 1)
+
+
+def jax_times(
+    python: str, cases: list[tuple[int, int, str]]
+) -> list[tuple[float, float, float]] | None:
+    """Return (first seconds, second seconds, loss) of each case, by jax_privacy."""
+    problems = [(2048, b, k, "max" if o == "max" else "mean") for b, k, o in cases]
+    try:
+        done = subprocess.run(
+            [python, "-c", JAX_SCRIPT, json.dumps(problems)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(textwrap.indent(str(getattr(error, "stderr", error))[-400:], "  "))
+        return None
+    found: list[tuple[float, float, float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def noise() -> None:
+    """Time and weigh one round of BLT(4) noise."""
+    print("One round of BLT(4) noise")
+    blt = BufferedToeplitz.optimize(2048, 512, 4)
+    size = 10_000_000
+    with Peak() as peak:
+        stream = NoiseStream(blt, {"w": (size,)}, seed=0)
+        for _ in range(3):
+            stream.next()
+    mebibytes = 4 * size * (blt.memory + 2) / 2**20
+    report(
+        f"  {size:,} parameters, peak memory against {blt.memory} buffers + 2 models",
+        peak.bytes / 2**20,
+        mebibytes,
+        1,
+        "MiB",
+    )
+    generator = np.random.Generator(np.random.SFC64(0))
+    model = np.empty(size)
+    ours, draw = medians(stream.next, partial(generator.standard_normal, out=model))
+    report(f"  {size:,} parameters, against drawing them", ours, draw, 2.5)
+    del stream, model
+    size = 100_000_000
+    needed = 4 * size * (blt.memory + 2)
+    if psutil.virtual_memory().available < 1.2 * needed:
+        print(f"  {size:,} parameters: skipped, needs {needed / 2**30:.1f} GiB")
+        return
+    with Peak() as peak:
+        stream = NoiseStream(blt, {"w": (size,)}, seed=0)
+        taken = [seconds_of(stream.next) for _ in range(2)][-1]
+    print(f"  {size:,} parameters: {taken:.3g} s, {peak.bytes / 2**30:.2f} GiB")
+
+
+def mechanisms(
+    rounds: int, separation: int, participations: int, dense: bool
+) -> Iterator[Callable[[], Factorization]]:
+    """Yield what plans every mechanism of the table."""
+    yield partial(Identity, rounds)
+    for estimator in ("online", "honaker"):
+        yield partial(TreeAggregation, rounds, estimator=estimator)
+    if participations > 1:
+        yield partial(TreeAggregation, rounds, restart_every=separation)
+    for bands in (8, 32, 128):
+        yield partial(BandedToeplitz.optimize, rounds, bands, normalize_columns=True)
+    problem = (rounds, separation, participations)
+    for buffers in (1, 2, 4):
+        yield partial(BufferedToeplitz.optimize, *problem, buffers=buffers)
+    yield partial(SquareRootToeplitz, rounds)
+    if dense and rounds <= 512:
+        yield partial(DenseFactorization.optimize, *problem)
+
+
+def round_cost(factorization: Factorization) -> float:
+    """Return the time of a round's noise over that of one draw, a mean over the run."""
+    recurrence = factorization.recurrence()
+    generator = np.random.Generator(np.random.SFC64(0))
+    state = np.zeros((recurrence.buffers, SLICE), np.float32)
+    steps = generator.integers(0, factorization.rounds, 64)
+
+    def run() -> None:
+        for step in map(int, steps):
+            fresh = generator.standard_normal((recurrence.draws(step), SLICE))
+            recurrence.advance(step, fresh, state)
+
+    def draw() -> None:
+        for _ in steps:
+            generator.standard_normal((1, SLICE))
+
+    ours, peer = medians(run, draw, repeats=3)
+    return ours / peer
+
+
+def table(rounds: int, separation: int, participations: int, dense: bool) -> None:
+    """Print error against memory and time."""
+    print(f"\nn={rounds:,}, b={separation}, k={participations}; tuned for the rms loss")
+    print("                                     sensi-                  plan    noise")
+    print("mechanism                     memory tivity  max loss rms loss s     draws")
+    for plan in mechanisms(rounds, separation, participations, dense):
+        begun = time.perf_counter()
+        mechanism = plan()
+        planned = time.perf_counter() - begun
+        sensitivity = mechanism.sensitivity(separation, participations)
+        bound = " " if sensitivity.exact else "<"
+        print(
+            f"{mechanism.name:30}{mechanism.memory:5} {bound}{sensitivity.value:7.3f}"
+            f"{sensitivity.value * mechanism.max_error():9.3f}"
+            f"{sensitivity.value * mechanism.rms_error():9.3f}"
+            f"{planned:9.3g}{round_cost(mechanism):8.2f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Run the three parts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--jax-python", help="a Python interpreter that can import jax_privacy"
+    )
+    parser.add_argument(
+        "--dense", action="store_true", help="also plan dense(512): minutes each"
+    )
+    options = parser.parse_args()
+    noise()
+    optimisation(options.jax_python)
+    BandedToeplitz.optimize(8, 2)  # imports what it needs
+    print("\nMemory: model-sized buffers. Sensitivity: < marks an upper bound.")
+    print("Noise: time of a round, in drawings of one model of Gaussians.")
+    for rounds in (512, 2048):
+        table(rounds, 1, 1, options.dense)
+        table(rounds, rounds // 4, 4, options.dense)
+
+
+if __name__ == "__main__":
+    main()
