@@ -27,25 +27,6 @@ class _Phase:
     seconds: float = 0.0
     replies: list[Message] = field(default_factory=list)
 
-    def told(self, metrics: MetricRecord, strategy: Strategy) -> MetricRecord:
-        """Return metrics with what all messages together cost.
-
-        What clients send depends on their data, its length too where it is sparse: of
-        a private run it is not told.
-        """
-        mechanism = getattr(strategy, "mechanism", None)
-        told = {"down": self.down, "up": self.up}
-        if mechanism is not None and mechanism.is_private:
-            del told["up"]
-        return MetricRecord(
-            {
-                **metrics,
-                **{f"bytes-{way}": x.serialized for way, x in told.items()},
-                **{f"encoded-bytes-{way}": x.encoded for way, x in told.items()},
-                **{f"parameters-{way}": x.parameters for way, x in told.items()},
-            }
-        )
-
 
 def run_rounds(
     strategy: Strategy,
@@ -121,8 +102,6 @@ def run_rounds(
             break
         train = _exchange(grid, messages, timeout)
         arrays, metrics = strategy.aggregate_train(current, train.replies)
-        if metrics is not None:
-            metrics = train.told(metrics, strategy)
         train.replies = []  # free them before the evaluation
         if arrays is not None:
             result.arrays = arrays
@@ -142,8 +121,6 @@ def run_rounds(
         )
         metrics = strategy.aggregate_evaluate(current, evaluate.replies)
         if metrics is not None:
-            metrics = evaluate.told(metrics, strategy)
-        if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             result.evaluate_metrics_clientapp[current] = metrics
         if evaluate_fn and (res := evaluate_fn(current, result.arrays)) is not None:
@@ -158,8 +135,8 @@ def run_rounds(
                     central=result.evaluate_metrics_serverapp.get(current),
                     seconds_train=train.seconds,
                     seconds_evaluate=evaluate.seconds,
-                    bytes_down=train.down.serialized + evaluate.down.serialized,
-                    bytes_up=train.up.serialized + evaluate.up.serialized,
+                    down=train.down + evaluate.down,
+                    up=train.up + evaluate.up,
                 )
             )
         if saved:

@@ -16,11 +16,14 @@ from flwr.app import MetricRecord
 
 from flower_ext._flower import log
 from flower_ext.errors import refuse
+from flower_ext.traffic import Traffic
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+# Columns of what is spent in a round, which a plot adds up over the rounds.
+_SPENT = ("bytes/", "encoded-bytes/", "parameters/", "messages/", "seconds/")
 
 
 @dataclass
@@ -35,8 +38,8 @@ class Round:
         Metrics of the clients' training, of their evaluation, of ``evaluate_fn``.
     seconds_train, seconds_evaluate : float
         From the first message sent to the last reply received.
-    bytes_down, bytes_up : int
-        Size of the records sent to and received from all clients, both phases.
+    down, up : Traffic
+        What was sent to and received from all clients, both phases.
     """
 
     server_round: int
@@ -45,8 +48,8 @@ class Round:
     central: MetricRecord | None = None
     seconds_train: float = 0.0
     seconds_evaluate: float = 0.0
-    bytes_down: int = 0
-    bytes_up: int = 0
+    down: Traffic = Traffic()
+    up: Traffic = Traffic()
 
     def row(self) -> dict[str, object]:
         """Return the round as one flat JSON object, ``train/loss`` and the like."""
@@ -57,9 +60,14 @@ class Round:
         row |= {
             "seconds/train": round(self.seconds_train, 4),
             "seconds/evaluate": round(self.seconds_evaluate, 4),
-            "bytes/down": self.bytes_down,
-            "bytes/up": self.bytes_up,
         }
+        for way, traffic in (("down", self.down), ("up", self.up)):
+            row |= {
+                f"bytes/{way}": traffic.serialized,
+                f"encoded-bytes/{way}": traffic.encoded,
+                f"parameters/{way}": traffic.parameters,
+                f"messages/{way}": traffic.messages,
+            }
         return row
 
 
@@ -201,8 +209,8 @@ def plot(
     output : path
         Where to save; the suffix says the format (png, svg, pdf).
     x : str (default: "round")
-        Column of the horizontal axis; ``"bytes/up"`` and other ``bytes/`` and
-        ``seconds/`` columns are added up over the rounds.
+        Column of the horizontal axis; ``"bytes/up"`` and other columns of bytes,
+        parameters, messages and seconds are added up over the rounds.
     title : str
         Above the picture.
 
@@ -248,8 +256,6 @@ def _points(
     position = 0.0
     for row in rows:
         if isinstance(value := row.get(x), int | float):
-            position = (
-                position + value if x.startswith(("bytes/", "seconds/")) else value
-            )
+            position = position + value if x.startswith(_SPENT) else value
         if isinstance(value := row.get(metric), int | float):
             yield position, value

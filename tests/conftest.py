@@ -125,3 +125,25 @@ def initial(task):
 def grid(task):
     """Return six clients of the small task."""
     return LocalGrid(client_app(task), 6, {"batch-size": 4, "lr": 0.1})
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """Save a random BERT encoder of two layers and its tokenizer; return the folder."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bert")
+    config = transformers.BertConfig(
+        vocab_size=12,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.BertModel(config).save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder

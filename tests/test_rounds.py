@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedAvgM, FedMedian, QFedAvg, Strategy
 
 from flower_ext import rounds
+from flower_ext._flower import recorddict_to_proto
 from flower_ext.additive import AdditiveStrategy
 from flower_ext.arrays import from_record, to_record
 from flower_ext.rounds import run_rounds
@@ -215,7 +216,11 @@ def test_every_round_has_a_row_with_the_metrics_of_its_phases(rows):
 
     found = rows(3, evaluate_fn=central)
     shown = [
-        {k: v for k, v in row.items() if not k.startswith(("bytes", "seconds"))}
+        {
+            k: v
+            for k, v in row.items()
+            if k.startswith(("round", "train", "eval", "cent"))
+        }
         for row in found
     ]
     assert shown == [
@@ -227,10 +232,13 @@ def test_every_round_has_a_row_with_the_metrics_of_its_phases(rows):
 
 def test_bytes_are_those_of_the_records_of_all_messages_of_both_phases(rows):
     # Three clients, two phases; every reply echoes its message.
-    size = INITIAL.count_bytes()
-    assert size > 3 * 4
+    size = recorddict_to_proto(RecordDict({"arrays": INITIAL})).ByteSize()
+    assert size > INITIAL.count_bytes() > 3 * 4
     for row in rows():
         assert row["bytes/down"] == row["bytes/up"] == 3 * 2 * size
+        assert row["encoded-bytes/down"] == row["encoded-bytes/up"] == 3 * 2 * 12
+        assert row["parameters/down"] == row["parameters/up"] == 3 * 2 * 3
+        assert row["messages/down"] == row["messages/up"] == 3 * 2
 
 
 def test_bytes_of_errors_and_of_different_replies_are_right(tmp_path):
@@ -253,13 +261,20 @@ def test_bytes_of_errors_and_of_different_replies_are_right(tmp_path):
     tracker = Tracker(tmp_path, tensorboard=False)
     run_rounds(strategy, LocalGrid(app, 3), INITIAL, num_rounds=1, tracker=tracker)
     expected = sum(
-        to_record({"w": np.zeros(n, np.float64)}).count_bytes()
-        + MetricRecord({"num-examples": 1}).count_bytes()
+        recorddict_to_proto(
+            RecordDict(
+                {
+                    "arrays": to_record({"w": np.zeros(n, np.float64)}),
+                    "m": MetricRecord({"num-examples": 1}),
+                }
+            )
+        ).ByteSize()
         for n in (100, 200)
     )
     [row] = read_metrics(tmp_path)
     assert row["bytes/up"] == expected
-    assert row["bytes/down"] == 3 * INITIAL.count_bytes()
+    assert (row["parameters/up"], row["encoded-bytes/up"]) == (300, 2400)
+    assert (row["messages/up"], row["messages/down"]) == (2, 3)
 
 
 def test_seconds_are_those_from_sending_to_the_last_reply(rows, monkeypatch, echo):

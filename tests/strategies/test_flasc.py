@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
+from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_ext.adapters import AdapterModel, adapter_task
@@ -17,7 +18,7 @@ from flower_ext.client import Task, client_app
 from flower_ext.contribution import DELTA, Contribution
 from flower_ext.privacy import Mechanism
 from flower_ext.server_optimizer import SGD, Adam, TorchOptimizer
-from flower_ext.simulation.local import LocalGrid
+from flower_ext.simulation import LocalGrid, PackedGrid, packed
 from flower_ext.sparse import PAYLOAD, accept_sparse, decode, encode, num_values
 from flower_ext.strategies import flasc
 from flower_ext.strategies.flasc import FLASC, Decay, FLASCClient, Tier
@@ -700,3 +701,30 @@ def test_client_is_told_nothing_else():
 
 def test_doctests():
     assert doctest.testmod(flasc).failed == 0
+
+
+# Engines -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"download_density": 0.5, "upload_density": 0.3},
+        {"tiers": (Tier(0.3), Tier(1.0, 0.2)), "client_freeze": True},
+        {"upload_density": 0.2, "error_feedback": True, "precision": "bfloat16"},
+    ],
+)
+def test_packing_changes_nothing(options):
+    app = ClientApp(mods=[packed])
+    app.train()(APP)
+    app.evaluate()(APP)
+    models, metrics = [], []
+    with PackedGrid(LocalGrid(app, 2, STEP), num_clients=6) as grid:
+        for each in (grid, LocalGrid(APP, 6, STEP)):
+            strategy = FLASC(server_optimizer=SGD(0.5), fraction_train=0.7, **options)
+            result = strategy.start(each, to_record(START), num_rounds=3)
+            models.append(flat(from_record(result.arrays)))
+            metrics.append(result.evaluate_metrics_clientapp)
+    assert np.array_equal(*models)
+    assert not np.array_equal(models[0], flat(START))
+    assert metrics[0] == metrics[1]

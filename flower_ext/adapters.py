@@ -1,0 +1,446 @@
+"""Hugging Face models as tasks: only what is trained is sent, the rest is shared.
+
+:class:`AdapterModel` makes the model of a :class:`~flower_ext.Task` from a folder on
+disk. Its ``state_dict`` and ``load_state_dict`` know the trained parameters only, those
+of an adapter and of the task's head, so that clients and strategies work with it as
+with any other model. The base is read once in a process; the models of all virtual
+clients share its frozen tensors. Nothing is ever asked of a hub.
+
+Needs the packages transformers and peft: ``pip install "flower-ext[lora]"``.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from flwr.app import ArrayRecord, Context, UserConfig
+from torch import Tensor, nn
+
+from flower_ext.client import Batch, MakeOptimizer, Task
+from flower_ext.errors import one_of, refuse, whole
+from flower_ext.sparse import accept_sparse
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["classification", "causal-lm"]
+
+_AUTO_CLASSES = {
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+_IGNORED = -100  # label of a token that is not predicted, as in transformers
+
+# What a process has read: bases, and models ready to be copied for a client.
+_bases: dict[str, "_Base"] = {}
+_models: dict[str, nn.Module] = {}
+
+
+@dataclass
+class _Base:
+    """A model as it is on disk, and the parameters that the disk does not have."""
+
+    model: nn.Module
+    new: set[str]
+
+
+@dataclass(frozen=True)
+class AdapterModel:
+    """A pretrained model of which a part is trained: what ``Task.model`` takes.
+
+    Every call returns a model of its own whose frozen tensors are those of the base.
+
+    Parameters
+    ----------
+    folder : path
+        A model as transformers saves it: ``config.json`` and the weights.
+    trains : PeftConfig, path, "head" or "all"
+        What is trained and sent: the adapter that a peft configuration describes, such
+        as ``LoraConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS")``
+        (with that ``task_type`` the head too, otherwise the ``modules_to_save``); an
+        adapter that peft saved in a folder; the task's head alone (a linear probe); or
+        everything (full fine-tuning).
+    kind : {"classification", "causal-lm"}
+        Which head the model has.
+    num_labels : int (default: 2)
+        Classes, for classification.
+    frozen : tuple of str
+        Parameters with one of these words between the dots of their name are not
+        trained and not sent: ``("lora_A",)`` is FFA-LoRA (Sun, Li, Li and Ding 2024).
+    seed : int (default: 0)
+        Of what is new in the model: adapter and head are the same in every process.
+
+    Raises
+    ------
+    ValueError
+        When called: if the folder is incomplete; the target modules match nothing;
+        nothing is trained; or weights that are not in the folder, and therefore random,
+        would stay as they are.
+    ImportError
+        Without transformers or peft.
+
+    Examples
+    --------
+    >>> from peft import LoraConfig  # doctest: +SKIP
+    >>> model = AdapterModel(
+    ...     "minilm", LoraConfig(r=8, target_modules=["query"], task_type="SEQ_CLS")
+    ... )  # doctest: +SKIP
+    >>> strategy.start(grid, ArrayRecord(model({}).state_dict()))  # doctest: +SKIP
+    """
+
+    folder: Path | str
+    trains: "PeftConfig | Path | str"
+    kind: Kind = "classification"
+    num_labels: int = 2
+    frozen: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("kind", self.kind, tuple(_AUTO_CLASSES))
+        whole("num_labels", self.num_labels, 1)
+        whole("seed", self.seed, 0)
+        if isinstance(self.frozen, str):
+            refuse("frozen", self.frozen, "a tuple of words", "write ('lora_A',)")
+
+    def __call__(self, run_config: UserConfig) -> nn.Module:
+        """Return a new model, with the parameters of the beginning."""
+        key = self._key()
+        if key not in _models:
+            _models[key] = self._build()
+        return _copy(_models[key])
+
+    def save(self, arrays: ArrayRecord, folder: Path | str) -> None:
+        """Save a trained model: what plain peft, or transformers, loads again.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The result of a run.
+        folder : path
+            Receives the adapter and head, or the whole model if no adapter is trained.
+        """
+        model = self({})
+        model.load_state_dict(arrays.to_torch_state_dict())
+        state = {name: p.detach() for name, p in model.named_parameters()}
+        state |= dict(model.named_buffers())
+        options = {"state_dict": state} if self._adapter is not None else {}
+        if self._adapter is None:
+            model = self._without_hooks(state)
+        model.save_pretrained(str(folder), **options)  # type: ignore[operator]
+
+    @property
+    def _adapter(self) -> "PeftConfig | Path | str | None":
+        return None if self.trains in ("head", "all") else self.trains
+
+    def _key(self) -> str:
+        adapter: object = self.trains
+        if not isinstance(adapter, Path | str):
+            adapter = self.trains.to_dict()  # type: ignore[union-attr]
+        elif self._adapter is not None:
+            adapter = _stamp(Path(adapter))
+        plain = (adapter, self.frozen, self.seed)
+        return self._base_key() + json.dumps(plain, default=_sorted, sort_keys=True)
+
+    def _base_key(self) -> str:
+        folder = _stamp(Path(self.folder))
+        return json.dumps([folder, self.kind, self.num_labels, self.seed])
+
+    def _base(self) -> _Base:
+        key = self._base_key()
+        if key not in _bases:
+            _bases[key] = _load(Path(self.folder), self.kind, self.num_labels)
+        return _bases[key]
+
+    def _without_hooks(self, state: Mapping[str, Tensor]) -> nn.Module:
+        model = deepcopy(self._base().model)
+        model.load_state_dict(state, strict=False)
+        return model
+
+    def _build(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            base = self._base()
+            model = _alias(base.model)
+            if self._adapter is not None:
+                model = _with_adapter(model, self._adapter)
+            elif self.trains == "head":
+                body = f"{base.model.base_model_prefix}."
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad = not name.startswith(body)
+        for name, parameter in model.named_parameters():
+            if not set(self.frozen).isdisjoint(name.split(".")):
+                parameter.requires_grad = False
+        self._check(model, base.new)
+        return _sending(model, buffers=self.trains == "all")
+
+    def _check(self, model: nn.Module, new: set[str]) -> None:
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        if not names:
+            refuse("trains", self.trains, "something that leaves parameters to train")
+        trained = [_plain(name) for name in names]
+        random = {n for n in new if not any(t.endswith(f".{n}") for t in trained)}
+        if random:
+            raise ValueError(
+                f"{sorted(random)[:4]} are not in {self.folder} and would stay random: "
+                "add their module to modules_to_save, or train 'all'"
+            )
+
+
+def adapter_task(
+    model: AdapterModel,
+    data: Callable[[Context], tuple[Batch, Batch]],
+    *,
+    optimizer: MakeOptimizer | None = None,
+) -> Task:
+    """Return the task of fine-tuning a model: what ``client_app`` takes.
+
+    Parameters
+    ----------
+    model : AdapterModel
+        The loss is the cross-entropy of its kind; ``accuracy`` is the metric.
+    data : callable
+        ``Context -> (train, test)``, each a dict of ``input_ids`` and
+        ``attention_mask`` (and ``token_type_ids``), ``(examples, tokens)``, and for
+        classification ``labels``, ``(examples,)``.
+    optimizer : callable, optional
+        See :class:`~flower_ext.Task`.
+    """
+    loss, metrics = _LOSSES[model.kind]
+    return Task(model, data, loss, metrics, optimizer)
+
+
+def load_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model's folder.
+
+    Raises
+    ------
+    ValueError
+        If the folder has none, or one with more tokens than the model knows.
+    """
+    transformers = _imported("transformers")
+    folder = Path(folder)
+    _require_files(folder, ("config.json",), _TOKENIZERS)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True
+        )
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read: {error}"
+        ) from error
+    known = json.loads((folder / "config.json").read_text("utf-8")).get("vocab_size")
+    if known is not None and len(tokenizer) > known:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, its model knows "
+            f"{known}: they are not of the same model, or tokens were added"
+        )
+    found: PreTrainedTokenizerBase = tokenizer
+    return found
+
+
+# Losses ---------------------------------------------------------------------------
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    inputs = {name: column for name, column in batch.items() if name != "labels"}
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return each example's cross-entropy, in nats."""
+    return nn.functional.cross_entropy(
+        _logits(model, batch), batch["labels"], reduction="none"
+    )
+
+
+def classification_metrics(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return whether each example is classified right."""
+    hits = _logits(model, batch).argmax(-1) == batch["labels"]
+    return {"accuracy": hits.float()}
+
+
+def _next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits ``(examples, tokens, time)``, targets, and how many count."""
+    targets = batch["input_ids"][:, 1:]
+    if "attention_mask" in batch:
+        targets = targets.masked_fill(batch["attention_mask"][:, 1:] == 0, _IGNORED)
+    logits = _logits(model, batch)[:, :-1].transpose(1, 2)
+    return logits, targets, (targets != _IGNORED).sum(1).clamp(min=1)
+
+
+def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return each text's mean cross-entropy of the next token, in nats."""
+    logits, targets, count = _next_tokens(model, batch)
+    losses = nn.functional.cross_entropy(
+        logits, targets, reduction="none", ignore_index=_IGNORED
+    )
+    return losses.sum(1) / count
+
+
+def causal_lm_metrics(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return each text's share of tokens predicted right."""
+    logits, targets, count = _next_tokens(model, batch)
+    return {"accuracy": (logits.argmax(1) == targets).sum(1) / count}
+
+
+_LOSSES = {
+    "classification": (classification_loss, classification_metrics),
+    "causal-lm": (causal_lm_loss, causal_lm_metrics),
+}
+
+# Loading --------------------------------------------------------------------------
+
+
+def _imported(name: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"Hugging Face models need the package {name}: "
+            'pip install "flower-ext[lora]"'
+        ) from error
+
+
+def _stamp(folder: Path) -> list[object]:
+    """Tell a folder from another, and from what it was before it was written to."""
+    files = sorted(folder.glob("*.*")) if folder.is_dir() else []
+    times = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return [str(folder.resolve()), times]
+
+
+def _require_files(folder: Path, *groups: Iterable[str]) -> None:
+    """Require one file of each group."""
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+    for group in map(tuple, groups):
+        if present is None or present.isdisjoint(group):
+            refuse(
+                "folder",
+                str(folder),
+                f"a folder with {' or '.join(group)}",
+                "no such folder" if present is None else f"it has {sorted(present)}",
+            )
+
+
+def _load(folder: Path, kind: Kind, num_labels: int) -> _Base:
+    transformers = _imported("transformers")
+    _require_files(folder, ("config.json",), _WEIGHTS)
+    options = {"num_labels": num_labels} if kind == "classification" else {}
+    try:
+        with _quiet(transformers):
+            model, report = getattr(transformers, _AUTO_CLASSES[kind]).from_pretrained(
+                str(folder),
+                local_files_only=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                **options,
+            )
+    except Exception as error:
+        raise ValueError(f"the model in {folder} cannot be read: {error}") from error
+    return _Base(model, set(report["missing_keys"]))
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without a bar, or a report of the new weights, in every worker's log."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _with_adapter(model: nn.Module, adapter: "PeftConfig | Path | str") -> nn.Module:
+    peft = _imported("peft")
+    if isinstance(adapter, Path | str):
+        _require_files(
+            Path(adapter),
+            ("adapter_config.json",),
+            ("adapter_model.safetensors", "adapter_model.bin"),
+        )
+        adapted: nn.Module = peft.PeftModel.from_pretrained(
+            model, str(adapter), is_trainable=True, local_files_only=True
+        )
+        return adapted
+    leaves = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d)
+    }
+    try:
+        adapted = peft.get_peft_model(model, deepcopy(adapter))
+    except ValueError as error:
+        raise ValueError(
+            f"the adapter does not fit the model, which has modules of the names "
+            f"{sorted(leaves)}: {error}"
+        ) from error
+    return adapted
+
+
+def _sorted(value: object) -> object:
+    """Write what JSON has not: sets in order, all else as it prints itself."""
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def _plain(name: str) -> str:
+    """Return a parameter's name as it was before peft wrapped its module."""
+    parts = name.split(".")
+    while "modules_to_save" in parts:
+        at = parts.index("modules_to_save")
+        del parts[at : at + 2]  # the name of the adapter follows
+    return "." + ".".join(parts)
+
+
+# Copies ---------------------------------------------------------------------------
+
+
+def _alias(model: nn.Module) -> nn.Module:
+    """Copy a model, but not its tensors; what is trained is the copy's own matter."""
+    return deepcopy(
+        model, {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
+    )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Copy a model; what is frozen is the same parameter in the copy."""
+    return deepcopy(
+        model, {id(p): p for p in model.parameters() if not p.requires_grad}
+    )
+
+
+def _sending(model: nn.Module, *, buffers: bool) -> nn.Module:
+    """Let the state of a model be what is trained, and ``load_state_dict`` take it."""
+    sent = {name for name, p in model.named_parameters() if p.requires_grad}
+    if buffers:
+        sent |= {name for name, _ in model.named_buffers()}
+
+    def only_sent(_: nn.Module, state: dict[str, Tensor], prefix: str, __: Any) -> None:
+        for name in [n for n in state if n.removeprefix(prefix) not in sent]:
+            del state[name]
+
+    def expect_sent(_: nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name in sent]
+
+    model.register_state_dict_post_hook(only_sent)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_post_hook(expect_sent)  # type: ignore[no-untyped-call]
+    return accept_sparse(model)

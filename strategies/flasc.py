@@ -1,0 +1,533 @@
+r"""FLASC: federated LoRA with sparse communication.
+
+The server keeps dense weights :math:`P`. In a round it sends the part of them that is
+largest in magnitude; clients train all coordinates from there and send back the part of
+their change that is largest:
+
+.. math::
+   W_0 = P \odot \mathrm{top}_d(|P|), \quad
+   \Delta_k = (W_k - W_0) \odot \mathrm{top}_u(|W_k - W_0|), \quad
+   P \leftarrow \mathrm{ServerOpt}\Bigl(P, \tfrac{1}{m}\sum_k \Delta_k\Bigr)
+
+(Kuo, Liu, Rastogi, Smith et al. 2024, "Federated LoRA with Sparse Communication",
+arXiv:2406.05233, as in its published code.) Weights outside the mask stay on the server
+as they are, and come back once they are among the largest.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Unpack, cast, get_args
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common import NDArray
+from flwr.serverapp import Grid
+from torch import Tensor, nn
+
+from flower_ext.additive import AdditiveStrategy
+from flower_ext.arrays import Arrays, from_record, is_averaged, to_record
+from flower_ext.client import ARRAYS_KEY, ClientHalf, Local, Metrics
+from flower_ext.contribution import DELTA, Contribution, Total
+from flower_ext.errors import fraction, one_of, refuse, whole
+from flower_ext.masks import Masks, Scope, first_ranks, top_k
+from flower_ext.options import FedAvgOptions
+from flower_ext.privacy.mechanism import Mechanism
+from flower_ext.replies import MalformedReply
+from flower_ext.sampling import Sampler
+from flower_ext.server_optimizer import Adam, ServerOptimizer
+from flower_ext.sparse import decode, encode, received_masks
+from flower_ext.value_codes import Precision
+
+UPLOAD_DENSITY = "upload-density"
+SCOPE = "mask-scope"
+PRECISION = "value-precision"
+FREEZE = "freeze-off-mask"
+FEEDBACK = "error-feedback"
+DENSE = "dense-arrays"
+RESIDUAL = "flasc-residual"
+SENDERS = "senders"
+
+Schedule = float | Callable[[int], float]
+Aggregation = Literal["cohort", "senders"]
+
+
+@dataclass(frozen=True)
+class Decay:
+    """A density that shrinks: ``initial * rate ** ((server_round - 1) // every)``.
+
+    Parameters
+    ----------
+    initial : float
+        In the first rounds, at most 1.
+    rate : float
+        Between 0 and 1; 1 keeps the density.
+    every : int
+        Rounds between two steps.
+
+    Examples
+    --------
+    >>> [Decay(1.0, 0.5, 2)(r) for r in (1, 2, 3, 5)]
+    [1.0, 1.0, 0.5, 0.25]
+    """
+
+    initial: float
+    rate: float
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        fraction("initial", self.initial)
+        fraction("rate", self.rate)
+        whole("every", self.every, 1)
+
+    def __call__(self, server_round: int) -> float:
+        """Return the density of a round."""
+        return self.initial * self.rate ** ((server_round - 1) // self.every)
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What clients of one kind can take.
+
+    Parameters
+    ----------
+    download_density, upload_density : float or callable, optional
+        Instead of the strategy's.
+    rank : int, optional
+        The clients hold only the first ranks of every LoRA pair, and train no others;
+        by default all of them.
+    """
+
+    download_density: Schedule | None = None
+    upload_density: Schedule | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("download_density", "upload_density"):
+            if getattr(self, name) is not None:
+                _density(name, getattr(self, name), 1)
+        if self.rank is not None:
+            whole("rank", self.rank, 1)
+
+
+def _density(name: str, schedule: Schedule, server_round: int) -> float:
+    value = schedule(server_round) if callable(schedule) else schedule
+    return fraction(name, value, "a share of the coordinates, 1 is all of them")
+
+
+def _maskable(arrays: Mapping[str, NDArray], dense: Iterable[str]) -> Arrays:
+    """Return the arrays of which a part may travel."""
+    words = list(dense)
+    return {
+        name: x
+        for name, x in arrays.items()
+        if is_averaged(x) and not any(word in name for word in words)
+    }
+
+
+def change(new: NDArray, old: NDArray) -> NDArray:
+    """Return ``new - old``: floats in float32 or wider, all else in int64."""
+    if is_averaged(new):
+        return np.subtract(new, old, dtype=np.result_type(new, np.float32))
+    return np.subtract(new.astype(np.int64), old.astype(np.int64))
+
+
+def _change_like(sent: Mapping[str, NDArray]) -> Arrays:
+    """Return arrays with the shapes and dtypes of changes, which take no memory."""
+    zeros = {name: np.zeros((), x.dtype) for name, x in sent.items()}
+    return {
+        name: np.broadcast_to(change(zeros[name], zeros[name]), x.shape)
+        for name, x in sent.items()
+    }
+
+
+class FLASCClient(ClientHalf):
+    """Trains densely from the sparse model, and sends the largest of what changed.
+
+    The model must take sparse records, see :func:`~flower_ext.sparse.accept_sparse`;
+    an :class:`~flower_ext.adapters.AdapterModel` does.
+    """
+
+    name = "flasc"
+
+    def __init__(self) -> None:
+        self._received: Arrays = {}
+        self._frozen: Masks | None = None
+        self._gradient_masks: dict[str, Tensor] = {}
+
+    def begin(self, local: Local) -> None:
+        """Keep what was received, which the change is measured from."""
+        self._received = _state(local.model)
+        masks = received_masks(local.model)
+        if masks is not None and local.config.get(FREEZE, False):
+            self._frozen = {name: mask.numpy() for name, mask in masks.items()}
+            self._gradient_masks = {k: m.to(local.device) for k, m in masks.items()}
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Keep frozen coordinates where they are."""
+        if self._gradient_masks:
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    parameter.grad *= self._gradient_masks[name]
+
+    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
+        """Return the largest coordinates of the change, in the place of the model."""
+        trained = _state(local.model)
+        delta = {n: change(trained[n], x) for n, x in self._received.items()}
+        feedback = bool(local.config.get(FEEDBACK, False))
+        if feedback and RESIDUAL in local.context.state:
+            kept = from_record(local.context.state.array_records[RESIDUAL])
+            delta |= {name: delta[name] + x for name, x in kept.items()}
+        precision = cast(Precision, local.config.get(PRECISION, "exact"))
+        record = encode(delta, self._upload_masks(local, delta), precision)
+        if feedback:
+            sent, _ = decode(record, delta)
+            left = {n: x - sent[n] for n, x in delta.items() if is_averaged(x)}
+            local.context.state[RESIDUAL] = to_record(left)
+        return {ARRAYS_KEY: record}, {}
+
+    def _upload_masks(self, local: Local, delta: Arrays) -> Masks | None:
+        density = local.number(UPLOAD_DENSITY, 1.0)
+        if density >= 1:
+            return self._frozen
+        dense = cast(Sequence[str], local.config.get(DENSE, []))
+        scope = cast(Scope, local.config.get(SCOPE, "global"))
+        return top_k(_maskable(delta, dense), density, scope, self._frozen)
+
+
+def _state(model: nn.Module) -> Arrays:
+    return {
+        name: x.detach().cpu().numpy().copy() for name, x in model.state_dict().items()
+    }
+
+
+class FLASC(AdditiveStrategy):
+    r"""Federated fine-tuning of which a part of the coordinates travels.
+
+    Against FedAvg: clients receive the part of the weights largest in magnitude, and
+    return the part of their change largest in magnitude, counted from what they
+    received. All clients that have examples weigh the same. Made for adapters
+    (:class:`~flower_ext.adapters.AdapterModel`), whose untouched coordinates are
+    nearly zero; a whole network loses most of its weights to the mask.
+
+    Parameters
+    ----------
+    download_density : float or callable (default: 0.25)
+        Share of the coordinates that are sent, or ``server_round -> share``, such as
+        :class:`Decay`. 1 sends the whole model.
+    upload_density : float or callable (default: 0.25)
+        Share of the coordinates that clients return; 1 is the whole change.
+    scope : {"global", "tensor"}
+        Whether the largest are chosen over all arrays together, as in the paper's code,
+        or in each. Together, arrays compete: a head of large weights leaves little for
+        the adapters, and one of small new weights is masked out, after which no
+        gradient reaches them; name the head in ``dense`` then.
+    client_freeze : bool (default: False)
+        Clients train only what they received.
+    fixed_mask_after : int, optional
+        That many rounds send the whole model; then the mask is chosen once and for all.
+        By default it is chosen anew in every round.
+    tiers : sequence of Tier
+        Kinds of clients that differ in densities or ranks.
+    tier_of : callable, optional
+        ``client -> index of its tier``, where the client is its place among the nodes
+        (in a simulation its partition); by default ``client % len(tiers)``.
+    aggregation : {"cohort", "senders"}
+        What the sum of the changes is divided by. The default is the cohort: a change
+        that was not sent counts as none. That is what dropping small coordinates
+        means, and the only one that a mechanism can have. ``senders`` divides each
+        coordinate by the number of clients that sent it: right for tiers of rank, where
+        a client that lacks a rank has no opinion on it; under top-k it overrates
+        coordinates that few clients found large.
+    precision : {"exact", "bfloat16", "nf4"}
+        How values travel, both ways.
+    error_feedback : bool (default: False)
+        A client adds what its upload left out, by choice or by rounding, to its next
+        change (Seide et al. 2014); it keeps that in ``context.state``. For clients that
+        are asked often: what is left out ages. Not in the paper.
+    eval_masked : bool (default: True)
+        Clients evaluate what they would have received, the new weights under the
+        round's mask, as the paper's code does; False sends all weights.
+    dense : sequence of str (default: ("running_mean", "running_var"))
+        Arrays with one of these words in their name always travel whole, as integers
+        do; a head named here is never masked.
+    server_optimizer : ServerOptimizer, optional
+        By default Adam with a learning rate of 1e-3 and bias correction, the FedAdam of
+        the paper's code, which is ``torch.optim.AdamW``, without its weight decay.
+    sampler, min_replies, mechanism
+        See :class:`~flower_ext.AdditiveStrategy`. Under a mechanism the change is
+        clipped as it arrives, after its coordinates were chosen, and the noise is
+        dense; the masks sent down are post-processing.
+    **options
+        Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
+
+    Notes
+    -----
+    The paper compares with methods that are settings of the same code:
+
+    =================  ==============================================================
+    dense LoRA         ``download_density=1, upload_density=1``; of a lower rank with
+                       a smaller ``LoraConfig(r=...)``
+    full fine-tuning   the same with ``AdapterModel(..., "all")``, and a linear probe
+                       with ``"head"``
+    FFA-LoRA           the same with ``AdapterModel(..., frozen=("lora_A",))``
+    SparseAdapter      ``download_density=d, upload_density=1, client_freeze=True,
+                       fixed_mask_after=1``
+    Adapter-LTH        ``download_density=Decay(1, 0.9), upload_density=1,
+                       client_freeze=True``
+    FedSelect          ``download_density=d, upload_density=1, client_freeze=True``
+    HetLoRA            ``download_density=1, upload_density=1``, and tiers of rank
+    =================  ==============================================================
+
+    The last four are what the paper's code does under these names or, for FedSelect,
+    our reading of it: a client holds and trains only the slice that it received.
+    HetLoRA's own pruning and its weights by norm are not in it.
+
+    Train metrics ``download-density`` and ``upload-density`` are those of the round,
+    tiers apart. Clients without examples count neither in the sum nor in what it is
+    divided by; the paper's code counts them in the latter.
+
+    Examples
+    --------
+    >>> strategy = FLASC(download_density=1 / 4, upload_density=1 / 16)
+    """
+
+    client_half = FLASCClient
+
+    def __init__(
+        self,
+        *,
+        download_density: Schedule = 0.25,
+        upload_density: Schedule = 0.25,
+        scope: Scope = "global",
+        client_freeze: bool = False,
+        fixed_mask_after: int | None = None,
+        tiers: Sequence[Tier] = (Tier(),),
+        tier_of: Callable[[int], int] | None = None,
+        aggregation: Aggregation = "cohort",
+        precision: Precision = "exact",
+        error_feedback: bool = False,
+        eval_masked: bool = True,
+        dense: Sequence[str] = ("running_mean", "running_var"),
+        server_optimizer: ServerOptimizer | None = None,
+        sampler: Sampler | None = None,
+        min_replies: int = 1,
+        mechanism: Mechanism | None = None,
+        **options: Unpack[FedAvgOptions],
+    ) -> None:
+        super().__init__(
+            server_optimizer=server_optimizer or _adam(),
+            sampler=sampler,
+            min_replies=min_replies,
+            mechanism=mechanism,
+            **options,
+        )
+        _density("download_density", download_density, 1)
+        _density("upload_density", upload_density, 1)
+        one_of("scope", scope, get_args(Scope))
+        one_of("aggregation", aggregation, get_args(Aggregation))
+        one_of("precision", precision, get_args(Precision))
+        if fixed_mask_after is not None:
+            whole("fixed_mask_after", fixed_mask_after, 0)
+        if not tiers or not all(isinstance(tier, Tier) for tier in tiers):
+            refuse("tiers", tiers, "a sequence of at least one Tier")
+        if isinstance(dense, str):
+            refuse("dense", dense, "a sequence of words", "write ('classifier',)")
+        if mechanism is not None and aggregation == "senders":
+            refuse(
+                "aggregation",
+                aggregation,
+                "'cohort' with a mechanism",
+                "who sent which coordinate depends on the data",
+            )
+        self.download_density = download_density
+        self.upload_density = upload_density
+        self.scope: Scope = scope
+        self.client_freeze = client_freeze
+        self.fixed_mask_after = fixed_mask_after
+        self.tiers = tuple(tiers)
+        self.tier_of = tier_of
+        self.aggregation = aggregation
+        self.precision: Precision = precision
+        self.error_feedback = error_feedback
+        self.eval_masked = eval_masked
+        self.dense = tuple(dense)
+        # Of every tier: what clients received in this round, None for everything.
+        self._masks: dict[int, Masks | None] = {}
+        self._fixed: dict[int, Masks] = {}
+        self._round = 1
+
+    # What travels -----------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw the cohort that trains and send each client its part of the model."""
+        messages = super().configure_train(server_round, arrays, config, grid)
+        self._round = server_round
+        weights = from_record(arrays)
+        self._masks = {
+            i: self._choose(i, weights, server_round) for i in range(len(self.tiers))
+        }
+        return self._sparse(messages, weights, self._masks)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw the cohort that evaluates and send it the model under its mask."""
+        messages = super().configure_evaluate(server_round, arrays, config, grid)
+        masks = self._masks if self.eval_masked else {}
+        return self._sparse(messages, from_record(arrays), masks)
+
+    def masked(self, arrays: ArrayRecord, tier: int = 0) -> ArrayRecord:
+        """Return a model as clients see it, for an ``evaluate_fn`` of the server.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            Dense weights.
+        tier : int (default: 0)
+            Whose mask of the last round is taken.
+        """
+        weights = from_record(arrays)
+        masks = self._masks.get(tier) or {}
+        return to_record(
+            {
+                k: np.where(masks[k], x, 0) if k in masks else x
+                for k, x in weights.items()
+            }
+        )
+
+    def _choose(self, index: int, weights: Arrays, server_round: int) -> Masks | None:
+        """Return the mask of a tier in a round."""
+        if index in self._fixed:
+            return self._fixed[index]
+        tier = self.tiers[index]
+        arrays = _maskable(weights, self.dense)
+        within = None if tier.rank is None else first_ranks(arrays, tier.rank)
+        fixed = self.fixed_mask_after
+        density = self._share("download_density", tier, server_round)
+        if density >= 1 or (fixed is not None and server_round <= fixed):
+            return within
+        masks = top_k(arrays, density, self.scope, within)
+        if fixed is not None:
+            self._fixed[index] = masks
+        return masks
+
+    def _share(self, name: str, tier: Tier, server_round: int) -> float:
+        own: Schedule | None = getattr(tier, name)
+        schedule: Schedule = getattr(self, name) if own is None else own
+        return _density(name, schedule, server_round)
+
+    def _tier(self, client: int) -> int:
+        index = self.tier_of(client) if self.tier_of else client % len(self.tiers)
+        if not 0 <= index < len(self.tiers):
+            refuse(f"tier_of({client})", index, f"an index of {len(self.tiers)} tiers")
+        return index
+
+    def _sparse(
+        self,
+        messages: Iterable[Message],
+        weights: Arrays,
+        masks: Mapping[int, Masks | None],
+    ) -> list[Message]:
+        """Put every tier's part of the model into its messages."""
+        messages = list(messages)
+        contents: dict[int, RecordDict] = {}
+        for message in messages:
+            index = self._tier(self._clients[message.metadata.dst_node_id])
+            if index not in contents:
+                told = message.content.config_records[self.configrecord_key]
+                contents[index] = RecordDict(
+                    {
+                        self.arrayrecord_key: encode(
+                            weights, masks.get(index), self.precision
+                        ),
+                        self.configrecord_key: self._told(told, self.tiers[index]),
+                    }
+                )
+            message.content = contents[index]
+        return messages
+
+    def _told(self, config: ConfigRecord, tier: Tier) -> ConfigRecord:
+        told = ConfigRecord(dict(config))
+        told[UPLOAD_DENSITY] = self._share("upload_density", tier, self._round)
+        told[SCOPE] = self.scope
+        told[PRECISION] = self.precision
+        told[FREEZE] = self.client_freeze or tier.rank is not None
+        told[FEEDBACK] = self.error_feedback
+        told[DENSE] = list(self.dense)
+        return told
+
+    # What comes back --------------------------------------------------------------
+
+    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
+        r"""Return :math:`\Delta_k`, of weight 1, or 0 for a client without examples."""
+        record = reply.array_records.get(self.arrayrecord_key)
+        if record is None:
+            raise MalformedReply(
+                f"no ArrayRecord {self.arrayrecord_key!r} in the reply"
+            )
+        delta, masks = decode(record, _change_like(sent))
+        parts: dict[str, Mapping[str, NDArray]] = {DELTA: delta}
+        if self.aggregation == "senders":
+            parts[SENDERS] = masks
+        return Contribution(parts, float(self.weight(reply) > 0))
+
+    def update(self, total: Total) -> Arrays:
+        """Return the mean change, over the cohort or over who sent it."""
+        if self.aggregation == "cohort":
+            return total.mean()
+        senders = total.take(SENDERS)
+        return {
+            name: np.divide(x, senders[name], out=np.zeros(x.shape), where=x != 0)
+            for name, x in total.take(DELTA).items()
+        }
+
+    def report(self, total: Total) -> Metrics:
+        """Return the densities of the round."""
+        return {
+            "download-density": self._share("download_density", Tier(), self._round),
+            "upload-density": self._share("upload_density", Tier(), self._round),
+        }
+
+    # The run ----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, object]:
+        """Return what crosses rounds, a mask that is fixed among it."""
+        fixed = {
+            str(i): {name: mask.astype(np.uint8) for name, mask in masks.items()}
+            for i, masks in self._fixed.items()
+        }
+        return {**super().state_dict(), "fixed-masks": fixed}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue where a run with the same settings was saved."""
+        super().load_state_dict(state)
+        saved = cast(Mapping[str, Mapping[str, NDArray]], state["fixed-masks"])
+        self._fixed = {
+            int(i): {name: mask.astype(np.bool_) for name, mask in masks.items()}
+            for i, masks in saved.items()
+        }
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings that ``summary()`` logs."""
+        return {
+            "Download density": self.download_density,
+            "Upload density": self.upload_density,
+            "Masks": f"{self.scope}, fixed after round {self.fixed_mask_after}"
+            if self.fixed_mask_after is not None
+            else self.scope,
+            "Clients train": "what they received" if self.client_freeze else "all",
+            "Tiers": self.tiers,
+            "Divided by": self.aggregation,
+            "Values": self.precision
+            + (", with error feedback" if self.error_feedback else ""),
+            **super().settings(),
+        }
+
+
+def _adam() -> Adam:
+    """Return torch's Adam as one of Reddi's: no floor of the second moment."""
+    return Adam(
+        1e-3, beta_2=0.999, tau=1e-8, initial_accumulator=0.0, bias_correction=True
+    )
