@@ -1,5 +1,8 @@
 """Running apps: in process, and many virtual clients at a time."""
 
+from flower_ext.simulation.gpus import resources
 from flower_ext.simulation.local import LocalGrid, run_local
+from flower_ext.simulation.mods import packed
+from flower_ext.simulation.packed_grid import PackedGrid
 
-__all__ = ["LocalGrid", "run_local"]
+__all__ = ["LocalGrid", "PackedGrid", "packed", "resources", "run_local"]

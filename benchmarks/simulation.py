@@ -1,0 +1,355 @@
+"""Seconds of a simulated round: ours, stock Flower, a bare loop, and pfl.
+
+FedAvg over images: one epoch of 50 images of 28x28 a client in batches of 10, one torch
+thread a process, two processes. Systems take turns, each run in a process of its own;
+medians of the runs. ``--only`` and ``--cases`` choose, ``--pfl PYTHON`` adds pfl 0.6
+from an environment of its own (``pip install pfl torch``).
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+BEGUN = time.perf_counter()
+HERE = Path(__file__).parent
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run: model, clients, cohort, rounds of which the first are not timed."""
+
+    model: str
+    clients: int
+    cohort: int
+    rounds: int
+    warm: int
+    systems: tuple[str, ...]
+
+
+OURS = ("packed-ray", "packed-messages")
+ALL = ("bare-1", "bare-2", *OURS, "flower", "pfl-1", "pfl-2")
+CASES = {
+    "mlp": Case("mlp", 1_000, 20, 45, 5, ALL),
+    "cnn": Case("cnn", 1_000, 20, 15, 3, ALL),
+    "few-clients": Case("mlp", 100, 20, 45, 5, ("packed-ray",)),
+    "many-clients": Case("mlp", 100_000, 20, 45, 5, ("packed-ray",)),
+    "tiny": Case("10000", 1_000, 1_000, 6, 2, ("packed-ray", "flower")),
+    "large": Case("10000000", 100, 100, 3, 1, ("packed-ray", "flower")),
+    "large-few": Case("10000000", 100, 10, 3, 1, ("packed-ray",)),
+}
+
+
+# One system, in this process -------------------------------------------------------
+
+
+class Clock:
+    """Notes the begin of rounds, and the CPU seconds of this process and its own."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.times: list[float] = []
+        self.cpu: list[float] = []
+
+    def tick(self) -> None:
+        """Note the begin of a round, or the end of the last."""
+        self.times.append(time.perf_counter())
+        if len(self.times) in (self.case.warm + 1, self.case.rounds + 1):
+            self.cpu.append(_cpu_seconds())
+
+    def report(self) -> dict[str, float]:
+        """Return what was measured."""
+        steps = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+        timed = len(self.times) - 1 - self.case.warm
+        return {
+            "seconds": statistics.median(steps[self.case.warm :]),
+            "cpu": (self.cpu[-1] - self.cpu[0]) / timed,
+            "mib": _peak_mib(),
+            "start": self.times[1] - BEGUN,
+        }
+
+
+def _processes() -> list[int]:
+    import psutil
+
+    me = psutil.Process()
+    return [me.pid, *(child.pid for child in me.children(recursive=True))]
+
+
+def _cpu_seconds() -> float:
+    import psutil
+
+    total = 0.0
+    for pid in _processes():
+        try:
+            times = psutil.Process(pid).cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def _peak_mib() -> float:
+    """Sum the peak resident memory of this process and its own (Linux)."""
+    total = 0.0
+    for pid in _processes():
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            continue
+        total += sum(
+            float(line.split()[1]) / 1024
+            for line in status.splitlines()
+            if line.startswith("VmHWM")
+        )
+    return total
+
+
+def _initial(case: Case) -> "dict[str, object]":
+    import torch
+    from _images import make_model
+
+    torch.manual_seed(0)
+    if case.model in ("mlp", "cnn"):
+        return dict(make_model(case.model).state_dict())
+    return {f"w{i}": torch.zeros(int(case.model) // 4) for i in range(4)}
+
+
+def _bare_client(case: Case, sent: "dict[str, object]", clients: list[int]) -> object:
+    """Train clients and add up their models."""
+    import torch
+    from _images import fit, resident_model
+
+    torch.set_num_threads(1)
+    model = resident_model(case.model)
+    total = {name: torch.zeros_like(x) for name, x in sent.items()}
+    for client in clients:
+        model.load_state_dict(sent)
+        fit(model, client)
+        for name, x in model.state_dict().items():
+            total[name] += x
+    return {name: x.numpy() for name, x in total.items()}
+
+
+def bare(case: Case, clock: Clock, processes: int) -> None:
+    """Run the loop that a person would write without a framework."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    state = _initial(case)
+    draw = random.Random(0)
+    context = multiprocessing.get_context("spawn")
+    pool = context.Pool(processes) if processes > 1 else None
+    for _ in range(case.rounds):
+        clock.tick()
+        cohort = draw.sample(range(case.clients), case.cohort)
+        shares = [cohort[i::processes] for i in range(processes)]
+        arrays = {name: x.numpy() for name, x in state.items()}  # type: ignore[attr-defined]
+        if pool:
+            jobs = [(case, arrays, share) for share in shares]
+            sums = pool.starmap(_bare_share, jobs)
+        else:
+            sums = [_bare_client(case, state, cohort)]
+        state = {
+            name: torch.from_numpy(sum(s[name] for s in sums) / case.cohort)
+            for name in state
+        }
+    clock.tick()
+    found = clock.report()
+    if pool:
+        pool.terminate()
+    print(json.dumps(found), flush=True)
+
+
+def _bare_share(case: Case, arrays: "dict[str, object]", share: list[int]) -> object:
+    import torch
+
+    sent = {name: torch.from_numpy(x.copy()) for name, x in arrays.items()}  # type: ignore[attr-defined]
+    return _bare_client(case, sent, share)
+
+
+def _strategy(case: Case, clock: Clock, base: type) -> object:
+    class Timed(base):  # type: ignore[misc]
+        def configure_train(self, *args: object) -> object:
+            clock.tick()
+            return super().configure_train(*args)
+
+    size = {"fraction_train": case.cohort / case.clients, "fraction_evaluate": 0.0}
+    return Timed(**size, min_train_nodes=case.cohort)
+
+
+def _start(case: Case, clock: Clock, base: type, grid: object) -> None:
+    from flwr.app import ArrayRecord, ConfigRecord
+
+    _strategy(case, clock, base).start(  # type: ignore[attr-defined]
+        grid=grid,
+        initial_arrays=ArrayRecord(_initial(case)),
+        num_rounds=case.rounds,
+        train_config=ConfigRecord({"model": case.model}),
+    )
+    clock.tick()
+
+
+def packed_ray(case: Case, clock: Clock) -> None:
+    """Run ours, over Ray actors."""
+    from flower_ext import AdditiveStrategy
+    from flower_ext.simulation import PackedGrid
+
+    with PackedGrid(
+        num_clients=case.clients, client_app="_images:app", num_workers=WORKERS
+    ) as grid:
+        _start(case, clock, AdditiveStrategy, grid)
+        print(json.dumps(clock.report()), flush=True)
+
+
+def engine(case: Case, clock: Clock, wrap: Callable[[object], object] | None) -> None:
+    """Run on Flower's engine: stock, or ours over its messages."""
+    from _images import app as client_app
+    from flwr.app import Context
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
+    from flower_ext import AdditiveStrategy
+
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        base = AdditiveStrategy if wrap else FedAvg
+        _start(case, clock, base, wrap(grid) if wrap else grid)
+        print(json.dumps(clock.report()), flush=True)
+
+    run_simulation(
+        server_app,
+        client_app,
+        num_supernodes=WORKERS if wrap else case.clients,
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"num_cpus": WORKERS},
+        },
+    )
+
+
+def run_here(system: str, case: Case) -> None:
+    """Run one system and print what was measured."""
+    import flwr.app  # noqa: F401  it sets the level of its logger
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    sys.path.insert(0, str(HERE))
+    paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    clock = Clock(case)
+    if system.startswith("bare"):
+        bare(case, clock, int(system[-1]))
+    elif system == "packed-ray":
+        packed_ray(case, clock)
+    elif system == "packed-messages":
+        from flower_ext.simulation import PackedGrid
+
+        def wrap(grid: object) -> object:
+            return PackedGrid(grid, num_clients=case.clients, transport="messages")  # type: ignore[arg-type]
+
+        engine(case, clock, wrap)
+    else:
+        engine(case, clock, None)
+
+
+# All systems, in turns ----------------------------------------------------------------
+
+
+def run_apart(system: str, name: str, pfl: str | None) -> dict[str, float] | None:
+    """Run one system in a process of its own."""
+    case = CASES[name]
+    command = [sys.executable, __file__, "--run", system, "--cases", name]
+    if system.startswith("pfl"):
+        if pfl is None:
+            return None
+        script = [str(HERE / "_pfl.py"), case.model]
+        script += map(str, [case.clients, case.cohort, case.rounds, case.warm])
+        command = [pfl, *script]
+        if system == "pfl-2":
+            command = [pfl, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+            command += ["--master-port=0", *script]
+    with tempfile.TemporaryDirectory(prefix="bench", dir="/tmp") as home:
+        env = {
+            **os.environ,
+            "FLWR_HOME": home,
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "RAY_TMPDIR": home,
+            "RAY_ADDRESS": "local",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
+    rows = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
+    if not rows:
+        print(f"{system} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+        return None
+    together = {key: sum(row[key] for row in rows) for key in ("cpu", "mib")}
+    worst = {key: max(row[key] for row in rows) for key in ("seconds", "start")}
+    return {**worst, **together}
+
+
+def compare(name: str, systems: list[str], runs: int, pfl: str | None) -> None:
+    """Print the table of one case."""
+    found: dict[str, list[dict[str, float]]] = {system: [] for system in systems}
+    for _ in range(runs):
+        for system in systems:
+            if row := run_apart(system, name, pfl):
+                found[system].append(row)
+                said = " ".join(f"{key} {value:.4g}" for key, value in row.items())
+                print(f"{name} {system}: {said}", file=sys.stderr, flush=True)
+    case = CASES[name]
+    print(f"\n{name}: {case.cohort} of {case.clients} clients, median of {runs} runs")
+    print(f"{'system':16}{'s/round':>10}{'CPU s':>10}{'peak MiB':>10}{'start s':>9}")
+    medians = {
+        system: {
+            key: statistics.median(row[key] for row in rows)
+            for key in ("seconds", "cpu", "mib", "start")
+        }
+        for system, rows in found.items()
+        if rows
+    }
+    for system, row in medians.items():
+        print(
+            f"{system:16}{row['seconds']:10.4f}{row['cpu']:10.4f}"
+            f"{row['mib']:10.0f}{row['start']:9.1f}"
+        )
+    ours = medians.get("packed-ray")
+    for system, row in medians.items():
+        if ours and system not in OURS:
+            print(f"packed-ray / {system}: {ours['seconds'] / row['seconds']:.2f}")
+
+
+def main() -> None:
+    """Run the cases."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["mlp", "cnn"])
+    parser.add_argument("--only", nargs="+", choices=ALL, default=ALL)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--pfl", metavar="PYTHON", help="a Python that has pfl")
+    parser.add_argument("--run", choices=ALL, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        run_here(args.run, CASES[args.cases[0]])
+        return
+    for name in args.cases:
+        systems = [s for s in CASES[name].systems if s in args.only]
+        compare(name, systems, args.runs, args.pfl)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""What the packed grid asks of whatever carries its work."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+from flower_ext.simulation.jobs import Job, Outcome
+from flower_ext.simulation.records import Record
+
+
+class Transport(ABC):
+    """Carries jobs to where clients run, and outcomes back."""
+
+    @abstractmethod
+    def submit(self, jobs: Sequence[Job], shared: Sequence[Record]) -> None:
+        """Start jobs; ``shared`` are the records that they name by place."""
+
+    @abstractmethod
+    def wait(self, seconds: float | None) -> list[Outcome]:
+        """Return outcomes once there are any; none if nothing is left or time is up."""
+
+    @abstractmethod
+    def give_up(self, keys: Iterable[int]) -> None:
+        """Stop jobs, and forget what comes of those that cannot be stopped."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free all resources."""

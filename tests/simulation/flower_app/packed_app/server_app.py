@@ -1,0 +1,57 @@
+"""Some rounds on each transport; writes down what came out."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from flower_ext import AdditiveStrategy
+from flower_ext.simulation import PackedGrid
+
+app = ServerApp()
+
+
+def collect(replies: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Return the visits and processes of all clients."""
+    metrics = [reply["metrics"] for reply in replies]
+    return MetricRecord(
+        {key: [record[key] for record in metrics] for key in ("visits", "pid")}
+    )
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the strategy on a grid of each transport."""
+    results = {}
+    for transport in str(context.run_config["transports"]).split():
+        clients = PackedGrid(
+            grid,
+            num_clients=int(context.run_config["num-clients"]),
+            client_app="packed_app.client_app:app",
+            run_config=context.run_config,
+            transport=transport,
+        )
+        strategy = AdditiveStrategy(
+            fraction_train=0.5, fraction_evaluate=0.0, train_metrics_aggr_fn=collect
+        )
+        begun = time.monotonic()
+        result = strategy.start(
+            grid=clients,
+            initial_arrays=ArrayRecord({"w": Array(np.zeros(4, np.float32))}),
+            num_rounds=int(context.run_config["rounds"]),
+        )
+        results[transport] = {
+            "w": result.arrays["w"].numpy().tolist(),
+            "visits": [
+                record["visits"] for record in result.train_metrics_clientapp.values()
+            ],
+            "pids": [
+                record["pid"] for record in result.train_metrics_clientapp.values()
+            ],
+            "seconds": time.monotonic() - begun,
+        }
+        clients.close()
+    Path(str(context.run_config["results"])).write_text(json.dumps(results), "utf-8")

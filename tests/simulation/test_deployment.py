@@ -1,0 +1,200 @@
+"""Flower's deployment engine on loopback, with TLS: the apps run there unchanged."""
+
+import datetime
+import ipaddress
+import json
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from flower_ext.simulation.local import LocalGrid, app_config
+from flower_ext.tracking import read_metrics
+
+ROOT = Path(__file__).parents[2]
+APP = Path(__file__).parent / "flower_app"
+NODES = 2
+SECONDS = 240.0  # of a run
+pytestmark = pytest.mark.slow
+
+
+def certificate(folder):
+    """Write a certificate of 127.0.0.1 that vouches for itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    hosts = [
+        x509.DNSName("localhost"),
+        x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+    ]
+    cert = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(minutes=5))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName(hosts), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "cert.pem").write_bytes(cert.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def tool(name):
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    """Start a SuperLink and two SuperNodes; return what runs an app on them."""
+    home = tmp_path_factory.mktemp("flwr")
+    certificate(home)
+    port = free_port()
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
+    env = {
+        **os.environ,
+        "PATH": os.pathsep.join(
+            [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
+        ),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n[superlink.here]\n'
+        f'address = "127.0.0.1:{port}"\nroot-certificates = "{home}/cert.pem"\n'
+    )
+    processes = []
+
+    def start(name, *command):
+        with (home / f"{name}.log").open("wb") as log:
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+
+    ca, cert, key = f"{home}/cert.pem", f"{home}/cert.pem", f"{home}/key.pem"
+    start(
+        "superlink", tool("flower-superlink"), "--port", str(port),
+        "--ssl-ca-certfile", ca, "--ssl-certfile", cert, "--ssl-keyfile", key,
+        "--disable-runtime-dependency-installation",
+    )  # fmt: skip
+    for i in range(NODES):
+        clients = f"{15 * i}-{15 * i + 14}"
+        start(
+            f"supernode{i}", tool("flower-supernode"),
+            "--superlink", f"127.0.0.1:{port}", "--root-certificates", ca,
+            "--port", str(free_port()),
+            "--ssl-ca-certfile", ca, "--ssl-certfile", cert, "--ssl-keyfile", key,
+            "--node-config",
+            f"partition-id={i} num-partitions=373 logical-clients='{clients}'",
+        )  # fmt: skip
+
+    def run(app, config):
+        settings = " ".join(f"{k}={json.dumps(v)}" for k, v in config.items())
+        command = [tool("flwr"), "run", str(app), "here", "--run-config", settings]
+        begun = time.monotonic()
+        said = ""
+        while True:  # the SuperLink takes seconds to listen
+            try:
+                done = subprocess.run(
+                    [*command, "--stream"],
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    timeout=SECONDS,
+                )
+            except subprocess.TimeoutExpired as late:
+                said = f"{late}: {(late.output or b'').decode()}"
+                break
+            said = done.stdout.decode()
+            if done.returncode == 0 or time.monotonic() > begun + 30:
+                break
+            time.sleep(1)
+        logs = "\n".join(
+            f"== {log.name}\n{log.read_text('utf-8', errors='replace')[-3000:]}"
+            for log in home.glob("*.log")
+        )
+        return f"{said[-5000:]}\n{logs}"
+
+    yield run
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait(20)
+
+
+def test_virtual_clients_live_where_their_node_says(deployment, tmp_path):
+    import numpy as np
+    from flwr.app import Array, ArrayRecord
+
+    from flower_ext import AdditiveStrategy
+
+    file = tmp_path / "results.json"
+    log = deployment(APP, {"results": str(file), "transports": "auto", "rounds": 2})
+    assert file.exists(), log
+    found = json.loads(file.read_text("utf-8"))["auto"]
+    sys.path.insert(0, str(APP))
+    try:
+        from packed_app.client_app import app
+        from packed_app.server_app import collect
+    finally:
+        sys.path.remove(str(APP))
+    expected = AdditiveStrategy(
+        fraction_train=0.5, fraction_evaluate=0.0, train_metrics_aggr_fn=collect
+    ).start(
+        LocalGrid(app, 30, app_config(APP)),
+        ArrayRecord({"w": Array(np.zeros(4, np.float32))}),
+        num_rounds=2,
+    )
+    assert found["w"] == expected.arrays["w"].numpy().tolist()
+    rounds = expected.train_metrics_clientapp.values()
+    assert found["visits"] == [record["visits"] for record in rounds]
+
+
+def test_fedfish_runs_unchanged(deployment, tmp_path):
+    config = {
+        "strategies": "fedfish",
+        "num-server-rounds": 1,
+        "fraction-train": 1.0,
+        "hidden-size": 16,
+        "local-epochs": 1,
+        "results": str(tmp_path / "results"),
+    }
+    log = deployment(ROOT / "baselines" / "fedfish", config)
+    folder = tmp_path / "results" / "fedfish"
+    assert folder.exists(), log
+    rows = read_metrics(folder)
+    assert len(rows) == 1, log
+    assert rows[0]["train/num-replies"] == NODES

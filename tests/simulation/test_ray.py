@@ -1,0 +1,208 @@
+"""Ray actors: what stays in them, what happens when they die, which GPUs they see."""
+
+import random
+import re
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord
+from flwr.serverapp.strategy import FedAvg
+
+from flower_ext import AdditiveStrategy
+from flower_ext._flower import CLIENT_CRASHED, NO_REPLY
+from flower_ext.simulation import LocalGrid, PackedGrid
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def make(virtual, ray_here):
+    """Make packed grids on Ray, closed at the end of the test."""
+    ray_here()
+    grids = []
+
+    def grid(num_clients=12, **options):
+        options = {"client_app": virtual, "num_workers": 2, **options}
+        grids.append(PackedGrid(num_clients=num_clients, **options))
+        return grids[-1]
+
+    yield grid
+    for grid in grids:
+        grid.close()
+
+
+def values(replies, key):
+    return [reply.content["metrics"][key] for reply in replies]
+
+
+# What stays in a worker -------------------------------------------------------------
+
+
+def test_workers_stay_and_load_the_app_once(make, ask):
+    grid = make(client_app="virtual:app")
+    replies = [reply for _ in range(3) for reply in ask(grid, range(12))]
+    pids = set(values(replies, "pid"))
+    assert len(pids) == 2
+    assert len(set(values(replies, "loaded"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("app", "message"),
+    [
+        ("no_such_module:app", "No module named 'no_such_module'"),
+        ("virtual:no_such_app", "has no attribute 'no_such_app'"),
+        ("virtual:np", "is no ClientApp"),
+    ],
+)
+def test_an_app_that_cannot_be_loaded_ends_the_run(make, ask, app, message):
+    with pytest.raises(RuntimeError, match="a worker cannot run clients") as caught:
+        ask(make(client_app=app, num_workers=1), [0])
+    assert message in str(caught.value)
+
+
+# Workers that die, and clients that hang --------------------------------------------
+
+
+def test_a_client_that_kills_its_worker_is_the_only_error(make, ask):
+    grid = make()
+    assert values(ask(grid, range(12)), "visits") == [1] * 12
+    replies = ask(grid, range(12), kill=[5])
+    assert [r.has_error() for r in replies] == [i == 5 for i in range(12)]
+    assert replies[5].error.code == CLIENT_CRASHED
+    assert "its worker process died" in replies[5].error.reason
+    # Nothing was counted twice, though some ran twice.
+    good = [reply for reply in replies if not reply.has_error()]
+    assert values(good, "visits") == [2] * 11
+    assert values(ask(grid, [5]), "visits") == [2]
+
+
+def test_a_run_with_a_killed_worker_is_that_without(make, virtual, tmp_path):
+    initial = ArrayRecord({"w": Array(np.zeros(3, np.float32))})
+
+    def run(grid, **config):
+        return AdditiveStrategy(fraction_train=0.5, fraction_evaluate=0.0).start(
+            grid, initial, num_rounds=3, train_config=ConfigRecord(config)
+        )
+
+    mark = tmp_path / "killed"
+    plain = run(LocalGrid(virtual, 12))
+    ours = run(make(), **{"kill-once": str(mark)})
+    assert mark.exists()
+    np.testing.assert_array_equal(ours.arrays["w"].numpy(), plain.arrays["w"].numpy())
+    for metrics in ours.train_metrics_clientapp.values():
+        assert (metrics["num-replies"], metrics["num-errors"]) == (6, 0)
+    assert [m["visits"] for m in ours.train_metrics_clientapp.values()] == [
+        m["visits"] for m in plain.train_metrics_clientapp.values()
+    ]
+
+
+def test_a_round_says_how_many_were_lost(make, ask):
+    initial = ArrayRecord({"w": Array(np.zeros(3, np.float32))})
+    strategy = AdditiveStrategy(fraction_evaluate=0.0)
+    result = strategy.start(
+        make(6), initial, num_rounds=1, train_config=ConfigRecord({"kill": 1})
+    )
+    counts = result.train_metrics_clientapp[1]
+    assert (counts["num-replies"], counts["num-errors"]) == (5, 1)
+    # Clients 0 and 2 to 5 of 1, 3, 4, 5, 6 examples: each moves by its number.
+    np.testing.assert_allclose(
+        result.arrays["w"].numpy(), np.dot([0, 2, 3, 4, 5], [1, 3, 4, 5, 6]) / 19
+    )
+
+
+def test_a_client_that_cannot_be_interrupted_is_stopped(make, ask):
+    grid = make(client_timeout=0.5, num_examples=[1.0] * 12)
+    ask(grid, range(4))
+    replies = ask(grid, [0, 1], stuck=[1])
+    assert [reply.has_error() for reply in replies] == [False, True]
+    assert "client_timeout=0.5 s" in replies[1].error.reason
+    assert not any(reply.has_error() for reply in ask(grid, range(4)))
+
+
+def test_after_the_timeout_there_are_errors_and_the_next_round_goes_on(make, ask):
+    grid = make()
+    ask(grid, range(4))
+    begun = time.monotonic()
+    replies = ask(grid, [0, 1], timeout=1, sleep=[1])
+    assert time.monotonic() - begun < 5
+    assert [reply.has_error() for reply in replies] == [False, True]
+    assert replies[1].error.code == NO_REPLY
+    assert replies[1].error.reason == "no reply after timeout=1 s"
+    assert values(ask(grid, [1, 0]), "visits") == [2, 3]
+
+
+# GPUs ------------------------------------------------------------------------------
+
+
+def gpus(replies):
+    return [reply.content["where"]["gpus"] for reply in replies]
+
+
+def test_clients_without_gpus_see_none(make, ask):
+    assert set(gpus(ask(make(), range(4)))) == {"none"}
+
+
+def test_each_worker_sees_its_own_gpus(make, ask):
+    grid = make(num_workers=None, resources={"num_gpus": 2})
+    seen = set(gpus(ask(grid, range(12))))
+    assert len(seen) == 2
+    devices = [device for pair in seen for device in pair.split(",")]
+    assert sorted(devices) == ["0", "1", "2", "3"]
+
+
+def test_fractions_share_a_gpu(make, ask):
+    grid = make(num_workers=4, resources={"num_gpus": 0.5})
+    replies = ask(grid, range(12))
+    workers = {}
+    for pid, gpu in zip(values(replies, "pid"), gpus(replies), strict=True):
+        workers[pid] = gpu
+    assert len(workers) == 4
+    assert sorted(Counter(workers.values()).values()) == [2, 2]
+
+
+def resources(partition_id, run_config):
+    """One client needs all four GPUs, some a half, the others none."""
+    if partition_id == 0:
+        return {"num_gpus": 4}
+    if partition_id < run_config["smaller"]:
+        return {"num_gpus": 0.5}
+    return {}
+
+
+def test_clients_may_differ_and_more_demand_than_supply_waits(make, ask):
+    grid = make(num_workers=None, resources=resources, run_config={"smaller": 3})
+    for _ in range(2):
+        seen = gpus(ask(grid, range(5), timeout=100))
+        assert sorted(seen[0].split(",")) == ["0", "1", "2", "3"]
+        assert set(seen[1:3]) <= {"0", "1", "2", "3"}
+        assert seen[3:] == ["none", "none"]
+
+
+@pytest.mark.parametrize(
+    ("need", "message"),
+    [
+        ({"num_gpus": 5}, "client 0 needs 1 CPUs and 5 GPUs, more than any machine"),
+        ({"num_cpus": 64}, "client 0 needs 64 CPUs and 0 GPUs, more than any machine"),
+        (lambda i, _: {"num_gpus": i}, "client 5 needs 1 CPUs and 5 GPUs"),
+    ],
+)
+def test_what_does_not_exist_is_refused_before_the_first_round(make, need, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(num_workers=None, resources=need)
+
+
+# Cohorts ----------------------------------------------------------------------------
+
+
+def test_cohorts_of_flowers_own_strategies_follow_the_global_seed(make):
+    grid = make(1000)
+    strategy = FedAvg(fraction_train=0.01)
+    arrays = ArrayRecord({"w": Array(np.zeros(1))})
+    cohorts = []
+    for _ in range(2):
+        random.seed(5)
+        messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
+        cohorts.append([message.metadata.dst_node_id for message in messages])
+    assert cohorts[0] == cohorts[1] and len(set(cohorts[0])) == 10
