@@ -27,11 +27,11 @@ define isolated
 	FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0
 endef
 
-.PHONY: help run test check wheel bench clean
+.PHONY: help run test check wheel bench bench-simulation clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
 run: $(INSTALLED)  ## compare FedFish with FedAvg on Shakespeare, split by speaker
 	$(PY) -m flower_ext.data fetch shakespeare
@@ -68,9 +68,12 @@ wheel: $(INSTALLED)  ## build, check the contents, test the installed wheel else
 	  --ignore tests/test_readme.py  # these three look at the checkout
 
 bench: $(INSTALLED)  ## run the benchmarks one after the other
-	@set -e; for file in benchmarks/[a-z]*.py; do \
+	@set -e; for file in $(filter-out benchmarks/simulation.py,$(wildcard benchmarks/[a-z]*.py)); do \
 	  echo "== $$file"; $(PY) "$$file"; \
 	done
+
+bench-simulation: $(INSTALLED)  ## time rounds of many virtual clients
+	@$(isolated) $(PY) benchmarks/simulation.py
 
 clean:  ## remove what the other targets made, except the results
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flower_ext.client import client_app as client_app
     from flower_ext.simulation.local import LocalGrid as LocalGrid
     from flower_ext.simulation.local import run_local as run_local
+    from flower_ext.simulation.packed_grid import PackedGrid as PackedGrid
     from flower_ext.tracking import Tracker as Tracker
 
 __version__ = version("flower-ext")
@@ -23,6 +24,7 @@ _HOME = {
     "AdditiveStrategy": "additive",
     "ClientHalf": "client",
     "LocalGrid": "simulation.local",
+    "PackedGrid": "simulation.packed_grid",
     "Task": "client",
     "Tracker": "tracking",
     "client_app": "client",

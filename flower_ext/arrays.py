@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from io import BytesIO
 from math import prod
 
@@ -37,7 +37,37 @@ def view(array: Array) -> NDArray:
     """
     if array.stype != "numpy.ndarray":
         raise ValueError(f"stype={array.stype!r} must be 'numpy.ndarray'")
-    stream = BytesIO(array.data)
+    shape, fortran_order, dtype, start = npy_layout(array.data)
+    size = prod(shape)
+    if size == 0:
+        return np.empty(shape, dtype)
+    flat = np.frombuffer(array.data, dtype, size, start)
+    return flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)
+
+
+def npy_layout(
+    data: bytes,
+) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
+    """Return shape, Fortran order, dtype and start of the values of ``.npy`` bytes.
+
+    Raises
+    ------
+    ValueError
+        If the bytes are not those of a plain NumPy array.
+    """
+    if len(data) < 12 or data[6] == 1:
+        start = 10 + int.from_bytes(data[8:10], "little")
+    else:
+        start = 12 + int.from_bytes(data[8:12], "little")
+    return (*_read_header(bytes(data[:start])), start)
+
+
+# Every client sends the same headers, and reading one takes longer than a small array.
+@lru_cache(maxsize=4096)
+def _read_header(
+    header: bytes,
+) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    stream = BytesIO(header)
     version = np.lib.format.read_magic(stream)
     read_header = (
         np.lib.format.read_array_header_1_0
@@ -47,11 +77,7 @@ def view(array: Array) -> NDArray:
     shape, fortran_order, dtype = read_header(stream)
     if dtype.hasobject:
         raise ValueError("an array of Python objects is never read")
-    size = prod(shape)
-    if size == 0:
-        return np.empty(shape, dtype)
-    flat = np.frombuffer(array.data, dtype, size, stream.tell())
-    return flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)
+    return shape, fortran_order, dtype
 
 
 def from_record(record: ArrayRecord) -> Arrays:

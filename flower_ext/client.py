@@ -6,7 +6,7 @@ strategies export beside their halves instead.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -36,6 +36,8 @@ MakeOptimizer = Callable[
 ]
 
 Metrics = dict[str, MetricRecordValues]
+
+Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 
 CLIENT_HALF_KEY = "client-half"
 ARRAYS_KEY = "arrays"
@@ -401,7 +403,7 @@ def _per_example(name: str, values: Tensor, batch: Batch) -> Tensor:
     return values
 
 
-def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
+def client_app(task: Task, *halves: HalfFactory, mods: Sequence[Mod] = ()) -> ClientApp:
     """Make a ClientApp that trains and evaluates, for any strategy of the pack.
 
     Parameters
@@ -411,6 +413,8 @@ def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
     *halves : type of ClientHalf
         Client halves that the server may ask for, as classes or partials of them.
         Plain local training, which FedAvg and its like need, is always there.
+    mods : sequence of callable
+        Flower mods, such as :func:`~flower_ext.simulation.packed`.
 
     Returns
     -------
@@ -439,7 +443,7 @@ def client_app(task: Task, *halves: HalfFactory) -> ClientApp:
                 "a server that asks for another half would get round its guarantee",
             )
         known[str(name)] = half
-    app = ClientApp()
+    app = ClientApp(mods=list(mods))
 
     @app.train()
     def train_(message: Message, context: Context) -> Message:

@@ -15,8 +15,12 @@ def ordered_nodes(grid: Grid) -> list[int]:
 
     Node ids are random numbers, new in every run. In a simulation nodes register in
     the order of their partitions, so this order is that of ``partition-id``, and a
-    seeded cohort names the same partitions in every run.
+    seeded cohort names the same partitions in every run. Ids that are a range are
+    numbers of clients, and in order.
     """
+    ids = grid.get_node_ids()
+    if isinstance(ids, range):
+        return list(ids)
     nodes = sorted(
         grid.get_nodes(), key=lambda node: (node.registered_at, node.node_id)
     )

@@ -19,7 +19,7 @@ def grid_of(*polls):
         found = remaining.pop(0) if len(remaining) > 1 else remaining[0]
         return [NodeInfo(node_id=n, registered_at=at) for n, at in found]
 
-    return SimpleNamespace(get_nodes=get_nodes, remaining=remaining)
+    return SimpleNamespace(get_nodes=get_nodes, get_node_ids=set)
 
 
 def test_nodes_are_ordered_by_registration():
@@ -35,6 +35,10 @@ def test_nodes_are_ordered_by_registration():
 
 def test_nodes_that_registered_together_are_ordered_by_id():
     assert ordered_nodes(grid_of([(5, "t"), (3, "t"), (4, "s")])) == [4, 3, 5]
+
+
+def test_numbered_clients_are_in_order():
+    assert ordered_nodes(SimpleNamespace(get_node_ids=lambda: range(3))) == [0, 1, 2]
 
 
 def test_a_round_waits_until_there_are_enough_nodes(monkeypatch, caplog):

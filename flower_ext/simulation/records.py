@@ -4,14 +4,14 @@ An array is sent as the bytes that Flower made of it. Reading those bytes costs 
 than training a tiny client for a step, so their header is read once for all clients.
 """
 
-from ast import literal_eval
 from collections.abc import Mapping
 from copy import deepcopy
-from functools import lru_cache
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common import NDArray
+
+from flower_ext.arrays import npy_layout
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 
@@ -59,26 +59,16 @@ def _plain_layout(
     array: Array,
 ) -> tuple[np.dtype[np.generic], tuple[int, ...], bool, int] | None:
     """Return dtype, shape, order and start of the values of a plain NumPy array."""
-    data = array.data
-    if array.stype != "numpy.ndarray" or data[:8] != b"\x93NUMPY\x01\x00":
+    if array.stype != "numpy.ndarray":
         return None
-    start = 10 + int.from_bytes(data[8:10], "little")
     try:
-        dtype, shape, fortran_order = _read_header(data[10:start])
-    except (ValueError, KeyError, TypeError, SyntaxError):
+        shape, fortran_order, dtype, start = npy_layout(array.data)
+    except (ValueError, EOFError):
         return None  # NumPy will say what is wrong
     size = int(np.prod(shape, dtype=np.int64))
-    if dtype.hasobject or not size or len(data) != start + size * dtype.itemsize:
+    if not size or len(array.data) != start + size * dtype.itemsize:
         return None
     return dtype, shape, fortran_order, start
-
-
-@lru_cache(maxsize=4096)
-def _read_header(
-    header: bytes,
-) -> tuple[np.dtype[np.generic], tuple[int, ...], bool]:
-    found = literal_eval(header.decode("latin1"))
-    return np.dtype(found["descr"]), tuple(found["shape"]), bool(found["fortran_order"])
 
 
 def own_copy(record: Record) -> Record:

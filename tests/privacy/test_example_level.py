@@ -18,11 +18,11 @@ from torch.func import functional_call, grad, vmap
 from flower_ext import AdditiveStrategy
 from flower_ext.arrays import to_record
 from flower_ext.client import ClientHalf, Task, client_app
-from flower_ext.privacy import example_level
 from flower_ext.privacy import (
     ExampleLevelDP,
     SiloPrivacy,
     StepLedger,
+    example_level,
     keep_per_user,
     worst_silo,
 )
