@@ -60,7 +60,7 @@ wheel: $(INSTALLED)  ## build, check the contents, test the installed wheel else
 	$(PYTHON) -m venv "$$out/venv"; \
 	"$$out/venv/bin/python" $(INSTALL) torch; \
 	wheel=$$(ls "$$PWD"/dist/*.whl); \
-	"$$out/venv/bin/python" $(INSTALL) "$$wheel[plot,tensorboard,dp]" pytest pytest-xdist hypothesis; \
+	"$$out/venv/bin/python" $(INSTALL) "$$wheel[plot,tensorboard,dp,lora]" pytest pytest-xdist hypothesis; \
 	cp -R tests pyproject.toml "$$out"; \
 	cd "$$out"; \
 	venv/bin/python -m pytest -m "not slow" $(PYTEST_OPTIONS) \

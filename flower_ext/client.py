@@ -28,6 +28,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from flower_ext.errors import at_least, positive, refuse, whole
+from flower_ext.sparse import accept_sparse
 
 Batch = Mapping[str, Tensor]
 
@@ -535,7 +536,7 @@ def _open(task: Task, message: Message, context: Context) -> Local:
     # What is random in a model and not sent must agree between clients; a random split
     # of a client's data must be the same in every round.
     seed_torch(settings.seed)
-    model = task.model(context.run_config)
+    model = accept_sparse(task.model(context.run_config))
     state = message.content.array_records[ARRAYS_KEY].to_torch_state_dict()
     model.load_state_dict(state)
     seed_torch(random_seed(settings.seed, 0, _client(context)))

@@ -32,9 +32,8 @@ from flower_ext._flower import CLIENT_RAISED
 from flower_ext.additive import AdditiveStrategy
 from flower_ext.arrays import Arrays, from_record, layout
 from flower_ext.checkpoint import Stateful
-from flower_ext.client import ARRAYS_KEY, Batch, Task, client_app
+from flower_ext.client import ARRAYS_KEY, Batch, Task, client_app, seed_torch
 from flower_ext.simulation.local import LocalGrid
-from flower_ext.sparse import accept_sparse
 
 CLIENTS = 3
 
@@ -149,9 +148,8 @@ class _Model(nn.Module):
 
 def _make_model(config: UserConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: beside a generator it visits every kind of device.
-        torch.default_generator.manual_seed(0)
-        return accept_sparse(_Model(bool(config["counter"])))
+        seed_torch(0)
+        return _Model(bool(config["counter"]))
 
 
 def _data(context: Context) -> tuple[Batch, Batch]:

@@ -141,11 +141,7 @@ def _change_like(sent: Mapping[str, NDArray]) -> Arrays:
 
 
 class FLASCClient(ClientHalf):
-    """Trains densely from the sparse model, and sends the largest of what changed.
-
-    The model must take sparse records, see :func:`~flower_ext.sparse.accept_sparse`;
-    an :class:`~flower_ext.adapters.AdapterModel` does.
-    """
+    """Trains densely from the sparse model, and sends the largest of what changed."""
 
     name = "flasc"
 

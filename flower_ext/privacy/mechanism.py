@@ -113,7 +113,8 @@ class Mechanism:
     and divisor stay, so the guarantee does. A round is released whenever it was asked
     for, since whether anything arrived may depend on data.
 
-    Not protected: who takes part, replies or fails; the metrics of
+    Not protected: who takes part, replies or fails, and how many bytes it sends where
+    they are sparse; the metrics of
     ``unprotected_metrics``; the server, which sees every contribution; seeds and
     checkpoints, from which the noise can be removed.
 

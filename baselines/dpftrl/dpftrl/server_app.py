@@ -50,5 +50,6 @@ def main(grid: Grid, context: Context) -> None:
             tracker=Tracker(results / run),
         )
     write_summary(results, runs, COLUMNS, config=config)
-    plot({run: results / run for run in runs}, PANELS, results / "comparison.png")
+    strictest = [run for run, (_, e) in runs.items() if e in (None, min(epsilons))]
+    plot({run: results / run for run in strictest}, PANELS, results / "comparison.png")
     plot_epsilons(results, runs, results / "epsilon.png")

@@ -34,5 +34,8 @@ def plot_epsilons(
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set(xlabel="epsilon", ylabel="accuracy", xscale="log")
+    ticks = sorted({epsilon for _, epsilon in runs.values() if epsilon})
+    axes.set_xticks(ticks, [f"{epsilon:g}" for epsilon in ticks])
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path)
