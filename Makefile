@@ -37,8 +37,10 @@ run: $(INSTALLED)  ## compare FedFish with FedAvg on Shakespeare, split by speak
 	$(PY) -m flower_ext.data fetch shakespeare
 	$(PY) -m flower_ext.launch baselines/fedfish --num-supernodes 373 --progress
 
+# One thread a test: with two tests at a time, threads of one wait for those of the other.
 test: $(INSTALLED)  ## run the whole test suite, Ray and SuperLink included
-	@$(isolated) $(PY) -m pytest --durations=20 $(PYTEST_OPTIONS)
+	@$(isolated) OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+	$(PY) -m pytest --durations=20 $(PYTEST_OPTIONS)
 
 check: $(INSTALLED)  ## lint, check the format and the types
 	$(VENV)/bin/ruff check $(wildcard $(SOURCES))

@@ -12,7 +12,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, QFedAvg
 from flower_ext import AdditiveStrategy
 from flower_ext._flower import CLIENT_CRASHED, CLIENT_RAISED
 from flower_ext.simulation import LocalGrid, PackedGrid
-from flower_ext.strategies import FedFish
+from flower_ext.strategies import DPFTRL, FedFish
 
 CLIENTS = 40
 
@@ -193,6 +193,16 @@ STRATEGIES = {
     "QFedAvg": lambda: QFedAvg(0.1, 0.5, "train-loss", fraction_train=0.5),
     "AdditiveStrategy": lambda: AdditiveStrategy(fraction_train=0.5),
     "FedFish": lambda: FedFish(fraction_train=0.5),
+    "DPFTRL": lambda: DPFTRL(
+        num_rounds=3,
+        num_sampled_clients=4,
+        population_size=12,
+        min_separation=2,
+        noise_multiplier=0.5,
+        target_delta=1e-2,
+        unprotected_metrics=True,
+        seed=1,
+    ),
 }
 
 
