@@ -590,6 +590,7 @@ def test_a_crash_after_the_release_does_not_repeat_it(cohort, scripted, tmp_path
 
     with pytest.raises(Crash):
         start()[1]()
+    assert (tmp_path / "round-00002").is_dir()
     Crashes.broken = False
     strategy, run = start()
     result = run()
