@@ -496,11 +496,11 @@ class AdditiveStrategy(FedAvg):
         ValueError
             If the mechanism is planned for fewer rounds.
         """
-        if self._private and num_rounds > self._private.factorization.rounds:
+        if self.mechanism and num_rounds > self.mechanism.num_rounds:
             refuse(
                 "num_rounds",
                 num_rounds,
-                f"<= {self._private.factorization.rounds}",
+                f"<= {self.mechanism.num_rounds}",
                 "the mechanism's noise is planned for no more",
             )
         return run_rounds(

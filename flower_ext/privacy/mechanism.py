@@ -183,7 +183,7 @@ class Mechanism:
         self.memory = whole("memory", memory, 0)
         self.factorization = factorization
         if isinstance(factorization, Factorization):
-            if factorization.rounds < num_rounds:
+            if factorization.rounds != num_rounds:
                 refuse(
                     "factorization",
                     factorization,

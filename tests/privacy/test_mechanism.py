@@ -616,6 +616,8 @@ def test_a_crash_after_the_release_does_not_repeat_it(cohort, scripted, tmp_path
         ({"simulated_cohort": 4}, "simulated_cohort=4 must be <= num_sampled"),
         ({"factorization": "bands"}, "factorization='bands'"),
         ({"factorization": SquareRootToeplitz(5)}, "planned for num_rounds=6"),
+        # Longer: a client could take part more often than the noise is for.
+        ({"factorization": SquareRootToeplitz(7)}, "planned for num_rounds=6"),
         ({"scales": {"delta": 0.0}}, r"scales\['delta'\]=0.0"),
         ({"amplified": 1}, "amplified=1 must be True or False"),
         ({"seed": -1}, "seed=-1"),
