@@ -280,6 +280,13 @@ class Mechanism:
         self, factorization: Factorization, sampler: Sampler
     ) -> RoundAccountant:
         rounds = factorization.rounds
+        if self.seed is None and sampler.seed == 0:
+            refuse(
+                "sampler.seed",
+                0,
+                "a secret number with amplified=True",
+                "0 is the default that everybody knows, and cohorts with it",
+            )
         if isinstance(sampler, CyclicPoissonSampler):
             if not isinstance(factorization, BandedToeplitz):
                 refuse("factorization", factorization, "a BandedToeplitz", _CYCLIC)

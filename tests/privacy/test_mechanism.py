@@ -680,6 +680,14 @@ def test_a_longer_run_than_planned_is_refused(cohort, scripted):
         strategy.start(scripted(cohort(1.0)), to_record(SENT), num_rounds=7)
 
 
+def test_cohorts_that_anybody_can_draw_are_refused():
+    sampler = PoissonSampler(probability=0.1)
+    with pytest.raises(ValueError, match="seed=0 must be a secret number"):
+        AdditiveStrategy(mechanism=plan(amplified=True, seed=None), sampler=sampler)
+    secret = PoissonSampler(918273, probability=0.1)
+    AdditiveStrategy(mechanism=plan(amplified=True, seed=None), sampler=secret)
+
+
 def test_cohorts_of_fixed_size_need_everybody(cohort, aggregate):
     strategy = AdditiveStrategy(mechanism=plan(amplified=True, population_size=60))
     with pytest.raises(ValueError, match="population_size=60 must be the 3 connected"):
