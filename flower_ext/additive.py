@@ -78,17 +78,8 @@ class AdditiveStrategy(FedAvg):
 
     Parameters
     ----------
-    server_optimizer : ServerOptimizer, optional
-        Applies the aggregated direction; by default plain averaging, ``SGD(1.0)``.
-    sampler : Sampler, optional
-        Draws the cohorts; by default ``UniformSampler(seed=0)``. How many are drawn is
-        said by ``fraction_train``, ``min_train_nodes`` and their like.
-    min_replies : int (default: 1)
-        A round with fewer usable replies keeps the model.
-    mechanism : Mechanism, optional
-        Makes the run differentially private, see
-        :class:`~flower_ext.privacy.Mechanism`. It says how many clients are drawn, all
-        clients weigh the same, and their own metrics are withheld.
+    server_optimizer, sampler, min_replies, mechanism
+        See :class:`~flower_ext.options.AdditiveOptions`.
     **options
         Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
 

@@ -1,9 +1,13 @@
-"""The options of Flower's ``FedAvg``, which every strategy of the pack takes."""
+"""The options that every strategy of the pack takes: Flower's own, and the core's."""
 
 from collections.abc import Callable
 from typing import TypedDict
 
 from flwr.app import MetricRecord, RecordDict
+
+from flower_ext.privacy.mechanism import Mechanism
+from flower_ext.sampling import Sampler
+from flower_ext.server_optimizer import ServerOptimizer
 
 
 class FedAvgOptions(TypedDict, total=False):
@@ -42,3 +46,27 @@ class FedAvgOptions(TypedDict, total=False):
     configrecord_key: str
     train_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None
     evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None
+
+
+class AdditiveOptions(FedAvgOptions, total=False):
+    """Options passed on to :class:`flower_ext.AdditiveStrategy`, Flower's among them.
+
+    Parameters
+    ----------
+    server_optimizer : ServerOptimizer, optional
+        Applies the aggregated direction; by default plain averaging, ``SGD(1.0)``.
+    sampler : Sampler, optional
+        Draws the cohorts; by default ``UniformSampler(seed=0)``. How many are drawn is
+        said by ``fraction_train``, ``min_train_nodes`` and their like.
+    min_replies : int (default: 1)
+        A round with fewer usable replies keeps the model.
+    mechanism : Mechanism, optional
+        Makes the run differentially private, see
+        :class:`~flower_ext.privacy.Mechanism`. It says how many clients are drawn, all
+        clients weigh the same, and their own metrics are withheld.
+    """
+
+    server_optimizer: ServerOptimizer | None
+    sampler: Sampler | None
+    min_replies: int
+    mechanism: Mechanism | None

@@ -28,11 +28,9 @@ from flower_ext.arrays import Arrays, accumulate, to_record, zeros_like
 from flower_ext.client import Batch, ClientHalf, Local, Metrics, batches
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import at_least, positive, refuse
-from flower_ext.options import FedAvgOptions
-from flower_ext.privacy.mechanism import Mechanism
+from flower_ext.options import AdditiveOptions
 from flower_ext.replies import MalformedReply, read_vector
-from flower_ext.sampling import Sampler
-from flower_ext.server_optimizer import ServerOptimizer, apply_direction
+from flower_ext.server_optimizer import apply_direction
 
 LOSS_SUMS = "group-loss-sums"
 COUNTS = "group-counts"
@@ -213,10 +211,9 @@ class BoundedGroupLoss(AdditiveStrategy):
         is one of FedAvg.
     average_iterates : bool (default: True)
         Keep the mean of the models (one more model in memory, float64).
-    server_optimizer, sampler, min_replies, mechanism
-        See :class:`~flower_ext.AdditiveStrategy`.
     **options
-        Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
+        Server optimizer, sampler, mechanism and Flower's own options, see
+        :class:`~flower_ext.options.AdditiveOptions`.
 
     Attributes
     ----------
@@ -260,19 +257,9 @@ class BoundedGroupLoss(AdditiveStrategy):
         dual_learning_rate: float = 0.5,
         group_counts: Sequence[float] | None = None,
         average_iterates: bool = True,
-        server_optimizer: ServerOptimizer | None = None,
-        sampler: Sampler | None = None,
-        min_replies: int = 1,
-        mechanism: Mechanism | None = None,
-        **options: Unpack[FedAvgOptions],
+        **options: Unpack[AdditiveOptions],
     ) -> None:
-        super().__init__(
-            server_optimizer=server_optimizer,
-            sampler=sampler,
-            min_replies=min_replies,
-            mechanism=mechanism,
-            **options,
-        )
+        super().__init__(**options)
         _require_names("groups", groups)
         if labels is not None:
             _require_names("labels", labels)

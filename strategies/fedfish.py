@@ -29,11 +29,8 @@ from flower_ext.client import ClientHalf, Local, Metrics, batches, num_examples
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import refuse
 from flower_ext.fisher import SquaredGradients, per_example, tensor_record
-from flower_ext.options import FedAvgOptions
-from flower_ext.privacy.mechanism import Mechanism
+from flower_ext.options import AdditiveOptions
 from flower_ext.replies import MalformedReply, read_arrays, read_scalar
-from flower_ext.sampling import Sampler
-from flower_ext.server_optimizer import ServerOptimizer
 
 FISHER_KEY = "fisher"
 FISHER_DELTA = "fisher-delta"
@@ -206,10 +203,9 @@ class FedFish(AdditiveStrategy):
     barrier : bool (default: False)
         Report the Client-Server Barrier, at the price of one more pass over each
         client's data in training and one in evaluation, see :class:`FedFishClient`.
-    server_optimizer, sampler, min_replies, mechanism
-        See :class:`~flower_ext.AdditiveStrategy`.
     **options
-        Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
+        Server optimizer, sampler, mechanism and Flower's own options, see
+        :class:`~flower_ext.options.AdditiveOptions`.
 
     Notes
     -----
@@ -240,19 +236,9 @@ class FedFish(AdditiveStrategy):
         damping: float = 0.1,
         estimator: Estimator = "last-epoch",
         barrier: bool = False,
-        server_optimizer: ServerOptimizer | None = None,
-        sampler: Sampler | None = None,
-        min_replies: int = 1,
-        mechanism: Mechanism | None = None,
-        **options: Unpack[FedAvgOptions],
+        **options: Unpack[AdditiveOptions],
     ) -> None:
-        super().__init__(
-            server_optimizer=server_optimizer,
-            sampler=sampler,
-            min_replies=min_replies,
-            mechanism=mechanism,
-            **options,
-        )
+        super().__init__(**options)
         if isinstance(damping, bool) or not (
             isinstance(damping, int | float) and damping >= 0
         ):

@@ -30,11 +30,9 @@ from flower_ext.client import ARRAYS_KEY, ClientHalf, Local, Metrics
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import fraction, one_of, refuse, whole
 from flower_ext.masks import Masks, Scope, first_ranks, top_k
-from flower_ext.options import FedAvgOptions
-from flower_ext.privacy.mechanism import Mechanism
+from flower_ext.options import AdditiveOptions
 from flower_ext.replies import MalformedReply
-from flower_ext.sampling import Sampler
-from flower_ext.server_optimizer import Adam, ServerOptimizer
+from flower_ext.server_optimizer import Adam
 from flower_ext.sparse import decode, encode, received_masks
 from flower_ext.value_codes import Precision
 
@@ -249,12 +247,11 @@ class FLASC(AdditiveStrategy):
     server_optimizer : ServerOptimizer, optional
         By default Adam with a learning rate of 1e-3 and bias correction, the FedAdam of
         the paper's code, which is ``torch.optim.AdamW``, without its weight decay.
-    sampler, min_replies, mechanism
-        See :class:`~flower_ext.AdditiveStrategy`. Under a mechanism the change is
+    **options
+        Sampler, mechanism and Flower's own options, see
+        :class:`~flower_ext.options.AdditiveOptions`. Under a mechanism the change is
         clipped as it arrives, after its coordinates were chosen, and the noise is
         dense; the masks sent down are post-processing.
-    **options
-        Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
 
     Notes
     -----
@@ -304,19 +301,10 @@ class FLASC(AdditiveStrategy):
         error_feedback: bool = False,
         eval_masked: bool = True,
         dense: Sequence[str] = ("running_mean", "running_var"),
-        server_optimizer: ServerOptimizer | None = None,
-        sampler: Sampler | None = None,
-        min_replies: int = 1,
-        mechanism: Mechanism | None = None,
-        **options: Unpack[FedAvgOptions],
+        **options: Unpack[AdditiveOptions],
     ) -> None:
-        super().__init__(
-            server_optimizer=server_optimizer or _adam(),
-            sampler=sampler,
-            min_replies=min_replies,
-            mechanism=mechanism,
-            **options,
-        )
+        options["server_optimizer"] = options.get("server_optimizer") or _adam()
+        super().__init__(**options)
         _density("download_density", download_density, 1)
         _density("upload_density", upload_density, 1)
         one_of("scope", scope, get_args(Scope))
@@ -328,7 +316,7 @@ class FLASC(AdditiveStrategy):
             refuse("tiers", tiers, "a sequence of at least one Tier")
         if isinstance(dense, str):
             refuse("dense", dense, "a sequence of words", "write ('classifier',)")
-        if mechanism is not None and aggregation == "senders":
+        if self.mechanism is not None and aggregation == "senders":
             refuse(
                 "aggregation",
                 aggregation,

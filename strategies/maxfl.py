@@ -35,11 +35,8 @@ from flower_ext.client import (
 )
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import at_least, positive, refuse, whole
-from flower_ext.options import FedAvgOptions
-from flower_ext.privacy.mechanism import Mechanism
+from flower_ext.options import AdditiveOptions
 from flower_ext.replies import MalformedReply, read_scalar
-from flower_ext.sampling import Sampler
-from flower_ext.server_optimizer import ServerOptimizer
 
 WEIGHT = "appeal-weight"
 APPEALED = "appealed"
@@ -203,11 +200,10 @@ class MaxFL(AdditiveStrategy):
         requirement, see :class:`MaxFLClient`.
     requirement : float, optional
         The same requirement for all clients, instead of their own.
-    server_optimizer, sampler, min_replies, mechanism
-        See :class:`~flower_ext.AdditiveStrategy`; the paper's global learning rate is
-        the server optimizer's.
     **options
-        Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
+        Server optimizer, sampler, mechanism and Flower's own options, see
+        :class:`~flower_ext.options.AdditiveOptions`;
+        the paper's global learning rate is the server optimizer's.
 
     Notes
     -----
@@ -237,19 +233,9 @@ class MaxFL(AdditiveStrategy):
         epsilon: float = 1e-5,
         warmup_steps: int = 100,
         requirement: float | None = None,
-        server_optimizer: ServerOptimizer | None = None,
-        sampler: Sampler | None = None,
-        min_replies: int = 1,
-        mechanism: Mechanism | None = None,
-        **options: Unpack[FedAvgOptions],
+        **options: Unpack[AdditiveOptions],
     ) -> None:
-        super().__init__(
-            server_optimizer=server_optimizer,
-            sampler=sampler,
-            min_replies=min_replies,
-            mechanism=mechanism,
-            **options,
-        )
+        super().__init__(**options)
         positive("temperature", temperature)
         at_least("epsilon", epsilon, 0)
         whole("warmup_steps", warmup_steps, 1)
