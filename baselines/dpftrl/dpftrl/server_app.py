@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from dpftrl.client_app import task
@@ -11,9 +11,7 @@ from dpftrl.dataset import central_data
 from dpftrl.model import make_model
 from dpftrl.strategy import make_strategy
 from dpftrl.utils import COLUMNS, PANELS, plot_epsilons
-from flower_ext import Tracker
-from flower_ext.client import evaluate
-from flower_ext.report import write_summary
+from flower_ext.comparison import COMPARISON_FILE, central_evaluation, compare
 from flower_ext.tracking import plot
 
 app = ServerApp()
@@ -23,17 +21,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run every mechanism at every epsilon and write the comparison."""
     config = context.run_config
-    results = Path(str(config["results"]))
     torch.set_num_threads(1)
     torch.manual_seed(int(config["seed"]))
-    initial = make_model(config).state_dict()
-    central = central_data(config)
-
-    def evaluate_centrally(_: int, arrays: ArrayRecord) -> MetricRecord:
-        model = make_model(config)
-        model.load_state_dict(arrays.to_torch_state_dict())
-        return MetricRecord(dict(evaluate(task, model, central)))
-
+    initial = ArrayRecord(make_model(config).state_dict())
     epsilons = [float(epsilon) for epsilon in str(config["epsilons"]).split()]
     runs: dict[str, tuple[str, float | None]] = {}
     for name in str(config["mechanisms"]).split():
@@ -41,15 +31,18 @@ def main(grid: Grid, context: Context) -> None:
             runs[name] = name, None
         else:
             runs |= {f"{name}-{e:g}": (name, e) for e in epsilons}
-    for run, (name, epsilon) in runs.items():
-        make_strategy(name, epsilon, config).start(
-            grid,
-            ArrayRecord(initial),
-            num_rounds=int(config["num-server-rounds"]),
-            evaluate_fn=evaluate_centrally,
-            tracker=Tracker(results / run),
-        )
-    write_summary(results, runs, COLUMNS, config=config)
+    results = Path(str(config["results"]))
+    compare(
+        grid,
+        {run: make_strategy(*setting, config) for run, setting in runs.items()},
+        initial,
+        num_rounds=int(config["num-server-rounds"]),
+        results=results,
+        columns=COLUMNS,
+        panels=PANELS,
+        config=config,
+        evaluate_fn=central_evaluation(task, central_data(config), config),
+    )
     strictest = [run for run, (_, e) in runs.items() if e in (None, min(epsilons))]
-    plot({run: results / run for run in strictest}, PANELS, results / "comparison.png")
+    plot({run: results / run for run in strictest}, PANELS, results / COMPARISON_FILE)
     plot_epsilons(results, runs, results / "epsilon.png")

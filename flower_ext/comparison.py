@@ -1,0 +1,87 @@
+"""The same run once per strategy, side by side in one results folder."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from flwr.app import ArrayRecord, MetricRecord, UserConfig
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from flower_ext.client import Batch, Task, evaluate
+from flower_ext.report import write_summary
+from flower_ext.rounds import run_rounds
+from flower_ext.tracking import Tracker, plot
+
+COMPARISON_FILE = "comparison.png"
+
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+def central_evaluation(task: Task, data: Batch, run_config: UserConfig) -> Evaluate:
+    """Return an ``evaluate_fn`` for a server that has test data.
+
+    Parameters
+    ----------
+    task : Task
+        Model, loss and metrics; those of the clients.
+    data : Mapping[str, Tensor]
+        All test examples, as the task's losses take them.
+    run_config : UserConfig
+        What the task's model is made from.
+    """
+    model = task.model(run_config)
+
+    def evaluate_centrally(_: int, arrays: ArrayRecord) -> MetricRecord:
+        model.load_state_dict(arrays.to_torch_state_dict())
+        return MetricRecord(dict(evaluate(task, model, data)))
+
+    return evaluate_centrally
+
+
+def compare(
+    grid: Grid,
+    strategies: Mapping[str, Strategy],
+    initial_arrays: ArrayRecord,
+    *,
+    num_rounds: int,
+    results: Path | str,
+    columns: Mapping[str, str],
+    panels: Iterable[str],
+    config: Mapping[str, object] | None = None,
+    evaluate_fn: Evaluate | None = None,
+) -> None:
+    """Run every strategy from the same start; write their metrics, a table and a plot.
+
+    Parameters
+    ----------
+    grid : Grid
+        The ServerApp's.
+    strategies : Mapping[str, Strategy]
+        The runs by name, ours or Flower's own, in the order of the table.
+    initial_arrays : ArrayRecord
+        The model that each starts from.
+    num_rounds : int
+        Rounds of each.
+    results : path
+        Folder for ``<name>/metrics.jsonl``, ``summary.json`` and ``comparison.png``.
+    columns, config
+        See :func:`~flower_ext.report.write_summary`.
+    panels : iterable of str
+        Metrics to draw, see :func:`~flower_ext.tracking.plot`.
+    evaluate_fn : callable, optional
+        See :meth:`flwr.serverapp.strategy.Strategy.start`, and
+        :func:`central_evaluation`.
+    """
+    results = Path(results)
+    for name, strategy in strategies.items():
+        run_rounds(
+            strategy,
+            grid,
+            initial_arrays,
+            num_rounds=num_rounds,
+            evaluate_fn=evaluate_fn,
+            tracker=Tracker(results / name),
+        )
+    write_summary(results, strategies, columns, config=config)
+    folders = {name: results / name for name in strategies}
+    plot(folders, panels, results / COMPARISON_FILE)
