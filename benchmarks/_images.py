@@ -5,6 +5,7 @@ else is done for speed. Workers import this module.
 """
 
 import torch
+from _models import make_model
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
@@ -18,26 +19,6 @@ LEARNING_RATE = 0.1
 app = ClientApp(mods=[packed])
 _models: dict[str, nn.Module] = {}
 _data: dict[int, tuple[Tensor, Tensor]] = {}
-
-
-def make_model(name: str) -> nn.Module:
-    """Return an MLP of 51 thousand parameters, or a CNN of 207 thousand."""
-    if name == "mlp":
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)
-        )
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(1024, 146),
-        nn.ReLU(),
-        nn.Linear(146, 10),
-    )
 
 
 def resident_model(name: str) -> nn.Module:

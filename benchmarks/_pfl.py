@@ -13,6 +13,7 @@ BEGUN = time.perf_counter()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from _models import make_model  # noqa: E402
 from pfl.aggregate.simulate import SimulatedBackend  # noqa: E402
 from pfl.algorithm.base import NNAlgorithmParams  # noqa: E402
 from pfl.algorithm.federated_averaging import FederatedAveraging  # noqa: E402
@@ -26,26 +27,6 @@ from pfl.model.pytorch import PyTorchModel  # noqa: E402
 from torch import nn  # noqa: E402
 
 EXAMPLES, BATCH, LEARNING_RATE = 50, 10, 0.1
-
-
-def make_model(name):
-    """Return the same models as ``_images.py``."""
-    if name == "mlp":
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)
-        )
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(1024, 146),
-        nn.ReLU(),
-        nn.Linear(146, 10),
-    )
 
 
 class Images(nn.Module):

@@ -118,7 +118,7 @@ def _peak_mib() -> float:
 
 def _initial(case: Case) -> "dict[str, object]":
     import torch
-    from _images import make_model
+    from _models import make_model
 
     torch.manual_seed(0)
     if case.model in ("mlp", "cnn"):

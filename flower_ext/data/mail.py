@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from flower_ext.data.errors import DataError
 from flower_ext.data.fetch import Package, package_file
 from flower_ext.data.metadata import describe
+from flower_ext.errors import whole
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -103,8 +104,7 @@ def spam_assassin(root: Path, *, min_mails: int = 5) -> DatasetDict:
     ValueError
         `min_mails` is below 2 or leaves no client.
     """
-    if isinstance(min_mails, bool) or not isinstance(min_mails, int) or min_mails < 2:
-        raise ValueError(f"min_mails={min_mails!r} must be an integer >= 2")
+    whole("min_mails", min_mails, 2)
     senders: dict[str, dict[str, _Mail]] = defaultdict(dict)
     for mail in _mails(package_file(PACKAGE, root)):
         senders[mail.sender].setdefault(mail.text, mail)  # some were sent twice

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flower_ext.data.metadata import natural_ids
+from flower_ext.errors import whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +85,7 @@ def partitioner(
     if scheme not in SCHEMES:
         raise ValueError(f"scheme={scheme!r} must be one of {', '.join(SCHEMES)}")
     if num_partitions is not None:
-        _check_count(num_partitions)
+        whole("num_partitions", num_partitions, 1)
     if scheme != "dirichlet" and alpha is not None:
         raise ValueError(
             f"alpha={alpha} has no meaning for scheme={scheme!r}: leave it out or use "
@@ -213,8 +214,3 @@ def _check_column(dataset: Dataset, column: str) -> None:
             f"column={column!r} is not in the data set, which has "
             f"{', '.join(dataset.column_names)}"
         )
-
-
-def _check_count(number: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(f"num_partitions={number!r} must be an integer >= 1")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from flower_ext.data.errors import DataError
 from flower_ext.data.fetch import Package, package_file
 from flower_ext.data.metadata import describe
+from flower_ext.errors import whole
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -82,8 +83,7 @@ def shakespeare(root: Path, *, min_words: int = 500) -> DatasetDict:
     ValueError
         `min_words` is below 1 or leaves no client.
     """
-    if isinstance(min_words, bool) or not isinstance(min_words, int) or min_words < 1:
-        raise ValueError(f"min_words={min_words!r} must be an integer >= 1")
+    whole("min_words", min_words, 1)
     clients: dict[tuple[str, str], list[str]] = defaultdict(list)
     for play, text in _plays(package_file(PACKAGE, root)):
         for speaker, speech in speeches(text):
