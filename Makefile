@@ -27,7 +27,7 @@ define isolated
 	FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0
 endef
 
-.PHONY: help run test check wheel bench bench-simulation clean
+.PHONY: help run report test check wheel bench bench-simulation clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,10 @@ help:  ## list the targets
 run: $(INSTALLED)  ## compare FedFish with FedAvg on Shakespeare, split by speaker
 	$(PY) -m flower_ext.data fetch shakespeare
 	$(PY) -m flower_ext.launch baselines/fedfish --num-supernodes 373 --progress
+
+RESULTS ?= results
+report: $(INSTALLED)  ## one HTML page of all results, or of those in RESULTS=
+	$(PY) -m flower_ext.report $(RESULTS)
 
 # One thread a test: with two tests at a time, threads of one wait for those of the other.
 test: $(INSTALLED)  ## run the whole test suite, Ray and SuperLink included

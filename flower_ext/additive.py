@@ -9,6 +9,7 @@ With a mechanism of :mod:`flower_ext.privacy`, contributions are clipped before 
 and noise is added to it.
 """
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -42,6 +43,7 @@ from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import fraction, refuse, whole
 from flower_ext.nodes import wait_for_nodes
 from flower_ext.options import FedAvgOptions
+from flower_ext.partial_sums import NOT_FINITE, PackSum, Summand, Summed
 from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.privacy.release import PrivateSum
 from flower_ext.replies import (
@@ -59,7 +61,6 @@ from flower_ext.tracking import Tracker
 
 Config = Mapping[str, ConfigRecordValues]
 
-_NOT_FINITE = "the contribution is not finite"
 # Enough for the sum to be read and written rarely, few enough to be held at a time.
 _TERMS_AT_A_TIME = 16
 
@@ -370,7 +371,7 @@ class AdditiveStrategy(FedAvg):
         if not self._private and not total.is_finite():
             total, used, left_out = self._sum(replies, check=True)
         dropped += left_out
-        self._understood |= bool(used) or _NOT_FINITE in left_out
+        self._understood |= bool(used) or NOT_FINITE in left_out
         if left_out and not self._understood:
             half = self.client_half
             raise InconsistentMessageReplies(
@@ -384,31 +385,55 @@ class AdditiveStrategy(FedAvg):
         self, replies: list[Message], *, check: bool = False
     ) -> tuple[Total, list[RecordDict], Counter[str]]:
         """Return the sum, what is in it, and the reasons to leave others out."""
-        assert self._sent is not None
+        summand = self._summand(self, self._private)
         total, used, left_out = Total(), [], Counter[str]()
         waiting: list[Contribution] = []
+        nodes = {reply.metadata.src_node_id for reply in replies}
+        merged: set[PackSum] = set()
         for reply in replies:
+            content = reply.content
             try:
-                self.weight(reply.content)  # the metrics are averaged with it
-                term = self.contribution(reply.content, self._sent)
+                if isinstance(content, Summed):
+                    pack = _whole_pack(content, nodes)
+                else:
+                    pack = None
+                    waiting.append(summand.term(content, check=check))
             except MalformedReply as problem:
                 left_out[str(problem)] += 1
                 continue
-            clipped: Contribution | None = term
-            if self._private:
-                clipped = self._private.clip(term)
-            elif check and not term.is_finite():
-                clipped = None
-            if clipped is None:
-                left_out[_NOT_FINITE] += 1
-                continue
-            used.append(reply.content)
-            waiting.append(clipped)
-            if len(waiting) == _TERMS_AT_A_TIME:
+            used.append(content)
+            if len(waiting) == _TERMS_AT_A_TIME or pack:
                 total.add(*waiting)
                 waiting.clear()
+            if pack and pack not in merged:
+                merged.add(pack)
+                total.merge(pack.total)
         total.add(*waiting)
         return total, used, left_out
+
+    def summand(self) -> Summand | None:
+        """Return what makes the terms of this round's replies in another process.
+
+        It has a copy of the strategy with its settings, the model that was broadcast,
+        and the clipping norm, but neither noise nor seeds. None where the replies must
+        arrive as they are: an ``aggregate_train`` of a subclass's own may read them.
+        """
+        if type(self).aggregate_train is not AdditiveStrategy.aggregate_train:
+            return None
+        bare = copy.copy(self)
+        bare.server_optimizer, bare.sampler = SGD(), UniformSampler()
+        bare.train_metrics_aggr_fn = bare.evaluate_metrics_aggr_fn = aggregate_nothing
+        bare._clients = bare._cohort = bare._evaluators = {}
+        bare._sent = None
+        bare._private = self._private.clipper() if self._private else None
+        return self._summand(bare, bare._private)
+
+    def _summand(
+        self, strategy: "AdditiveStrategy", private: PrivateSum | None
+    ) -> Summand:
+        assert self._sent is not None
+        clip = private.clip if private else None
+        return Summand(self._sent, strategy.weight, strategy.contribution, clip)
 
     def _problem(self, total: Total) -> str:
         """Say why the model cannot be moved, if so.
@@ -547,9 +572,11 @@ class AdditiveStrategy(FedAvg):
 
     def settings(self) -> dict[str, object]:
         """Return the settings that :meth:`summary` logs, by name."""
+        secret = self.mechanism is not None and self.mechanism.amplified
+        seed = "secret" if secret else self.sampler.seed
         return {
             "Server optimizer": self.server_optimizer,
-            "Sampler": f"{type(self.sampler).__name__}(seed={self.sampler.seed})",
+            "Sampler": f"{type(self.sampler).__name__}(seed={seed})",
             "Minimum replies": self.min_replies,
             **(self._private.settings() if self._private else {}),
         }

@@ -1,9 +1,15 @@
-"""The end of a comparison: ``summary.json`` and the table that a person reads."""
+"""The end of a comparison: ``summary.json``, a table for the terminal, and a page.
 
+``python -m flower_ext.report results`` makes the page, :mod:`flower_ext.report_page`.
+"""
+
+import argparse
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from flower_ext import report_page
 from flower_ext.tracking import read_metrics
 
 SUMMARY_FILE = "summary.json"
@@ -80,3 +86,48 @@ def _cell(column: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value / 1e6:.2f} MB" if column.startswith("bytes/") else f"{value:.4f}"
+
+
+def write_page(folders: Iterable[Path | str], output: Path | str) -> Path:
+    """Write one self-contained HTML page of all runs in some results folders.
+
+    Parameters
+    ----------
+    folders : iterable of path
+        Results folders of runs, or folders that hold some, however deep.
+    output : path
+        The page.
+
+    Raises
+    ------
+    ValueError
+        If no run has left anything there.
+    """
+    output = Path(output)
+    page = report_page.render(report_page.find(Path(folder) for folder in folders))
+    output.write_text(page, "utf-8")
+    return output
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the page from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flower_ext.report",
+        description="Make one HTML page of the runs in results folders.",
+    )
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("results")])
+    parser.add_argument(
+        "-o", "--output", type=Path, help="default: report.html in the first folder"
+    )
+    args = parser.parse_args(argv)
+    output = args.output or args.folders[0] / "report.html"
+    try:
+        print(write_page(args.folders, output))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

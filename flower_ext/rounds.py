@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flower_ext._flower import PrivacyBudgetExhausted, log, log_strategy_start_info
 from flower_ext.checkpoint import Checkpoint
 from flower_ext.errors import positive, whole
+from flower_ext.partial_sums import Summable, Summand, SummingGrid
 from flower_ext.sampling import TooFewClients
 from flower_ext.tracking import Round, Tracker
 from flower_ext.traffic import Traffic, measure
@@ -83,7 +84,10 @@ def run_rounds(
     saved = Checkpoint(checkpoint, strategy) if checkpoint is not None else None
     done = saved.restore(result) if saved else 0
     if tracker:
-        tracker.begin(num_rounds, done)
+        about: dict[str, object] = {"strategy": type(strategy).__name__}
+        if hasattr(strategy, "settings"):
+            about["settings"] = strategy.settings()
+        tracker.begin(num_rounds, done, about)
     begun = time.monotonic()
     if evaluate_fn and done == 0 and (res := evaluate_fn(0, result.arrays)) is not None:
         log(INFO, "Initial global evaluation results: %s", res)
@@ -100,7 +104,8 @@ def run_rounds(
                 raise
             log(WARNING, "The run ends after round %s: %s", current - 1, reason)
             break
-        train = _exchange(grid, messages, timeout)
+        summand = strategy.summand() if isinstance(strategy, Summable) else None
+        train = _exchange(grid, messages, timeout, summand)
         arrays, metrics = strategy.aggregate_train(current, train.replies)
         train.replies = []  # free them before the evaluation
         if arrays is not None:
@@ -156,12 +161,21 @@ def _copy(config: ConfigRecord | None) -> ConfigRecord:
     return ConfigRecord(dict(config or {}))
 
 
-def _exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> _Phase:
+def _exchange(
+    grid: Grid,
+    messages: Iterable[Message],
+    timeout: float,
+    summand: Summand | None = None,
+) -> _Phase:
     """Send messages, wait for the replies, and count the bytes of both."""
     begun = time.monotonic()
     messages = list(messages)
     phase = _Phase(measure(messages))
-    phase.replies = list(grid.send_and_receive(messages, timeout=timeout))
+    if summand is not None and isinstance(grid, SummingGrid):
+        replies = grid.send_and_sum(messages, summand, timeout=timeout)
+    else:
+        replies = grid.send_and_receive(messages, timeout=timeout)
+    phase.replies = list(replies)
     phase.up = measure(phase.replies)
     phase.seconds = time.monotonic() - begun
     return phase

@@ -3,10 +3,13 @@
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from logging import ERROR, INFO
 from pathlib import Path
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+RUN_FILE = "run.json"
+# Whose versions decide what a run computes.
+_PACKAGES = ("flower-ext", "flwr", "ray", "torch", "numpy", "transformers", "peft")
 # Columns of what is spent in a round, which a plot adds up over the rounds.
 _SPENT = ("bytes/", "encoded-bytes/", "parameters/", "messages/", "seconds/")
 
@@ -105,8 +111,21 @@ class Tracker:
         self._done = 0
         self._begun = 0.0
 
-    def begin(self, num_rounds: int, done: int) -> None:
-        """Start a run of ``num_rounds`` of which ``done`` were done before."""
+    def begin(
+        self, num_rounds: int, done: int, about: Mapping[str, object] | None = None
+    ) -> None:
+        """Start a run of ``num_rounds`` of which ``done`` were done before.
+
+        What is known ``about`` it, such as strategy and settings, is written to
+        ``run.json``, with the time and the versions of the packages.
+        """
+        described = {
+            "started": datetime.now().astimezone().isoformat(" ", "seconds"),
+            **(about or {}),
+            "versions": _versions(),
+        }
+        text = json.dumps(described, indent=2, default=str)
+        (self.folder / RUN_FILE).write_text(text + "\n", "utf-8")
         kept = [r for r in read_metrics(self.path) if int(str(r["round"])) <= done]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
@@ -168,6 +187,14 @@ class Tracker:
             if isinstance(value, int | float) and key != "round":
                 self._events.add_scalar(key, value, int(str(row["round"])))
         self._events.flush()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def read_metrics(path: Path | str) -> list[dict[str, object]]:
@@ -235,9 +262,9 @@ def plot(
     panels = figure.subplots(1, len(metrics), squeeze=False)
     for panel, metric in zip(panels[0], metrics, strict=True):
         for label, found in rows.items():
-            points = list(_points(found, x, metric))
-            if points:
-                panel.plot(*zip(*points, strict=True), marker=".", label=label)
+            line = list(points(found, x, metric))
+            if line:
+                panel.plot(*zip(*line, strict=True), marker=".", label=label)
         panel.set(xlabel=x, ylabel=metric)
         panel.grid(alpha=0.3)
         if panel.lines:
@@ -250,9 +277,10 @@ def plot(
     return output
 
 
-def _points(
+def points(
     rows: list[dict[str, object]], x: str, metric: str
 ) -> Iterator[tuple[float, float]]:
+    """Yield a metric against ``x``, which is added up if it is something spent."""
     position = 0.0
     for row in rows:
         if isinstance(value := row.get(x), int | float):

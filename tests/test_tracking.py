@@ -12,7 +12,14 @@ from flwr.app import MetricRecord
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flower_ext import tracking
-from flower_ext.tracking import METRICS_FILE, Round, Tracker, plot, read_metrics
+from flower_ext.tracking import (
+    METRICS_FILE,
+    RUN_FILE,
+    Round,
+    Tracker,
+    plot,
+    read_metrics,
+)
 from flower_ext.traffic import Traffic
 
 
@@ -149,9 +156,10 @@ def test_a_run_continues_after_a_line_that_was_cut_off(tracker):
     assert [row["round"] for row in read_metrics(tracker.folder)] == [1, 2]
 
 
-def test_nothing_but_the_metrics_is_left_in_the_folder(tracker):
+def test_nothing_else_is_left_in_the_folder(tracker):
     tracker.round(round_of(1))
-    assert [path.name for path in tracker.folder.iterdir()] == [METRICS_FILE]
+    left = {path.name for path in tracker.folder.iterdir()}
+    assert left == {METRICS_FILE, RUN_FILE}
 
 
 # A full disk ------------------------------------------------------------------------
