@@ -375,7 +375,7 @@ def _ticks(values: Sequence[float], least: float = 0.0) -> list[float]:
     [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     >>> _ticks([2.5, 2.5])
     [2.0, 2.2, 2.4, 2.6, 2.8, 3.0]
-    >>> _ticks([1, 2], least=1)
+    >>> _ticks([1, 2], least=1.0)
     [1.0, 2.0]
     """
     low, high = min(values), max(values)

@@ -1,7 +1,6 @@
 """The round: equal to Flower's FedAvg where that works, and sound where it does not."""
 
 import copy
-import doctest
 import functools
 import inspect
 import logging
@@ -19,7 +18,7 @@ from flwr.serverapp.strategy import FedAvg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flower_ext import additive, options
+from flower_ext import options
 from flower_ext.additive import AdditiveStrategy
 from flower_ext.arrays import from_record, layout, to_record
 from flower_ext.client import ClientHalf, client_app
@@ -1005,12 +1004,6 @@ def test_unreadable_bytes_are_dropped(aggregate, reply):
     new, metrics = aggregate(AdditiveStrategy(), SENT, [content, reply(model(3, 4))])
     assert new["w"].tolist() == [3, 4]
     assert counts(metrics) == (1, 0, 1)
-
-
-def test_doctests_pass():
-    found = doctest.testmod(additive)
-    assert found.attempted > 0
-    assert found.failed == 0
 
 
 def test_result_arrays_are_an_arrayrecord(initial, grid):

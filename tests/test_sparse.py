@@ -1,6 +1,5 @@
 """Sparse records: what goes in comes out, in few bytes, or is refused."""
 
-import doctest
 import struct
 import zlib
 from math import ceil
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from flower_ext import sparse
 from flower_ext._flower import recorddict_to_proto
 from flower_ext.arrays import to_record
 from flower_ext.mask_codes import MASK_CODES, MAX_SIZE, entropy_bytes, smallest
@@ -470,7 +468,3 @@ def test_model_refuses_the_payload_of_another():
     record = encode({"weight": np.zeros((2, 2), np.float32)})
     with pytest.raises(ValueError, match="not the 2 expected"):
         accept_sparse(nn.Linear(3, 2)).load_state_dict(record.to_torch_state_dict())
-
-
-def test_doctests():
-    assert doctest.testmod(sparse).failed == 0

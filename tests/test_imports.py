@@ -1,0 +1,38 @@
+"""What is imported, and what waits until it is used."""
+
+import json
+import subprocess
+import sys
+
+# Large, and of use to some only.
+SELDOM = {
+    "dp_accounting",
+    "matplotlib",
+    "opacus",
+    "peft",
+    "ray",
+    "tensorboard",
+    "transformers",
+}
+
+
+def loaded(statement):
+    """Return the packages that a new interpreter has loaded after a statement."""
+    command = f"{statement}; import json, sys; print(json.dumps([*sys.modules]))"
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=True
+    )
+    return {name.partition(".")[0] for name in json.loads(done.stdout)}
+
+
+def test_the_package_costs_nothing():
+    assert not loaded("import flower_ext") & (SELDOM | {"flwr", "numpy", "torch"})
+
+
+def test_what_is_seldom_used_is_imported_late():
+    packages = ["", ".data", ".privacy", ".simulation", ".strategies"]
+    statements = [f"from flower_ext{package} import *" for package in packages]
+    statements.append("import flower_ext.adapters, flower_ext.report")
+    found = loaded("; ".join(statements))
+    assert {"flower_ext", "torch"} <= found
+    assert not found & SELDOM
