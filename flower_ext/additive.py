@@ -63,6 +63,17 @@ Config = Mapping[str, ConfigRecordValues]
 
 # Enough for the sum to be read and written rarely, few enough to be held at a time.
 _TERMS_AT_A_TIME = 16
+# What no contribution depends on, some of it large and some secret.
+_ON_THE_SERVER = (
+    "server_optimizer",
+    "sampler",
+    "train_metrics_aggr_fn",
+    "evaluate_metrics_aggr_fn",
+    "_sent",
+    "_clients",
+    "_cohort",
+    "_evaluators",
+)
 
 
 class AdditiveStrategy(FedAvg):
@@ -214,6 +225,10 @@ class AdditiveStrategy(FedAvg):
     def client_config(self) -> Config:
         """Return what clients are told besides the user's configuration."""
         return {}
+
+    def client_of(self, node: int) -> int:
+        """Return the place of a node among the nodes, the same in every run."""
+        return self._clients[node]
 
     def delta(self, reply: RecordDict, sent: Arrays) -> dict[str, Term]:
         """Return the client's model minus the model that it was sent."""
@@ -418,13 +433,11 @@ class AdditiveStrategy(FedAvg):
         and the clipping norm, but neither noise nor seeds. None where the replies must
         arrive as they are: an ``aggregate_train`` of a subclass's own may read them.
         """
-        if type(self).aggregate_train is not AdditiveStrategy.aggregate_train:
+        own = type(self).aggregate_train is not AdditiveStrategy.aggregate_train
+        if own or self._sent is None:
             return None
         bare = copy.copy(self)
-        bare.server_optimizer, bare.sampler = SGD(), UniformSampler()
-        bare.train_metrics_aggr_fn = bare.evaluate_metrics_aggr_fn = aggregate_nothing
-        bare._clients = bare._cohort = bare._evaluators = {}
-        bare._sent = None
+        vars(bare).update(dict.fromkeys(_ON_THE_SERVER))
         bare._private = self._private.clipper() if self._private else None
         return self._summand(bare, bare._private)
 
@@ -580,3 +593,12 @@ class AdditiveStrategy(FedAvg):
             "Minimum replies": self.min_replies,
             **(self._private.settings() if self._private else {}),
         }
+
+
+def _whole_pack(content: Summed, nodes: set[int]) -> PackSum:
+    """Return the sum that a client is in, if it is one of clients that replied."""
+    if content.problem:
+        raise MalformedReply(content.problem)
+    if content.pack is None or not content.pack.clients <= nodes:
+        raise MalformedReply("added up with clients that are not in the round")
+    return content.pack

@@ -79,6 +79,20 @@ class Total:
                 sums[name] = np.zeros(weighted[0][0].shape)
             accumulate(sums[name], weighted)
 
+    def merge(self, other: "Total") -> None:
+        """Add another sum in place; ``other`` stays as it is."""
+        for part, arrays in other.arrays.items():
+            sums = self.arrays.setdefault(part, {})
+            for name, array in arrays.items():
+                if name in sums:
+                    sums[name] += array
+                else:
+                    sums[name] = array.copy()
+        for name, value in other.scalars.items():
+            self.scalars[name] = np.asarray(self.scalars.get(name, 0.0) + value)
+        self.weight += other.weight
+        self.count += other.count
+
     def is_finite(self) -> bool:
         """Whether no sum has overflowed."""
         return _is_finite(self)

@@ -42,6 +42,12 @@ class Traffic:
         )
 
 
+class Measured(RecordDict):
+    """What is left of a content that was measured before something was taken out."""
+
+    traffic: Traffic
+
+
 def measure(messages: Iterable[Message]) -> Traffic:
     """Add up the contents of messages; one that is shared is looked at once."""
     known: dict[int, Traffic] = {}
@@ -50,12 +56,15 @@ def measure(messages: Iterable[Message]) -> Traffic:
         if message.has_content():
             content = message.content
             if id(content) not in known:
-                known[id(content)] = _measure(content)
+                known[id(content)] = measure_content(content)
             total += known[id(content)]
     return total
 
 
-def _measure(content: RecordDict) -> Traffic:
+def measure_content(content: RecordDict) -> Traffic:
+    """Measure the content of one message."""
+    if isinstance(content, Measured):
+        return content.traffic
     records = content.array_records.values()
     return Traffic(
         serialized_bytes(content),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -173,6 +174,15 @@ class PrivateSum:
         if self._adaptive:
             clipped[_BIT] = np.asarray(float(length <= self._next_norm) - 0.5)
         return _contribution(clipped)
+
+    def clipper(self) -> PrivateSum:
+        """Return what clips as this does in this round: without noise and its seed."""
+        bare = copy.copy(self)
+        bare.mechanism = copy.copy(self.mechanism)
+        bare.mechanism.seed = None
+        bare.sampler = UniformSampler()
+        bare.accountant = bare._stream = bare._saved = None
+        return bare
 
     def release(self, total: Total) -> Total:
         """Return the sum of clipped contributions with this round's noise.

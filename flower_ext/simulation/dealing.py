@@ -10,6 +10,7 @@ from flower_ext.simulation.jobs import Job
 # What a worker idles at the end of a round is at most what a pack takes.
 _PACK_SECONDS = 0.05
 _FIRST_PACKS = 4  # a worker, before any client was timed
+_SUMMED_PACKS = 2  # a worker; each is a sum to send
 _MEMORY = 0.5  # of the estimated pace
 
 
@@ -48,23 +49,27 @@ class Workload:
         mean = self._sum / len(self._sizes) if self._sizes else 1.0
         return max(self._sizes.get(client, mean), 0.1 * mean, 1e-9)
 
-    def packs(self, jobs: Sequence[Job], workers: int) -> list[list[Job]]:
+    def packs(
+        self, jobs: Sequence[Job], workers: int, *, summed: bool = False
+    ) -> list[list[Job]]:
         """Make packs of jobs of one kind, the heaviest first.
 
-        Each holds about the same amount of work, and all workers get as many.
+        Each holds about the same amount of work, and all workers get as many. Packs to
+        be ``summed`` do not depend on times, so that equal runs have equal sums.
         """
         if not jobs:
             return []
         sizes = [self.size(job.client) for job in jobs]
         pace = self._pace.get(jobs[0].kind)
-        each = (
-            _FIRST_PACKS
-            if pace is None
-            else math.ceil(pace * sum(sizes) / (_PACK_SECONDS * workers))
-        )
+        if summed:
+            each = _SUMMED_PACKS
+        elif pace is None:
+            each = _FIRST_PACKS
+        else:
+            each = math.ceil(pace * sum(sizes) / (_PACK_SECONDS * workers))
         count = min(len(jobs), max(each, 1) * workers)
         dealt = deal(sizes, [0.0] * count)
-        return [[jobs[i] for i in pack] for pack in dealt]
+        return [[jobs[i] for i in sorted(pack)] for pack in dealt]
 
 
 def deal(sizes: Sequence[float], taken: Sequence[float]) -> list[list[int]]:

@@ -18,21 +18,21 @@ from uuid import uuid4
 
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import ServerApp
 
 from flower_ext._flower import (
     CLIENT_RAISED,
     NodeInfo,
     Run,
-    ensure_task_identity,
     flatten_dict,
 )
 from flower_ext.errors import refuse, whole
+from flower_ext.simulation.own_grid import OwnGrid
 
 _FIRST_NODE = 1000
 
 
-class LocalGrid(Grid):
+class LocalGrid(OwnGrid):
     """Calls a ClientApp directly, one virtual client after the other.
 
     Every client has its own :class:`~flwr.app.Context` with ``partition-id`` and
@@ -61,9 +61,8 @@ class LocalGrid(Grid):
         run_config: UserConfig | None = None,
     ) -> None:
         whole("num_supernodes", num_supernodes, 1)
-        ensure_task_identity()
+        super().__init__(Run.create_empty(run_id=1))
         self._client_app = client_app
-        self._run = Run.create_empty(run_id=1)
         self._replies: dict[str, Message] = {}
         self._contexts = {
             _FIRST_NODE + i: Context(
@@ -75,26 +74,6 @@ class LocalGrid(Grid):
             )
             for i in range(num_supernodes)
         }
-
-    def set_run(self, run: Run) -> None:
-        """Set the run this grid operates in."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """Run information."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Create a message; ``Message(...)`` does the same."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the node ids, in the order of the partitions."""

@@ -13,6 +13,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flower_ext._flower import NO_REPLY, log
+from flower_ext.partial_sums import Summand
 from flower_ext.simulation.dealing import Workload, deal
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.mods import HOSTED_KEY, PACK_KEY, Pack, hear
@@ -57,8 +58,16 @@ class MessageTransport(Transport):
         self._ready: list[Outcome] = []
         self._pause = _FIRST_PAUSE
 
-    def submit(self, jobs: Sequence[Job], shared: Sequence[Record]) -> None:
-        """Deal jobs out to nodes and send each node its own."""
+    def submit(
+        self,
+        jobs: Sequence[Job],
+        shared: Sequence[Record],
+        summand: Summand | None = None,
+    ) -> None:
+        """Deal jobs out to nodes and send each node its own.
+
+        Nothing is added up: a node must not run code that a message brings along.
+        """
         alike: dict[tuple[str, str], list[Job]] = defaultdict(list)
         for job in jobs:
             alike[job.kind, job.group].append(job)

@@ -27,20 +27,21 @@ from flower_ext._flower import (
     NO_REPLY,
     NodeInfo,
     Run,
-    ensure_task_identity,
     in_simulation,
 )
 from flower_ext.errors import one_of, positive, refuse, whole
+from flower_ext.partial_sums import Summand
 from flower_ext.simulation.dealing import Workload
 from flower_ext.simulation.jobs import Outcome, split
 from flower_ext.simulation.message_transport import MessageTransport
+from flower_ext.simulation.own_grid import OwnGrid
 from flower_ext.simulation.ray_transport import RayTransport, Resources
 from flower_ext.simulation.transport import Transport
 
 TransportName = Literal["auto", "ray", "messages"]
 
 
-class PackedGrid(Grid):
+class PackedGrid(OwnGrid):
     """Logical clients 0 to N-1, many to a worker, for any strategy.
 
     Each has its own :class:`~flwr.app.Context`: ``partition-id`` (and ``node_id``) is
@@ -78,6 +79,12 @@ class PackedGrid(Grid):
     num_examples : sequence of float, optional
         Sizes of the clients, to deal them out longest first from the first round on;
         by default sizes are learned from the ``num-examples`` that clients report.
+    partial_sums : bool (default: True)
+        In Ray actors, for strategies that are sums: replies are added up where they are
+        made, so that what travels, and the server's memory, do not grow with the
+        cohort. The result is that of the same numbers added in another order, in
+        float64, the same in every run with as many workers. ``train_metrics_aggr_fn``
+        then sees no arrays. With False, replies arrive as they are.
 
     Notes
     -----
@@ -105,6 +112,7 @@ class PackedGrid(Grid):
         resources: Resources | None = None,
         client_timeout: float | None = None,
         num_examples: Sequence[float] | None = None,
+        partial_sums: bool = True,
     ) -> None:
         whole("num_clients", num_clients, 1)
         one_of("transport", transport, ("auto", "ray", "messages"))
@@ -118,8 +126,10 @@ class PackedGrid(Grid):
                 f"{len(num_examples)} sizes",
                 f"one for each of num_clients={num_clients}",
             )
-        ensure_task_identity()
-        self._run = grid.run if grid else Run.create_empty(run_id=1)
+        super().__init__(grid.run if grid else Run.create_empty(run_id=1))
+        if not isinstance(partial_sums, bool):
+            refuse("partial_sums", partial_sums, "True or False")
+        self._partial_sums = partial_sums
         self._clients = range(num_clients)
         self._nodes: list[NodeInfo] = []
         self._keys = itertools.count()
@@ -165,26 +175,6 @@ class PackedGrid(Grid):
         """Stop the workers; the end of the process does so, too."""
         self._transport.close()
 
-    def set_run(self, run: Run) -> None:
-        """Set the run this grid operates in."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """Run information."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Create a message; ``Message(...)`` does the same."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> Iterable[int]:
         """Return the numbers of the clients, in order."""
         return self._clients
@@ -200,6 +190,9 @@ class PackedGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Start the clients of the messages."""
+        return self._push(messages, None)
+
+    def _push(self, messages: Iterable[Message], summand: Summand | None) -> list[str]:
         keyed = [(next(self._keys), message) for message in messages]
         for key, message in keyed:
             client = message.metadata.dst_node_id
@@ -211,7 +204,7 @@ class PackedGrid(Grid):
             stub = Message(RecordDict(), job.client, job.kind, group_id=job.group)
             stub.metadata.__dict__["_message_id"] = str(job.key)
             self._asked[str(job.key)] = stub
-        self._transport.submit(jobs, shared)
+        self._transport.submit(jobs, shared, summand)
         return [str(key) for key, _ in keyed]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -227,8 +220,24 @@ class PackedGrid(Grid):
         A client that has not replied after ``timeout`` seconds is stopped and gets an
         error reply.
         """
+        return self._exchange(messages, None, timeout)
+
+    def send_and_sum(
+        self, messages: Iterable[Message], summand: Summand, *, timeout: float | None
+    ) -> Iterable[Message]:
+        """Do as :meth:`send_and_receive`; replies may be added up by the workers."""
+        return self._exchange(
+            messages, summand if self._partial_sums else None, timeout
+        )
+
+    def _exchange(
+        self,
+        messages: Iterable[Message],
+        summand: Summand | None,
+        timeout: float | None,
+    ) -> list[Message]:
         end = None if timeout is None else time.monotonic() + timeout
-        ids = list(self.push_messages(messages))
+        ids = self._push(messages, summand)
         while late := [i for i in ids if i in self._asked]:
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:

@@ -19,6 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from flower_ext._flower import CLIENT_CRASHED, in_simulation, log
+from flower_ext.partial_sums import PackSum, Summand
 from flower_ext.simulation.clients import over_time
 from flower_ext.simulation.dealing import Workload
 from flower_ext.simulation.jobs import Job, Outcome
@@ -26,7 +27,7 @@ from flower_ext.simulation.needs import Need, ResourcesFunction, require_room
 from flower_ext.simulation.ray_pool import Hired, Pool
 from flower_ext.simulation.records import Record, to_wire, to_wires
 from flower_ext.simulation.transport import Transport
-from flower_ext.simulation.worker import Answer, Setting, WireJob
+from flower_ext.simulation.worker import Answer, Broadcast, Setting, WireJob
 
 Resources = Mapping[str, float] | ResourcesFunction
 
@@ -94,6 +95,7 @@ class RayTransport(Transport):
         self._running: dict[Any, _Pack] = {}
         self._states: dict[int, Any] = {}
         self._warned: set[Need] = set()
+        self._told = False  # that there are no partial sums
         self._false_starts = 0  # in a row
         self._numbers = itertools.count()
         from ray import cloudpickle
@@ -127,18 +129,30 @@ class RayTransport(Transport):
             )
         return self._needs[client]
 
-    def submit(self, jobs: Sequence[Job], shared: Sequence[Record]) -> None:
+    def submit(
+        self,
+        jobs: Sequence[Job],
+        shared: Sequence[Record],
+        summand: Summand | None = None,
+    ) -> None:
         """Deal jobs out to packs and start as many as there are workers."""
         import ray
 
-        reference = [ray.put([to_wire(record) for record in shared])]
+        records = [to_wire(record) for record in shared]
+        try:
+            reference = [ray.put(Broadcast(records, summand))]
+        except TypeError as problem:  # something in the strategy
+            if not self._told:
+                log(WARNING, "Rounds run without partial sums: %s", problem)
+            self._told, summand = True, None
+            reference = [ray.put(Broadcast(records, None))]
         number = next(self._numbers)
         alike: dict[tuple[Need, str], list[Job]] = {}
         for job in jobs:
             alike.setdefault((self._need(job.client), job.kind), []).append(job)
         for need, kind in sorted(alike, reverse=True):  # the hardest to place first
             for pack in self._workload.packs(
-                alike[need, kind], max(self._pool.room(need), 1)
+                alike[need, kind], max(self._pool.room(need), 1), summed=bool(summand)
             ):
                 self._waiting.append(_Pack(pack, need, number, reference))
         self._start()
@@ -204,7 +218,8 @@ class RayTransport(Transport):
         pack = self._running[reference]
         assert pack.worker is not None
         try:
-            answers: list[Answer] = ray.get(reference)
+            answers: list[Answer]
+            answers, total = ray.get(reference)
         except ray.exceptions.RayTaskError as problem:
             self._running.pop(reference)
             self._pool.give_back(pack.worker)
@@ -217,16 +232,18 @@ class RayTransport(Transport):
         self._running.pop(reference)
         self._pool.give_back(pack.worker)
         self._false_starts = 0
-        for job, answer in zip(pack.jobs, answers, strict=True):
+        done = list(zip(pack.jobs, answers, strict=True))
+        together = None
+        if total is not None:
+            clients = [job.client for job, answer in done if answer.is_in_sum()]
+            together = PackSum(total, frozenset(clients))
+        for job, answer in done:
             if answer.state == "new":
                 self._states[job.client] = pack.states
             elif answer.state == "none":
                 self._states.pop(job.client, None)
-            yield answer.outcome()
-        timed = [
-            (job.client, answer.seconds)
-            for job, answer in zip(pack.jobs, answers, strict=True)
-        ]
+            yield answer.outcome(together)
+        timed = [(job.client, answer.seconds) for job, answer in done]
         self._workload.learn_pace(pack.jobs[0].kind, timed)
 
     def _lost(self, reference: Any, reason: str) -> Iterator[Outcome]:

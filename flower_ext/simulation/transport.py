@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
+from flower_ext.partial_sums import Summand
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.records import Record
 
@@ -11,8 +12,16 @@ class Transport(ABC):
     """Carries jobs to where clients run, and outcomes back."""
 
     @abstractmethod
-    def submit(self, jobs: Sequence[Job], shared: Sequence[Record]) -> None:
-        """Start jobs; ``shared`` are the records that they name by place."""
+    def submit(
+        self,
+        jobs: Sequence[Job],
+        shared: Sequence[Record],
+        summand: Summand | None = None,
+    ) -> None:
+        """Start jobs; ``shared`` are the records that they name by place.
+
+        With a ``summand`` replies may be added up on the way.
+        """
 
     @abstractmethod
     def wait(self, seconds: float | None) -> list[Outcome]:

@@ -11,9 +11,12 @@ from flwr.app import Error, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 
 from flower_ext._flower import NO_REPLY
+from flower_ext.contribution import Total
+from flower_ext.partial_sums import PackSum, PartialSum, Summand, Summed
 from flower_ext.simulation.clients import client_context, run_client
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.records import Record, Wire, from_wire, from_wires, to_wires
+from flower_ext.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,43 @@ class Answer:
     error: tuple[int, str] | None
     seconds: float
     state: Literal["kept", "new", "none"]
+    #: Of a reply that was to be added up: what it was, and why it is in no sum.
+    summed: tuple[Traffic, str] | None = None
 
-    def outcome(self) -> Outcome:
-        """Return it as the grid takes it."""
+    def is_in_sum(self) -> bool:
+        """Whether the reply was added up."""
+        return self.summed is not None and not self.summed[1]
+
+    def outcome(self, pack: PackSum | None) -> Outcome:
+        """Return it as the grid takes it; ``pack`` is the sum it may be in."""
         if self.content is None:
             assert self.error is not None
             return Outcome(self.key, None, Error(*self.error), self.seconds)
-        return Outcome(self.key, from_wires(self.content), None, self.seconds)
+        content = from_wires(self.content)
+        if self.summed:
+            content = Summed(dict(content))
+            content.traffic, content.problem = self.summed
+            content.pack = None if content.problem else pack
+        return Outcome(self.key, content, None, self.seconds)
 
 
 States = dict[int, dict[str, Wire]]
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What the clients of a round have in common.
+
+    Attributes
+    ----------
+    records : list
+        Those that the jobs name by place.
+    summand : Summand or None
+        With it, replies are added up.
+    """
+
+    records: list[Wire]
+    summand: Summand | None
 
 
 class Worker:
@@ -84,11 +114,13 @@ class Worker:
         self._setting = setting
         self._threads = threads
         self._app: ClientApp | None = None
-        self._shared: tuple[int, list[Record]] = (-1, [])
+        self._number = -1
+        self._shared: list[Record] = []
+        self._summand: Summand | None = None
 
     def run(
         self, number: int, shared: list[Any], jobs: list[WireJob]
-    ) -> tuple[list[Answer], States | None]:
+    ) -> tuple[tuple[list[Answer], Total | None], States | None]:
         """Run clients.
 
         Parameters
@@ -96,7 +128,7 @@ class Worker:
         number : int
             Which broadcast ``shared`` is of.
         shared : list
-            One reference to the shared records, fetched once a broadcast.
+            One reference to the :class:`Broadcast`, fetched once.
         jobs : list of WireJob
             One for each client.
 
@@ -104,22 +136,27 @@ class Worker:
         -------
         list of Answer
             In the order of the jobs.
+        Total, optional
+            The sum of their replies, if they are to be added up.
         dict, optional
             The states of those clients that have one.
         """
         app = self.load()
-        if number != self._shared[0]:
-            self._shared = (number, [from_wire(wire) for wire in _fetch(shared[0])])
+        if number != self._number:
+            broadcast: Broadcast = _fetch(shared[0])
+            self._shared = [from_wire(wire) for wire in broadcast.records]
+            self._summand, self._number = broadcast.summand, number
+        into = PartialSum(self._summand) if self._summand else None
         answers, states = [], States()
         for job in jobs:
-            answer, state = self._run_one(app, job)
+            answer, state = self._run_one(app, job, into)
             answers.append(answer)
             if state:
                 states[job.job.client] = state
-        return answers, states or None
+        return (answers, into.total if into else None), states or None
 
     def _run_one(
-        self, app: ClientApp, sent: WireJob
+        self, app: ClientApp, sent: WireJob, into: PartialSum | None
     ) -> tuple[Answer, dict[str, Wire] | None]:
         job, setting = sent.job, self._setting
         try:
@@ -131,15 +168,19 @@ class Worker:
             setting.run_id, job.client, setting.num_clients, state, setting.run_config
         )
         job.own.update(from_wires(sent.own))
-        done = run_client(app, job, self._shared[1], context, setting.client_timeout)
+        done = run_client(app, job, self._shared, context, setting.client_timeout)
         if done.content is None:
             assert done.error is not None
             error = (done.error.code, done.error.reason or "")
             return Answer(job.key, None, error, done.seconds, "kept"), None
-        content = to_wires(done.content)
         after = to_wires(context.state)
         kind: Literal["new", "none"] = "new" if after else "none"
-        return Answer(job.key, content, None, done.seconds, kind), after
+        content, summed = done.content, None
+        if into:
+            content = rest = into.add(content)
+            summed = rest.traffic, rest.problem
+        wires = to_wires(content)
+        return Answer(job.key, wires, None, done.seconds, kind, summed), after
 
     def ready(self) -> None:
         """Return when clients can run."""

@@ -12,7 +12,8 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, QFedAvg
 from flower_ext import AdditiveStrategy
 from flower_ext._flower import CLIENT_CRASHED, CLIENT_RAISED
 from flower_ext.simulation import LocalGrid, PackedGrid
-from flower_ext.strategies import DPFTRL, FedFish
+from flower_ext.strategies import DPFTRL, FLASC, FedFish
+from flower_ext.strategies.flasc import Tier
 
 CLIENTS = 40
 
@@ -193,6 +194,14 @@ STRATEGIES = {
     "QFedAvg": lambda: QFedAvg(0.1, 0.5, "train-loss", fraction_train=0.5),
     "AdditiveStrategy": lambda: AdditiveStrategy(fraction_train=0.5),
     "FedFish": lambda: FedFish(fraction_train=0.5),
+    "FLASC": lambda: FLASC(
+        download_density=0.5,
+        upload_density=0.25,
+        tiers=(Tier(upload_density=1.0), Tier()),
+        precision="bfloat16",
+        error_feedback=True,
+        fraction_train=0.5,
+    ),
     "DPFTRL": lambda: DPFTRL(
         num_rounds=3,
         num_sampled_clients=4,
@@ -217,7 +226,8 @@ def plain_and_packed(transport, importable, ray_if):
     app = small.with_mod if transport == "messages" else small.app
     torch.set_num_threads(1)
     gc.freeze()  # QFedAvg collects garbage for every reply
-    with packed_grid(transport, app, 12, run_config=settings) as grid:
+    options = {"run_config": settings, "partial_sums": False}
+    with packed_grid(transport, app, 12, **options) as grid:
         yield LocalGrid(small.app, 12, settings), grid
     gc.unfreeze()
 

@@ -2,6 +2,7 @@
 
 import random
 import re
+import threading
 import time
 from collections import Counter
 
@@ -15,6 +16,9 @@ from flower_ext._flower import CLIENT_CRASHED, NO_REPLY
 from flower_ext.simulation import LocalGrid, PackedGrid
 
 pytestmark = pytest.mark.slow
+
+
+INITIAL = ArrayRecord({"w": Array(np.zeros(3, np.float32))})
 
 
 @pytest.fixture
@@ -78,19 +82,22 @@ def test_a_client_that_kills_its_worker_is_the_only_error(make, ask):
     assert values(ask(grid, [5]), "visits") == [2]
 
 
-def test_a_run_with_a_killed_worker_is_that_without(make, virtual, tmp_path):
-    initial = ArrayRecord({"w": Array(np.zeros(3, np.float32))})
-
+@pytest.mark.parametrize("partial_sums", [True, False])
+def test_a_run_with_a_killed_worker_is_that_without(
+    make, virtual, tmp_path, partial_sums
+):
     def run(grid, **config):
         return AdditiveStrategy(fraction_train=0.5, fraction_evaluate=0.0).start(
-            grid, initial, num_rounds=3, train_config=ConfigRecord(config)
+            grid, INITIAL, num_rounds=3, train_config=ConfigRecord(config)
         )
 
     mark = tmp_path / "killed"
     plain = run(LocalGrid(virtual, 12))
-    ours = run(make(), **{"kill-once": str(mark)})
+    ours = run(make(partial_sums=partial_sums), **{"kill-once": str(mark)})
     assert mark.exists()
-    np.testing.assert_array_equal(ours.arrays["w"].numpy(), plain.arrays["w"].numpy())
+    np.testing.assert_allclose(
+        ours.arrays["w"].numpy(), plain.arrays["w"].numpy(), rtol=1e-6
+    )
     for metrics in ours.train_metrics_clientapp.values():
         assert (metrics["num-replies"], metrics["num-errors"]) == (6, 0)
     assert [m["visits"] for m in ours.train_metrics_clientapp.values()] == [
@@ -98,18 +105,63 @@ def test_a_run_with_a_killed_worker_is_that_without(make, virtual, tmp_path):
     ]
 
 
-def test_a_round_says_how_many_were_lost(make, ask):
-    initial = ArrayRecord({"w": Array(np.zeros(3, np.float32))})
+@pytest.mark.parametrize("partial_sums", [True, False])
+def test_a_round_says_how_many_were_lost(make, partial_sums):
     strategy = AdditiveStrategy(fraction_evaluate=0.0)
-    result = strategy.start(
-        make(6), initial, num_rounds=1, train_config=ConfigRecord({"kill": 1})
-    )
+    config = ConfigRecord({"kill": 1})
+    grid = make(6, partial_sums=partial_sums)
+    result = strategy.start(grid, INITIAL, num_rounds=1, train_config=config)
     counts = result.train_metrics_clientapp[1]
     assert (counts["num-replies"], counts["num-errors"]) == (5, 1)
     # Clients 0 and 2 to 5 of 1, 3, 4, 5, 6 examples: each moves by its number.
     np.testing.assert_allclose(
         result.arrays["w"].numpy(), np.dot([0, 2, 3, 4, 5], [1, 3, 4, 5, 6]) / 19
     )
+
+
+# Partial sums -----------------------------------------------------------------------
+
+
+def test_replies_of_a_sum_are_few_and_without_arrays(make, monkeypatch):
+    grid, packs = make(12), []
+    send = grid.send_and_sum
+
+    def look(messages, summand, *, timeout):
+        replies = list(send(messages, summand, timeout=timeout))
+        packs.append({id(reply.content.pack): reply.content.pack for reply in replies})
+        assert not any(reply.content.array_records for reply in replies)
+        assert [r.metadata.src_node_id for r in replies] == list(range(12))
+        return replies
+
+    monkeypatch.setattr(grid, "send_and_sum", look)
+    runs = []
+    for _ in range(2):
+        strategy = AdditiveStrategy(fraction_evaluate=0.0)
+        runs.append(strategy.start(grid, INITIAL, num_rounds=2))
+        assert len(runs[-1].train_metrics_clientapp) == 2
+    assert runs[0].arrays == runs[1].arrays
+    for of_round in packs:
+        assert len(of_round) == 4  # two a worker
+        clients = [pack.clients for pack in of_round.values()]
+        assert sorted(c for pack in clients for c in pack) == list(range(12))
+        assert sum(pack.total.count for pack in of_round.values()) == 12
+
+
+def test_a_strategy_that_cannot_be_pickled_runs_without_sums(make, caplog):
+    strategy = AdditiveStrategy(fraction_evaluate=0.0)
+    strategy.lock = threading.Lock()
+    result = strategy.start(make(6), INITIAL, num_rounds=2)
+    assert result.train_metrics_clientapp[2]["num-replies"] == 6
+    assert caplog.text.count("without partial sums") == 1
+
+
+def test_what_contribution_raises_ends_the_run(make):
+    class Wrong(AdditiveStrategy):
+        def contribution(self, reply, sent):
+            raise KeyError("no such thing")
+
+    with pytest.raises(RuntimeError, match="no such thing"):
+        Wrong(fraction_evaluate=0.0).start(make(2), INITIAL, num_rounds=1)
 
 
 def test_a_client_that_cannot_be_interrupted_is_stopped(make, ask):
