@@ -26,7 +26,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,12 +39,13 @@ from flower_ext._runlog import (
     print_progress,
     tail,
 )
-from flower_ext.report import SUMMARY_FILE, table
+from flower_ext.report import SUMMARY_FILE, pool, table
 
 ConfigValue = str | int | float | bool
 Start = Callable[[Sequence[str], BinaryIO | int], subprocess.Popen[bytes]]
 
 RESULTS_KEY = "results"  # in an app's run config
+SEED_KEY = "seed"
 SUPERLINK = "launch"  # name of the connection in the temporary Flower home
 START_SECONDS = 60.0  # a SuperLink takes 2 to 3 s to listen on an idle machine
 TAIL_LINES = 20
@@ -223,6 +224,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--timeout", type=float, help="seconds; default: none")
     parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="run once per value of the run-config key 'seed', and pool the tables",
+    )
+    parser.add_argument(
         "--results",
         type=Path,
         help="folder for the log and, if the app's run config has a key 'results', for "
@@ -240,16 +248,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = _results_folder(args.app, args.results, run_config)
         if args.progress:
             print(f"Starting {args.num_supernodes} virtual clients on Ray", flush=True)
-        outcome = run_app(
+        run = functools.partial(
+            run_app,
             args.app,
-            run_config=run_config,
             num_supernodes=args.num_supernodes,
             num_cpus=args.num_cpus,
             num_gpus=args.num_gpus,
             timeout=args.timeout,
-            log_file=results and results / "flower.log",
             on_line=show,
         )
+        if args.seeds:
+            outcome = _run_seeds(run, args.seeds, run_config, results)
+        else:
+            log = results and results / "flower.log"
+            outcome = run(run_config=run_config, log_file=log)
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -264,6 +276,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if results:
         print(f"results: {results}")
     return 0
+
+
+def _run_seeds(
+    run: Callable[..., RunOutcome],
+    seeds: Sequence[int],
+    run_config: Mapping[str, ConfigValue],
+    results: Path | None,
+) -> RunOutcome:
+    """Run once per seed, each in a folder of its own, and pool their summaries."""
+    if results is None or RESULTS_KEY not in run_config:
+        raise ValueError("--seeds needs an app with the run-config key 'results'")
+    outcomes = []
+    for seed in seeds:
+        folder = results / f"seed-{seed}"
+        config = {**run_config, SEED_KEY: seed, RESULTS_KEY: str(folder)}
+        outcomes.append(run(run_config=config, log_file=folder / "flower.log"))
+    pool([results / f"seed-{seed}" for seed in seeds], results)
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    return replace(outcomes[-1], seconds=seconds)
 
 
 def _results_folder(

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 from flower_ext import report_page
 from flower_ext.tracking import read_metrics
@@ -65,27 +66,68 @@ def write_summary(
     return path
 
 
+def pool(folders: Iterable[Path | str], results: Path | str) -> Path:
+    """Summarise the summaries of the same comparison with several seeds.
+
+    Parameters
+    ----------
+    folders : iterable of path
+        Folders with a summary each, of the same runs.
+    results : path
+        Where the summary goes: means over the folders, and, as ``"spread"``, the
+        standard deviations (of a sample; of one folder none).
+
+    Returns
+    -------
+    Path
+        The file ``summary.json``.
+    """
+    each = [json.loads((Path(f) / SUMMARY_FILE).read_text("utf-8")) for f in folders]
+    first = each[0]
+    runs: dict[str, dict[str, float]] = {}
+    spread: dict[str, dict[str, float]] = {}
+    for name in first["runs"]:
+        runs[name], spread[name] = {}, {}
+        for column in first["columns"]:
+            values = [s["runs"].get(name, {}).get(column) for s in each]
+            if any(value is None for value in values):
+                continue
+            runs[name][column] = mean(values)
+            if len(values) > 1:
+                spread[name][column] = stdev(values)
+    pooled = {**first, "runs": runs, "spread": spread, "num-seeds": len(each)}
+    path = Path(results) / SUMMARY_FILE
+    path.write_text(json.dumps(pooled, indent=2) + "\n", "utf-8")
+    return path
+
+
 def table(results: Path | str) -> str:
     """Return a written summary as a table for the terminal."""
     summary = json.loads((Path(results) / SUMMARY_FILE).read_text("utf-8"))
     columns: dict[str, str] = summary["columns"]
+    spread: dict[str, dict[str, float]] = summary.get("spread", {})
     rows = [["", *columns.values()]]
     for name, values in summary["runs"].items():
-        rows.append([name, *(_cell(column, values.get(column)) for column in columns)])
+        spreads = spread.get(name, {})
+        cells = [_cell(c, values.get(c), spreads.get(c)) for c in columns]
+        rows.append([name, *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
-    return "\n".join(
-        [*lines, f"means over the last {summary['rounds-averaged']} rounds"]
-    )
+    note = f"means over the last {summary['rounds-averaged']} rounds"
+    if "num-seeds" in summary:
+        note += f" and {summary['num-seeds']} seeds, ± standard deviation over seeds"
+    return "\n".join([*lines, note])
 
 
-def _cell(column: str, value: float | None) -> str:
+def _cell(column: str, value: float | None, spread: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value / 1e6:.2f} MB" if column.startswith("bytes/") else f"{value:.4f}"
+    if column.startswith("bytes/"):
+        return f"{value / 1e6:.2f} MB"
+    return f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 
 
 def write_page(folders: Iterable[Path | str], output: Path | str) -> Path:

@@ -16,6 +16,8 @@ import flower_ext
 from flower_ext import _processes, launch
 from flower_ext._runlog import readable_line
 from flower_ext.launch import RunFailed, parse_run_config, run_app
+from flower_ext.report import write_summary
+from flower_ext.tracking import METRICS_FILE
 
 DEADLINE = 120.0
 
@@ -255,6 +257,39 @@ def test_folder_without_an_app(tmp_path, capsys):
     assert [line.startswith("error: ") for line in errors] == [True, True]
     assert "no [tool.flwr.app]" in errors[0]
     assert "not valid TOML" in errors[1]
+
+
+def test_seeds_run_one_after_the_other_and_are_pooled(
+    app, tmp_path, monkeypatch, capsys
+):
+    config = 'seed = 1\nresults = ""\n'
+    (app / "pyproject.toml").write_text(PYPROJECT + config)
+    asked = []
+
+    def fake(folder, *, run_config, log_file, **_):
+        asked.append(run_config["seed"])
+        out = Path(run_config["results"])
+        (out / "fedavg").mkdir(parents=True)
+        row = {"round": 1, "evaluate/loss": 2.0 ** run_config["seed"]}
+        (out / "fedavg" / METRICS_FILE).write_text(json.dumps(row) + "\n")
+        write_summary(out, ["fedavg"], {"evaluate/loss": "loss"})
+        return launch.RunOutcome("finished:completed", 10.0, "")
+
+    monkeypatch.setattr(launch, "run_app", fake)
+    folder = tmp_path / "out"
+    options = ["--results", str(folder), "--seeds", "3", "1"]
+    assert launch.main([str(app), *options, "-c", "seed=5"]) == 0
+    assert asked == [3, 1]
+    shown = capsys.readouterr().out
+    # The mean of 8 and 2, and their standard deviation, 6 / sqrt(2).
+    assert "fedavg  5.0000 ± 4.2426" in shown
+    assert "2 seeds" in shown and "in 20 s" in shown
+    assert (folder / "seed-1" / "fedavg" / METRICS_FILE).is_file()
+
+
+def test_seeds_of_an_app_without_results(app, capsys):
+    assert launch.main([str(app), "--seeds", "1"]) == 2
+    assert "'results'" in capsys.readouterr().err
 
 
 def test_flwr_not_installed(app, monkeypatch, capsys):
