@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALL := -m pip --disable-pip-version-check install --quiet $(PIP_OPTIONS)
 INSTALL += $(if $(CONSTRAINTS),-c $(abspath $(CONSTRAINTS)))
-SOURCES := flower_ext strategies baselines benchmarks tests
+SOURCES := flower_ext strategies baselines benchmarks tests tools
 
 # A Flower home, port and Ray session of this command's own, removed when it ends.
 # The path is short: Ray's sockets live below it.
@@ -27,7 +27,7 @@ define isolated
 	FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0
 endef
 
-.PHONY: help run report test check wheel bench bench-simulation clean
+.PHONY: help run report docs test check wheel bench bench-simulation clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,6 +41,10 @@ RESULTS ?= results
 report: $(INSTALLED)  ## one HTML page of all results, or of those in RESULTS=
 	$(PY) -m flower_ext.report $(RESULTS)
 
+docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	@echo site/index.html
+
 # One thread a test: with two tests at a time, threads of one wait for those of the other.
 test: $(INSTALLED)  ## run the whole test suite, Ray and SuperLink included
 	@$(isolated) OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
@@ -50,6 +54,7 @@ check: $(INSTALLED)  ## lint, check the format and the types
 	$(VENV)/bin/ruff check $(wildcard $(SOURCES))
 	$(VENV)/bin/ruff format --check $(wildcard $(SOURCES))
 	$(VENV)/bin/mypy --strict
+	$(VENV)/bin/mypy --strict tools/*.py
 
 wheel: $(INSTALLED)  ## build, check the contents, test the installed wheel elsewhere
 	rm -rf build dist
@@ -71,7 +76,7 @@ wheel: $(INSTALLED)  ## build, check the contents, test the installed wheel else
 	cd "$$out"; \
 	venv/bin/python -m pytest -m "not slow" $(PYTEST_OPTIONS) \
 	  --ignore tests/test_architecture.py --ignore tests/test_packaging.py \
-	  --ignore tests/test_readme.py  # these three look at the checkout
+	  --ignore tests/test_docs.py  # these three look at the checkout
 
 bench: $(INSTALLED)  ## run the benchmarks one after the other
 	@set -e; for file in $(filter-out benchmarks/simulation.py,$(wildcard benchmarks/[a-z]*.py)); do \
@@ -82,7 +87,7 @@ bench-simulation: $(INSTALLED)  ## time rounds of many virtual clients
 	@$(isolated) $(PY) benchmarks/simulation.py
 
 clean:  ## remove what the other targets made, except the results
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml $(wildcard $(CONSTRAINTS))
