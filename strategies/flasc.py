@@ -418,7 +418,7 @@ class FLASC(AdditiveStrategy):
         messages = list(messages)
         contents: dict[int, RecordDict] = {}
         for message in messages:
-            index = self._tier(self._clients[message.metadata.dst_node_id])
+            index = self._tier(self.client_of(message.metadata.dst_node_id))
             if index not in contents:
                 told = message.content.config_records[self.configrecord_key]
                 contents[index] = RecordDict(

@@ -5,8 +5,10 @@ import shutil
 import socket
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from flwr.app import ArrayRecord
 
 from flower_ext.adapters import (
@@ -18,9 +20,6 @@ from flower_ext.additive import AdditiveStrategy
 from flower_ext.client import client_app
 from flower_ext.server_optimizer import Adam
 from flower_ext.simulation.local import LocalGrid
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 
 def lora(**options):

@@ -5,6 +5,7 @@ import pickle
 from functools import partial
 
 import numpy as np
+import peft
 import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
@@ -616,7 +617,6 @@ def texts(context):
 
 @pytest.fixture(scope="module")
 def adapters(tiny_bert):
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=4, target_modules=["query", "value"], task_type="SEQ_CLS", lora_dropout=0.1
     )

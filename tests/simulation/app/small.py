@@ -6,7 +6,7 @@ from torch import nn
 
 from flower_ext.client import Task, client_app
 from flower_ext.simulation import packed
-from flower_ext.strategies import FedFishClient
+from flower_ext.strategies import FedFishClient, FLASCClient
 
 
 class Net(nn.Module):
@@ -39,7 +39,7 @@ def loss(model, batch):
 
 
 task = Task(lambda config: Net(), data, loss)
-app = client_app(task, FedFishClient)
+app = client_app(task, FedFishClient, FLASCClient)
 
 # The same, for packing by Flower's messages.
 with_mod = ClientApp(mods=[packed])
