@@ -41,7 +41,7 @@ from flower_ext.arrays import (
 from flower_ext.client import CLIENT_HALF_KEY, WRONG_HALF, ClientHalf, Metrics
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import fraction, refuse, whole
-from flower_ext.nodes import wait_for_nodes
+from flower_ext.nodes import Places, wait_for_nodes
 from flower_ext.options import FedAvgOptions
 from flower_ext.partial_sums import NOT_FINITE, PackSum, Summand, Summed
 from flower_ext.privacy.mechanism import Mechanism
@@ -148,7 +148,7 @@ class AdditiveStrategy(FedAvg):
             self._private = self._under(mechanism, options)
         self._sent: Arrays | None = None
         # Node ids are new in every run, a client's place among the nodes is not.
-        self._clients: dict[int, int] = {}
+        self._clients: Mapping[int, int] = {}
         self._cohort: dict[int, int] = {}
         self._evaluators: dict[int, int] = {}
         self._understood = False  # whether any reply has ever been usable
@@ -316,7 +316,7 @@ class AdditiveStrategy(FedAvg):
         sampler = self._private.sampler if self._private else self.sampler
         while True:
             nodes = wait_for_nodes(grid, max(self.min_available_nodes, least))
-            self._clients = {node: i for i, node in enumerate(nodes)}
+            self._clients = Places(nodes)
             if self._private and purpose == "train":
                 self._private.require_nodes(len(nodes))
                 size = self._private.mechanism.cohort

@@ -194,7 +194,12 @@ def accumulate(
 def all_finite(terms: Iterable[Term]) -> bool:
     """Whether no array holds a NaN or an infinity."""
     with np.errstate(invalid="ignore", over="ignore"):
-        return all(np.all(np.isfinite(block)) for x in terms for block in _blocks(x))
+        return all(_is_finite(block) for x in terms for block in _blocks(x))
+
+
+def _is_finite(block: NDArray) -> bool:
+    # A sum is quick, and finite only if all its terms are. It may overflow, too.
+    return bool(np.isfinite(block.sum()) or np.isfinite(block).all())
 
 
 def norm(terms: Iterable[Term]) -> float:

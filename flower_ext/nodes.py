@@ -1,7 +1,7 @@
 """The nodes of a run: their order, waiting for them, and knowing them again."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from logging import INFO
 from typing import cast
 
@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from flower_ext._flower import log
 
 
-def ordered_nodes(grid: Grid) -> list[int]:
+def ordered_nodes(grid: Grid) -> Sequence[int]:
     """Return the node ids in the order in which the nodes registered.
 
     Node ids are random numbers, new in every run. In a simulation nodes register in
@@ -20,14 +20,14 @@ def ordered_nodes(grid: Grid) -> list[int]:
     """
     ids = grid.get_node_ids()
     if isinstance(ids, range):
-        return list(ids)
+        return ids
     nodes = sorted(
         grid.get_nodes(), key=lambda node: (node.registered_at, node.node_id)
     )
     return [node.node_id for node in nodes]
 
 
-def wait_for_nodes(grid: Grid, at_least: int) -> list[int]:
+def wait_for_nodes(grid: Grid, at_least: int) -> Sequence[int]:
     """Return the nodes in order, once there are ``at_least`` so many."""
     while len(nodes := ordered_nodes(grid)) < at_least:
         log(
@@ -38,6 +38,29 @@ def wait_for_nodes(grid: Grid, at_least: int) -> list[int]:
         )
         time.sleep(1)
     return nodes
+
+
+class Places(Mapping[int, int]):
+    """The place of every node in their order; of a range nothing has to be stored."""
+
+    def __init__(self, nodes: Sequence[int]) -> None:
+        self._nodes = nodes
+        self._index: Mapping[int, int] | None = None
+        if not isinstance(nodes, range):
+            self._index = {node: i for i, node in enumerate(nodes)}
+
+    def __getitem__(self, node: int) -> int:
+        if self._index is not None:
+            return self._index[node]
+        if node not in self._nodes:
+            raise KeyError(node)
+        return self._nodes.index(node)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._nodes)
 
 
 class NodeRegistry:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 
-from flwr.app import Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, MetricRecordValues, RecordDict
 
 from flower_ext._flower import log
 from flower_ext.arrays import Arrays, from_record, layout
@@ -25,11 +25,11 @@ def read_arrays(reply: RecordDict, key: str, like: Arrays) -> Arrays:
     MalformedReply
         Unless names, shapes and kinds (float, integer, flag) are those of ``like``.
     """
-    if key not in reply.array_records:
+    record = reply.get(key)
+    if not isinstance(record, ArrayRecord):
         raise MalformedReply(
             f"no ArrayRecord {key!r} in the reply, only {sorted(reply.array_records)}"
         )
-    record = reply.array_records[key]
     if set(record) != set(like):
         raise MalformedReply(
             f"arrays of {key!r} are not those expected: missing "
@@ -83,9 +83,9 @@ def read_vector(
 
 
 def _find(reply: RecordDict, key: str) -> MetricRecordValues:
-    for metrics in reply.metric_records.values():
-        if key in metrics:
-            return metrics[key]
+    for record in reply.values():
+        if isinstance(record, MetricRecord) and key in record:
+            return record[key]
     raise MalformedReply(f"no metric {key!r} in the reply")
 
 
@@ -159,7 +159,7 @@ def aggregate_metrics(
     names = [
         {
             (key, name, len(value) if isinstance(value, list) else None)
-            for key, record in content.metric_records.items()
+            for key, record in _metrics(content).items()
             for name, value in record.items()
             if name not in consumed
         }
@@ -177,6 +177,11 @@ def aggregate_metrics(
     return MetricRecord(dict(aggregate(chosen, weighted_by_key)))
 
 
+def _metrics(content: RecordDict) -> dict[str, MetricRecord]:
+    """Return what ``content.metric_records`` does, several times faster."""
+    return {k: x for k, x in content.items() if isinstance(x, MetricRecord)}
+
+
 def _only(
     content: RecordDict, kept: set[tuple[str, str]], weighted_by_key: str
 ) -> RecordDict:
@@ -185,7 +190,9 @@ def _only(
     Flower looks for the weight in the first MetricRecord, and adds up metrics of the
     same name: the record with the weight goes first, and the first of a name is kept.
     """
-    metrics = content.metric_records
+    metrics = _metrics(content)
+    if len(metrics) == 1 and len(kept) == sum(map(len, metrics.values())):
+        return content  # all that it has is kept
     result = RecordDict({k: x for k, x in content.items() if k not in metrics})
     seen: set[str] = set()
     for key in sorted(metrics, key=lambda key: weighted_by_key not in metrics[key]):

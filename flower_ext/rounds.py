@@ -83,6 +83,8 @@ def run_rounds(
     result = Result(arrays=initial_arrays)
     saved = Checkpoint(checkpoint, strategy) if checkpoint is not None else None
     done = saved.restore(result) if saved else 0
+    if done:
+        log(WARNING, "Clients start anew: their states are not in a checkpoint")
     if tracker:
         about: dict[str, object] = {"strategy": type(strategy).__name__}
         if hasattr(strategy, "settings"):

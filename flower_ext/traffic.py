@@ -65,7 +65,7 @@ def measure_content(content: RecordDict) -> Traffic:
     """Measure the content of one message."""
     if isinstance(content, Measured):
         return content.traffic
-    records = content.array_records.values()
+    records = [x for x in content.values() if isinstance(x, ArrayRecord)]
     return Traffic(
         serialized_bytes(content),
         sum(_contents(array.data) for r in records for array in r.values()),
@@ -82,7 +82,8 @@ def serialized_bytes(content: RecordDict) -> int:
     size: int = recorddict_to_proto(rest).ByteSize()
     return size + sum(
         _field(_field(len(key.encode())) + _field(_record_bytes(record)))
-        for key, record in content.array_records.items()
+        for key, record in content.items()
+        if isinstance(record, ArrayRecord)
     )
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from flower_ext._flower import NodeInfo
-from flower_ext.nodes import NodeRegistry, ordered_nodes, wait_for_nodes
+from flower_ext.nodes import NodeRegistry, Places, ordered_nodes, wait_for_nodes
 
 
 def grid_of(*polls):
@@ -38,7 +38,16 @@ def test_nodes_that_registered_together_are_ordered_by_id():
 
 
 def test_numbered_clients_are_in_order():
-    assert ordered_nodes(SimpleNamespace(get_node_ids=lambda: range(3))) == [0, 1, 2]
+    nodes = ordered_nodes(SimpleNamespace(get_node_ids=lambda: range(3)))
+    assert list(nodes) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("nodes", [[7, 3, 9], range(3), range(4, 10, 2)])
+def test_places_are_those_in_the_order(nodes):
+    places = Places(nodes)
+    assert dict(places) == {node: i for i, node in enumerate(nodes)}
+    assert len(places) == 3
+    assert places.get(11) is None
 
 
 def test_a_round_waits_until_there_are_enough_nodes(monkeypatch, caplog):

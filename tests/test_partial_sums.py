@@ -131,7 +131,7 @@ def test_only_grids_that_say_so_add_up(app):
 def test_results_are_those_of_replies_that_arrive(name, app, initial, tmp_path):
     results = []
     for kind in (LocalGrid, Summing):
-        tracker = Tracker(tmp_path / kind.__name__)
+        tracker = Tracker(tmp_path / kind.__name__, tensorboard=False)
         results.append(
             STRATEGIES[name]().start(
                 kind(app, 8, {"batch-size": 4, "lr": 0.1}),

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Literal
 
-from flwr.app import Error, Message, MetricRecord, RecordDict, UserConfig
+from flwr.app import Error, Message, MetricRecord, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -133,7 +133,7 @@ class PackedGrid(OwnGrid):
         self._clients = range(num_clients)
         self._nodes: list[NodeInfo] = []
         self._keys = itertools.count()
-        self._asked: dict[str, Message] = {}  # without content, until they are answered
+        self._asked: dict[str, Message] = {}  # until they are answered
         self._replies: dict[str, Message] = {}
         self._workload = Workload(num_examples)
         if transport == "auto":
@@ -199,12 +199,9 @@ class PackedGrid(OwnGrid):
             if client not in self._clients:
                 refuse("dst_node_id", client, f"one of {len(self._clients)} clients")
             message.metadata.__dict__["_message_id"] = str(key)
-        jobs, shared = split(keyed)
-        for job in jobs:
-            stub = Message(RecordDict(), job.client, job.kind, group_id=job.group)
-            stub.metadata.__dict__["_message_id"] = str(job.key)
-            self._asked[str(job.key)] = stub
-        self._transport.submit(jobs, shared, summand)
+            self._asked[str(key)] = message
+        if keyed:
+            self._transport.submit(*split(keyed), summand)
         return [str(key) for key, _ in keyed]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -265,5 +262,5 @@ class PackedGrid(OwnGrid):
             for record in outcome.content.values():
                 size = record.get("num-examples")
                 if isinstance(record, MetricRecord) and isinstance(size, int | float):
-                    self._workload.learn_size(reply.metadata.src_node_id, size)
+                    self._workload.learn_size(asked.metadata.dst_node_id, size)
         self._replies[str(outcome.key)] = reply

@@ -141,7 +141,9 @@ class RayTransport(Transport):
         records = [to_wire(record) for record in shared]
         try:
             reference = [ray.put(Broadcast(records, summand))]
-        except TypeError as problem:  # something in the strategy
+        except Exception as problem:  # something in the strategy cannot be pickled
+            if summand is None:
+                raise
             if not self._told:
                 log(WARNING, "Rounds run without partial sums: %s", problem)
             self._told, summand = True, None

@@ -76,12 +76,13 @@ class Answer:
         if self.content is None:
             assert self.error is not None
             return Outcome(self.key, None, Error(*self.error), self.seconds)
-        content = from_wires(self.content)
-        if self.summed:
-            content = Summed(dict(content))
-            content.traffic, content.problem = self.summed
-            content.pack = None if content.problem else pack
-        return Outcome(self.key, content, None, self.seconds)
+        if self.summed is None:
+            content = from_wires(self.content)
+            return Outcome(self.key, content, None, self.seconds)
+        rest = Summed({key: from_wire(wire) for key, wire in self.content.items()})
+        rest.traffic, rest.problem = self.summed
+        rest.pack = None if rest.problem else pack
+        return Outcome(self.key, rest, None, self.seconds)
 
 
 States = dict[int, dict[str, Wire]]
