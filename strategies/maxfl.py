@@ -303,21 +303,22 @@ class MaxFL(AdditiveStrategy):
         return messages
 
     def report_evaluate(self, replies: list[Message]) -> Metrics:
-        """Return the appeal over all, seen and unseen clients, each counting once."""
-        wanted: dict[str, list[float]] = {"": [], "-seen": [], "-unseen": []}
+        """Return the appeal, and all metrics by whether a client was asked to train.
+
+        ``-seen`` and ``-unseen`` are means in which every client counts once.
+        """
+        values: dict[str, list[float]] = {}
         for reply in replies:
-            try:
-                appealed = min(read_scalar(reply.content, APPEALED), 1.0)
-            except MalformedReply:  # a loop of one's own may not report it
-                continue
             seen = self._clients.get(reply.metadata.src_node_id) in self._seen
-            wanted[""].append(appealed)
-            wanted["-seen" if seen else "-unseen"].append(appealed)
-        return {
-            f"gm-appeal{who}": sum(values) / len(values)
-            for who, values in wanted.items()
-            if values
-        }
+            for name, value in _scalars(reply.content).items():
+                if name == APPEALED:
+                    name, value = "gm-appeal", min(max(value, 0.0), 1.0)
+                    values.setdefault(name, []).append(value)
+                elif name in (self.weighted_by_key, WEIGHT):
+                    continue
+                who = "seen" if seen else "unseen"
+                values.setdefault(f"{name}-{who}", []).append(value)
+        return {name: sum(found) / len(found) for name, found in values.items()}
 
     def state_dict(self) -> dict[str, object]:
         """Add the clients that were asked to train."""
@@ -337,3 +338,13 @@ class MaxFL(AdditiveStrategy):
             "Requirement": own if self.requirement is None else self.requirement,
             **super().settings(),
         }
+
+
+def _scalars(content: RecordDict) -> dict[str, float]:
+    """Return the finite numbers of a reply's metrics."""
+    return {
+        name: float(value)
+        for record in content.metric_records.values()
+        for name, value in record.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }

@@ -448,6 +448,21 @@ def test_appeal_of_seen_and_unseen_clients_is_a_hand_count(point_task, play, spi
     assert len(sizes) > 6  # the cohorts were not all alike
 
 
+def test_metrics_of_seen_and_unseen_clients_count_each_once(reply, scripted):
+    values = [(1.0, 10, 0.2), (0.0, 1, 0.8), (1.0, 5, 0.5)]
+    grid = scripted([reply(None, n, appealed=a, accuracy=x) for a, n, x in values])
+    strategy, sent = MaxFL(fraction_train=0.5, min_train_nodes=1), to_record(SENT)
+    (trains,) = strategy.configure_train(1, sent, ConfigRecord(), grid)
+    seen = strategy.client_of(trains.metadata.dst_node_id)
+    asked = strategy.configure_evaluate(1, sent, ConfigRecord(), grid)
+    found = strategy.aggregate_evaluate(1, grid.send_and_receive(asked))
+    others = [x for k, (_, _, x) in enumerate(values) if k != seen]
+    assert found["accuracy-seen"] == values[seen][2]
+    assert found["accuracy-unseen"] == pytest.approx(np.mean(others))
+    assert found["gm-appeal"] == pytest.approx(2 / 3)
+    assert "num-examples-seen" not in found
+
+
 def test_preferred_model_is_the_one_of_less_training_loss(point_task, play):
     # Test data differ from training data, and in number.
     data = [

@@ -1,23 +1,15 @@
 """Logistic regression."""
 
-from functools import lru_cache
-
 import torch
 from flwr.app import UserConfig
 from torch import Tensor, nn
 
-from flower_ext.data import feature_names, load
+from bounded_group_loss.dataset import num_features
 
 
-@lru_cache(maxsize=1)
-def num_features() -> int:
-    """Return the width of the feature vector."""
-    return len(feature_names(load("adult")["train"]))
-
-
-def make_model(_: UserConfig) -> nn.Module:
+def make_model(config: UserConfig) -> nn.Module:
     """Make the model."""
-    return nn.Linear(num_features(), 2)
+    return nn.Linear(num_features(str(config["dataset"])), 2)
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -26,5 +18,5 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def accuracy(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return whether each person's income is predicted right."""
+    """Return whether each person's label is predicted right."""
     return {"accuracy": (model(batch["x"]).argmax(1) == batch["y"]).to(torch.float32)}

@@ -1,9 +1,75 @@
-"""The client: plain training, or with MaxFL's half if the server asks for it."""
+"""The client: MaxFL's half for all strategies, so that all are measured alike."""
 
-from flower_ext import Task, client_app
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor
+
+from flower_ext import ClientHalf, Task, client_app
+from flower_ext.client import Local, Metrics, evaluate, train
 from flower_ext.strategies import MaxFLClient
+from flower_ext.strategies.maxfl import APPEALED
 from maxfl.dataset import client_data
 from maxfl.model import accuracy, loss, make_model
 
+LOSS = "received-loss"
+PROXIMAL_MU = "proximal-mu"
+
+
+class Client(MaxFLClient):
+    """Also tells its loss, may stay near the received model, leave, and fine-tune."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mu = 0.0
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._loss = 0.0
+
+    def begin(self, local: Local) -> None:
+        """Leave if the received model does not appeal, and clients may leave by now."""
+        super().begin(local)
+        leaves_after = int(local.context.run_config["leave-after"])
+        if leaves_after and local.server_round > leaves_after:
+            appealed = super().records(local)[1][APPEALED]
+            if not appealed:
+                raise RuntimeError("the model does not appeal to this client")
+        self._loss = local.mean_loss(local.train)
+        self._mu = local.number(PROXIMAL_MU, 0.0)
+        if self._mu:
+            self._pairs = [(p, p.detach().clone()) for p in local.model.parameters()]
+
+    def objective(self, losses: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Add FedProx' proximal term."""
+        mean = super().objective(losses, batch)
+        for now, received in self._pairs:
+            mean = mean + self._mu / 2 * (now - received).square().sum()
+        return mean
+
+    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
+        """Add the loss of the received model."""
+        arrays, metrics = super().records(local)
+        return arrays, {**metrics, LOSS: self._loss}
+
+    def evaluate(self, local: Local) -> Metrics:
+        """Add, near the end of the run, the accuracy after fine-tuning."""
+        metrics = super().evaluate(local)
+        config = local.context.run_config
+        steps = int(config["finetune-steps"])
+        if steps and local.server_round > int(config["num-server-rounds"]) - 3:
+            tuned = replace(
+                local,
+                model=deepcopy(local.model),
+                settings=replace(local.settings, local_steps=steps),
+            )
+            with torch.enable_grad():
+                train(tuned, ClientHalf())
+            found = evaluate(local.task, tuned.model, local.test)
+            metrics["finetuned-accuracy"] = found["accuracy"]
+        return metrics
+
+
 task = Task(model=make_model, data=client_data, loss=loss, metrics=accuracy)
-app = client_app(task, MaxFLClient)
+app = client_app(task, Client)

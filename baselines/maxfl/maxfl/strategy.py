@@ -1,10 +1,40 @@
 """The strategies that are compared, with the same cohorts and options."""
 
-from flwr.app import UserConfig
+from collections.abc import Sequence
+from typing import Literal
+
+from flwr.app import RecordDict, UserConfig
 
 from flower_ext import AdditiveStrategy
+from flower_ext.arrays import Arrays, norm, scale
+from flower_ext.client import Metrics
+from flower_ext.contribution import DELTA, Contribution, Total
+from flower_ext.replies import read_scalar
 from flower_ext.sampling import UniformSampler
 from flower_ext.strategies import MaxFL
+from maxfl.client_app import LOSS, PROXIMAL_MU
+
+STEP = "q-fedavg-step"
+
+
+class FirstClients(UniformSampler):
+    """Draws those that train from the first clients only; the others are held out."""
+
+    def __init__(self, seed: int, num_training_clients: int) -> None:
+        super().__init__(seed)
+        self._num = num_training_clients
+
+    def sample(
+        self,
+        clients: Sequence[int],
+        size: int,
+        server_round: int,
+        purpose: Literal["train", "evaluate"],
+    ) -> list[int]:
+        """Draw ``size`` clients."""
+        if purpose == "train":
+            clients = clients[: self._num]
+        return super().sample(clients, size, server_round, purpose)
 
 
 class FedAvg(MaxFL):
@@ -16,15 +46,73 @@ class FedAvg(MaxFL):
     report = AdditiveStrategy.report
 
 
+class FedProx(FedAvg):
+    """FedAvg whose clients stay near the model that they received (Li et al. 2020)."""
+
+    def __init__(self, proximal_mu: float, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.proximal_mu = proximal_mu
+
+    def client_config(self) -> dict[str, object]:
+        """Tell clients how near."""
+        return {**super().client_config(), PROXIMAL_MU: self.proximal_mu}
+
+
+class QFedAvg(FedAvg):
+    r"""q-FedAvg (Li et al. 2020, "Fair Resource Allocation", Algorithm 2).
+
+    With :math:`L = 1/\eta`, :math:`\Delta_k = L (w_k - w)` and the loss :math:`F_k` of
+    the received model, the model moves by :math:`\sum F_k^q \Delta_k / \sum h_k`,
+    :math:`h_k = q F_k^{q-1} \lVert\Delta_k\rVert^2 + L F_k^q`.
+    """
+
+    def __init__(self, q: float, learning_rate: float, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.q = q
+        self.lipschitz = 1 / learning_rate
+
+    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
+        """Return the weighted gradient and its h."""
+        loss = read_scalar(reply, LOSS) + 1e-10
+        delta = self.delta(reply, sent)
+        length = self.lipschitz * norm(delta.values())
+        step = self.q * loss ** (self.q - 1) * length**2
+        step += self.lipschitz * loss**self.q
+        factor = self.lipschitz * loss**self.q
+        weighted = {name: scale(x, factor) for name, x in delta.items()}
+        return Contribution({DELTA: weighted}, scalars={STEP: step})
+
+    def divisor(self, total: Total) -> float:
+        """Return the sum of h."""
+        return float(total.scalars[STEP])
+
+    def update(self, total: Total) -> Arrays:
+        """Return the step."""
+        total.weight = self.divisor(total)
+        return total.mean()
+
+    def report(self, total: Total) -> Metrics:
+        """Return nothing of its own."""
+        return {}
+
+
 def make_strategy(name: str, config: UserConfig) -> MaxFL:
-    """Make one of the strategies ``fedavg`` and ``maxfl``."""
+    """Make ``fedavg``, ``fedprox``, ``q-fedavg`` or ``maxfl``."""
+    options = {
+        "warmup_steps": int(config["warmup-steps"]),
+        "temperature": float(config["temperature"]),
+        "fraction_train": float(config["fraction-train"]),
+        "fraction_evaluate": float(config["fraction-evaluate"]),
+        "sampler": FirstClients(
+            int(config["seed"]), int(config["num-training-clients"])
+        ),
+    }
+    if name == "fedprox":
+        return FedProx(float(config["proximal-mu"]), **options)
+    if name == "q-fedavg":
+        return QFedAvg(float(config["q"]), float(config["learning-rate"]), **options)
     kinds = {"fedavg": FedAvg, "maxfl": MaxFL}
     if name not in kinds:
-        raise ValueError(f"strategies={name!r} must name {' or '.join(kinds)}")
-    return kinds[name](
-        temperature=float(config["temperature"]),
-        warmup_steps=int(config["warmup-steps"]),
-        fraction_train=float(config["fraction-train"]),
-        fraction_evaluate=float(config["fraction-evaluate"]),
-        sampler=UniformSampler(int(config["seed"])),
-    )
+        known = "fedavg, fedprox, q-fedavg or maxfl"
+        raise ValueError(f"strategies={name!r} must name {known}")
+    return kinds[name](**options)

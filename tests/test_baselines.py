@@ -1,0 +1,146 @@
+"""The baselines: the form that Flower's programme asks for, and their own code."""
+
+import importlib
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.serverapp.strategy import QFedAvg
+
+from flower_ext.arrays import to_record
+from flower_ext.simulation.local import app_config
+
+BASELINES = Path(__file__).parents[1] / "baselines"
+NAMES = ["bounded_group_loss", "dpftrl", "fedfish", "flasc", "maxfl"]
+FILES = ["client_app", "dataset", "model", "server_app", "strategy", "utils"]
+SECTIONS = [
+    "About this baseline",
+    "Experimental Setup",
+    "Environment Setup",
+    "Running the Experiments",
+    "What is the same as in the paper, and what is not",
+]
+SENT = {"a": np.array([1.0, 2.0]), "b": np.array([[0.5]])}
+
+
+@pytest.fixture
+def baseline(request):
+    """Import a module of a baseline, ``maxfl.strategy``; forget the package after."""
+    name = request.param.split(".")[0]
+    sys.path.insert(0, str(BASELINES / name))
+    yield importlib.import_module(request.param)
+    sys.path.remove(str(BASELINES / name))
+    for module in [m for m in sys.modules if m.split(".")[0] == name]:
+        del sys.modules[module]
+
+
+def test_every_baseline_is_here():
+    assert sorted(p.parent.name for p in BASELINES.glob("*/pyproject.toml")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_form(name):
+    folder = BASELINES / name
+    for file in ["__init__", *FILES]:
+        assert (folder / name / f"{file}.py").is_file(), file
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    assert project["name"].replace("-", "_") == name
+    assert 0 < len(project["description"]) <= 200
+    readme = (folder / "README.md").read_text("utf-8")
+    front = re.match(r"---\n(.*?)\n---\n", readme, re.DOTALL)[1]
+    fields = dict(re.findall(r"^(\w+): (.+)$", front, re.MULTILINE))
+    assert sorted(fields) == ["dataset", "labels", "title", "url"]
+    assert 4 <= len(fields["labels"].split(",")) <= 10
+    assert re.findall(r"^## (.+)$", readme, re.MULTILINE) == SECTIONS
+    for word in ("**Paper:**", "**Authors:**", "**In short:**", "**Hardware:**"):
+        assert word in readme, word
+    for picture in re.findall(r"!\[.*?\]\((.+?)\)", readme):
+        assert (folder / picture).is_file()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_of_the_readme_are_those_of_the_app(name):
+    config = app_config(BASELINES / name)
+    readme = (BASELINES / name / "README.md").read_text("utf-8")
+    setup = readme.split("## Experimental Setup")[1].split("## Environment")[0]
+    rows = re.findall(r"^\|[^|]+\| (`.+?`) \| (.+?) \|$", setup, re.MULTILINE)
+    assert rows
+    for keys, values in rows:
+        for key in re.findall(r"`([\w-]+)`", keys):
+            told = config[key]
+            shown = str(told).lower() if isinstance(told, bool) else f"{told}"
+            assert shown in values.replace("`", "").replace(",", ""), key
+
+
+@pytest.mark.parametrize("baseline", ["maxfl.strategy"], indirect=True)
+def test_q_fedavg_is_flowers(baseline, reply, aggregate, exchange):
+    losses, rate, q = [0.7, 2.0, 1.2], 0.1, 2.0
+    clients = [
+        {"a": np.array([0.0, 1.0]), "b": np.array([[1.0]])},
+        {"a": np.array([2.0, 5.0]), "b": np.array([[0.0]])},
+        {"a": np.array([1.0, 2.5]), "b": np.array([[0.2]])},
+    ]
+    replies = []
+    for arrays, loss in zip(clients, losses, strict=True):
+        metrics = {"received-loss": loss, "appealed": 0.0, "appeal-weight": 0.1}
+        replies.append(reply(arrays, 5, **metrics))
+    ours, _ = aggregate(baseline.QFedAvg(q, rate), SENT, replies)
+    theirs = QFedAvg(client_learning_rate=rate, q=q, train_loss_key="received-loss")
+    asked = exchange(theirs, SENT, replies)
+    expected, _ = theirs.aggregate_train(1, asked)
+    for name, array in expected.items():
+        np.testing.assert_allclose(ours[name], array.numpy(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("baseline", ["maxfl.strategy"], indirect=True)
+def test_held_out_clients_are_never_asked_to_train(baseline):
+    sampler = baseline.FirstClients(1, 6)
+    clients = list(range(10))
+    trained = {c for r in range(20) for c in sampler.sample(clients, 3, r, "train")}
+    asked = {c for r in range(20) for c in sampler.sample(clients, 3, r, "evaluate")}
+    assert trained == set(range(6))
+    assert asked == set(clients)
+
+
+@pytest.mark.parametrize("baseline", ["maxfl.client_app"], indirect=True)
+def test_proximal_term_is_half_mu_times_the_squared_distance(baseline):
+    half = baseline.Client()
+    now = torch.tensor([1.0, 3.0], requires_grad=True)
+    half._mu, half._pairs = 0.5, [(now, torch.tensor([0.0, 1.0]))]
+    loss = half.objective(torch.tensor([2.0, 4.0]), {})
+    assert float(loss) == pytest.approx(3.0 + 0.25 * 5.0)
+    loss.backward()
+    assert now.grad.tolist() == pytest.approx([0.5, 1.0])
+
+
+@pytest.mark.parametrize("baseline", ["bounded_group_loss.utils"], indirect=True)
+def test_fairlearn_finds_the_worst_group(baseline, monkeypatch):
+    # Logits (0, s): the probability of label 1 is the sigmoid of s.
+    people = {
+        "x": torch.tensor([[2.0], [-1.0], [0.5], [-3.0]]),
+        "y": torch.tensor([1, 0, 0, 1]),
+        "group": torch.tensor([0, 0, 1, 1]),
+    }
+    monkeypatch.setattr(baseline, "people", lambda *_: people)
+    monkeypatch.setattr(baseline, "make_model", lambda _: torch.nn.Linear(1, 2))
+    config = {"dataset": "", "group": "", "evaluate-every": 2, "num-server-rounds": 3}
+    judge = baseline.fairness({**config, "by-label": False})
+    arrays = to_record(
+        {
+            "weight": np.array([[0.0], [1.0]], np.float32),
+            "bias": np.zeros(2, np.float32),
+        }
+    )
+    assert judge(1, arrays) is None
+    found = judge(2, arrays)
+    worst = (np.log1p(np.exp(0.5)) + np.log1p(np.exp(3.0))) / 2
+    assert found["worst-group-loss"] == pytest.approx(worst, rel=1e-6)
+    assert found["accuracy"] == 0.5
+    assert found["worst-group-accuracy"] == 0.0
+    assert found["equalized-odds-difference"] == 1.0
+    paired = baseline.fairness({**config, "by-label": True})(3, arrays)
+    assert paired["worst-group-loss"] == pytest.approx(np.log1p(np.exp(3.0)), rel=1e-6)
