@@ -27,7 +27,7 @@ define isolated
 	FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0
 endef
 
-.PHONY: help run report docs test check wheel bench bench-simulation clean
+.PHONY: help run report docs new-strategy test check wheel bench bench-simulation clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,6 +45,9 @@ docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 	@echo site/index.html
 
+new-strategy: $(INSTALLED)  ## start a strategy from the template: make new-strategy NAME=my_idea
+	@$(PY) tools/new_strategy.py "$(NAME)"
+
 # One thread a test: with two tests at a time, threads of one wait for those of the other.
 test: $(INSTALLED)  ## run the whole test suite, Ray and SuperLink included
 	@$(isolated) OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
@@ -54,7 +57,7 @@ check: $(INSTALLED)  ## lint, check the format and the types
 	$(VENV)/bin/ruff check $(wildcard $(SOURCES))
 	$(VENV)/bin/ruff format --check $(wildcard $(SOURCES))
 	$(VENV)/bin/mypy --strict
-	$(VENV)/bin/mypy --strict tools/*.py
+	$(VENV)/bin/mypy --strict tools/*.py tools/template/strategy.py
 
 wheel: $(INSTALLED)  ## build, check the contents, test the installed wheel elsewhere
 	rm -rf build dist

@@ -22,8 +22,7 @@ from flwr.app import ArrayRecord, UserConfig
 from torch import nn
 
 import flower_ext
-from flower_ext import LocalGrid, Task, client_app, report
-from flower_ext.strategies import BoundedGroupLossClient, FedFishClient, MaxFLClient
+from flower_ext import LocalGrid, Task, client_app, report, strategies
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -64,7 +63,8 @@ def accuracy(model, batch):
 def stand_ins():
     """Return what a reader has: a model, a task, clients, and what Flower exports."""
     task = Task(make_model, client_data, per_example_loss, accuracy)
-    app = client_app(task, FedFishClient, MaxFLClient, BoundedGroupLossClient)
+    halves = [name for name in strategies.__all__ if name.endswith("Client")]
+    app = client_app(task, *(getattr(strategies, name) for name in halves))
     return {
         "ArrayRecord": ArrayRecord,
         "Net": lambda: make_model({}),

@@ -1,0 +1,128 @@
+r"""Template: clients that the model serves badly count for more.
+
+.. math:: q_k = e^{s F_k}, \quad
+   \Delta = \frac{\sum_k q_k \Delta_k}{\sum_k q_k}
+
+with the loss :math:`F_k` of the model that client k received and the strength
+:math:`s` (authors, year, title, where, its equation number).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Unpack
+
+from flwr.app import ArrayRecord, RecordDict
+
+from flower_ext.additive import AdditiveStrategy, Config
+from flower_ext.arrays import Arrays, scale, zeros_like
+from flower_ext.client import ClientHalf, Local, Metrics
+from flower_ext.contribution import DELTA, Contribution, Total
+from flower_ext.errors import at_least
+from flower_ext.options import AdditiveOptions
+from flower_ext.replies import read_scalar
+
+STRENGTH_KEY = "template-strength"
+WEIGHT = "template-weight"
+
+
+def template_weight(loss: float, strength: float) -> float:
+    r"""Return :math:`q = e^{s F}`, for a training loop of one's own.
+
+    Parameters
+    ----------
+    loss : float
+        Of the received model on the client's training data, before training.
+    strength : float
+        :math:`s`; 0 gives all clients the weight 1.
+
+    Examples
+    --------
+    >>> template_weight(3.0, strength=0.0)
+    1.0
+    """
+    return math.exp(min(strength * loss, 50.0))
+
+
+class TemplateClient(ClientHalf):
+    """Measures the received model on the client's training data."""
+
+    name = "template"
+
+    def __init__(self) -> None:
+        self._weight = 1.0
+
+    def begin(self, local: Local) -> None:
+        """Measure before the first step."""
+        loss = local.mean_loss(local.train)
+        self._weight = template_weight(loss, local.number(STRENGTH_KEY, 0.0))
+
+    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
+        """Return the weight."""
+        return {}, {WEIGHT: self._weight}
+
+
+class Template(AdditiveStrategy):
+    r"""Federated averaging that weighs clients by the loss of the received model.
+
+    Against FedAvg, the weight of a client is not its number of examples but
+    :math:`q_k`. With ``strength=0`` it is FedAvg with equal weights.
+    Works with the client half :class:`TemplateClient`,
+    or with :func:`template_weight` in a loop of one's own.
+
+    Parameters
+    ----------
+    strength : float (default: 1.0)
+        :math:`s \ge 0`; 0 is FedAvg with equal weights.
+    **options
+        Server optimizer, sampler, mechanism and Flower's own options, see
+        :class:`~flower_ext.options.AdditiveOptions`.
+
+    Notes
+    -----
+    Train metric ``mean-weight`` is the mean of the weights. They reveal how well a
+    client is served. Deviations from the paper: none known.
+
+    Examples
+    --------
+    >>> strategy = Template(fraction_train=0.1, strength=0.5)
+    """
+
+    client_half = TemplateClient
+    consumed_metrics = (WEIGHT,)
+
+    def __init__(
+        self, *, strength: float = 1.0, **options: Unpack[AdditiveOptions]
+    ) -> None:
+        super().__init__(**options)
+        self.strength = at_least("strength", strength, 0)
+
+    def client_config(self) -> Config:
+        """Tell clients the strength."""
+        return {STRENGTH_KEY: self.strength}
+
+    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
+        r"""Return :math:`q_k \Delta_k` and :math:`q_k`."""
+        weight = read_scalar(reply, WEIGHT)
+        delta = {k: scale(x, weight) for k, x in self.delta(reply, sent).items()}
+        return Contribution({DELTA: delta}, scalars={WEIGHT: weight})
+
+    def zero(self, sent: Arrays) -> Contribution:
+        """Return the term of a client that changes nothing."""
+        return Contribution({DELTA: zeros_like(sent)}, scalars={WEIGHT: 0.0})
+
+    def divisor(self, total: Total) -> float:
+        r"""Return :math:`\sum q`."""
+        return float(total.scalars[WEIGHT])
+
+    def update(self, total: Total) -> Arrays:
+        r"""Return :math:`\sum q\Delta / \sum q`; under noise, the sum is no less."""
+        total.weight = max(self.divisor(total), total.noise.get(WEIGHT, 0.0))
+        return total.mean()
+
+    def report(self, total: Total) -> Metrics:
+        """Return the mean weight of the cohort."""
+        return {"mean-weight": self.divisor(total) / total.count}
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings that ``summary()`` logs."""
+        return {"Strength": self.strength, **super().settings()}
