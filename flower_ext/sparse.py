@@ -22,6 +22,7 @@ as any other: ``model.load_state_dict(record.to_torch_state_dict())``.
 import struct
 import zlib
 from collections.abc import Mapping
+from math import prod
 from typing import Any, get_args
 
 import numpy as np
@@ -133,7 +134,7 @@ def num_values(record: ArrayRecord) -> int:
             return int(_BODY.unpack_from(_payload(record), _HEADER.size)[2])
         except (MalformedReply, ValueError, struct.error):
             return 0
-    return sum(int(np.prod(array.shape)) for array in record.values())
+    return sum(prod(array.shape) for array in record.values())
 
 
 def mask_codes(record: ArrayRecord, like: Mapping[str, NDArray]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
@@ -88,15 +89,22 @@ def serialized_bytes(content: RecordDict) -> int:
 
 
 def _record_bytes(record: ArrayRecord) -> int:
-    size = 0
-    for name, array in record.items():
-        fields = [_field(len(array.dtype)), _field(len(array.stype))]
-        if array.shape:
-            fields.append(_field(sum(_varint(n) for n in array.shape)))
-        if array.data:
-            fields.append(_field(len(array.data)))
-        size += _field(_field(len(name.encode())) + _field(sum(fields)))
-    return size
+    return sum(
+        _array_bytes(name, x.dtype, tuple(x.shape), x.stype, len(x.data))
+        for name, x in record.items()
+    )
+
+
+@lru_cache(maxsize=4096)  # every client sends the same names and shapes
+def _array_bytes(
+    name: str, dtype: str, shape: tuple[int, ...], stype: str, size: int
+) -> int:
+    fields = [_field(len(dtype)), _field(len(stype))]
+    if shape:
+        fields.append(_field(sum(map(_varint, shape))))
+    if size:
+        fields.append(_field(size))
+    return _field(_field(len(name.encode())) + _field(sum(fields)))
 
 
 def _field(length: int) -> int:

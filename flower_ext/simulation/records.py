@@ -5,7 +5,7 @@ than training a tiny client for a step, so their header is read once for all cli
 """
 
 from collections.abc import Mapping
-from copy import deepcopy
+from math import prod
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -65,7 +65,7 @@ def _plain_layout(
         shape, fortran_order, dtype, start = npy_layout(array.data)
     except (ValueError, EOFError):
         return None  # NumPy will say what is wrong
-    size = int(np.prod(shape, dtype=np.int64))
+    size = prod(shape)
     if not size or len(array.data) != start + size * dtype.itemsize:
         return None
     return dtype, shape, fortran_order, start
@@ -74,7 +74,8 @@ def _plain_layout(
 def own_copy(record: Record) -> Record:
     """Copy a record and its values, but not the bytes of arrays."""
     if not isinstance(record, ArrayRecord):
-        return deepcopy(record)
+        values = {k: list(x) if isinstance(x, list) else x for k, x in record.items()}
+        return type(record)(values)  # type: ignore[arg-type]
     own = ArrayRecord()
     for name, array in record.items():
         own[name] = _sent(*_fields(array))
