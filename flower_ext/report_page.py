@@ -39,15 +39,15 @@ thead th { background: var(--soft); }
 figure { margin: 0; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; }
 svg text { fill: currentColor; } svg .grid { stroke: var(--line); }
-svg polyline { fill: none; stroke-width: 1.8; }
+svg polyline { fill: none; stroke: currentColor; stroke-width: 1.8; }
+svg circle { fill: currentColor; }
 ul.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none;
   padding: 0; } ul.legend svg { width: 1.5em; vertical-align: middle; }
 summary { cursor: pointer; margin: .6rem 0; font-weight: 600; }
 img { max-width: 100%; background: #fff; }
-.s0 { stroke: #3b82f6; fill: #3b82f6; } .s1 { stroke: #e8710a; fill: #e8710a; }
-.s2 { stroke: #16a34a; fill: #16a34a; } .s3 { stroke: #dc2626; fill: #dc2626; }
-.s4 { stroke: #9b5de5; fill: #9b5de5; } .s5 { stroke: #a9744f; fill: #a9744f; }
-.s6 { stroke: #db2777; fill: #db2777; } .s7 { stroke: #0d9488; fill: #0d9488; }
+.s0 { color: #3b82f6; } .s1 { color: #e8710a; } .s2 { color: #16a34a; }
+.s3 { color: #dc2626; } .s4 { color: #9b5de5; } .s5 { color: #a9744f; }
+.s6 { color: #db2777; } .s7 { color: #0d9488; }
 polyline.dashed { stroke-dasharray: 5 3; }
 """
 
@@ -326,7 +326,7 @@ def _chart(runs: Sequence[Run], column: str, x: str) -> str:
         return ""
     across = _ticks([a for a, _ in every], least=1.0 if x == "round" else 0.0)
     along = _ticks([b for _, b in every])
-    left, right, top, bottom = 48, 352, 8, 170
+    left, right, top, bottom = 48, 344, 8, 170
 
     def place(a: float, b: float) -> tuple[float, float]:
         share_a = (a - across[0]) / (across[-1] - across[0])
@@ -348,13 +348,14 @@ def _chart(runs: Sequence[Run], column: str, x: str) -> str:
         )
     for i, line in lines.items():
         placed = [place(*point) for point in line]
+        size = 2 if len(line) <= 40 else 1.2
         corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
         drawn.append(f'<polyline class="{_look(i)}" points="{corners}"/>')
         for (a, b), (at_x, at_y) in zip(line, placed, strict=True):
             said = escape(f"{runs[i].name}: {b:.5g} at {a:.5g}")
             drawn.append(
-                f'<circle class="{_look(i)}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="2">'
-                f"<title>{said}</title></circle>"
+                f'<circle class="{_look(i)}" r="{size}" cx="{at_x:.1f}" '
+                f'cy="{at_y:.1f}"><title>{said}</title></circle>'
             )
     unit = "MB up" if mega > 1 else x
     title = column + (f" against {unit}" if mega > 1 else "")
