@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from flower_ext import AdditiveStrategy
+from flower_ext.simulation.local import LocalGrid, app_config
+
 _APP = str(Path(__file__).parent / "app")
 
 
@@ -69,3 +72,31 @@ def ray_here():
 def ray_if(ray_here):
     """Start Ray for the transport that needs it."""
     return lambda transport: ray_here() if transport == "ray" else None
+
+
+@pytest.fixture(scope="session")
+def plain_clients():
+    """Run rounds of the app in flower_app on plain clients, without Ray."""
+    folder = str(Path(__file__).parent / "flower_app")
+    sys.path.insert(0, folder)
+    try:
+        from packed_app.client_app import app
+        from packed_app.server_app import collect
+    finally:
+        sys.path.remove(folder)
+
+    def run(num_rounds):
+        result = AdditiveStrategy(
+            fraction_train=0.5, fraction_evaluate=0.0, train_metrics_aggr_fn=collect
+        ).start(
+            LocalGrid(app, 30, app_config(folder)),
+            ArrayRecord({"w": Array(np.zeros(4, np.float32))}),
+            num_rounds=num_rounds,
+        )
+        rounds = result.train_metrics_clientapp.values()
+        return {
+            "w": result.arrays["w"].numpy().tolist(),
+            "visits": [record["visits"] for record in rounds],
+        }
+
+    return run

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -17,7 +16,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from flower_ext.simulation.local import LocalGrid, app_config
 from flower_ext.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +59,17 @@ def certificate(folder):
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
+
+
+def wait_for(port):
+    """Wait until somebody listens; the SuperLink takes seconds."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < end, f"nobody listens at {port}"
+            time.sleep(0.05)
 
 
 def tool(name):
@@ -121,27 +130,22 @@ def deployment(tmp_path_factory):
             f"partition-id={i} num-partitions=373 logical-clients='{clients}'",
         )  # fmt: skip
 
+    wait_for(port)
+
     def run(app, config):
         settings = " ".join(f"{k}={json.dumps(v)}" for k, v in config.items())
         command = [tool("flwr"), "run", str(app), "here", "--run-config", settings]
-        begun = time.monotonic()
-        said = ""
-        while True:  # the SuperLink takes seconds to listen
-            try:
-                done = subprocess.run(
-                    [*command, "--stream"],
-                    env=env,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    timeout=SECONDS,
-                )
-            except subprocess.TimeoutExpired as late:
-                said = f"{late}: {(late.output or b'').decode()}"
-                break
+        try:
+            done = subprocess.run(
+                [*command, "--stream"],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=SECONDS,
+            )
             said = done.stdout.decode()
-            if done.returncode == 0 or time.monotonic() > begun + 30:
-                break
-            time.sleep(1)
+        except subprocess.TimeoutExpired as late:
+            said = f"{late}: {(late.output or b'').decode()}"
         logs = "\n".join(
             f"== {log.name}\n{log.read_text('utf-8', errors='replace')[-3000:]}"
             for log in home.glob("*.log")
@@ -155,46 +159,54 @@ def deployment(tmp_path_factory):
         process.wait(20)
 
 
-def test_virtual_clients_live_where_their_node_says(deployment, tmp_path):
-    import numpy as np
-    from flwr.app import Array, ArrayRecord
-
-    from flower_ext import AdditiveStrategy
-
+def test_virtual_clients_live_where_their_node_says(
+    deployment, tmp_path, plain_clients
+):
     file = tmp_path / "results.json"
     log = deployment(APP, {"results": str(file), "transports": "auto", "rounds": 2})
     assert file.exists(), log
     found = json.loads(file.read_text("utf-8"))["auto"]
-    sys.path.insert(0, str(APP))
-    try:
-        from packed_app.client_app import app
-        from packed_app.server_app import collect
-    finally:
-        sys.path.remove(str(APP))
-    expected = AdditiveStrategy(
-        fraction_train=0.5, fraction_evaluate=0.0, train_metrics_aggr_fn=collect
-    ).start(
-        LocalGrid(app, 30, app_config(APP)),
-        ArrayRecord({"w": Array(np.zeros(4, np.float32))}),
-        num_rounds=2,
-    )
-    assert found["w"] == expected.arrays["w"].numpy().tolist()
-    rounds = expected.train_metrics_clientapp.values()
-    assert found["visits"] == [record["visits"] for record in rounds]
+    expected = plain_clients(2)
+    assert {key: found[key] for key in expected} == expected
 
 
-def test_fedfish_runs_unchanged(deployment, tmp_path):
-    config = {
+BASELINES = {
+    "fedfish": {
         "strategies": "fedfish",
         "num-server-rounds": 1,
         "fraction-train": 1.0,
-        "hidden-size": 16,
-        "local-epochs": 1,
-        "results": str(tmp_path / "results"),
-    }
-    log = deployment(ROOT / "baselines" / "fedfish", config)
-    folder = tmp_path / "results" / "fedfish"
-    assert folder.exists(), log
-    rows = read_metrics(folder)
-    assert len(rows) == 1, log
-    assert rows[0]["train/num-replies"] == NODES
+    },
+    "dpftrl": {
+        "mechanisms": "tree",
+        "epsilons": "8",
+        "dataset": "shakespeare",
+        "num-server-rounds": 2,
+        "num-sampled-clients": 1,
+        "population-size": NODES,
+        "simulated-cohort": 0,
+        "central-examples": 100,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=BASELINES)
+def rows(request, deployment, tmp_path_factory):
+    """Run a baseline, as it is, on its own data; return its name and its rounds."""
+    name, results = request.param, tmp_path_factory.mktemp("run") / "results"
+    small = {"hidden-size": 16, "local-epochs": 1, "results": str(results)}
+    log = deployment(ROOT / "baselines" / name, {**small, **BASELINES[name]})
+    found = [read_metrics(path.parent) for path in results.glob("*/metrics.jsonl")]
+    assert len(found) == 1, log
+    assert len(found[0]) == BASELINES[name]["num-server-rounds"], log
+    return name, found[0]
+
+
+def test_baselines_run_unchanged(rows):
+    name, rounds = rows
+    clients = NODES if name == "fedfish" else 1
+    for metrics in rounds:
+        assert metrics["train/num-replies"] == clients
+        assert metrics["train/num-errors"] == 0
+    if name == "dpftrl":
+        spent = [metrics["train/epsilon"] for metrics in rounds]
+        assert 0 < spent[0] <= spent[1] <= 8

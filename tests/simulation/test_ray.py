@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from flower_ext import AdditiveStrategy
 from flower_ext._flower import CLIENT_CRASHED, NO_REPLY
-from flower_ext.simulation import LocalGrid, PackedGrid
+from flower_ext.simulation import LocalGrid, PackedGrid, ray_transport
 
 pytestmark = pytest.mark.slow
 
@@ -105,18 +105,27 @@ def test_a_run_with_a_killed_worker_is_that_without(
     ]
 
 
-@pytest.mark.parametrize("partial_sums", [True, False])
-def test_a_round_says_how_many_were_lost(make, partial_sums):
-    strategy = AdditiveStrategy(fraction_evaluate=0.0)
-    config = ConfigRecord({"kill": 1})
+KILLED = {"kill": 1}
+EATS = {"eat": 1, "mib": 256}
+
+
+@pytest.mark.parametrize(
+    ("partial_sums", "faults"),
+    [(True, [KILLED, EATS, {**EATS, "killed": True}]), (False, [KILLED])],
+)
+def test_a_round_says_how_many_were_lost(make, partial_sums, faults):
     grid = make(6, partial_sums=partial_sums)
-    result = strategy.start(grid, INITIAL, num_rounds=1, train_config=config)
-    counts = result.train_metrics_clientapp[1]
-    assert (counts["num-replies"], counts["num-errors"]) == (5, 1)
-    # Clients 0 and 2 to 5 of 1, 3, 4, 5, 6 examples: each moves by its number.
-    np.testing.assert_allclose(
-        result.arrays["w"].numpy(), np.dot([0, 2, 3, 4, 5], [1, 3, 4, 5, 6]) / 19
-    )
+    for fault in faults:
+        strategy = AdditiveStrategy(fraction_evaluate=0.0)
+        result = strategy.start(
+            grid, INITIAL, num_rounds=1, train_config=ConfigRecord(fault)
+        )
+        counts = result.train_metrics_clientapp[1]
+        assert (counts["num-replies"], counts["num-errors"]) == (5, 1)
+        # Clients 0 and 2 to 5 of 1, 3, 4, 5, 6 examples: each moves by its number.
+        np.testing.assert_allclose(
+            result.arrays["w"].numpy(), np.dot([0, 2, 3, 4, 5], [1, 3, 4, 5, 6]) / 19
+        )
 
 
 # Partial sums -----------------------------------------------------------------------
@@ -243,6 +252,24 @@ def test_clients_may_differ_and_more_demand_than_supply_waits(make, ask):
 def test_what_does_not_exist_is_refused_before_the_first_round(make, need, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make(num_workers=None, resources=need)
+
+
+def test_gpus_that_flowers_own_workers_hold_are_refused_not_waited_for(
+    make, monkeypatch
+):
+    import ray
+
+    make(1)  # Ray is there
+    holder = ray.remote(num_gpus=4)(type("Holder", (), {"ready": lambda self: 1}))
+    holder = holder.remote()
+    ray.get(holder.ready.remote())
+    monkeypatch.setattr(ray_transport, "in_simulation", lambda grid: True)
+    try:
+        with pytest.raises(ValueError, match="client-resources-num-gpus=0"):
+            make(resources={"num_gpus": 0.5})
+        make(1)  # who needs none is not refused
+    finally:
+        ray.kill(holder)
 
 
 # Cohorts ----------------------------------------------------------------------------

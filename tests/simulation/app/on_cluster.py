@@ -45,7 +45,8 @@ def main():
     everyone = list(range(8))
     rounds.append(ask(grid, range(8), sleep=everyone, seconds=0.5))
     leave.join()
-    time.sleep(1)
+    while sum(node["Alive"] for node in ray.nodes()) > 1:
+        time.sleep(0.05)
     rounds += [ask(grid, range(8)), ask(grid, range(8))]
     print(json.dumps(rounds))
     grid.close()

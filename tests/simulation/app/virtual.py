@@ -4,6 +4,7 @@ In a module of its own, which workers import.
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -24,6 +25,24 @@ def _clients(config, key):
     return value if isinstance(value, list) else [value]
 
 
+def _eat(mib, killed):
+    """Take memory up to a limit: the process's own, or the kernel's, which kills."""
+    if not killed:
+        used = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = used * resource.getpagesize() + mib * 2**20
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        eaten = []
+        while True:
+            if killed and len(eaten) == mib:
+                os.kill(os.getpid(), signal.SIGKILL)  # as Linux does
+            eaten.append(np.ones(2**17))
+    finally:
+        if not killed:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def _misbehave(client, config):
     if client in _clients(config, "raise"):
         raise ValueError(f"client {client} was told to fail")
@@ -35,6 +54,8 @@ def _misbehave(client, config):
         time.sleep(60)
     if client in _clients(config, "kill"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if client in _clients(config, "eat"):
+        _eat(int(config["mib"]), killed=bool(config.get("killed", False)))
     if "kill-once" in config:
         mark = Path(str(config["kill-once"]))
         if not mark.exists():
