@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from flower_ext.arrays import Arrays
 from flower_ext.contribution import Contribution, Total
@@ -95,6 +95,11 @@ class Summed(Measured):
 
     problem: str = ""
     pack: PackSum | None = None
+
+    @property
+    def metric_records(self) -> dict[str, MetricRecord]:  # type: ignore[override]
+        """MetricRecords by key; Flower's own checks each again, for every client."""
+        return {k: x for k, x in self.items() if isinstance(x, MetricRecord)}
 
 
 class PartialSum:
