@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import tomllib
@@ -7,6 +8,8 @@ from pathlib import Path
 from shutil import copy, copytree
 
 import pytest
+
+import flower_ext
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("flower_ext", "strategies")
@@ -45,6 +48,18 @@ def test_typing_marker_is_shipped():
         "setuptools"
     ]
     assert "py.typed" in settings["package-data"]["flower_ext"]
+
+
+def test_version_is_from_one_place_and_in_the_changelog():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert flower_ext.__version__ == declared["version"]
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    first, *released = re.findall(r"^## (.+)$", changes, re.MULTILINE)
+    assert first == "[Unreleased]" or first.startswith(f"[{declared['version']}] - ")
+    for section in released:
+        assert re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", section)
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.+)$", changes, re.MULTILINE)) <= kinds
 
 
 @pytest.mark.slow
