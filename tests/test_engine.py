@@ -121,3 +121,20 @@ def test_two_rounds_of_dpftrl(tmp_path: Path) -> None:
     assert "train/train-loss" not in last
     for name in ("comparison.png", "epsilon.png"):
         assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_a_round_of_flasc(tmp_path: Path) -> None:
+    config = {"num-server-rounds": 1, "tokens": 8, "results": str(tmp_path)}
+    outcome = run_app(
+        BASELINES / "flasc", run_config=config, num_supernodes=12, num_cpus=2
+    )
+    assert outcome.status == "finished:completed"
+    bytes_ = {}
+    for name in ("lora", "flasc"):
+        [row] = read_metrics(tmp_path / name)
+        assert (row["train/num-replies"], row["train/num-errors"]) == (3, 0)
+        assert 0 < row["central/accuracy"] < 1
+        bytes_[name] = row["bytes/down"] + row["bytes/up"]
+        assert (tmp_path / name / "model" / "adapter_model.safetensors").is_file()
+    assert bytes_["lora"] > 10 * bytes_["flasc"]
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000

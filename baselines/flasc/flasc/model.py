@@ -26,7 +26,7 @@ def make_model(name: str, run_config: UserConfig) -> AdapterModel:
     rank = 1 if name == "low-rank" else int(run_config["rank"])
     lora = LoraConfig(
         r=rank,
-        lora_alpha=rank / 8,  # the head needs larger steps than the adapters
+        lora_alpha=rank / 2,  # the head needs larger steps than the adapters
         target_modules=["query", "value"],
         task_type="SEQ_CLS",
     )

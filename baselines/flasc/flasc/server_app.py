@@ -11,13 +11,12 @@ from flasc.client_app import METHOD
 from flasc.dataset import client_data, tokenized
 from flasc.model import make_model
 from flasc.strategy import make_strategy
-from flasc.utils import COLUMNS, PANELS
+from flasc.utils import COLUMNS, plot_bytes
 from flower_ext import Tracker
 from flower_ext.adapters import AdapterModel, adapter_task
 from flower_ext.client import evaluate
 from flower_ext.report import write_summary
 from flower_ext.strategies import FLASC
-from flower_ext.tracking import plot
 
 app = ServerApp()
 
@@ -49,6 +48,7 @@ def main(grid: Grid, context: Context) -> None:
     results = Path(str(config["results"]))
     torch.set_num_threads(1)
     names = str(config["strategies"]).split()
+    every = int(config["evaluate-every"])
     for name in names:
         model = make_model(name, config)
         strategy = make_strategy(name, config)
@@ -61,6 +61,5 @@ def main(grid: Grid, context: Context) -> None:
             tracker=Tracker(results / name),
         )
         model.save(result.arrays, results / name / "model")
-    write_summary(results, names, COLUMNS, config=config, last=1)
-    folders = {name: results / name for name in names}
-    plot(folders, PANELS, results / "comparison.png", x="bytes/up")
+    write_summary(results, names, COLUMNS, config=config, last=2 * every + 1)
+    plot_bytes(results, names, results / "comparison.png")

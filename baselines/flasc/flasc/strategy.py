@@ -58,8 +58,9 @@ def make_strategy(name: str, run_config: UserConfig) -> FLASC:
     return FLASC(
         server_optimizer=Adam(
             float(run_config["server-learning-rate"]),
-            beta_2=0.99,
-            tau=1e-4,
+            tau=1e-8,
+            initial_accumulator=0.0,
+            bias_correction=True,
         ),
         sampler=UniformSampler(int(run_config["seed"])),
         fraction_train=float(run_config["fraction-train"]),
