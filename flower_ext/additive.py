@@ -525,13 +525,6 @@ class AdditiveStrategy(FedAvg):
         ValueError
             If the mechanism is planned for fewer rounds.
         """
-        if self.mechanism and num_rounds > self.mechanism.num_rounds:
-            refuse(
-                "num_rounds",
-                num_rounds,
-                f"<= {self.mechanism.num_rounds}",
-                "the mechanism's noise is planned for no more",
-            )
         return run_rounds(
             self,
             grid,

@@ -12,7 +12,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from flower_ext._flower import PrivacyBudgetExhausted, log, log_strategy_start_info
 from flower_ext.checkpoint import Checkpoint
-from flower_ext.errors import positive, whole
+from flower_ext.errors import positive, refuse, whole
 from flower_ext.partial_sums import Summable, Summand, SummingGrid
 from flower_ext.sampling import TooFewClients
 from flower_ext.tracking import Round, Tracker
@@ -75,6 +75,14 @@ def run_rounds(
     """
     whole("num_rounds", num_rounds, 0)
     positive("timeout", timeout)
+    mechanism = getattr(strategy, "mechanism", None)
+    if mechanism and num_rounds > mechanism.num_rounds:
+        refuse(
+            "num_rounds",
+            num_rounds,
+            f"<= {mechanism.num_rounds}",
+            "the mechanism's noise is planned for no more",
+        )
     log(INFO, "Starting %s strategy:", type(strategy).__name__)
     log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
     strategy.summary()
@@ -115,7 +123,7 @@ def run_rounds(
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             result.train_metrics_clientapp[current] = metrics
-        if saved and getattr(strategy, "mechanism", None):
+        if saved and mechanism:
             # Before anybody sees the model: a round that is repeated after a crash
             # must not be a second release.
             saved.save(current, result)
