@@ -213,26 +213,20 @@ def _bare_share(case: Case, arrays: "dict[str, object]", share: list[int]) -> ob
     return _bare_client(case, sent, share)
 
 
-def _strategy(case: Case, clock: Clock, base: type) -> object:
-    class Timed(base):  # type: ignore[misc]
-        def configure_train(self, *args: object) -> object:
-            clock.tick()
-            return super().configure_train(*args)
-
-    size = {"fraction_train": case.cohort / case.clients, "fraction_evaluate": 0.0}
-    return Timed(**size, min_train_nodes=case.cohort)
-
-
 def _start(case: Case, clock: Clock, base: type, grid: object) -> None:
     from flwr.app import ArrayRecord, ConfigRecord
 
-    _strategy(case, clock, base).start(  # type: ignore[attr-defined]
+    base(
+        fraction_train=case.cohort / case.clients,
+        fraction_evaluate=0.0,
+        min_train_nodes=case.cohort,
+    ).start(
         grid=grid,
         initial_arrays=ArrayRecord(_initial(case)),
         num_rounds=case.rounds,
         train_config=ConfigRecord({"model": case.model}),
+        evaluate_fn=lambda number, arrays: clock.tick(),  # before, and after each round
     )
-    clock.tick()
 
 
 def packed_ray(case: Case, clock: Clock, partial_sums: bool) -> None:
@@ -317,8 +311,8 @@ def run_apart(system: str, name: str, pfl: str | None) -> dict[str, float] | Non
         script += map(str, [case.clients, case.cohort, case.rounds, case.warm])
         command = [pfl, *script]
         if system == "pfl-2":
-            command = [pfl, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-            command += ["--master-port=0", *script]
+            command = [pfl, "-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node=2", *script]
     with tempfile.TemporaryDirectory(prefix="bench", dir="/tmp") as home:
         env = {
             **os.environ,
