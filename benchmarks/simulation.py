@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -324,7 +325,8 @@ def run_apart(system: str, name: str, pfl: str | None) -> dict[str, float] | Non
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
-    rows = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
+    # Two processes may write into one line.
+    rows = [json.loads(x) for x in re.findall(r"\{[^{}]*\}", done.stdout)]
     if not rows:
         print(f"{system} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
         return None

@@ -98,6 +98,43 @@ class UniformSampler(Sampler):
         return [clients[i] for i in sorted(chosen.tolist())]
 
 
+class HeldOutSampler(UniformSampler):
+    """Trains the first clients only, to measure what the model is worth to others.
+
+    Parameters
+    ----------
+    seed, same_for_evaluation
+        See :class:`Sampler`; evaluation draws from all clients unless it is the same.
+    num_training_clients : int
+        How many, in the order of the clients.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        num_training_clients: int,
+        same_for_evaluation: bool = False,
+    ) -> None:
+        super().__init__(seed, same_for_evaluation=same_for_evaluation)
+        self.num_training_clients = whole(
+            "num_training_clients", num_training_clients, 1
+        )
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Return what a resumed run must have in common with the saved one."""
+        number = {"num-training-clients": self.num_training_clients}
+        return {**super().settings(), **number}
+
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Draw ``size`` clients."""
+        if purpose == "train" or self.same_for_evaluation:
+            clients = clients[: self.num_training_clients]
+        return super().sample(clients, size, server_round, purpose)
+
+
 class PoissonSampler(Sampler):
     """Every client on its own with the same probability.
 

@@ -135,11 +135,15 @@ class FedFishClient(ClientHalf):
     def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
         """Return the Fisher; keep the loss for the barrier."""
         if local.config.get(BARRIER_KEY, False):
-            local.context.state[FISHER_KEY] = MetricRecord(
-                {"round": local.server_round, "loss": local.mean_loss(local.train)}
-            )
+            self.keep_loss(local)
         fisher = self._gradients.mean() if self._gradients else _afterwards(local)
         return {FISHER_KEY: tensor_record(fisher)}, {}
+
+    def keep_loss(self, local: Local) -> None:
+        """Keep the loss of the trained model until this round's evaluation."""
+        local.context.state[FISHER_KEY] = MetricRecord(
+            {"round": local.server_round, "loss": local.mean_loss(local.train)}
+        )
 
     def evaluate(self, local: Local) -> Metrics:
         """Return the client's term of the Client-Server Barrier, if it trained."""

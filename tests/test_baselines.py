@@ -96,16 +96,6 @@ def test_q_fedavg_is_flowers(baseline, reply, aggregate, exchange):
         np.testing.assert_allclose(ours[name], array.numpy(), rtol=1e-9)
 
 
-@pytest.mark.parametrize("baseline", ["maxfl.strategy"], indirect=True)
-def test_held_out_clients_are_never_asked_to_train(baseline):
-    sampler = baseline.FirstClients(1, 6)
-    clients = list(range(10))
-    trained = {c for r in range(20) for c in sampler.sample(clients, 3, r, "train")}
-    asked = {c for r in range(20) for c in sampler.sample(clients, 3, r, "evaluate")}
-    assert trained == set(range(6))
-    assert asked == set(clients)
-
-
 @pytest.mark.parametrize("baseline", ["maxfl.client_app"], indirect=True)
 def test_proximal_term_is_half_mu_times_the_squared_distance(baseline):
     half = baseline.Client()

@@ -56,6 +56,41 @@ def test_in_process_and_ray_give_the_same_metrics(
     assert (ray / "comparison.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("importable", ["fedfish"], indirect=True)
+def test_fedfish_on_images_with_held_out_clients(
+    importable: Path, tmp_path: Path
+) -> None:
+    server = importlib.import_module("fedfish.server_app")
+    client = importlib.import_module("fedfish.client_app")
+    config = {
+        "dataset": "fashion-mnist",
+        "strategies": "fedavg@1 fedfish@3",
+        "num-training-clients": 15,
+        "num-clients": 20,
+        "num-server-rounds": 2,
+        "fraction-train": 0.2,
+        "learning-rate": 0.05,
+        "hidden-size": 16,
+        "finetune-steps": 3,
+        "results": str(tmp_path),
+    }
+    run_local(
+        server.app,
+        client.app,
+        num_supernodes=20,
+        run_config={**app_config(importable), **config},
+    )
+    once, thrice = (
+        read_metrics(tmp_path / name) for name in config["strategies"].split()
+    )
+    for row in (once[-1], thrice[-1]):
+        for kind in ("same", "shifted"):
+            before = row[f"central/accuracy-{kind}"]
+            assert 0 < before != row[f"central/finetuned-accuracy-{kind}"] < 1
+        assert row["evaluate/client-server-barrier"] > 0
+    assert thrice[-1]["bytes/up"] > 1.9 * once[-1]["bytes/up"]
+
+
 @pytest.mark.parametrize(
     ("name", "num_supernodes", "config", "metric"),
     [

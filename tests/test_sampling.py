@@ -11,6 +11,7 @@ import pytest
 
 from flower_ext.sampling import (
     AllClients,
+    HeldOutSampler,
     PoissonSampler,
     UniformSampler,
 )
@@ -91,6 +92,18 @@ def test_uniform_draws_exactly_as_many_and_none_twice(size):
 def test_a_cohort_keeps_the_order_of_the_clients(kind):
     for cohort in cohorts(kind(3)):
         assert cohort == [client for client in CLIENTS if client in cohort]
+
+
+def test_held_out_clients_evaluate_and_never_train():
+    sampler = HeldOutSampler(3, num_training_clients=6)
+    trained = {c for cohort in cohorts(sampler, range(40)) for c in cohort}
+    asked = {c for cohort in cohorts(sampler, range(40), "evaluate") for c in cohort}
+    assert trained == set(CLIENTS[:6])
+    assert asked == set(CLIENTS)
+    same = HeldOutSampler(3, num_training_clients=6, same_for_evaluation=True)
+    assert cohorts(same, purpose="evaluate") == cohorts(sampler)
+    with pytest.raises(ValueError, match="num_training_clients=0 must be"):
+        HeldOutSampler(num_training_clients=0)
 
 
 def test_all_clients_are_all_clients_in_their_order():
@@ -175,6 +188,7 @@ def test_the_next_round_does_not_depend_on_this_one(drawn):
         UniformSampler(4),
         PoissonSampler(3),
         UniformSampler(3, same_for_evaluation=True),
+        HeldOutSampler(3, num_training_clients=2),
     ],
 )
 def test_the_state_of_another_sampler_is_refused_with_both(other):

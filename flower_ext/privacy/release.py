@@ -55,7 +55,8 @@ class PrivateSum:
         self.accountant = mechanism.account(self.factorization, sampler)
         # A simulation's few clients cannot keep the promises of the planned many.
         simulated = mechanism.simulated_cohort is not None
-        self.sampler = UniformSampler(sampler.seed) if simulated else sampler
+        keeps = not simulated or isinstance(sampler, UniformSampler)
+        self.sampler = sampler if keeps else UniformSampler(sampler.seed)
         self.needs_all_nodes = (
             mechanism.amplified
             and not simulated

@@ -26,6 +26,7 @@ from flower_ext.privacy import (
 from flower_ext.sampling import (
     AllClients,
     CyclicPoissonSampler,
+    HeldOutSampler,
     MinSeparationSampler,
     PoissonSampler,
     UniformSampler,
@@ -442,6 +443,15 @@ def test_a_simulated_cohort_moves_as_the_planned_one(aggregate, cohort):
     assert "planned cohort" in str(small.settings()["Privacy"])
 
 
+def test_in_a_simulation_held_out_clients_stay_held_out():
+    held_out = HeldOutSampler(1, num_training_clients=3)
+    planned = {"num_sampled_clients": 300, "population_size": 900}
+    strategy = AdditiveStrategy(
+        mechanism=plan(simulated_cohort=3, **planned), sampler=held_out
+    )
+    assert strategy._private.sampler is held_out
+
+
 # Adaptive clipping ----------------------------------------------------------------
 
 
@@ -637,6 +647,11 @@ BANDS = BandedToeplitz(ROUNDS, [1.0, 0.5, 0.2])
         (UniformSampler(), {"factorization": BANDS}, "at most 1 bands"),
         (MinSeparationSampler(2), {"factorization": BANDS}, "at most 2 bands"),
         (AllClients(), {"amplified": True}, "not AllClients"),
+        (
+            HeldOutSampler(1, num_training_clients=3),
+            {"amplified": True},
+            "not HeldOutSampler",
+        ),
         (PoissonSampler(), {"amplified": True}, "not PoissonSampler"),
         (
             PoissonSampler(probability=0.5),

@@ -1,9 +1,11 @@
-"""Shakespeare's speakers as clients: windows of characters."""
+"""Shakespeare's speakers or Fashion-MNIST with label skew, as clients."""
 
 from functools import lru_cache
 
+import numpy as np
 import torch
-from flwr.app import Context
+from datasets import Dataset
+from flwr.app import Context, UserConfig
 from flwr_datasets.partitioner import Partitioner
 from torch import Tensor
 
@@ -49,20 +51,75 @@ def client_windows(split: str, client: int, window: int) -> Tensor:
     return encode("\n".join(speeches), window)
 
 
+@lru_cache(maxsize=1)
+def wearers(num_clients: int, alpha: float, seed: int) -> Partitioner:
+    """Return the training images, Dirichlet over the labels; made once per process."""
+    images = load("fashion-mnist")["train"]
+    return partitioner(
+        images, "dirichlet", num_partitions=num_clients, alpha=alpha, seed=seed
+    )
+
+
+def _columns(rows: Dataset) -> dict[str, Tensor]:
+    """Return images in [0, 1] of shape ``(n, 1, 28, 28)``, and labels."""
+    rows = rows.with_format("numpy")[:]
+    x = torch.from_numpy(np.asarray(rows["image"], np.float32) / 255).unsqueeze(1)
+    return {"x": x, "y": torch.from_numpy(np.asarray(rows["label"], np.int64))}
+
+
+@lru_cache(maxsize=256)
+def client_images(
+    client: int, num_clients: int, alpha: float, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a client's images: four fifths for training, a fifth for testing."""
+    rows = wearers(num_clients, alpha, seed).load_partition(client)
+    columns = _columns(rows.shuffle(seed=seed))
+    test = len(rows) // 5
+    return (
+        {name: x[test:] for name, x in columns.items()},
+        {name: x[:test] for name, x in columns.items()},
+    )
+
+
 def client_data(context: Context) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return training and test data of the client that the context is of."""
     client = int(context.node_config["partition-id"])
-    window = int(context.run_config["window"])
-    train, test = (
-        {"text": client_windows(split, client, window)} for split in ("train", "test")
+    config = context.run_config
+    if _is_text(config):
+        window = int(config["window"])
+        train, test = (
+            {"text": client_windows(split, client, window)}
+            for split in ("train", "test")
+        )
+        return train, test
+    return client_images(
+        client,
+        int(config["num-clients"]),
+        float(config["alpha"]),
+        int(config["seed"]),
     )
-    return train, test
 
 
-def central_data(window: int, windows_per_client: int) -> dict[str, Tensor]:
-    """Return the first test windows of every speaker, for the server's evaluation."""
+def num_clients(config: UserConfig) -> int:
+    """Return how many clients there are."""
+    if _is_text(config):
+        return speakers("train").num_partitions
+    return int(config["num-clients"])
+
+
+def central_data(config: UserConfig) -> dict[str, Tensor]:
+    """Return the server's test data: of every speaker, or Fashion-MNIST's own."""
+    if not _is_text(config):
+        return _columns(load("fashion-mnist")["test"])
     parts = [
-        client_windows("test", client, window)[:windows_per_client]
+        client_windows("test", client, int(config["window"]))
         for client in range(speakers("test").num_partitions)
     ]
-    return {"text": torch.cat(parts)}
+    return {"text": torch.cat([x[: int(config["central-windows"])] for x in parts])}
+
+
+def _is_text(config: UserConfig) -> bool:
+    name = config["dataset"]
+    if name not in ("shakespeare", "fashion-mnist"):
+        raise ValueError(f"dataset={name!r} must be shakespeare or fashion-mnist")
+    return name == "shakespeare"

@@ -1,4 +1,4 @@
-"""A small character model: embedding, one GRU layer, one linear layer."""
+"""Small models: of characters a GRU, of images a perceptron."""
 
 from typing import cast
 
@@ -31,24 +31,31 @@ class CharGRU(nn.Module):
 
 def make_model(run_config: UserConfig) -> nn.Module:
     """Make the model that the run config asks for."""
-    return CharGRU(hidden=int(run_config["hidden-size"]))
+    hidden = int(run_config["hidden-size"])
+    if run_config["dataset"] == "shakespeare":
+        return CharGRU(hidden=hidden)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, hidden), nn.ReLU(), nn.Linear(hidden, 10)
+    )
 
 
 def logits_and_targets(
     model: nn.Module, batch: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return logits ``(batch, characters, time)`` and the next characters."""
+    """Return logits ``(batch, classes, time)`` and targets; images have one time."""
+    if "x" in batch:
+        return model(batch["x"]).unsqueeze(2), batch["y"].unsqueeze(1)
     text = batch["text"].long()
     return model(text[:, :-1]).transpose(1, 2), text[:, 1:]
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return each window's mean cross-entropy, in nats a character."""
+    """Return each image's or window's mean cross-entropy, in nats."""
     logits, targets = logits_and_targets(model, batch)
     return nn.functional.cross_entropy(logits, targets, reduction="none").mean(1)
 
 
 def accuracy(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return each window's share of characters predicted right."""
+    """Return each one's share of right predictions."""
     logits, targets = logits_and_targets(model, batch)
     return {"accuracy": (logits.argmax(1) == targets).float().mean(1)}

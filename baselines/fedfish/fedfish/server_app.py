@@ -7,8 +7,9 @@ from flwr.serverapp import Grid, ServerApp
 from fedfish.client_app import task
 from fedfish.dataset import central_data
 from fedfish.model import make_model
+from fedfish.personalization import evaluation
 from fedfish.strategy import make_strategy
-from fedfish.utils import COLUMNS, PANELS
+from fedfish.utils import PANELS, columns
 from flower_ext.comparison import central_evaluation, compare
 
 app = ServerApp()
@@ -21,7 +22,7 @@ def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(int(config["seed"]))
     initial = ArrayRecord(make_model(config).state_dict())
-    central = central_data(int(config["window"]), int(config["central-windows"]))
+    central = central_evaluation(task, central_data(config), config)
     names = str(config["strategies"]).split()
     compare(
         grid,
@@ -29,8 +30,8 @@ def main(grid: Grid, context: Context) -> None:
         initial,
         num_rounds=int(config["num-server-rounds"]),
         results=str(config["results"]),
-        columns=COLUMNS,
+        columns=columns(config),
         panels=PANELS,
         config=config,
-        evaluate_fn=central_evaluation(task, central, config),
+        evaluate_fn=evaluation(central, config),
     )

@@ -2,20 +2,50 @@
 
 from flwr.app import UserConfig
 
+from fedfish.client_app import BarrierClient
 from flower_ext import AdditiveStrategy
-from flower_ext.sampling import UniformSampler
+from flower_ext.additive import Config
+from flower_ext.sampling import HeldOutSampler
 from flower_ext.strategies import FedFish
 
 
-def make_strategy(name: str, run_config: UserConfig) -> AdditiveStrategy:
-    """Make one of the strategies ``fedavg`` and ``fedfish``."""
+class WithEpochs(FedFish):
+    """FedFish that tells its clients how many local epochs to train."""
+
+    def __init__(self, local_epochs: int, **options: object) -> None:
+        super().__init__(barrier=True, **options)  # type: ignore[arg-type]
+        self.local_epochs = local_epochs
+
+    def client_config(self) -> Config:
+        """Tell clients."""
+        return {**super().client_config(), "local-epochs": self.local_epochs}
+
+
+class FedAvg(WithEpochs):
+    """FedAvg with FedFish's barrier; its clients send no Fisher."""
+
+    client_half = BarrierClient
+    contribution = AdditiveStrategy.contribution
+    zero = AdditiveStrategy.zero
+    update = AdditiveStrategy.update
+    report = AdditiveStrategy.report
+
+
+def make_strategy(name: str, run_config: UserConfig) -> WithEpochs:
+    """Make ``fedavg`` or ``fedfish``, or ``fedfish@16`` with 16 local epochs."""
+    kind, _, epochs = name.partition("@")
     options = {
-        "sampler": UniformSampler(int(run_config["seed"]), same_for_evaluation=True),
+        "local_epochs": int(epochs or run_config["local-epochs"]),
+        "sampler": HeldOutSampler(
+            int(run_config["seed"]),
+            num_training_clients=int(run_config["num-training-clients"]),
+            same_for_evaluation=True,
+        ),
         "fraction_train": float(run_config["fraction-train"]),
         "fraction_evaluate": float(run_config["fraction-train"]),
     }
-    if name == "fedavg":
-        return AdditiveStrategy(**options)
-    if name == "fedfish":
-        return FedFish(damping=float(run_config["damping"]), barrier=True, **options)
+    if kind == "fedavg":
+        return FedAvg(**options)
+    if kind == "fedfish":
+        return WithEpochs(damping=float(run_config["damping"]), **options)
     raise ValueError(f"strategies={name!r} must name fedavg or fedfish")

@@ -1,15 +1,13 @@
 """The client: MaxFL's half for all strategies, so that all are measured alike."""
 
 from collections.abc import Mapping
-from copy import deepcopy
-from dataclasses import replace
 
-import torch
 from flwr.app import ArrayRecord
 from torch import Tensor
 
-from flower_ext import ClientHalf, Task, client_app
-from flower_ext.client import Local, Metrics, evaluate, train
+from flower_ext import Task, client_app
+from flower_ext.client import Local, Metrics
+from flower_ext.personalization import evaluate_fine_tuned
 from flower_ext.strategies import MaxFLClient
 from flower_ext.strategies.maxfl import APPEALED
 from maxfl.dataset import client_data
@@ -59,14 +57,7 @@ class Client(MaxFLClient):
         config = local.context.run_config
         steps = int(config["finetune-steps"])
         if steps and local.server_round > int(config["num-server-rounds"]) - 3:
-            tuned = replace(
-                local,
-                model=deepcopy(local.model),
-                settings=replace(local.settings, local_steps=steps),
-            )
-            with torch.enable_grad():
-                train(tuned, ClientHalf())
-            found = evaluate(local.task, tuned.model, local.test)
+            found = evaluate_fine_tuned(local, num_steps=steps)
             metrics["finetuned-accuracy"] = found["accuracy"]
         return metrics
 

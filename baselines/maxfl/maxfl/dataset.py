@@ -26,7 +26,7 @@ def columns(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return training and test data of a client: images in [0, 1], and labels."""
     rows = clients(num_clients, alpha, seed).load_partition(client)
-    rows = rows.shuffle(seed=seed).with_format("numpy")
+    rows = rows.shuffle(seed=seed).with_format("numpy")[:]
     x = torch.from_numpy(np.asarray(rows["image"], np.float32) / 255).unsqueeze(1)
     y = torch.from_numpy(np.asarray(rows["label"], np.int64))
     test = len(y) // 5

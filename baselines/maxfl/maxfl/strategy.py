@@ -1,8 +1,5 @@
 """The strategies that are compared, with the same cohorts and options."""
 
-from collections.abc import Sequence
-from typing import Literal
-
 from flwr.app import RecordDict, UserConfig
 
 from flower_ext import AdditiveStrategy
@@ -10,31 +7,11 @@ from flower_ext.arrays import Arrays, norm, scale
 from flower_ext.client import Metrics
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.replies import read_scalar
-from flower_ext.sampling import UniformSampler
+from flower_ext.sampling import HeldOutSampler
 from flower_ext.strategies import MaxFL
 from maxfl.client_app import LOSS, PROXIMAL_MU
 
 STEP = "q-fedavg-step"
-
-
-class FirstClients(UniformSampler):
-    """Draws those that train from the first clients only; the others are held out."""
-
-    def __init__(self, seed: int, num_training_clients: int) -> None:
-        super().__init__(seed)
-        self._num = num_training_clients
-
-    def sample(
-        self,
-        clients: Sequence[int],
-        size: int,
-        server_round: int,
-        purpose: Literal["train", "evaluate"],
-    ) -> list[int]:
-        """Draw ``size`` clients."""
-        if purpose == "train":
-            clients = clients[: self._num]
-        return super().sample(clients, size, server_round, purpose)
 
 
 class FedAvg(MaxFL):
@@ -103,8 +80,9 @@ def make_strategy(name: str, config: UserConfig) -> MaxFL:
         "temperature": float(config["temperature"]),
         "fraction_train": float(config["fraction-train"]),
         "fraction_evaluate": float(config["fraction-evaluate"]),
-        "sampler": FirstClients(
-            int(config["seed"]), int(config["num-training-clients"])
+        "sampler": HeldOutSampler(
+            int(config["seed"]),
+            num_training_clients=int(config["num-training-clients"]),
         ),
     }
     if name == "fedprox":
