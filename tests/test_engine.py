@@ -89,6 +89,8 @@ def test_fedfish_on_images_with_held_out_clients(
             assert 0 < before != row[f"central/finetuned-accuracy-{kind}"] < 1
         assert row["evaluate/client-server-barrier"] > 0
     assert thrice[-1]["bytes/up"] > 1.9 * once[-1]["bytes/up"]
+    drawn = importlib.import_module("fedfish.plot").plot_epochs(tmp_path)
+    assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
