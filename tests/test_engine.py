@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from flwr.app import ArrayRecord
 
 from flower_ext.launch import run_app
 from flower_ext.report import SUMMARY_FILE, table
@@ -58,7 +59,7 @@ def test_in_process_and_ray_give_the_same_metrics(
 
 @pytest.mark.parametrize("importable", ["fedfish"], indirect=True)
 def test_fedfish_on_images_with_held_out_clients(
-    importable: Path, tmp_path: Path
+    importable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = importlib.import_module("fedfish.server_app")
     client = importlib.import_module("fedfish.client_app")
@@ -89,6 +90,25 @@ def test_fedfish_on_images_with_held_out_clients(
             assert 0 < before != row[f"central/finetuned-accuracy-{kind}"] < 1
         assert row["evaluate/client-server-barrier"] > 0
     assert thrice[-1]["bytes/up"] > 1.9 * once[-1]["bytes/up"]
+    # Clients too small to have test images are left out.
+    module = importlib.import_module("fedfish.personalization")
+    images = module.client_data
+
+    def with_and_without(context):
+        train, test = images(context)
+        if context.node_config["partition-id"] % 2:
+            test = {name: column[:0] for name, column in test.items()}
+        return train, test
+
+    monkeypatch.setattr(module, "client_data", with_and_without)
+    settings = {**app_config(importable), **config}
+    model = importlib.import_module("fedfish.model").make_model(settings)
+    found = module.personalized(ArrayRecord(model.state_dict()), settings)
+    assert set(found) == {
+        f"{prefix}accuracy-{kind}"
+        for prefix in ("", "finetuned-")
+        for kind in ("same", "shifted")
+    }
     drawn = importlib.import_module("fedfish.plot").plot_epochs(tmp_path)
     assert drawn.read_bytes().startswith(b"\x89PNG")
 

@@ -17,7 +17,7 @@ from flwr.app import (
 
 from fedfish.client_app import task
 from fedfish.dataset import client_data, num_clients
-from flower_ext.client import Local, LocalSettings, Metrics, evaluate
+from flower_ext.client import Local, LocalSettings, Metrics, evaluate, num_examples
 from flower_ext.comparison import Evaluate
 from flower_ext.personalization import evaluate_fine_tuned
 
@@ -46,9 +46,8 @@ def personalized(arrays: ArrayRecord, config: UserConfig) -> Metrics:
         if not clients:
             continue
         some = clients[:: max(1, len(clients) // MOST_CLIENTS)][:MOST_CLIENTS]
-        before, after = zip(
-            *(_accuracies(c, arrays, config) for c in some), strict=True
-        )
+        pairs = [_accuracies(client, arrays, config) for client in some]
+        before, after = zip(*filter(None, pairs), strict=True)
         found[f"accuracy-{kind}"] = mean(before)
         found[f"finetuned-accuracy-{kind}"] = mean(after)
     return found
@@ -56,9 +55,12 @@ def personalized(arrays: ArrayRecord, config: UserConfig) -> Metrics:
 
 def _accuracies(
     client: int, arrays: ArrayRecord, config: UserConfig
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
+    """Return a client's accuracies; None if it has too few examples to test any."""
     context = Context(1, client, {"partition-id": client}, RecordDict(), dict(config))
     train, test = client_data(context)
+    if not num_examples(test):
+        return None
     model = task.model(config)
     model.load_state_dict(arrays.to_torch_state_dict())
     local = Local(

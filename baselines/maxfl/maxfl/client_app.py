@@ -6,7 +6,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from flower_ext import Task, client_app
-from flower_ext.client import Local, Metrics
+from flower_ext.client import Local, Metrics, num_examples
 from flower_ext.personalization import evaluate_fine_tuned
 from flower_ext.strategies import MaxFLClient
 from flower_ext.strategies.maxfl import APPEALED
@@ -56,7 +56,8 @@ class Client(MaxFLClient):
         metrics = super().evaluate(local)
         config = local.context.run_config
         steps = int(config["finetune-steps"])
-        if steps and local.server_round > int(config["num-server-rounds"]) - 3:
+        is_near_end = local.server_round > int(config["num-server-rounds"]) - 3
+        if steps and is_near_end and num_examples(local.test):
             found = evaluate_fine_tuned(local, num_steps=steps)
             metrics["finetuned-accuracy"] = found["accuracy"]
         return metrics
