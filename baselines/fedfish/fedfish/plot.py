@@ -9,7 +9,7 @@ from flower_ext.report import SUMMARY_FILE
 PANELS = {
     "central/accuracy": "accuracy",
     "evaluate/client-server-barrier": "Client-Server Barrier",
-    "central/finetuned-accuracy-shifted": "held out, fine-tuned",
+    "central/accuracy-shifted": "accuracy, held out",
 }
 
 
