@@ -121,6 +121,8 @@ def test_fedfish_on_images_with_held_out_clients(
             4,
             {
                 "strategies": "fedavg maxfl",
+                "alpha": 0.5,
+                "temperature": 1.0,
                 "warmup-steps": 5,
                 "fraction-train": 1.0,
             },
