@@ -2,15 +2,13 @@
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 from flwr.app import Context, UserConfig
 from flwr_datasets.partitioner import Partitioner
 from torch import Tensor
 
 from flower_ext.data import load, partitioner
-
-VOCABULARY = 96  # newline, then the printable ASCII characters
+from flower_ext.data.tensors import character_windows, image_columns
 
 Columns = dict[str, Tensor]
 
@@ -39,14 +37,14 @@ def central_data(config: UserConfig) -> Columns:
         parts = [windows("test", i, int(config["window"])) for i in range(speakers)]
         each = -(-size // speakers)
         return {k: torch.cat([part[k][:each] for part in parts]) for k in ("x", "y")}
-    return _columns(load("fashion-mnist")["test"].with_format("numpy")[:size])
+    return image_columns(load("fashion-mnist")["test"].take(size))
 
 
 @lru_cache(maxsize=512)
 def images(client: int, clients: int, alpha: float, seed: int) -> Columns:
     """Return a client's images ``(n, 1, 28, 28)`` in [0, 1] and labels ``(n,)``."""
     rows = _partitions(clients, alpha, seed).load_partition(client)
-    return _columns(rows.with_format("numpy")[:])
+    return image_columns(rows)
 
 
 @lru_cache(maxsize=1)
@@ -60,12 +58,6 @@ def _partitions(clients: int, alpha: float, seed: int) -> Partitioner:
     )
 
 
-def _columns(rows: dict[str, object]) -> Columns:
-    pixels = torch.from_numpy(np.asarray(rows["image"], np.float32) / 255)
-    labels = torch.from_numpy(np.asarray(rows["label"], np.int64))
-    return {"x": pixels.unsqueeze(1), "y": labels}
-
-
 @lru_cache(maxsize=2)
 def _speakers(split: str) -> Partitioner:
     return partitioner(load("shakespeare")[split], "natural")
@@ -73,16 +65,7 @@ def _speakers(split: str) -> Partitioner:
 
 @lru_cache(maxsize=1024)
 def windows(split: str, client: int, window: int) -> Columns:
-    """Return a speaker's windows of characters and the characters after them.
-
-    Both are uint8 of shape ``(windows, window)``. Characters outside ASCII become
-    ``?``; a text that is too short is padded with newlines.
-    """
+    """Return a speaker's characters and those after them ``(windows, window)``."""
     text = "\n".join(_speakers(split).load_partition(client)["text"])
-    raw = torch.tensor(list(text.encode("ascii", "replace")), dtype=torch.uint8)
-    ids = torch.where(raw == ord("\n"), 0, raw - 31).to(torch.uint8)
-    ids = torch.where(ids < VOCABULARY, ids, ord("?") - 31)
-    missing = max(0, window + 1 - len(ids))
-    ids = torch.cat([ids, torch.zeros(missing, dtype=torch.uint8)])
-    cut = ids.unfold(0, window + 1, window)
+    cut = character_windows(text, window)
     return {"x": cut[:, :-1].contiguous(), "y": cut[:, 1:].contiguous()}

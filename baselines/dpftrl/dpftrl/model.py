@@ -5,7 +5,7 @@ from typing import cast
 from flwr.app import UserConfig
 from torch import Tensor, nn
 
-from dpftrl.dataset import VOCABULARY
+from flower_ext.data.tensors import CHARACTERS
 
 
 class CharGRU(nn.Module):
@@ -13,9 +13,9 @@ class CharGRU(nn.Module):
 
     def __init__(self, hidden: int, embedding: int = 16) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, embedding)
+        self.embedding = nn.Embedding(CHARACTERS, embedding)
         self.gru = nn.GRU(embedding, hidden, batch_first=True)
-        self.out = nn.Linear(hidden, VOCABULARY)
+        self.out = nn.Linear(hidden, CHARACTERS)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map characters ``(batch, time)`` to logits ``(batch, characters, time)``."""

@@ -2,40 +2,13 @@
 
 from functools import lru_cache
 
-import numpy as np
 import torch
-from datasets import Dataset
 from flwr.app import Context, UserConfig
 from flwr_datasets.partitioner import Partitioner
 from torch import Tensor
 
 from flower_ext.data import load, partitioner
-
-VOCABULARY = 96  # newline, then the printable ASCII characters
-_UNKNOWN = ord("?")
-
-
-def encode(text: str, window: int) -> Tensor:
-    """Cut a text into windows of ``window + 1`` characters that overlap by one.
-
-    Parameters
-    ----------
-    text : str
-        Characters outside ASCII become ``?``.
-    window : int
-        Characters to predict in each window. A text that is shorter is padded with
-        newlines; what does not fill a last window is left out.
-
-    Returns
-    -------
-    Tensor of shape (windows, window + 1), uint8
-    """
-    raw = torch.tensor(list(text.encode("ascii", "replace")), dtype=torch.uint8)
-    ids = torch.where(raw == ord("\n"), 0, raw - 31).to(torch.uint8)
-    ids = torch.where(ids < VOCABULARY, ids, _UNKNOWN - 31)
-    if len(ids) <= window:
-        ids = torch.cat([ids, torch.zeros(window + 1 - len(ids), dtype=torch.uint8)])
-    return ids.unfold(0, window + 1, window).contiguous()
+from flower_ext.data.tensors import character_windows, image_columns
 
 
 @lru_cache(maxsize=2)
@@ -48,7 +21,7 @@ def speakers(split: str) -> Partitioner:
 def client_windows(split: str, client: int, window: int) -> Tensor:
     """Return a speaker's windows; kept, since a process sees a client many times."""
     speeches = speakers(split).load_partition(client)["text"]
-    return encode("\n".join(speeches), window)
+    return character_windows("\n".join(speeches), window)
 
 
 @lru_cache(maxsize=1)
@@ -60,20 +33,13 @@ def wearers(num_clients: int, alpha: float, seed: int) -> Partitioner:
     )
 
 
-def _columns(rows: Dataset) -> dict[str, Tensor]:
-    """Return images in [0, 1] of shape ``(n, 1, 28, 28)``, and labels."""
-    rows = rows.with_format("numpy")[:]
-    x = torch.from_numpy(np.asarray(rows["image"], np.float32) / 255).unsqueeze(1)
-    return {"x": x, "y": torch.from_numpy(np.asarray(rows["label"], np.int64))}
-
-
 @lru_cache(maxsize=256)
 def client_images(
     client: int, num_clients: int, alpha: float, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return a client's images: four fifths for training, a fifth for testing."""
     rows = wearers(num_clients, alpha, seed).load_partition(client)
-    columns = _columns(rows.shuffle(seed=seed))
+    columns = image_columns(rows.shuffle(seed=seed))
     test = len(rows) // 5
     return (
         {name: x[test:] for name, x in columns.items()},
@@ -110,7 +76,7 @@ def num_clients(config: UserConfig) -> int:
 def central_data(config: UserConfig) -> dict[str, Tensor]:
     """Return the server's test data: of every speaker, or Fashion-MNIST's own."""
     if not _is_text(config):
-        return _columns(load("fashion-mnist")["test"])
+        return image_columns(load("fashion-mnist")["test"])
     parts = [
         client_windows("test", client, int(config["window"]))
         for client in range(speakers("test").num_partitions)

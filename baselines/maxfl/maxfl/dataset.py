@@ -2,13 +2,12 @@
 
 from functools import lru_cache
 
-import numpy as np
-import torch
 from flwr.app import Context
 from flwr_datasets.partitioner import Partitioner
 from torch import Tensor
 
 from flower_ext.data import load, partitioner
+from flower_ext.data.tensors import image_columns
 
 
 @lru_cache(maxsize=1)
@@ -26,11 +25,12 @@ def columns(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return training and test data of a client: images in [0, 1], and labels."""
     rows = clients(num_clients, alpha, seed).load_partition(client)
-    rows = rows.shuffle(seed=seed).with_format("numpy")[:]
-    x = torch.from_numpy(np.asarray(rows["image"], np.float32) / 255).unsqueeze(1)
-    y = torch.from_numpy(np.asarray(rows["label"], np.int64))
-    test = len(y) // 5
-    return {"x": x[test:], "y": y[test:]}, {"x": x[:test], "y": y[:test]}
+    images = image_columns(rows.shuffle(seed=seed))
+    test = len(rows) // 5
+    return (
+        {name: x[test:] for name, x in images.items()},
+        {name: x[:test] for name, x in images.items()},
+    )
 
 
 def client_data(context: Context) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,0 +1,71 @@
+"""Rows as tensors: grey images, and text as windows of characters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flower_ext.errors import whole
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+CHARACTERS = 96  # newline, then the printable ASCII characters
+_UNKNOWN = ord("?") - 31
+_ID = [code - 31 if 32 <= code < 127 else _UNKNOWN for code in range(128)]
+_ID[ord("\n")] = 0
+
+
+def image_columns(rows: Dataset) -> dict[str, Tensor]:
+    """Turn the rows of an image data set into tensors.
+
+    Parameters
+    ----------
+    rows : datasets.Dataset
+        With columns ``image``, uint8 of shape ``(height, width)``, and ``label``.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        ``x``, float32 in [0, 1] of shape ``(n, 1, height, width)``, and ``y``, int64 of
+        shape ``(n,)``.
+    """
+    columns = rows.with_format("numpy")[:]
+    pixels = torch.from_numpy(np.asarray(columns["image"], np.float32) / 255)
+    labels = torch.from_numpy(np.asarray(columns["label"], np.int64))
+    return {"x": pixels.unsqueeze(1), "y": labels}
+
+
+def character_windows(text: str, window: int) -> Tensor:
+    """Cut a text into windows of ``window + 1`` characters that overlap by one.
+
+    The first ``window`` characters of each are a model's input, the last ``window`` are
+    what it is to predict.
+
+    Parameters
+    ----------
+    text : str
+        Newline is 0, the printable ASCII characters are 1 to 95; others become ``?``.
+    window : int
+        Characters to predict in each window, at least 1. A text that is shorter is
+        padded with newlines; what does not fill a last window is left out.
+
+    Returns
+    -------
+    Tensor
+        uint8 of shape ``(windows, window + 1)``.
+
+    Examples
+    --------
+    >>> from flower_ext.data.tensors import character_windows
+    >>> character_windows(" !!", 2).tolist(), character_windows("~é", 4).tolist()
+    ([[1, 2, 2]], [[95, 32, 0, 0, 0]])
+    """
+    whole("window", window, 1)
+    ids = torch.tensor([_ID[i] for i in text.encode("ascii", "replace")]).byte()
+    missing = max(0, window + 1 - len(ids))
+    ids = torch.cat([ids, torch.zeros(missing, dtype=torch.uint8)])
+    return ids.unfold(0, window + 1, window).contiguous()
