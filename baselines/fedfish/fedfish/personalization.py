@@ -43,13 +43,12 @@ def personalized(arrays: ArrayRecord, config: UserConfig) -> Metrics:
     others = range(len(trained), num_clients(config))
     found: Metrics = {}
     for kind, clients in (("same", trained), ("shifted", others)):
-        if not clients:
-            continue
         some = clients[:: max(1, len(clients) // MOST_CLIENTS)][:MOST_CLIENTS]
         pairs = [_accuracies(client, arrays, config) for client in some]
-        before, after = zip(*filter(None, pairs), strict=True)
-        found[f"accuracy-{kind}"] = mean(before)
-        found[f"finetuned-accuracy-{kind}"] = mean(after)
+        if tested := [pair for pair in pairs if pair is not None]:
+            before, after = zip(*tested, strict=True)
+            found[f"accuracy-{kind}"] = mean(before)
+            found[f"finetuned-accuracy-{kind}"] = mean(after)
     return found
 
 
