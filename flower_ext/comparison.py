@@ -6,6 +6,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, MetricRecord, UserConfig
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from safetensors.torch import save_file
 
 from flower_ext.client import Batch, Task, evaluate
 from flower_ext.report import write_summary
@@ -13,6 +14,7 @@ from flower_ext.rounds import run_rounds
 from flower_ext.tracking import Tracker, plot
 
 COMPARISON_FILE = "comparison.png"
+MODEL_FILE = "model.safetensors"
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -50,7 +52,7 @@ def compare(
     config: Mapping[str, object] | None = None,
     evaluate_fn: Evaluate | None = None,
 ) -> None:
-    """Run every strategy from the same start; write their metrics, a table and a plot.
+    """Run all strategies from the same start; keep metrics, models, table and plot.
 
     Parameters
     ----------
@@ -63,7 +65,8 @@ def compare(
     num_rounds : int
         Rounds of each.
     results : path
-        Folder for ``<name>/metrics.jsonl``, ``summary.json`` and ``comparison.png``.
+        Folder for ``<name>/metrics.jsonl``, ``<name>/model.safetensors`` (the last
+        round's arrays), ``summary.json`` and ``comparison.png``.
     columns, config
         See :func:`~flower_ext.report.write_summary`.
     panels : iterable of str
@@ -74,7 +77,7 @@ def compare(
     """
     results = Path(results)
     for name, strategy in strategies.items():
-        run_rounds(
+        result = run_rounds(
             strategy,
             grid,
             initial_arrays,
@@ -82,6 +85,7 @@ def compare(
             evaluate_fn=evaluate_fn,
             tracker=Tracker(results / name),
         )
+        save_file(result.arrays.to_torch_state_dict(), results / name / MODEL_FILE)
     write_summary(results, strategies, columns, config=config)
     folders = {name: results / name for name in strategies}
     plot(folders, panels, results / COMPARISON_FILE)

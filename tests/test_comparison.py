@@ -5,10 +5,16 @@ import json
 import pytest
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from safetensors.torch import load_file
 
 from flower_ext.additive import AdditiveStrategy
 from flower_ext.client import evaluate
-from flower_ext.comparison import COMPARISON_FILE, central_evaluation, compare
+from flower_ext.comparison import (
+    COMPARISON_FILE,
+    MODEL_FILE,
+    central_evaluation,
+    compare,
+)
 from flower_ext.report import SUMMARY_FILE, table
 from flower_ext.tracking import read_metrics
 
@@ -37,6 +43,9 @@ def test_each_starts_anew_and_is_in_the_table(task, grid, initial, central, tmp_
     losses = [[row["central/loss"] for row in found] for found in rows.values()]
     assert losses[0] == losses[1]
     assert losses[0][0] != losses[0][1]
+    model = task.model(run_config)
+    model.load_state_dict(load_file(tmp_path / "again" / MODEL_FILE))
+    assert evaluate(task, model, central)["loss"] == losses[1][-1]
     summary = json.loads((tmp_path / SUMMARY_FILE).read_text())
     flowers = summary["runs"]["flowers"]["central/loss"]
     assert flowers == pytest.approx(summary["runs"]["ours"]["central/loss"], abs=1e-6)

@@ -73,6 +73,7 @@ def test_fedfish_on_images_with_held_out_clients(
         "learning-rate": 0.05,
         "hidden-size": 16,
         "finetune-steps": 3,
+        "finetune-learning-rate": 0.05,
         "results": str(tmp_path),
     }
     run_local(

@@ -60,6 +60,7 @@ def _accuracies(
     train, test = client_data(context)
     if not num_examples(test):
         return None
+    rate = config["finetune-learning-rate"]
     model = task.model(config)
     model.load_state_dict(arrays.to_torch_state_dict())
     local = Local(
@@ -67,7 +68,7 @@ def _accuracies(
         model=model,
         train=train,
         test=test,
-        settings=LocalSettings.read(config),
+        settings=LocalSettings.read({**config, "learning-rate": rate}),
         config=ConfigRecord(),
         context=context,
         device=torch.device("cpu"),
