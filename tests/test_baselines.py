@@ -11,8 +11,10 @@ import pytest
 import torch
 from flwr.serverapp.strategy import QFedAvg
 
+from flower_ext import LocalGrid, client_app
 from flower_ext.arrays import to_record
 from flower_ext.simulation.local import app_config
+from flower_ext.strategies import MaxFL
 
 BASELINES = Path(__file__).parents[1] / "baselines"
 NAMES = ["bounded_group_loss", "dpftrl", "fedfish", "flasc", "maxfl"]
@@ -105,6 +107,22 @@ def test_proximal_term_is_half_mu_times_the_squared_distance(baseline):
     assert float(loss) == pytest.approx(3.0 + 0.25 * 5.0)
     loss.backward()
     assert now.grad.tolist() == pytest.approx([0.5, 1.0])
+
+
+@pytest.mark.parametrize("baseline", ["maxfl.client_app"], indirect=True)
+def test_clients_leave_when_they_may_and_the_model_does_not_appeal(
+    baseline, task, initial, caplog
+):
+    app = client_app(task, baseline.Client, mods=[baseline.may_leave])
+    config = {"leave-after": 1, "finetune-steps": 0, "num-server-rounds": 2}
+    errors = {}
+    for requirement in (0.0, 100.0):
+        strategy = MaxFL(requirement=requirement)
+        result = strategy.start(LocalGrid(app, 3, config), initial, num_rounds=2)
+        rounds = result.train_metrics_clientapp.values()
+        errors[requirement] = [metrics["num-errors"] for metrics in rounds]
+    assert errors == {0.0: [0, 3], 100.0: [0, 0]}
+    assert "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("baseline", ["bounded_group_loss.utils"], indirect=True)

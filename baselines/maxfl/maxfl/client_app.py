@@ -1,8 +1,8 @@
 """The client: MaxFL's half for all strategies, so that all are measured alike."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Context, Error, Message
 from torch import Tensor
 
 from flower_ext import Task, client_app
@@ -15,6 +15,22 @@ from maxfl.model import accuracy, loss, make_model
 
 LOSS = "received-loss"
 PROXIMAL_MU = "proximal-mu"
+NO_APPEAL = 100  # an error code of this app; Flower's own are smaller
+
+
+class Leaves(Exception):
+    """The client does not train, for it does not want the model."""
+
+
+def may_leave(
+    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+) -> Message:
+    """Tell the server that a client leaves, which is no failure to be logged."""
+    try:
+        return call_next(message, context)
+    except Leaves:
+        error = Error(NO_APPEAL, "the model does not appeal to this client")
+        return Message(error, reply_to=message)
 
 
 class Client(MaxFLClient):
@@ -33,7 +49,7 @@ class Client(MaxFLClient):
         if leaves_after and local.server_round > leaves_after:
             appealed = super().records(local)[1][APPEALED]
             if not appealed:
-                raise RuntimeError("the model does not appeal to this client")
+                raise Leaves
         self._loss = local.mean_loss(local.train)
         self._mu = local.number(PROXIMAL_MU, 0.0)
         if self._mu:
@@ -64,4 +80,4 @@ class Client(MaxFLClient):
 
 
 task = Task(model=make_model, data=client_data, loss=loss, metrics=accuracy)
-app = client_app(task, Client)
+app = client_app(task, Client, mods=[may_leave])
