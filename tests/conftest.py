@@ -51,11 +51,10 @@ def scripted():
 def exchange(scripted):
     """Let a strategy ask scripted clients; return their replies, not yet aggregated."""
 
-    def run(strategy, sent, contents, server_round=1):
+    def run(strategy, sent, contents, server_round=1, phase="train"):
         grid = scripted(contents)
-        messages = strategy.configure_train(
-            server_round, to_record(sent), ConfigRecord(), grid
-        )
+        configure = getattr(strategy, f"configure_{phase}")
+        messages = configure(server_round, to_record(sent), ConfigRecord(), grid)
         return list(grid.send_and_receive(messages))
 
     return run
