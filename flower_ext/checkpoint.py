@@ -7,7 +7,6 @@ that name is complete; only then is the round before the last one deleted.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from flower_ext._flower import log
 from flower_ext.arrays import Arrays, from_record, layout, to_record
+from flower_ext.strict_json import read, write
 
 FORMAT = 1
 _NAME = re.compile(r"round-(\d{5,})")
@@ -189,13 +189,13 @@ class Checkpoint:
         save_file(_contiguous(model), folder / _MODEL)
         save_file(_contiguous(arrays), folder / _STATE)
         saved["sha256"] = {name: _digest(folder / name) for name in (_MODEL, _STATE)}
-        (folder / _JSON).write_text(json.dumps(saved, indent=1), "utf-8")
+        (folder / _JSON).write_text(write(saved, tagged=True, indent=1), "utf-8")
         for path in (*folder.iterdir(), folder):
             _flush(path)
 
     def _read(self, path: Path) -> dict[str, Any]:
         """Read a saved round's JSON, and check the files beside it."""
-        saved = json.loads((path / _JSON).read_text("utf-8"))
+        saved = read((path / _JSON).read_text("utf-8"))
         if saved["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {saved['format']}, not {FORMAT}")
         for name in (_MODEL, _STATE):

@@ -4,16 +4,18 @@
 """
 
 import argparse
-import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import stdev
+from typing import Any
 
 from flower_ext import report_page
+from flower_ext.strict_json import numbers, read, write
 from flower_ext.tracking import read_metrics
 
-SUMMARY_FILE = "summary.json"
+SUMMARY_FILE = report_page.SUMMARY_FILE
 
 
 def write_summary(
@@ -43,7 +45,14 @@ def write_summary(
     Returns
     -------
     Path
-        The file ``summary.json``: ``{"runs": {name: {column: mean}}, ...}``.
+        The file ``summary.json``: ``{"runs": {name: {column: mean}}, ...}``, to be read
+        by :func:`read_summary`.
+
+    Notes
+    -----
+    A round in which a metric was NaN or infinite is not passed over: the mean is then
+    NaN or infinite, too, and no diverged run looks better than one that has converged.
+    A column that a round has not, since it was not evaluated, is passed over.
     """
     results = Path(results)
     runs: dict[str, dict[str, float]] = {}
@@ -52,9 +61,9 @@ def write_summary(
         runs[name] = {}
         for column in columns:
             found = [row.get(column) for row in rows]
-            numbers = [x for x in found if isinstance(x, int | float)]
-            if numbers:
-                runs[name][column] = sum(numbers) / len(numbers)
+            values = [float(x) for x in found if isinstance(x, int | float)]
+            if values:
+                runs[name][column] = sum(values) / len(values)
     summary = {
         "runs": runs,
         "columns": dict(columns),
@@ -62,8 +71,17 @@ def write_summary(
         "config": dict(config or {}),
     }
     path = results / SUMMARY_FILE
-    path.write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    path.write_text(write(summary, indent=2) + "\n", "utf-8")
     return path
+
+
+def read_summary(results: Path | str) -> dict[str, Any]:
+    """Read ``summary.json`` of a results folder; means may be NaN or infinite."""
+    summary = read((Path(results) / SUMMARY_FILE).read_text("utf-8"))
+    return {
+        key: numbers(value) if key in ("runs", "spread") else value
+        for key, value in summary.items()
+    }
 
 
 def pool(folders: Iterable[Path | str], results: Path | str) -> Path:
@@ -75,14 +93,15 @@ def pool(folders: Iterable[Path | str], results: Path | str) -> Path:
         Folders with a summary each, of the same runs.
     results : path
         Where the summary goes: means over the folders, and, as ``"spread"``, the
-        standard deviations (of a sample; of one folder none).
+        standard deviations (of a sample; of one folder none). With a seed whose run
+        diverged, neither is finite.
 
     Returns
     -------
     Path
         The file ``summary.json``.
     """
-    each = [json.loads((Path(f) / SUMMARY_FILE).read_text("utf-8")) for f in folders]
+    each = [read_summary(folder) for folder in folders]
     first = each[0]
     runs: dict[str, dict[str, float]] = {}
     spread: dict[str, dict[str, float]] = {}
@@ -92,18 +111,19 @@ def pool(folders: Iterable[Path | str], results: Path | str) -> Path:
             values = [s["runs"].get(name, {}).get(column) for s in each]
             if any(value is None for value in values):
                 continue
-            runs[name][column] = mean(values)
+            runs[name][column] = sum(values) / len(values)
             if len(values) > 1:
-                spread[name][column] = stdev(values)
+                finite = all(map(math.isfinite, values))
+                spread[name][column] = stdev(values) if finite else math.nan
     pooled = {**first, "runs": runs, "spread": spread, "num-seeds": len(each)}
     path = Path(results) / SUMMARY_FILE
-    path.write_text(json.dumps(pooled, indent=2) + "\n", "utf-8")
+    path.write_text(write(pooled, indent=2) + "\n", "utf-8")
     return path
 
 
 def table(results: Path | str) -> str:
     """Return a written summary as a table for the terminal."""
-    summary = json.loads((Path(results) / SUMMARY_FILE).read_text("utf-8"))
+    summary = read_summary(results)
     columns: dict[str, str] = summary["columns"]
     spread: dict[str, dict[str, float]] = summary.get("spread", {})
     rows = [["", *columns.values()]]

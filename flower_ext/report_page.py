@@ -10,9 +10,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 from flower_ext.tracking import METRICS_FILE, RUN_FILE, points, read_metrics
+
+SUMMARY_FILE = "summary.json"
 
 Row = dict[str, object]
 
@@ -40,7 +43,7 @@ figure { margin: 0; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; }
 svg text { fill: currentColor; } svg .grid { stroke: var(--line); }
 svg polyline { fill: none; stroke: currentColor; stroke-width: 1.8; }
-svg circle { fill: currentColor; }
+svg circle { fill: currentColor; } svg path { stroke: currentColor; }
 ul.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none;
   padding: 0; } ul.legend svg { width: 1.5em; vertical-align: middle; }
 summary { cursor: pointer; margin: .6rem 0; font-weight: 600; }
@@ -95,7 +98,7 @@ def find(folders: Iterable[Path]) -> list[Comparison]:
 
 
 def _comparison(folder: Path, runs: Iterable[Path]) -> Comparison:
-    summary = _read(folder / "summary.json")
+    summary = _read(folder / SUMMARY_FILE)
     order = list(_table(summary, "runs"))
 
     def place(run: Path) -> tuple[int, str]:
@@ -277,7 +280,7 @@ def _cell(column: str, value: object) -> str:
 def _number(value: object) -> str:
     if value is None:
         return "-"
-    if isinstance(value, float):
+    if isinstance(value, float) and math.isfinite(value):
         return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
@@ -311,21 +314,21 @@ def _look(line: int) -> str:
 
 
 def _chart(runs: Sequence[Run], column: str, x: str) -> str:
-    """Draw a column of all runs; ``""`` if none has a number in it."""
+    """Draw a column of all runs; ``""`` if none has a number in it.
+
+    A curve is broken where its number is not finite; a cross at the upper edge says so.
+    """
     mega = 1e6 if "bytes/" in x else 1.0
     lines = {
-        i: [
-            (a / mega, b)
-            for a, b in points(run.rows, x, column)
-            if math.isfinite(a) and math.isfinite(b)
-        ]
+        i: [(a / mega, b) for a, b in points(run.rows, x, column) if math.isfinite(a)]
         for i, run in enumerate(runs)
     }
     every = [point for line in lines.values() for point in line]
     if not every:
         return ""
+    finite = [b for _, b in every if math.isfinite(b)] or [0.0, 1.0]
     across = _ticks([a for a, _ in every], least=1.0 if x == "round" else 0.0)
-    along = _ticks([b for _, b in every])
+    along = _ticks(finite)
     left, right, top, bottom = 48, 344, 8, 170
 
     def place(a: float, b: float) -> tuple[float, float]:
@@ -347,16 +350,22 @@ def _chart(runs: Sequence[Run], column: str, x: str) -> str:
             "</text>"
         )
     for i, line in lines.items():
-        placed = [place(*point) for point in line]
         size = 2 if len(line) <= 40 else 1.2
-        corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
-        drawn.append(f'<polyline class="{_look(i)}" points="{corners}"/>')
-        for (a, b), (at_x, at_y) in zip(line, placed, strict=True):
-            said = escape(f"{runs[i].name}: {b:.5g} at {a:.5g}")
-            drawn.append(
-                f'<circle class="{_look(i)}" r="{size}" cx="{at_x:.1f}" '
-                f'cy="{at_y:.1f}"><title>{said}</title></circle>'
-            )
+        for is_finite, group in groupby(line, lambda point: math.isfinite(point[1])):
+            part = list(group)
+            placed = [place(a, b if is_finite else along[-1]) for a, b in part]
+            if is_finite:
+                corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
+                drawn.append(f'<polyline class="{_look(i)}" points="{corners}"/>')
+            for (a, b), (at_x, at_y) in zip(part, placed, strict=True):
+                said = f"<title>{escape(f'{runs[i].name}: {b:.5g} at {a:.5g}')}</title>"
+                drawn.append(
+                    f'<circle class="{_look(i)}" r="{size}" cx="{at_x:.1f}" '
+                    f'cy="{at_y:.1f}">{said}</circle>'
+                    if is_finite
+                    else f'<path class="{_look(i)}" d="M{at_x - 3:.1f} {at_y - 3:.1f}'
+                    f'l6 6m0 -6l-6 6">{said}</path>'
+                )
     unit = "MB up" if mega > 1 else x
     title = column + (f" against {unit}" if mega > 1 else "")
     return (

@@ -19,6 +19,7 @@ from flwr.app import MetricRecord
 
 from flower_ext._flower import log
 from flower_ext.errors import refuse
+from flower_ext.strict_json import numbers, write
 from flower_ext.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -58,11 +59,11 @@ class Round:
     up: Traffic = Traffic()
 
     def row(self) -> dict[str, object]:
-        """Return the round as one flat JSON object, ``train/loss`` and the like."""
+        """Return the round as one flat table, ``train/loss`` and the like."""
         row: dict[str, object] = {"round": self.server_round}
         for phase in ("train", "evaluate", "central"):
             for key, value in (getattr(self, phase) or {}).items():
-                row[f"{phase}/{key}"] = _plain(value)
+                row[f"{phase}/{key}"] = value
         row |= {
             "seconds/train": round(self.seconds_train, 4),
             "seconds/evaluate": round(self.seconds_evaluate, 4),
@@ -77,23 +78,17 @@ class Round:
         return row
 
 
-def _plain(value: object) -> object:
-    """Turn NaN and infinities, which JSON has not, into their names."""
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
 class Tracker:
     """Writes every round to ``metrics.jsonl`` and logs one line of progress.
+
+    Each line is strict JSON; a metric that is not finite is there by its name, such as
+    ``"nan"`` or ``"-inf"``, of which :func:`read_metrics` makes a number again.
 
     Parameters
     ----------
     folder : path
         Results folder of one run; made if missing. A run that is continued keeps the
-        rounds before; a new run starts the file anew.
+        rounds before; a new run starts the file anew, and the curves of TensorBoard.
     tensorboard : bool, optional
         Write TensorBoard events too; by default if the package is installed.
     """
@@ -124,29 +119,29 @@ class Tracker:
             **(about or {}),
             "versions": _versions(),
         }
-        text = json.dumps(described, indent=2, default=str)
+        text = write(described, indent=2, default=str)
         (self.folder / RUN_FILE).write_text(text + "\n", "utf-8")
         kept = [r for r in read_metrics(self.path) if int(str(r["round"])) <= done]
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+        partial.write_text("".join(write(row) + "\n" for row in kept), "utf-8")
         partial.replace(self.path)
         self._num_rounds, self._done = num_rounds, done
         self._begun = time.monotonic()
+        if self._tensorboard:
+            self._open_events(done + 1)
 
     def round(self, this: Round) -> None:
         """Record one round; a disk that does not take it is reported, not fatal."""
         row = this.row()
         try:
-            self._append(json.dumps(row) + "\n")
+            self._append(write(row) + "\n")
         except OSError as error:
             log(ERROR, "round %s is not in %s: %s", row["round"], self.path, error)
         if self._tensorboard:
             try:
                 self._write_events(row)
             except OSError as error:
-                self._events = (
-                    None  # its thread has ended; the next round has a new one
-                )
+                self._events = None  # its thread has ended; the next round has another
                 log(ERROR, "round %s is not in TensorBoard: %s", row["round"], error)
         log(INFO, "%s", self._progress(row))
 
@@ -179,14 +174,20 @@ class Tracker:
         )
 
     def _write_events(self, row: Mapping[str, object]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        number = int(str(row["round"]))
         if self._events is None:
-            self._events = SummaryWriter(str(self.folder))
+            self._open_events(number)
+        assert self._events is not None
         for key, value in row.items():
             if isinstance(value, int | float) and key != "round":
-                self._events.add_scalar(key, value, int(str(row["round"])))
+                self._events.add_scalar(key, value, number)
         self._events.flush()
+
+    def _open_events(self, number: int) -> None:
+        """Begin a file of events; those of the round and later are void."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._events = SummaryWriter(str(self.folder), purge_step=number)
 
 
 def _versions() -> dict[str, str]:
@@ -200,6 +201,7 @@ def _versions() -> dict[str, str]:
 def read_metrics(path: Path | str) -> list[dict[str, object]]:
     """Read ``metrics.jsonl``, or that file in a results folder; [] if missing.
 
+    Metrics that are not finite are numbers again, NaN and infinities.
     A last line that was cut off by an interruption is left out.
     """
     path = Path(path)
@@ -212,7 +214,7 @@ def read_metrics(path: Path | str) -> list[dict[str, object]]:
 def _rows(lines: Iterable[str]) -> Iterator[dict[str, object]]:
     for line in lines:
         try:
-            yield json.loads(line)
+            yield numbers(json.loads(line))
         except json.JSONDecodeError:
             return
 
@@ -232,7 +234,9 @@ def plot(
     runs : Mapping[str, path]
         Label and results folder (or ``metrics.jsonl``) of each run.
     metrics : iterable of str
-        Columns such as ``"evaluate/loss"``; a run without one is left out of it.
+        Columns such as ``"evaluate/loss"``; a run without one is left out of it. A
+        curve is broken where its metric is not finite; a cross at the upper edge shows
+        the place.
     output : path
         Where to save; the suffix says the format (png, svg, pdf).
     x : str (default: "round")
@@ -264,7 +268,16 @@ def plot(
         for label, found in rows.items():
             line = list(points(found, x, metric))
             if line:
-                panel.plot(*zip(*line, strict=True), marker=".", label=label)
+                [curve] = panel.plot(*zip(*line, strict=True), marker=".", label=label)
+                if lost := [at for at, value in line if not math.isfinite(value)]:
+                    panel.plot(
+                        lost,
+                        [0.97] * len(lost),
+                        transform=panel.get_xaxis_transform(),
+                        color=curve.get_color(),
+                        linestyle="",
+                        marker="x",
+                    )
         panel.set(xlabel=x, ylabel=metric)
         panel.grid(alpha=0.3)
         if panel.lines:

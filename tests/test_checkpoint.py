@@ -24,6 +24,7 @@ from flower_ext.rounds import run_rounds
 from flower_ext.sampling import PoissonSampler, UniformSampler
 from flower_ext.server_optimizer import SGD, Adagrad, Adam, TorchOptimizer, Yogi
 from flower_ext.simulation.local import LocalGrid
+from flower_ext.strict_json import read
 
 OPTIMIZERS = {
     "plain": SGD,
@@ -107,6 +108,35 @@ def saved_rounds(folder):
 
 
 # Continuing -----------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_strict_json_and_comes_back(tmp_path, initial):
+    class Odd(AdditiveStrategy):
+        def state_dict(self):
+            return {"dual": np.inf, "named": "inf", "many": [np.nan, {"low": -np.inf}]}
+
+        def load_state_dict(self, state):
+            self.loaded = dict(state)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    result = Result(arrays=initial)
+    result.train_metrics_clientapp[1] = MetricRecord({"loss": np.nan, "all": [np.inf]})
+    assert Checkpoint(tmp_path, Odd()).save(1, result)
+    path = tmp_path / "round-00001" / "state.json"
+    json.loads(path.read_text("utf-8"), parse_constant=refuse)
+
+    def restored():
+        strategy, found = Odd(), Result(arrays=initial)
+        assert Checkpoint(tmp_path, strategy).restore(found) == 1
+        return str(strategy.loaded), str(dict(found.train_metrics_clientapp[1]))
+
+    state = "{'dual': inf, 'named': 'inf', 'many': [nan, {'low': -inf}]}"
+    assert restored() == (state, "{'loss': nan, 'all': [inf]}")
+    path.write_text(json.dumps(read(path.read_text("utf-8"))))  # with bare NaN
+    assert "NaN" in path.read_text()
+    assert restored() == (state, "{'loss': nan, 'all': [inf]}")
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())

@@ -1,6 +1,7 @@
 """Summaries, and the page that shows results: contents, escaping, a telephone."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -8,15 +9,23 @@ from html import escape
 from html.parser import HTMLParser
 
 import pytest
+from flwr.app import MetricRecord
 
 from flower_ext import report
 from flower_ext.additive import AdditiveStrategy
 from flower_ext.client import client_app
 from flower_ext.privacy import Mechanism
-from flower_ext.report import SUMMARY_FILE, table, write_page, write_summary
+from flower_ext.report import (
+    SUMMARY_FILE,
+    pool,
+    read_summary,
+    table,
+    write_page,
+    write_summary,
+)
 from flower_ext.sampling import UniformSampler
 from flower_ext.simulation.local import LocalGrid
-from flower_ext.tracking import METRICS_FILE, RUN_FILE, Tracker
+from flower_ext.tracking import METRICS_FILE, RUN_FILE, Round, Tracker
 
 HOSTILE = "<img src=x onerror=alert(1)><script>&\"'"
 CHROMIUM = next(
@@ -112,6 +121,81 @@ def test_summary_is_the_mean_of_the_last_rounds(results):
     assert lines[-1] == "means over the last 2 rounds"
     # A private run withholds what its clients measured.
     assert " - " in lines[2]
+
+
+LOSSES = {
+    "steady": [2.0, 1.9, 1.8, 1.7, 1.6],
+    "diverged": [2.0, 1.0, 0.5, math.nan, 0.1],
+    "overflowed": [2.0, 1.0, 0.9, math.inf, math.inf],
+    "never": [math.nan, -math.inf],
+}
+
+
+@pytest.fixture
+def diverged(tmp_path):
+    """Results of runs, most of which end in numbers that are not finite."""
+    for name, losses in LOSSES.items():
+        tracker = Tracker(tmp_path / name, tensorboard=False)
+        tracker.begin(len(losses), 0)
+        for number, loss in enumerate(losses, 1):
+            tracker.round(Round(number, central=MetricRecord({"loss": loss})))
+    write_summary(tmp_path, LOSSES, {"central/loss": "loss"}, config={"lr": math.inf})
+    return tmp_path
+
+
+def test_a_run_that_diverged_has_no_finite_mean(diverged):
+    shown = dict(line.split() for line in table(diverged).splitlines()[1:-1])
+    assert shown == {
+        "steady": "1.7000",
+        "diverged": "nan",
+        "overflowed": "inf",
+        "never": "nan",
+    }
+    means = read_summary(diverged)["runs"]
+    assert math.isnan(means["diverged"]["central/loss"])
+    assert means["overflowed"]["central/loss"] == math.inf
+
+
+def test_a_seed_that_diverged_is_in_mean_and_spread(diverged, tmp_path_factory):
+    good = tmp_path_factory.mktemp("good")
+    for name in LOSSES:
+        tracker = Tracker(good / name, tensorboard=False)
+        tracker.begin(1, 0)
+        tracker.round(Round(1, central=MetricRecord({"loss": 1.0})))
+    write_summary(good, LOSSES, {"central/loss": "loss"})
+    pool([good, diverged], diverged)
+    shown = {line.split()[0]: line.split()[1:] for line in table(diverged).split("\n")}
+    assert shown["steady"] == ["1.3500", "±", "0.4950"]
+    assert shown["diverged"] == shown["never"] == ["nan", "±", "nan"]
+    assert shown["overflowed"] == ["inf", "±", "nan"]
+
+
+def test_a_summary_is_strict_json_and_old_ones_are_read(diverged):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    path = diverged / SUMMARY_FILE
+    for _ in range(2):
+        summary = json.loads(path.read_text("utf-8"), parse_constant=refuse)
+        assert summary["runs"]["diverged"] == {"central/loss": "nan"}
+        assert summary["config"] == {"lr": "inf"}
+        pool([diverged, diverged], diverged)
+    path.write_text(json.dumps(read_summary(diverged)))  # with bare NaN
+    assert "NaN" in path.read_text()
+    assert "nan" in table(diverged)
+    page = Page(write_page([diverged], diverged / "page.html"))
+    assert "nan" in page.texts
+
+
+def test_the_page_breaks_a_curve_and_marks_what_is_not_finite(diverged):
+    page = Page(write_page([diverged], diverged / "page.html"))
+    text = page.source[: page.source.index("against MB up")]
+    curves = re.findall(r'<polyline class="(s\d)" points="([\d., ]*)"', text)
+    points = [(run, line.count(",")) for run, line in curves if line != "0,4 24,4"]
+    assert points == [("s0", 5), ("s1", 3), ("s1", 1), ("s2", 3)]
+    crosses = re.findall(r'<path class="(s\d)" d="M[\d.]+ 5.0[^"]*">', text)
+    assert crosses == ["s1", "s2", "s2", "s3", "s3"]
+    assert "diverged: nan at 4" in page.texts
 
 
 def test_page_shows_means_and_what_was_spent(page, results):

@@ -92,6 +92,31 @@ def test_rows_are_json_that_any_reader_takes(tracker):
     )
 
 
+def test_metrics_that_are_not_finite_are_numbers_again_when_read(tracker):
+    tracker.round(round_of(1, a=math.nan, b=math.inf, c=[-math.inf, 1.0]))
+    again = Tracker(tracker.folder, tensorboard=False)
+    again.begin(5, 1)  # the row is written a second time
+    [row] = read_metrics(tracker.folder)
+    assert math.isnan(row["train/a"])
+    assert (row["train/b"], row["train/c"]) == (math.inf, [-math.inf, 1.0])
+
+
+def test_bare_names_of_other_writers_are_read(tmp_path):
+    (tmp_path / METRICS_FILE).write_text('{"round": 1, "train/loss": NaN}\n')
+    [row] = read_metrics(tmp_path)
+    assert math.isnan(row["train/loss"])
+
+
+def test_what_is_told_about_a_run_is_strict_json(tracker):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    tracker.begin(5, 0, {"settings": {"budget": math.inf, "norms": (1.0, math.nan)}})
+    text = (tracker.folder / RUN_FILE).read_text("utf-8")
+    settings = json.loads(text, parse_constant=refuse)["settings"]
+    assert settings == {"budget": "inf", "norms": [1.0, "nan"]}
+
+
 def test_each_round_is_one_line_that_is_there_at_once(tracker):
     for number in (1, 2, 3):
         tracker.round(round_of(number, loss=1 / number))
@@ -222,7 +247,7 @@ def test_tensorboards_full_disk_costs_only_that_rounds_events(
     class Writer:
         made = 0
 
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step):
             type(self).made += 1
             self.works = self.made > 1
 
@@ -290,7 +315,10 @@ def test_tensorboard_holds_the_numbers_of_every_round(tmp_path):
     tracker.begin(2, 0)
     tracker.round(round_of(1, loss=0.5, many=[1.0, 2.0], bad=math.nan))
     tracker.round(round_of(2, loss=0.25))
-    assert events(tmp_path) == {
+    found = events(tmp_path)
+    [(step, bad)] = found.pop("train/bad")
+    assert step == 1 and math.isnan(bad)
+    assert found == {
         "train/loss": [(1, 0.5), (2, 0.25)],
         "seconds/train": [(1, 0.5), (2, 0.5)],
         "seconds/evaluate": [(1, 0), (2, 0)],
@@ -303,6 +331,26 @@ def test_tensorboard_holds_the_numbers_of_every_round(tmp_path):
         "messages/down": [(1, 0), (2, 0)],
         "messages/up": [(1, 1), (2, 1)],
     }
+
+
+def test_tensorboard_shows_the_rounds_of_a_new_run_alone(tmp_path):
+    for losses in ([3.0, 2.0, 1.0], [5.0]):
+        tracker = Tracker(tmp_path, tensorboard=True)
+        tracker.begin(len(losses), 0)
+        for number, loss in enumerate(losses, 1):
+            tracker.round(round_of(number, loss=loss))
+    assert events(tmp_path)["train/loss"] == [(1, 5)]
+    Tracker(tmp_path, tensorboard=True).begin(3, 0)  # and ends before its first round
+    assert events(tmp_path)["train/loss"] == []
+
+
+def test_tensorboard_of_a_continued_run_has_each_round_once(tmp_path):
+    for done, losses in [(0, [3.0, 2.0, 1.0]), (2, [0.5, 0.25])]:
+        tracker = Tracker(tmp_path, tensorboard=True)
+        tracker.begin(4, done)
+        for number, loss in enumerate(losses, done + 1):
+            tracker.round(round_of(number, loss=loss))
+    assert events(tmp_path)["train/loss"] == [(1, 3), (2, 2), (3, 0.5), (4, 0.25)]
 
 
 def test_tensorboard_is_written_if_it_is_installed(tmp_path, monkeypatch):
@@ -434,11 +482,19 @@ def test_any_number_of_runs_can_be_drawn(runs, drawn, tmp_path):
     assert ElementTree.parse(tmp_path / "p.svg").getroot().tag == f"{SVG}svg"
 
 
-def test_rounds_without_a_number_are_left_out_of_a_curve(tracker, drawn, tmp_path):
-    for number, loss in [(1, 1.0), (2, math.nan), (3, 0.5)]:
+def test_a_curve_is_broken_where_it_is_not_finite_and_a_cross_says_so(
+    tracker, drawn, tmp_path, recwarn
+):
+    for number, loss in [(1, 1.0), (2, math.nan), (3, 0.5), (4, math.inf)]:
         tracker.round(round_of(number, loss=loss))
     plot({"a": tracker.path}, ["train/loss"], tmp_path / "p.png")
-    assert curves(drawn[0].axes[0]) == {"a": [(1, 1.0), (3, 0.5)]}
+    curve, crosses = drawn[0].axes[0].get_lines()
+    assert [str(y) for y in curve.get_ydata()] == ["1.0", "nan", "0.5", "inf"]
+    assert (list(crosses.get_xdata()), crosses.get_marker()) == ([2, 4], "x")
+    assert crosses.get_color() == curve.get_color()
+    legend = drawn[0].axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["a"]
+    assert list(recwarn) == []
 
 
 def test_a_metric_of_no_run_is_an_error_that_names_it_and_the_runs(runs, tmp_path):

@@ -1,6 +1,5 @@
 """What is measured and shown: fairlearn's metrics on everybody's test data."""
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from sklearn.metrics import accuracy_score, log_loss
 
 from bounded_group_loss.dataset import people
 from bounded_group_loss.model import make_model
-from flower_ext.report import SUMMARY_FILE
+from flower_ext.report import read_summary
 
 PANELS = ["central/worst-group-loss", "central/accuracy"]
 COLUMNS = {
@@ -80,7 +79,7 @@ def plot_frontier(results: Path, path: Path) -> None:
     """Draw accuracy against the worst group's loss, one point a run."""
     from matplotlib.figure import Figure
 
-    runs = json.loads((results / SUMMARY_FILE).read_text("utf-8"))["runs"]
+    runs = read_summary(results)["runs"]
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     points = np.array(

@@ -1,10 +1,9 @@
 """What is shown of the comparison."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from flower_ext.report import SUMMARY_FILE
+from flower_ext.report import read_summary
 
 COLUMNS = {
     "central/accuracy": "accuracy",
@@ -21,7 +20,7 @@ def plot_epsilons(
     """Draw the final accuracy of every mechanism against epsilon."""
     from matplotlib.figure import Figure
 
-    summary = json.loads((results / SUMMARY_FILE).read_text("utf-8"))["runs"]
+    summary = read_summary(results)["runs"]
     lines: dict[str, list[tuple[float, float]]] = {}
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()

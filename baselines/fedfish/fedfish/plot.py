@@ -1,10 +1,9 @@
 """Draws a summary against local epochs: ``python fedfish/plot.py RESULTS``."""
 
-import json
 import sys
 from pathlib import Path
 
-from flower_ext.report import SUMMARY_FILE
+from flower_ext.report import read_summary
 
 PANELS = {
     "central/accuracy": "accuracy",
@@ -17,7 +16,7 @@ def plot_epochs(results: Path) -> Path:
     """Draw runs named ``strategy@epochs``: means, and spreads where there are seeds."""
     from matplotlib.figure import Figure
 
-    summary = json.loads((results / SUMMARY_FILE).read_text("utf-8"))
+    summary = read_summary(results)
     spread = summary.get("spread", {})
     points: dict[str, list[tuple[int, str]]] = {}
     for run in summary["runs"]:
