@@ -15,6 +15,8 @@ Arrays = dict[str, NDArray]
 
 # Elements added at a time: a block of float64 that stays in the cache.
 _BLOCK = 1 << 14
+# That of a plain array takes 128 bytes.
+_LONGEST_HEADER = 4096
 
 
 def view(array: Array) -> NDArray:
@@ -59,6 +61,8 @@ def npy_layout(
         start = 10 + int.from_bytes(data[8:10], "little")
     else:
         start = 12 + int.from_bytes(data[8:12], "little")
+    if start > _LONGEST_HEADER:
+        raise ValueError(f"a header of {start} bytes, must be <= {_LONGEST_HEADER}")
     return (*_read_header(bytes(data[:start])), start)
 
 
@@ -68,13 +72,16 @@ def _read_header(
     header: bytes,
 ) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
     stream = BytesIO(header)
-    version = np.lib.format.read_magic(stream)
-    read_header = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    shape, fortran_order, dtype = read_header(stream)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran_order, dtype = read_header(stream)
+    except Exception as error:  # NumPy parses it as Python, which fails in many ways
+        raise ValueError(f"the header cannot be read: {error!r}") from error
     if dtype.hasobject:
         raise ValueError("an array of Python objects is never read")
     return shape, fortran_order, dtype

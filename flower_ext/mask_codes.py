@@ -32,7 +32,7 @@ _Bytes = npt.NDArray[np.uint8]
 
 #: Places are below this: the largest array that can be encoded.
 MAX_SIZE = 2**31 - 1
-_MAX_SHIFT = 31
+_LONGEST_VARINT = 5
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class MaskCode:
         ``(positions, size) -> bytes``.
     decode : callable
         ``(data, count, size) -> positions``; raises ``ValueError`` unless it is the
-        code of ``count`` increasing positions below ``size``.
+        code of ``count <= size`` increasing positions below ``size``. Data that is
+        longer than that can be is refused unread: what is allocated depends on ``size``
+        and not on what somebody sent.
     """
 
     length: Callable[[Positions, int], int]
@@ -105,6 +107,11 @@ def _of_length(data: Buffer, length: int) -> _Bytes:
     if len(data) != length:
         raise ValueError(f"a mask of {len(data)} bytes must have {length}")
     return np.frombuffer(data, np.uint8)
+
+
+def _at_most(data: _Bytes, length: int) -> None:
+    if len(data) > length:
+        raise ValueError(f"{len(data)} bytes of a mask, must be at most {length}")
 
 
 def _unpack(data: _Bytes, bits: int) -> _Bytes:
@@ -174,6 +181,7 @@ def _encode_varint(positions: Positions, size: int) -> bytes:
 
 def _decode_varint(data: Buffer, count: int, size: int) -> Positions:
     raw = np.frombuffer(data, np.uint8)
+    _at_most(raw, _LONGEST_VARINT * count)
     ends = np.flatnonzero(raw < 128)
     _counted(ends, count)
     if len(raw) != (ends[-1] + 1 if count else 0):
@@ -181,8 +189,8 @@ def _decode_varint(data: Buffer, count: int, size: int) -> Positions:
     starts = np.concatenate([np.zeros(min(count, 1), np.int64), ends[:-1] + 1])
     lengths = ends - starts + 1
     longest = int(lengths.max(initial=0))
-    if longest > 5:
-        raise ValueError("a gap takes more than 5 bytes")
+    if longest > _LONGEST_VARINT:
+        raise ValueError(f"a gap takes more than {_LONGEST_VARINT} bytes")
     gaps = np.zeros(count, np.int64)
     for i in range(longest):
         here = lengths > i
@@ -228,13 +236,18 @@ def _encode_rice(positions: Positions, size: int) -> bytes:
 
 def _decode_rice(data: Buffer, count: int, size: int) -> Positions:
     raw = np.frombuffer(data, np.uint8)
-    if not len(raw) or raw[0] > _MAX_SHIFT:
-        raise ValueError("a mask of Rice codes needs a shift of at most 31")
+    if not len(raw):
+        raise ValueError("a mask of Rice codes needs a shift")
     shift = int(raw[0])
+    # The best shift is at most the logarithm of twice the mean gap.
+    if count << shift > 2 * size:
+        raise ValueError(f"a shift of {shift} for {count} values among {size}")
     tail = (count * shift + 7) // 8
     if len(raw) < 1 + tail:
         raise ValueError("a mask of Rice codes is cut off")
+    unary = count + ((size - count) >> shift)
     high, low = raw[1 : len(raw) - tail], raw[len(raw) - tail :]
+    _at_most(high, (unary + 7) // 8)
     ends = _counted(np.flatnonzero(np.unpackbits(high).view(np.bool_)), count)
     if len(high) != ((ends[-1] + 8) // 8 if count else 0):
         raise ValueError("bytes behind the end of a mask")

@@ -46,6 +46,7 @@ _HEADER = struct.Struct("<4sI")
 _BODY = struct.Struct("<IBQ")
 _SECTION = struct.Struct("<II")
 _NOTHING, _EVERYTHING = 0, 1
+_MOST_VALUES_A_BYTE = 2  # NF4
 _MASK_NAMES = ["nothing", "everything", *MASK_CODES]
 _MASKS_ATTRIBUTE = "flower_ext_received_masks"
 
@@ -98,7 +99,8 @@ def decode(record: ArrayRecord, like: Mapping[str, NDArray]) -> tuple[Arrays, Ma
     Raises
     ------
     MalformedReply
-        Whatever is wrong with it: nothing is written before it is found to be right.
+        Whatever is wrong with it: nothing is written before it is found to be right,
+        and what is allocated depends on ``like``, not on the length of the payload.
     """
     try:
         payload = _payload(record)
@@ -127,14 +129,21 @@ def is_sparse(record: ArrayRecord) -> bool:
 def num_values(record: ArrayRecord) -> int:
     """Return how many numbers a record transfers, sparse or not.
 
-    This is the count of parameters that papers report; the masks are not in it.
+    This is the count of parameters that papers report; the masks are not in it. More
+    numbers than its bytes can hold are none.
     """
     if is_sparse(record):
         try:
-            return int(_BODY.unpack_from(_payload(record), _HEADER.size)[2])
+            payload = _payload(record)
+            stated = int(_BODY.unpack_from(payload, _HEADER.size)[2])
         except (MalformedReply, ValueError, struct.error):
             return 0
-    return sum(prod(array.shape) for array in record.values())
+        return stated if stated <= _MOST_VALUES_A_BYTE * len(payload) else 0
+    return sum(
+        size
+        for array in record.values()
+        if 0 <= (size := prod(array.shape)) <= len(array.data)
+    )
 
 
 def mask_codes(record: ArrayRecord, like: Mapping[str, NDArray]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Named arrays: reading records, exact differences, sums in float64, norms."""
 
+from contextlib import suppress
 from io import BytesIO
 
 import numpy as np
@@ -266,3 +267,46 @@ def test_layout_names_dtype_and_shape():
         "w": "float16[2, 3]",
         "n": "int64[]",
     }
+
+
+def npy(header, version=1):
+    """Write the bytes of an array with any header; its values are 12 zeros."""
+    text = header.encode("latin1")
+    length = len(text).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + length + text + bytes(48)
+
+
+PLAIN_HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), }\n"
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "(" * 4000,
+        "-" * 4000 + "1",
+        "'''",
+        "\0",
+        "  x\n y",
+        "{[]: 1}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3,",
+        PLAIN_HEADER.replace("'<f4'", "[('a',)]"),
+        PLAIN_HEADER.replace("(3, 4)", "(3, 10**30)"),
+        PLAIN_HEADER.replace("(3, 4)", "(0, 1000000000000000000000000000)"),
+        PLAIN_HEADER.ljust(60_000),
+    ],
+)
+def test_header_that_cannot_be_read(header, version):
+    array = Array("float32", (3, 4), "numpy.ndarray", npy(header, version))
+    with pytest.raises(ValueError):
+        view(array)
+
+
+@settings(derandomize=True, deadline=None, max_examples=500)
+@given(st.lists(st.tuples(st.integers(0, 70), st.integers(0, 255)), min_size=1))
+def test_altered_header_is_read_or_refused(changes):
+    data = bytearray(npy(PLAIN_HEADER))
+    for at, byte in changes:
+        data[at] = byte
+    with suppress(ValueError, TypeError):
+        assert view(Array("float32", (3, 4), "numpy.ndarray", bytes(data))).size <= 48

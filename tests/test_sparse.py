@@ -1,7 +1,9 @@
 """Sparse records: what goes in comes out, in few bytes, or is refused."""
 
 import struct
+import tracemalloc
 import zlib
+from contextlib import suppress
 from math import ceil
 
 import numpy as np
@@ -344,6 +346,93 @@ def test_altered_payload_is_refused_or_harmless(data):
         assert np.all(arrays[name][~masks[name]] == 0)
 
 
+def peak(function):
+    """Return the largest number of bytes that a call held at a time."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+FLOATS = {"w": np.zeros(1000, np.float32)}
+
+
+def sections(*parts, values=10, precision=0):
+    """Build a payload for :data:`FLOATS` of which all behind its head is given."""
+    head = struct.unpack_from("<I", encode(FLOATS)[PAYLOAD].numpy().tobytes(), 8)[0]
+    return signed(struct.pack("<IBQ", head, precision, values) + b"".join(parts))
+
+
+def stated(which, count, mask, length=None):
+    length = len(mask) if length is None else length
+    return bytes([which]) + struct.pack("<II", count, length) + mask
+
+
+LONG = 1 << 22
+
+
+@pytest.mark.parametrize("precision", range(3))
+@pytest.mark.parametrize(
+    "section",
+    [
+        stated(2, 10, b"\xff" * LONG),
+        stated(3, 10, b"\1\0\0\0" * (LONG // 4)),
+        stated(4, 10, b"\x01" * LONG),
+        stated(4, 1000, b"\x01" * LONG),
+        stated(5, 10, b"\x00" + b"\xff" * LONG),
+        stated(5, 1000, b"\x00" + b"\xff" * LONG),
+        stated(5, 1000, b"\x1f" + b"\xff" * LONG),
+        stated(5, 10, b"\x07" + b"\x00" * LONG),
+        *(stated(which, 2**32 - 1, b"\1" * LONG) for which in (2, 3, 4, 5)),
+        *(stated(which, 10, b"\1" * LONG, 2**32 - 1) for which in (2, 3, 4, 5)),
+        b"\x00" + b"\x01" * LONG,
+        b"\x01" + b"\x01" * LONG,
+    ],
+)
+def test_memory_depends_on_the_layout_and_not_on_the_payload(section, precision):
+    record = sections(section, precision=precision)
+
+    def refused():
+        with pytest.raises(MalformedReply):
+            decode(record, FLOATS)
+
+    refused()
+    # 4 kB of arrays; the payload of 4 MB was there before.
+    assert peak(refused) < 64_000
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(
+    st.sampled_from(list(MASK_CODES)),
+    st.integers(1, 20_000),
+    st.floats(0, 1),
+    st.integers(0, 31),
+    st.integers(0, 2**32),
+)
+def test_memory_of_a_mask_depends_on_the_size(name, size, density, shift, seed):
+    code, rng = MASK_CODES[name], np.random.default_rng(seed)
+    found = np.flatnonzero(rng.random(size) < density)
+    data = bytearray(code.encode(found, size))
+    if name == "rice":
+        data[0] = shift
+    data += rng.bytes(int(rng.integers(0, 2)) * 100_000)
+
+    def read():
+        with suppress(ValueError):
+            code.decode(bytes(data), len(found), size)
+
+    # Positions are int64, and a few arrays of them are held at a time.
+    assert peak(read) < 8 * 8 * size + len(data) + 32_000
+
+
+def test_an_array_that_states_more_numbers_than_it_has_counts_for_none():
+    huge = Array("float32", (2**40, 2**40), "numpy.ndarray", b"1234")
+    assert num_values(ArrayRecord({"w": huge, "b": Array(np.zeros(3))})) == 3
+    assert num_values(sections(b"", values=2**63)) == 0
+
+
 @settings(derandomize=True, deadline=None)
 @given(st.integers(0, 200), st.integers(1, 255))
 def test_any_flipped_bit_is_seen(at, flip):
@@ -388,11 +477,14 @@ def test_payload_by_hand():
         (body_with(which=2, count=3, mask=b"\xf0\x00\x00"), "4 ones must have 3"),
         (body_with(which=4, count=1, mask=b"\x80"), "0 ones must have 1"),
         (body_with(which=4, count=1, mask=b"\x01\x80"), "cut off"),
-        (body_with(which=4, count=1, mask=b"\xff" * 5 + b"\x01"), "5 bytes"),
+        (body_with(which=4, count=2, mask=b"\xff" * 5 + b"\x01" * 2), "5 bytes"),
+        (body_with(which=4, count=1, mask=b"\x01" * 6), "must be at most 5"),
         (body_with(which=4, count=1, mask=b"\x14"), "out of range"),
-        (body_with(which=5, count=1, mask=b"\xff\x80"), "at most 31"),
-        (body_with(which=5, count=1, mask=b""), "at most 31"),
-        (body_with(which=5, count=9, mask=b"\x08\x80"), "cut off"),
+        (body_with(which=5, count=1, mask=b"\xff\x80"), "a shift of 255 for 1 value"),
+        (body_with(which=5, count=9, mask=b"\x03\x80"), "a shift of 3 for 9 values"),
+        (body_with(which=5, count=1, mask=b""), "needs a shift"),
+        (body_with(which=5, count=9, mask=b"\x02\x80"), "cut off"),
+        (body_with(which=5, count=2, mask=b"\x02" + b"\xff" * 3), "must be at most 1"),
         (body_with(which=5, count=1, mask=b"\x00\x80\x00"), "bytes behind the end"),
         (b"", "cannot be read"),
     ],
