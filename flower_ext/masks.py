@@ -65,7 +65,8 @@ def top_k(
     arrays : Mapping[str, ndarray]
         Floats. Mixed precisions are compared in the widest.
     density : float
-        Share of coordinates to keep, from 0 to 1: ``k = int(density * size)``.
+        Share of coordinates to keep, from 0 to 1: ``k = int(density * size)``, but at
+        least 1, so that small arrays have a part, too. 0 keeps nothing.
     scope : {"global", "tensor"}
         Whether ``k`` is that of all arrays taken as one vector, in their order (large
         arrays or large values can then leave nothing for the others), or of each.
@@ -83,18 +84,22 @@ def top_k(
     if scope == "tensor":
         return {
             name: _largest_within(
-                x, int(density * x.size), None if within is None else within[name]
+                x, _kept(density, x.size), None if within is None else within[name]
             )
             for name, x in arrays.items()
         }
     vector = _joined(arrays.values())
     allowed = None if within is None else _joined(within[name] for name in arrays)
-    mask = _largest_within(vector, int(density * vector.size), allowed)
+    mask = _largest_within(vector, _kept(density, vector.size), allowed)
     masks, start = {}, 0
     for name, x in arrays.items():
         masks[name] = mask[start : start + x.size].reshape(x.shape)
         start += x.size
     return masks
+
+
+def _kept(density: float, size: int) -> int:
+    return max(int(density * size), 1) if density > 0 else 0
 
 
 def _joined(arrays: Iterable[NDArray]) -> NDArray:

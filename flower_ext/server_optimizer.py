@@ -246,7 +246,9 @@ class Adam(_Adaptive):
         Scale the rate by :math:`\sqrt{1-\beta_2^t}/(1-\beta_1^t)` in round
         :math:`t = 1, 2, \dots` (Kingma and Ba 2015), meant for
         ``initial_accumulator=0``. Reddi et al. do without. Flower's ``FedAdam``
-        corrects too, but with :math:`t + 1` in round :math:`t`.
+        corrects too, but with :math:`t + 1` in round :math:`t`. All add ``tau`` to the
+        uncorrected root; torch's Adam, ``TorchOptimizer(torch.optim.Adam)``, adds it to
+        the corrected one, and takes larger steps where changes are not far above it.
     """
 
     def __init__(

@@ -16,23 +16,31 @@ as they are, and come back once they are among the largest.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Unpack, cast, get_args
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common import NDArray
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from flower_ext.additive import AdditiveStrategy
-from flower_ext.arrays import Arrays, from_record, is_averaged, to_record
+from flower_ext.arrays import (
+    Arrays,
+    all_finite,
+    from_record,
+    is_averaged,
+    to_record,
+)
 from flower_ext.client import ARRAYS_KEY, ClientHalf, Local, Metrics
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.errors import fraction, one_of, refuse, whole
 from flower_ext.masks import Masks, Scope, first_ranks, top_k
 from flower_ext.options import AdditiveOptions
 from flower_ext.replies import MalformedReply
-from flower_ext.server_optimizer import Adam
+from flower_ext.server_optimizer import TorchOptimizer
 from flower_ext.sparse import decode, encode, received_masks
 from flower_ext.value_codes import Precision
 
@@ -175,8 +183,13 @@ class FLASCClient(ClientHalf):
         record = encode(delta, self._upload_masks(local, delta), precision)
         if feedback:
             sent, _ = decode(record, delta)
-            left = {n: x - sent[n] for n, x in delta.items() if is_averaged(x)}
-            local.context.state[RESIDUAL] = to_record(left)
+            with np.errstate(invalid="ignore"):
+                left = {n: x - sent[n] for n, x in delta.items() if is_averaged(x)}
+            # It would come back in every round: one that diverged starts anew.
+            if all_finite(left.values()):
+                local.context.state[RESIDUAL] = to_record(left)
+            else:
+                local.context.state.pop(RESIDUAL, None)
         return {ARRAYS_KEY: record}, {}
 
     def _upload_masks(self, local: Local, delta: Arrays) -> Masks | None:
@@ -207,7 +220,8 @@ class FLASC(AdditiveStrategy):
     ----------
     download_density : float or callable (default: 0.25)
         Share of the coordinates that are sent, or ``server_round -> share``, such as
-        :class:`Decay`. 1 sends the whole model.
+        :class:`Decay`. 1 sends the whole model; 0 none of it, and all above at least
+        one coordinate of what ``scope`` chooses from.
     upload_density : float or callable (default: 0.25)
         Share of the coordinates that clients return; 1 is the whole change.
     scope : {"global", "tensor"}
@@ -237,7 +251,8 @@ class FLASC(AdditiveStrategy):
     error_feedback : bool (default: False)
         A client adds what its upload left out, by choice or by rounding, to its next
         change (Seide et al. 2014); it keeps that in ``context.state``. For clients that
-        are asked often: what is left out ages. Not in the paper.
+        are asked often: what is left out ages. What is kept is thrown away where it is
+        not finite, so that a client that diverged starts anew. Not in the paper.
     eval_masked : bool (default: True)
         Clients evaluate what they would have received, the new weights under the
         round's mask, as the paper's code does; False sends all weights.
@@ -245,8 +260,8 @@ class FLASC(AdditiveStrategy):
         Arrays with one of these words in their name always travel whole, as integers
         do; a head named here is never masked.
     server_optimizer : ServerOptimizer, optional
-        By default Adam with a learning rate of 1e-3 and bias correction, the FedAdam of
-        the paper's code, which is ``torch.optim.AdamW``, without its weight decay.
+        By default that of the paper's code, ``torch.optim.AdamW`` with ``lr=1e-3`` and
+        all else as torch has it, a weight decay of 0.01 among it.
     **options
         Sampler, mechanism and Flower's own options, see
         :class:`~flower_ext.options.AdditiveOptions`. Under a mechanism the change is
@@ -303,7 +318,9 @@ class FLASC(AdditiveStrategy):
         dense: Sequence[str] = ("running_mean", "running_var"),
         **options: Unpack[AdditiveOptions],
     ) -> None:
-        options["server_optimizer"] = options.get("server_optimizer") or _adam()
+        options["server_optimizer"] = options.get("server_optimizer") or TorchOptimizer(
+            partial(torch.optim.AdamW, lr=1e-3)
+        )
         super().__init__(**options)
         _density("download_density", download_density, 1)
         _density("upload_density", upload_density, 1)
@@ -508,10 +525,3 @@ class FLASC(AdditiveStrategy):
             + (", with error feedback" if self.error_feedback else ""),
             **super().settings(),
         }
-
-
-def _adam() -> Adam:
-    """Return torch's Adam as one of Reddi's: no floor of the second moment."""
-    return Adam(
-        1e-3, beta_2=0.999, tau=1e-8, initial_accumulator=0.0, bias_correction=True
-    )

@@ -83,6 +83,18 @@ def test_no_arrays_and_empty_ones():
     assert top_k({"a": np.zeros(0, np.float32)}, 1.0)["a"].shape == (0,)
 
 
+@settings(derandomize=True, deadline=None)
+@given(st.lists(floats, max_size=4), st.floats(1e-12, 1))
+def test_every_density_above_0_keeps_something(arrays, density):
+    named = {str(i): x for i, x in enumerate(arrays)}
+    for name, mask in top_k(named, density, "tensor").items():
+        size = named[name].size
+        assert mask.sum() == min(size, max(1, int(density * size)))
+    size = sum(x.size for x in arrays)
+    kept = sum(int(mask.sum()) for mask in top_k(named, density).values())
+    assert kept == min(size, max(1, int(density * size)))
+
+
 @pytest.mark.parametrize("density", [-0.1, 1.1, float("nan"), True])
 def test_density_out_of_range(density):
     with pytest.raises(ValueError, match="density="):

@@ -153,15 +153,23 @@ def test_density_one_is_dense_bit_for_bit(task, initial, make):
     assert all(np.array_equal(x, models[1][name]) for name, x in models[0].items())
 
 
-def test_default_server_optimizer_is_torchs_adam():
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1e-3, 1.0])
+def test_default_server_optimizer_is_torchs_adamw(size):
     rng = np.random.default_rng(0)
     ours = FLASC().server_optimizer
-    theirs = TorchOptimizer(partial(torch.optim.Adam, lr=1e-3))
-    one = two = {"w": rng.standard_normal(50).astype(np.float32)}
+    weights = {"w": rng.standard_normal(50).astype(np.float32)}
+    parameter = nn.Parameter(torch.tensor(weights["w"]))
+    theirs = torch.optim.AdamW([parameter], lr=1e-3)
     for _ in range(5):
-        move = {"w": rng.standard_normal(50)}
-        one, two = ours.step(one, dict(move)), theirs.step(two, dict(move))
-    assert one["w"] == pytest.approx(two["w"], abs=1e-6)
+        move = size * rng.standard_normal(50)
+        before = weights["w"]
+        weights = ours.step(weights, {"w": move.copy()})
+        parameter.grad = -torch.tensor(move, dtype=torch.float32)
+        theirs.step()
+        assert weights["w"] == pytest.approx(parameter.detach().numpy(), abs=1e-7)
+        # Adam's step hardly depends on the size of what the clients changed.
+        step = np.abs(weights["w"] - (1 - 1e-5) * before)
+        assert step.max() > (5e-5 if size < 1e-8 else 5e-4)
 
 
 # Weights outside the mask ------------------------------------------------------------
@@ -237,11 +245,18 @@ def test_no_more_than_k_values_travel_and_none_off_the_mask(freeze, upload):
 
 def test_ties_and_nothing_at_all():
     zeros = {n: np.zeros(s, np.float32) for n, s in SHAPES.items()}
-    strategy = FLASC(download_density=0.35, upload_density=0.05, **PLAIN)
+    strategy = FLASC(download_density=0.35, upload_density=0.0, scope="global", **PLAIN)
     down, up, _ = exchanged(strategy, zeros)
     _, masks = decode(down[0], zeros)
     assert flat(masks).tolist() == [True] * 3 + [False] * 7
     assert [num_values(record) for record in up] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("scope", "least"), [("global", 1), ("tensor", 2)])
+def test_any_density_above_0_sends_something(scope, least):
+    tiny = {"download_density": 1e-6, "upload_density": 1e-6, "scope": scope}
+    down, up, _ = exchanged(FLASC(**tiny, **PLAIN), START)
+    assert {num_values(record) for record in (*down, *up)} == {least}
 
 
 def test_model_stays_without_upload(play):
@@ -301,6 +316,29 @@ def test_error_feedback_loses_nothing(play, spied):
         weights += flat(delta)
     left = flat(from_record(calls[-1].state.array_records["flasc-residual"]))
     assert sent + left == pytest.approx(trained, abs=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["exact", "bfloat16", "nf4"])
+def test_a_client_that_diverged_is_back_in_the_next_round(play, spied, precision):
+    def diverging(message, context):
+        config = message.content["config"]
+        if (config["server-round"], context.node_config["partition-id"]) == (2, 0):
+            changed = {
+                **message.content,
+                "config": ConfigRecord({**config, "lr": 1e30}),
+            }
+            message.content = RecordDict(changed)
+        return APP(message, context)
+
+    app = ClientApp()
+    app.train()(diverging)
+    app, calls = spied(app)
+    strategy = FLASC(error_feedback=True, precision=precision, **PLAIN)
+    played = play(strategy, app, 2, START, 4, STEP)
+    assert [played.train(r)["num-dropped"] for r in (1, 2, 3, 4)] == [0, 1, 0, 0]
+    for call in calls:
+        for record in call.state.array_records.values():
+            assert all(np.isfinite(x).all() for x in from_record(record).values())
 
 
 # Masks over the rounds ---------------------------------------------------------------
