@@ -40,6 +40,7 @@ from flower_ext.arrays import (
 )
 from flower_ext.client import CLIENT_HALF_KEY, WRONG_HALF, ClientHalf, Metrics
 from flower_ext.contribution import DELTA, Contribution, Total
+from flower_ext.drop_in import DropIn
 from flower_ext.errors import fraction, refuse, whole
 from flower_ext.nodes import Places, wait_for_nodes
 from flower_ext.options import FedAvgOptions
@@ -110,6 +111,8 @@ class AdditiveStrategy(FedAvg):
 
     #: The client half whose replies the strategy needs; None takes any.
     client_half: ClassVar[type[ClientHalf] | None] = None
+    #: What a client with a training loop of its own adds to be one of this strategy's.
+    drop_in: ClassVar[DropIn] = DropIn()
     #: Metrics that the strategy reads itself; averaging them would mean nothing.
     consumed_metrics: tuple[str, ...] = ()
     #: Under a mechanism, what brings parts and scalars to the size of the others.

@@ -27,6 +27,7 @@ from flower_ext.additive import AdditiveStrategy, Config
 from flower_ext.arrays import Arrays, accumulate, to_record, zeros_like
 from flower_ext.client import Batch, ClientHalf, Local, Metrics, batches
 from flower_ext.contribution import DELTA, Contribution, Total
+from flower_ext.drop_in import DropIn
 from flower_ext.errors import at_least, positive, refuse
 from flower_ext.options import AdditiveOptions
 from flower_ext.replies import MalformedReply, read_vector
@@ -244,6 +245,17 @@ class BoundedGroupLoss(AdditiveStrategy):
     """
 
     client_half = BoundedGroupLossClient
+    drop_in = DropIn(
+        imports="from flower_ext.strategies.bounded_group_loss import group_sums",
+        before="sums = group_sums(losses, groups, num_groups)",
+        metrics={"**": "sums"},
+        fill_in="losses: of the received model, one for each training example\n"
+        "groups: the index of each example's group, of num_groups\n"
+        "in the training, the loss of an example of group a weighs "
+        '1 + config["group-multipliers"][a]',
+        arguments=lambda _: {"groups": ("a", "b"), "upper_bound": 1.0},
+        written='groups=("...", "..."), upper_bound=...',
+    )
     consumed_metrics = (LOSS_SUMS, COUNTS)
     scales = {LOSS_SUMS: 0.01, COUNTS: 0.01}
 

@@ -13,6 +13,7 @@ comes from limiting how often clients take part instead of from secret sampling.
 from typing import Unpack
 
 from flower_ext.additive import AdditiveStrategy
+from flower_ext.drop_in import DropIn
 from flower_ext.errors import refuse
 from flower_ext.options import FedAvgOptions
 from flower_ext.privacy.clipping import Clipping
@@ -82,6 +83,17 @@ class DPFTRL(AdditiveStrategy):
     >>> strategy.settings()["Mechanism"]
     'BLT(1), 64 rounds, 20 of 400 clients'
     """
+
+    drop_in = DropIn(
+        arguments=lambda cohort: {
+            "num_rounds": 1,
+            "num_sampled_clients": cohort,
+            "population_size": cohort,
+            "noise_multiplier": 1.0,
+        },
+        written="num_rounds=..., num_sampled_clients=..., population_size=..., "
+        "max_epsilon=..., target_delta=...",
+    )
 
     def __init__(
         self,

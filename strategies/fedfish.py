@@ -27,6 +27,7 @@ from flower_ext.additive import AdditiveStrategy, Config
 from flower_ext.arrays import Arrays, is_averaged, multiply, zeros_like
 from flower_ext.client import ClientHalf, Local, Metrics, batches, num_examples
 from flower_ext.contribution import DELTA, Contribution, Total
+from flower_ext.drop_in import DropIn
 from flower_ext.errors import refuse
 from flower_ext.fisher import SquaredGradients, per_example, tensor_record
 from flower_ext.options import AdditiveOptions
@@ -232,6 +233,11 @@ class FedFish(AdditiveStrategy):
     """
 
     client_half = FedFishClient
+    drop_in = DropIn(
+        imports="from flower_ext.strategies.fedfish import watch_fisher",
+        before="fisher = watch_fisher({model}, batches_per_epoch=len({loader}))",
+        records={"fisher": "fisher.record()"},
+    )
     consumed_metrics = (BARRIER, BARRIER_EXAMPLES)
 
     def __init__(

@@ -34,6 +34,7 @@ from flower_ext.client import (
     train,
 )
 from flower_ext.contribution import DELTA, Contribution, Total
+from flower_ext.drop_in import DropIn
 from flower_ext.errors import at_least, positive, refuse, whole
 from flower_ext.options import AdditiveOptions
 from flower_ext.replies import MalformedReply, read_scalar
@@ -224,6 +225,13 @@ class MaxFL(AdditiveStrategy):
     """
 
     client_half = MaxFLClient
+    drop_in = DropIn(
+        imports="from flower_ext.strategies.maxfl import appeal",
+        before="wants = appeal(loss, requirement)",
+        metrics={"**": "wants"},
+        fill_in="loss: of the received model on the client's training data\n"
+        "requirement: the loss there that the client would settle for",
+    )
     consumed_metrics = (WEIGHT, APPEALED)
 
     def __init__(

@@ -1,0 +1,238 @@
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.serverapp.strategy import FedAvg
+
+from flower_ext import AdditiveStrategy, check
+from flower_ext.check import main
+
+QUICKSTART = Path(__file__).parent / "quickstart"
+
+TASK_CLIENT = """
+    import torch
+    from torch import nn
+
+    from flower_ext import Task, client_app
+
+    def loss(model, batch):
+        logits = model(batch["x"])
+        return nn.functional.cross_entropy(logits, batch["y"], reduction="none")
+
+    def data(context):
+        x = torch.randn(20, 8)
+        columns = {"x": x, "y": (x[:, 0] > 0).long(), "group": (x[:, 1] > 0).long()}
+        return columns, columns
+
+    app = client_app(Task(lambda config: nn.Linear(8, 3), data, loss))
+"""
+TASK_SERVER = """
+    from flwr.app import ArrayRecord
+    from flwr.serverapp import ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from torch import nn
+
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        arrays = ArrayRecord(nn.Linear(8, 3).state_dict())
+        FedAvg(min_train_nodes=3).start(grid=grid, initial_arrays=arrays)
+"""
+
+
+@pytest.fixture
+def app(tmp_path):
+    """Return a copy of the quickstart to be spoilt."""
+    folder = tmp_path / "app"
+    shutil.copytree(QUICKSTART, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def rewrite(app, file, old, new):
+    path = app / "quickstart" / file
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), "utf-8")
+
+
+def use_task(app):
+    for name, text in (("client_app", TASK_CLIENT), ("server_app", TASK_SERVER)):
+        path = app / "quickstart" / f"{name}.py"
+        path.write_text(textwrap.dedent(text), "utf-8")
+
+
+def said(capsys, *arguments):
+    """Return exit code, output by strategy and errors."""
+    code = main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    parts = {part.partition(":")[0]: part for part in out.split("\n\n")}
+    return code, parts, err
+
+
+def everything(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*.py")}
+
+
+def test_a_stock_app_is_told_the_lines_that_work(app, capsys):
+    before, modules, path = everything(app), dict(sys.modules), list(sys.path)
+    code, parts, _ = said(capsys, app)
+    assert code == 0
+    assert "works (2 clients" in parts["FedAvg, the app as it is"]
+    assert "drops in (2 clients" in parts["AdditiveStrategy"]
+    assert "drops in (2 clients" in parts["DPFTRL"]
+    fish = parts["FedFish"]
+    assert "which were tried (2 clients" in fish
+    assert "+    fisher = watch_fisher(model, batches_per_epoch=" in fish
+    assert "needs these lines, to be completed" in parts["MaxFL"]
+    assert everything(app) == before
+    assert sys.path == path
+    assert "quickstart.client_app" not in sys.modules.keys() - modules.keys()
+    assert FedAvg.start is not AdditiveStrategy.start
+
+
+def test_a_task_is_told_its_half(app, capsys):
+    use_task(app)
+    code, parts, _ = said(capsys, app)
+    assert code == 0
+    assert "works (3 clients" in parts["FedAvg, the app as it is"]
+    assert "+app = client_app(" in parts["FedFish"]
+    for name in ("FedFish", "MaxFL", "FLASC", "BoundedGroupLoss"):
+        assert "which were tried (3 clients" in parts[name], name
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        (
+            "client_app.py",
+            'msg.content["config"]["lr"]',
+            'msg.content["config"]["rate"]',
+            "KeyError: 'rate' (quickstart/client_app.py, line 29)",
+        ),
+        (
+            "client_app.py",
+            'model.load_state_dict(msg.content["arrays"]',
+            'model.load_state_dict(msg.content["model"]',
+            "KeyError: 'model' (quickstart/client_app.py, line 18)",
+        ),
+        ("task.py", "optimizer.step()", "pass", "nothing was trained"),
+        (
+            "client_app.py",
+            '{"metrics": metrics}), reply_to',
+            '{"metrics": metricks}), reply_to',
+            "clients fail in evaluate, the first with NameError",
+        ),
+        ("server_app.py", "FedAvg(", "FedAvg(fraction_train=0.0, ", "no client was"),
+    ],
+)
+def test_an_app_that_does_not_work_is_told_why(app, capsys, file, old, new, says):
+    rewrite(app, file, old, new)
+    code, parts, _ = said(capsys, app)
+    assert code == 1
+    assert says in parts["FedAvg, the app as it is"]
+    assert "FedFish" not in parts
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        ("task.py", "import torch\n", "import torsch\n", "No module named 'torsch'"),
+        ("server_app.py", "Net()", "Nett()", "before strategy.start: NameError"),
+        (
+            "server_app.py",
+            "result = strategy.start(",
+            "return None\n    result = dict(",
+            "without a call of",
+        ),
+        (
+            "server_app.py",
+            "result = strategy.start(",
+            "grid.send_and_receive([]); grid.push_messages([])\n    result = dict(",
+            "sends messages itself",
+        ),
+        ("server_app.py", "FedAvg(", "FedAvg(min_available_nodes=11, ", "11 nodes"),
+    ],
+)
+def test_an_app_that_starts_no_strategy_is_refused(app, capsys, file, old, new, says):
+    rewrite(app, file, old, new)
+    code, _, err = said(capsys, app)
+    assert code == 2
+    assert says in err
+
+
+def test_a_folder_or_a_key_that_is_not_there_is_refused(app, tmp_path, capsys):
+    assert said(capsys, tmp_path)[::2] == (
+        2,
+        f"error: {tmp_path} is no Flower app: it has no pyproject.toml\n",
+    )
+    code, _, err = said(capsys, app, "-c", "rounds=1")
+    assert code == 2
+    assert "rounds" in err
+
+
+def test_a_second_package_of_the_same_name_is_found(app, tmp_path, capsys, monkeypatch):
+    other = tmp_path / "elsewhere"
+    shutil.copytree(QUICKSTART, other)
+    monkeypatch.syspath_prepend(str(other))
+    code, parts, _ = said(capsys, app)
+    assert code == 1
+    shown = next(iter(parts.values()))
+    assert str(other / "quickstart") in shown
+    assert str(app / "quickstart") in shown
+
+
+def test_resources_that_no_machine_here_has_are_found(app, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (app / "pyproject.toml").open("a").write(
+        "\n[tool.flwr.federations.gpu]\n"
+        "options.backend.client-resources.num-gpus = 0.5\n"
+    )
+    code, parts, _ = said(capsys, app, "--num-cpus", 10_000)
+    assert code == 1
+    shown = next(iter(parts.values()))
+    assert "federation 'gpu': num-gpus=0.5" in shown
+    assert "the command line: num-cpus=10000" in shown
+
+
+def test_gpus_that_clients_would_not_see_are_found(app, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    shown = next(iter(said(capsys, app)[1].values()))
+    assert "see none of the 2 GPUs" in shown
+
+
+def test_hooks_of_the_apps_own_strategy_are_named(app, capsys):
+    rewrite(
+        app,
+        "server_app.py",
+        "@app.main()",
+        "class Mine(FedAvg):\n"
+        "    def configure_train(self, *args):\n"
+        "        return super().configure_train(*args)\n\n\n@app.main()",
+    )
+    rewrite(app, "server_app.py", "strategy = FedAvg(", "strategy = Mine(")
+    code, parts, _ = said(capsys, app)
+    assert code == 0
+    assert "Mine has its own configure_train" in next(iter(parts.values()))
+    assert "drops in (2 clients" in parts["AdditiveStrategy"]
+
+
+def test_a_start_by_run_rounds_is_found(app, capsys):
+    rewrite(app, "server_app.py", "strategy.start(", "run_rounds(strategy, ")
+    rewrite(
+        app,
+        "server_app.py",
+        "from quickstart.task import Net",
+        "from flower_ext.rounds import run_rounds\nfrom quickstart.task import Net",
+    )
+    code, parts, _ = said(capsys, app)
+    assert code == 0
+    assert "drops in (2 clients" in parts["AdditiveStrategy"]
+
+
+def test_every_strategy_of_the_pack_is_tried():
+    names = {kind.__name__ for kind in check.strategies()}
+    assert {"AdditiveStrategy", "DPFTRL", "FLASC", "FedFish", "MaxFL"} <= names
