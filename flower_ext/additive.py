@@ -299,8 +299,8 @@ class AdditiveStrategy(FedAvg):
             len(cohort),
             len(self._clients),
         )
+        config["server-round"] = server_round  # where Flower's strategies leave it
         told = ConfigRecord({**config, **self.client_config()})
-        told["server-round"] = server_round
         if self.client_half is not None:
             told[CLIENT_HALF_KEY] = self.client_half.name
         content = RecordDict(

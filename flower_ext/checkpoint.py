@@ -6,12 +6,16 @@ It is written under another name, flushed to the disk and renamed, so that a fol
 that name is complete; only then is the round before the last one deleted.
 """
 
+import fcntl
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from logging import ERROR, INFO
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from logging import ERROR, INFO, WARNING
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,11 +27,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from flower_ext._flower import log
+from flower_ext._run_settings import (
+    Changes,
+    Configs,
+    Settings,
+    differences,
+    digest,
+    settings_of,
+)
 from flower_ext.arrays import Arrays, from_record, layout, to_record
 from flower_ext.strict_json import read, write
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"round-(\d{5,})")
+_LOCK = ".lock"
 _MODEL, _STATE, _JSON = "model.safetensors", "state.safetensors", "state.json"
 _METRICS = (
     "train_metrics_clientapp",
@@ -57,9 +70,12 @@ class Checkpoint:
     Parameters
     ----------
     folder : path
-        Made if missing. One folder belongs to one run.
+        Made if missing, ``~`` is the home. One folder belongs to one run.
     strategy : Stateful
         Its ``state_dict`` is saved and restored.
+    configs : Mapping[str, ConfigRecord], optional
+        The configurations that the run hands to its strategy, by name. What it changes
+        in them is saved and restored, too.
 
     Raises
     ------
@@ -67,14 +83,22 @@ class Checkpoint:
         If the folder cannot be written or the strategy has no state to save.
     """
 
-    def __init__(self, folder: Path | str, strategy: object) -> None:
+    def __init__(
+        self, folder: Path | str, strategy: object, configs: Configs | None = None
+    ) -> None:
         if not isinstance(strategy, Stateful):
             raise CheckpointError(
                 f"{type(strategy).__name__} has no state_dict and load_state_dict: "
                 "a run of it cannot be continued; Flower's own strategies have none"
             )
-        self.folder = Path(folder)
+        if not isinstance(folder, Path | str) or not str(folder):
+            raise CheckpointError(f"checkpoint={folder!r} must be the path of a folder")
+        self.folder = Path(folder).expanduser().absolute()
         self.strategy = strategy
+        self._configs = dict(configs or {})
+        self._changes = Changes(self._configs)
+        self._begun = settings_of(strategy, self._configs)
+        self._initial = ""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / ".writable"
@@ -85,6 +109,42 @@ class Checkpoint:
                 f"checkpoint={str(folder)!r} must be a folder that can be written: "
                 f"{error.strerror}"
             ) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other run out of the folder; until this one ends.
+
+        Raises
+        ------
+        CheckpointError
+            If another run is at work in it.
+        """
+        path = self.folder / _LOCK
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise CheckpointError(
+                    f"checkpoint={str(self.folder)!r} is in use by another run, "
+                    f"{file.read().strip() or 'of an unknown process'}: wait for its "
+                    "end, or choose another folder"
+                ) from None
+            except OSError as error:
+                log(
+                    WARNING,
+                    "%s cannot be locked (%s): see to it that one run alone uses it",
+                    self.folder,
+                    error.strerror,
+                )
+            with suppress(OSError):  # a full disk keeps nobody from running
+                file.truncate(0)
+                file.write(
+                    f"process {os.getpid()} on {socket.gethostname()}, since "
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S')}"
+                )
+                file.flush()
+            yield
 
     def rounds(self) -> list[int]:
         """Return the saved rounds, in order."""
@@ -119,19 +179,24 @@ class Checkpoint:
             shutil.rmtree(self._path(old), ignore_errors=True)
         return True
 
-    def restore(self, result: Result) -> int:
+    def restore(self, result: Result, num_rounds: int | None = None) -> int:
         """Load the last saved round into result and strategy; return its number.
 
         Parameters
         ----------
         result : Result
             Holds the initial model, which a saved one must match in layout.
+        num_rounds : int, optional
+            Rounds of the whole run. With as many saved it is complete, and its initial
+            model must be this one.
 
         Raises
         ------
         CheckpointError
-            If the saved run is of another strategy or model, or damaged.
+            If the saved run is of another strategy, model or setting, longer than
+            ``num_rounds``, or damaged.
         """
+        self._initial = digest(result.arrays)
         if not (rounds := self.rounds()):
             return 0
         path = self._path(rounds[-1])
@@ -146,6 +211,10 @@ class Checkpoint:
             }
             done = int(saved["round"])
             self._require_same(path, saved, result.arrays)
+            begun, now = (Settings(saved["settings"][k]) for k in ("begun", "now"))
+            self._require_settings(path, begun, now)
+            self._require_rounds(path, done, num_rounds)
+            self._compare_start(path, str(saved["initial"]), done == num_rounds)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}: {error}); delete it "
@@ -155,6 +224,8 @@ class Checkpoint:
             self.strategy.load_state_dict(state)
         except (LookupError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be continued: {error}") from error
+        self._changes.load_state_dict(saved["changes"])
+        self._begun, self._initial = begun, str(saved["initial"])
         result.arrays = arrays
         for field in _METRICS:
             getattr(result, field).update(metrics[field])
@@ -181,6 +252,12 @@ class Checkpoint:
             "strategy": _name(self.strategy),
             "model": layout(model),
             "strategy-state": state,
+            "settings": {
+                "begun": self._begun,
+                "now": settings_of(self.strategy, self._configs),
+            },
+            "initial": self._initial,
+            "changes": self._changes.state_dict(),
             "metrics": {
                 field: {r: dict(m) for r, m in getattr(result, field).items()}
                 for field in _METRICS
@@ -219,6 +296,39 @@ class Checkpoint:
                 f"{path} holds another model: {sorted(differ)[:5]} differ from the "
                 "initial arrays of this run: choose another folder"
             )
+
+    def _require_settings(self, path: Path, begun: Settings, now: Settings) -> None:
+        if differ := differences(self._begun, begun, now):
+            raise CheckpointError(
+                f"{path} was saved with other settings: {'; '.join(differ)}. Choose "
+                "another folder for another run, or the same settings to continue"
+            )
+
+    def _require_rounds(self, path: Path, done: int, num_rounds: int | None) -> None:
+        if num_rounds is not None and done > num_rounds:
+            raise CheckpointError(
+                f"num_rounds={num_rounds} must be >= {done}, the rounds that are "
+                f"saved in {path}: choose another folder for a shorter run"
+            )
+
+    def _compare_start(self, path: Path, initial: str, complete: bool) -> None:
+        """Compare initial models: the saved one counts, and a complete run has no use.
+
+        A run that was interrupted is continued with a warning, because a model that is
+        initialised at random without a seed is another in every process.
+        """
+        if initial in ("", self._initial):
+            return
+        if complete:
+            raise CheckpointError(
+                f"{path} is the end of a run that began with another initial model "
+                "than initial_arrays: choose another folder, or seed the model"
+            )
+        log(
+            WARNING,
+            "initial_arrays are not those that the saved run began with, and are not "
+            "used: the run continues from its own model",
+        )
 
 
 def _name(strategy: object) -> str:

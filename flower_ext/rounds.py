@@ -1,7 +1,8 @@
 """The rounds of a run: Flower's loop, with checkpoints and tracking."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from pathlib import Path
@@ -54,9 +55,13 @@ def run_rounds(
         With ``checkpoint`` it must have ``state_dict`` and ``load_state_dict``.
     grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config,
     evaluate_fn
-        As in :meth:`flwr.serverapp.strategy.Strategy.start`.
+        As in :meth:`flwr.serverapp.strategy.Strategy.start`. Each configuration is
+        copied once for the whole run: what ``configure_train`` changes in it, such as a
+        learning rate that decays, stays changed, also in a run that is continued.
     checkpoint : path, optional
-        Folder of the saved rounds; made if missing.
+        Folder of the saved rounds; made if missing. A relative one is below the folder
+        in which the process of the ServerApp was started, which under ``flwr run`` is
+        that of the SuperLink; the log says the whole path.
     tracker : Tracker, optional
         Writes the metrics of each round.
 
@@ -88,10 +93,49 @@ def run_rounds(
     strategy.summary()
     log(INFO, "")
 
-    result = Result(arrays=initial_arrays)
-    saved = Checkpoint(checkpoint, strategy) if checkpoint is not None else None
-    done = saved.restore(result) if saved else 0
-    if done:
+    # One record each for the whole run, as in Flower's loop: a strategy changes it from
+    # round to round.
+    train_config = _record("train_config", train_config)
+    evaluate_config = _record("evaluate_config", evaluate_config)
+    configs = {"train_config": train_config, "evaluate_config": evaluate_config}
+    saved = None
+    if checkpoint is not None:
+        saved = Checkpoint(checkpoint, strategy, configs)
+    with saved.locked() if saved else nullcontext():
+        return _run(
+            strategy,
+            grid,
+            Result(arrays=initial_arrays),
+            num_rounds,
+            timeout,
+            train_config,
+            evaluate_config,
+            evaluate_fn,
+            saved,
+            tracker,
+        )
+
+
+def _run(
+    strategy: Strategy,
+    grid: Grid,
+    result: Result,
+    num_rounds: int,
+    timeout: float,
+    train_config: ConfigRecord,
+    evaluate_config: ConfigRecord,
+    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+    saved: Checkpoint | None,
+    tracker: Tracker | None,
+) -> Result:
+    mechanism = getattr(strategy, "mechanism", None)
+    done = 0
+    if saved:
+        log(INFO, "Rounds are saved in %s", saved.folder)
+        done = saved.restore(result, num_rounds)
+    if done == num_rounds > 0:
+        log(INFO, "The run is already complete: its result is returned")
+    elif done:
         log(WARNING, "Clients start anew: their states are not in a checkpoint")
     if tracker:
         about: dict[str, object] = {"strategy": type(strategy).__name__}
@@ -107,7 +151,7 @@ def run_rounds(
         log(INFO, "[ROUND %s/%s]", current, num_rounds)
         try:
             messages = strategy.configure_train(
-                current, result.arrays, _copy(train_config), grid
+                current, result.arrays, train_config, grid
             )
         except (PrivacyBudgetExhausted, TooFewClients) as reason:
             if current == 1:
@@ -129,9 +173,7 @@ def run_rounds(
             saved.save(current, result)
         evaluate = _exchange(
             grid,
-            strategy.configure_evaluate(
-                current, result.arrays, _copy(evaluate_config), grid
-            ),
+            strategy.configure_evaluate(current, result.arrays, evaluate_config, grid),
             timeout,
         )
         metrics = strategy.aggregate_evaluate(current, evaluate.replies)
@@ -167,7 +209,10 @@ def run_rounds(
     return result
 
 
-def _copy(config: ConfigRecord | None) -> ConfigRecord:
+def _record(name: str, config: ConfigRecord | None) -> ConfigRecord:
+    """Return a copy for this run: its changes are none of the next run's."""
+    if not isinstance(config, Mapping | None):
+        refuse(name, config, "a ConfigRecord, or None", "ConfigRecord({'lr': 0.1})")
     return ConfigRecord(dict(config or {}))
 
 

@@ -394,5 +394,12 @@ class TorchOptimizer(ServerOptimizer):
         return f"{type(self).__name__}({name})"
 
     def __repr__(self) -> str:
-        """Name the factory, for ``summary()``."""
-        return f"TorchOptimizer({getattr(self.factory, 'func', self.factory)!r})"
+        """Name the optimizer and its settings, for ``summary()``."""
+        optimizer = self.factory([torch.nn.Parameter(torch.zeros(1))])
+        settings = "".join(
+            f", {k}={v}"
+            for k, v in optimizer.defaults.items()
+            if isinstance(v, int | float | tuple)
+        )
+        kind = type(optimizer)
+        return f"TorchOptimizer({kind.__module__}.{kind.__qualname__}{settings})"

@@ -412,6 +412,8 @@ class BoundedGroupLoss(AdditiveStrategy):
         return {
             "Upper bounds": ", ".join(f"{name} {bound:g}" for name, bound in bounds),
             "Dual": f"bound {self.dual_bound:g}, rate {self.dual_learning_rate:g}",
+            "Group counts": self._counts.tolist() if self._known else "learned",
+            "Averages iterates": self._keep_average,
             **super().settings(),
         }
 

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +106,8 @@ def start(clients, initial, monkeypatch):
 
 
 def saved_rounds(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """What is in a folder, but for the file that keeps other runs out of it."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 # Continuing -----------------------------------------------------------------------
@@ -190,10 +193,18 @@ def test_a_poisson_sampled_run_continues_with_the_same_cohorts(start, tmp_path):
     assert start(4, tmp_path, strategy()) == whole
 
 
-def test_a_finished_run_returns_its_result_without_a_round(start, tmp_path, task):
+def test_a_finished_run_returns_its_result_without_a_round(start, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "flwr")
     whole = start(2, tmp_path)
+    assert "already complete" not in caplog.text
     assert start(2, tmp_path, evaluate_fn=pytest.fail) == whole
-    assert start(1, tmp_path, evaluate_fn=pytest.fail) == whole
+    assert "already complete" in caplog.text
+
+
+def test_a_run_of_fewer_rounds_than_are_saved_is_refused(start, tmp_path):
+    start(2, tmp_path)
+    with pytest.raises(CheckpointError, match=r"num_rounds=1 must be >= 2, the rounds"):
+        start(1, tmp_path, evaluate_fn=pytest.fail)
 
 
 def test_the_initial_evaluation_is_not_done_again(start, tmp_path):
@@ -376,12 +387,14 @@ def test_a_checkpoint_of_another_strategy_is_refused(start, tmp_path):
 def test_a_checkpoint_of_another_sampler_seed_is_refused(start, tmp_path):
     start(1, tmp_path)
     other = strategy_with(sampler=UniformSampler(4))
-    refused(start, tmp_path, r"'seed': 3.*'seed': 4.*same sampler", other)
+    text = r"Sampler was UniformSampler\(seed=3\), is now UniformSampler\(seed=4\)"
+    refused(start, tmp_path, text, other)
 
 
 def test_a_checkpoint_of_another_server_optimizer_is_refused(start, tmp_path):
     start(1, tmp_path)
-    refused(start, tmp_path, "server optimizer SGD, .* Adam", strategy_with(Adam()))
+    text = "Server optimizer was SGD.*, is now Adam"
+    refused(start, tmp_path, text, strategy_with(Adam()))
 
 
 @pytest.mark.parametrize(
@@ -405,7 +418,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_array(
 def test_a_checkpoint_of_a_later_format_is_refused(start, tmp_path):
     start(1, tmp_path)
     change_state(tmp_path / "round-00001", format=99)
-    refused(start, tmp_path, "format 99, not 1")
+    refused(start, tmp_path, "format 99, not 2")
 
 
 def test_flowers_own_strategies_are_refused(start, tmp_path):
@@ -645,7 +658,196 @@ def test_a_read_only_folder_is_an_error_before_the_first_round(
     refused(start, tmp_path, "must be a folder that can be written: Permission denied")
 
 
-def test_configurations_are_not_part_of_a_checkpoint(start, tmp_path):
-    start(1, tmp_path, train_config=ConfigRecord({"lr": 0.1}))
-    text = (tmp_path / "round-00001" / "state.json").read_text()
-    assert '"lr"' not in text
+# Settings ---------------------------------------------------------------------------
+
+
+LEARNING = {"train_config": ConfigRecord({"lr": 0.1, "name": "adam"})}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"strategy": strategy_with(min_train_nodes=3)}, "min_train_nodes was 2, is n"),
+        ({"strategy": strategy_with(SGD(0.7))}, "momentum=0.9.* is now .*momentum=0,"),
+        ({"strategy": strategy_with(min_replies=2)}, "min_replies was 1, is now 2"),
+        ({"train_config": None}, r"train_config\['lr'\] was 0.1, is now absent"),
+        (
+            {"train_config": ConfigRecord({"lr": 5.0, "name": "adam"})},
+            r"train_config\['lr'\] was 0.1, is now 5.0",
+        ),
+        (
+            {"train_config": ConfigRecord({"lr": 0.1, "name": "sgd"})},
+            r"train_config\['name'\] is another",
+        ),
+        (
+            {"evaluate_config": ConfigRecord({"bins": 10})},
+            r"evaluate_config\['bins'\] was absent, is now 10",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:20],
+)
+@pytest.mark.parametrize("saved", [2, 3], ids=["interrupted", "finished"])
+def test_a_run_with_other_settings_is_refused_by_name(
+    start, tmp_path, options, text, saved
+):
+    start(saved, tmp_path, **LEARNING)
+    refused(start, tmp_path, text, **{**LEARNING, **options})
+
+
+def test_the_settings_of_a_torch_optimizer_are_compared(start, tmp_path):
+    def strategy(rate):
+        factory = functools.partial(torch.optim.AdamW, lr=rate)
+        return strategy_with(TorchOptimizer(factory))
+
+    start(2, tmp_path, strategy(0.05))
+    text = "Server optimizer was .*AdamW, lr=0.05.*, is now .*AdamW, lr=0.1"
+    refused(start, tmp_path, text, strategy(0.1))
+
+
+def test_the_options_of_a_subclass_are_compared(start, tmp_path):
+    class Decaying(AdditiveStrategy):
+        def __init__(self, decay=0.5):
+            super().__init__()
+            self.decay = decay
+
+    start(1, tmp_path, Decaying())
+    refused(start, tmp_path, "decay was 0.5, is now 0.9", Decaying(0.9))
+
+
+def test_a_finished_run_from_another_initial_model_is_refused(
+    start, tmp_path, initial, caplog
+):
+    other = to_record({k: x + 1 for k, x in from_record(initial).items()})
+    whole = start(4)
+    start(3, tmp_path)
+    refused(start, tmp_path, "another initial model", initial_arrays=other)
+    # A model that is initialised without a seed is another in every process.
+    assert start(4, tmp_path, initial_arrays=other) == whole
+    assert "initial_arrays are not those that the saved run began with" in caplog.text
+    with pytest.raises(CheckpointError, match="another initial model"):
+        start(4, tmp_path, evaluate_fn=pytest.fail, initial_arrays=other)
+
+
+def test_words_of_a_configuration_are_not_in_the_files(start, tmp_path):
+    secret = ConfigRecord({"token": "hunter2", "key": b"hunter3", "all": ["hunter4"]})
+    start(1, tmp_path, train_config=secret)
+    for path in (tmp_path / "round-00001").iterdir():
+        assert b"hunter" not in path.read_bytes()
+        assert b"hunter3".hex().encode() not in path.read_bytes()
+
+
+class Halving(AdditiveStrategy):
+    """Halves the learning rate in rounds 2 and 4, as Flower's documentation does it."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        if server_round in (2, 4):
+            config["lr"] *= 0.5
+            config["history"] = [*config.get("history", []), float(server_round)]
+            config.pop("warm", None)
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def configure_evaluate(self, server_round, arrays, config, grid):
+        config["seen"] = bytes([*config.get("seen", b""), server_round])
+        return super().configure_evaluate(server_round, arrays, config, grid)
+
+
+@pytest.mark.parametrize("stops", [(1,), (2,), (4,), (2, 3)])
+def test_a_schedule_continues_where_it_was(start, tmp_path, stops):
+    told = {"train": [], "evaluate": []}
+    app = ClientApp()
+
+    def note(phase):
+        def answer(message, context):
+            if context.node_config["partition-id"] == 0:
+                told[phase].append(dict(message.content["config"]))
+            metrics = MetricRecord({"num-examples": 1})
+            content = {"arrays": message.content["arrays"], "metrics": metrics}
+            return Message(RecordDict(content), reply_to=message)
+
+        return answer
+
+    app.train()(note("train"))
+    app.evaluate()(note("evaluate"))
+    config = ConfigRecord({"lr": 0.1, "warm": True})
+
+    def run(rounds, folder=None):
+        start(rounds, folder, Halving(), app, train_config=config)
+
+    run(5)
+    whole = {phase: list(seen) for phase, seen in told.items()}
+    assert [c["lr"] for c in whole["train"]] == [0.1, 0.05, 0.05, 0.025, 0.025]
+    assert ["warm" in c for c in whole["train"]] == [True] + [False] * 4
+    assert whole["evaluate"][-1]["seen"] == bytes([1, 2, 3, 4, 5])
+    for seen in told.values():
+        seen.clear()
+    for rounds in (*stops, 5):
+        run(rounds, tmp_path)
+    assert told == whole
+    assert dict(config) == {"lr": 0.1, "warm": True}
+
+
+# One run at a time ------------------------------------------------------------------
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(start, tmp_path):
+    def second(server_round, arrays):
+        text = rf"in use by another run, process {os.getpid()} on .*, since \d{{4}}"
+        with pytest.raises(CheckpointError, match=text):
+            start(2, tmp_path)
+        return central(server_round, arrays)
+
+    assert start(2, tmp_path, evaluate_fn=second) == start(2)
+    assert start(3, tmp_path) == start(3)
+
+
+def test_the_folder_of_a_killed_run_is_free(start, tmp_path):
+    code = (
+        "import os, sys\n"
+        "from flower_ext.additive import AdditiveStrategy\n"
+        "from flower_ext.checkpoint import Checkpoint\n"
+        "with Checkpoint(sys.argv[1], AdditiveStrategy()).locked():\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout.readline() == b"held\n"
+        refused(start, tmp_path, f"in use by another run, process {process.pid} ")
+        process.kill()
+        process.wait()
+        start(1, tmp_path)
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(
+    start, tmp_path, monkeypatch, caplog
+):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", unsupported)
+    start(1, tmp_path)
+    assert "cannot be locked (No locks available)" in caplog.text
+
+
+# Paths ------------------------------------------------------------------------------
+
+
+def test_the_home_is_expanded_and_the_whole_path_is_said(
+    start, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO, "flwr")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    start(1, "~/run")
+    assert saved_rounds(tmp_path / "home" / "run") == ["round-00001"]
+    start(1, "run")
+    assert f"Rounds are saved in {tmp_path / 'run'}" in caplog.text
+    assert saved_rounds(tmp_path) == ["home", "run"]
+
+
+@pytest.mark.parametrize("folder", ["", True, 3])
+def test_what_is_no_path_is_refused(start, folder):
+    refused(start, folder, f"checkpoint={folder!r} must be the path of a folder")

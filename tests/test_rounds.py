@@ -1,5 +1,6 @@
 """The loop of a run: Flower's own, in the same order, and what it measures."""
 
+import functools
 import logging
 from itertools import count
 from types import SimpleNamespace
@@ -180,6 +181,44 @@ def test_configurations_are_not_changed(learners):
         )
     assert dict(train) == {"lr": 0.1}
     assert dict(evaluate) == {}
+
+
+@pytest.mark.parametrize("base", [FedAvg, FedAvgM, AdditiveStrategy])
+def test_what_a_strategy_changes_in_a_configuration_stays_changed(base):
+    """Strategy and clients see what they see in Flower's own loop."""
+    app = ClientApp()
+
+    def answer(message, context):
+        if context.node_config["partition-id"] == 0:
+            seen.append(dict(message.content["config"]))
+        metrics = MetricRecord({"num-examples": 1})
+        content = {"arrays": message.content["arrays"], "metrics": metrics}
+        return Message(RecordDict(content), reply_to=message)
+
+    app.train()(answer)
+    app.evaluate()(answer)
+
+    class Halving(base):
+        def configure_train(self, server_round, arrays, config, grid):
+            seen.append(("before", dict(config)))
+            if server_round in (2, 4):
+                config["lr"] *= 0.5
+            return super().configure_train(server_round, arrays, config, grid)
+
+        def configure_evaluate(self, server_round, arrays, config, grid):
+            config["bins"] = [*config.get("bins", []), server_round]
+            return super().configure_evaluate(server_round, arrays, config, grid)
+
+    def told(run):
+        seen.clear()
+        config = ConfigRecord({"lr": 0.1})
+        run(LocalGrid(app, 2), to_record({"w": np.zeros(1)}), train_config=config)
+        return list(seen)
+
+    seen = []
+    flowers = told(functools.partial(Strategy.start, Halving(), num_rounds=5))
+    assert told(functools.partial(run_rounds, Halving(), num_rounds=5)) == flowers
+    assert [c["lr"] for c in flowers if "lr" in c] == [0.1, 0.05, 0.05, 0.025, 0.025]
 
 
 def test_a_strategy_may_keep_the_replies_that_it_was_given(learners):
