@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import flower_ext
 
 # Large, and of use to some only.
 SELDOM = {
@@ -36,3 +39,18 @@ def test_what_is_seldom_used_is_imported_late():
     found = loaded("; ".join(statements))
     assert {"flower_ext", "torch"} <= found
     assert not found & SELDOM
+
+
+def test_commands_are_imported_once():
+    """``python -m`` warns of a module that its package has imported before."""
+    package = Path(flower_ext.__file__).parent
+    commands = [
+        ".".join(["flower_ext", *path.relative_to(package).with_suffix("").parts])
+        for path in package.rglob("*.py")
+        if '__name__ == "__main__"' in path.read_text("utf-8")
+    ]
+    assert "flower_ext.simulation.gpus" in commands
+    for command in commands:
+        run = [sys.executable, "-W", "error::RuntimeWarning", "-m", command, "--help"]
+        done = subprocess.run(run, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), command

@@ -1,92 +1,25 @@
-"""GPUs for virtual clients: a mod for those that differ, a plan for those alike.
+"""A plan for virtual clients that share GPUs.
 
-From a shell, on the machine with the GPUs::
+From a shell, on the machine with the GPUs, and for machines elsewhere::
 
-    python -m flower_ext.simulation.gpus --memory 3000
+    GPUS="python -m flower_ext.simulation.gpus"
+    $GPUS --memory 3000
+    $GPUS --memory 3000 --gpu-memory 80000 --gpus 8 --cpus 64
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import ERROR
-from typing import cast
 
-from flwr.app import Context, Message, RecordDict
-
-from flower_ext.errors import positive
-from flower_ext.simulation.clients import Call
-from flower_ext.simulation.needs import (
-    Machine,
-    Need,
-    ResourcesFunction,
-    ray_machines,
-    require_room,
-)
+from flower_ext.errors import positive, refuse, whole
+from flower_ext.simulation.needs import Machine, Need, ray_machines, require_room
 
 #: MiB that CUDA takes in every process, beside what a model takes.
 CUDA_MIB = 500.0
 
-Mod = Callable[[Message, Context, Call], Message]
-
 _STEPS = 10_000  # Ray counts GPUs in ten thousandths
-
-
-def resources(need: Mapping[str, float] | ResourcesFunction) -> Mod:
-    """Make a client mod: each client's work gets GPUs of its own, as a Ray task.
-
-    Flower gives all its workers the same GPUs. With this mod they have none
-    (``client-resources-num-gpus=0``), and the work of a client is handed to a task that
-    has what the client needs. Tasks wait until that is free. Outside Ray, and for a
-    client that needs no GPU, the work is done where the message arrives.
-
-    Parameters
-    ----------
-    need : Mapping or callable
-        ``{"num_gpus": 0.25}``, or a function ``(partition_id, run_config)`` that
-        returns it. CPUs are those of Flower's worker, which waits meanwhile.
-
-    Returns
-    -------
-    Mod
-        Behind ``packed``, if both are used.
-
-    Examples
-    --------
-    >>> from flwr.clientapp import ClientApp
-    >>> def need(partition_id, run_config):
-    ...     return {"num_gpus": 1 if partition_id < 10 else 0.25}
-    >>> app = ClientApp(mods=[resources(need)])
-    """
-    if not callable(need):
-        Need.of(need)
-
-    def mod(message: Message, context: Context, call_next: Call) -> Message:
-        ray = sys.modules.get("ray")
-        if ray is None or not ray.is_initialized():
-            return call_next(message, context)
-        client = int(context.node_config["partition-id"])
-        found = Need.of(need(client, context.run_config) if callable(need) else need)
-        if not found.num_gpus:
-            return call_next(message, context)
-        machines = [
-            Machine(m.name, math.inf, m.gpus) for m in ray_machines(ray.nodes())
-        ]
-        require_room(machines, {found: client})
-        task = ray.remote(_work).options(
-            num_cpus=0, num_gpus=found.num_gpus, max_retries=0
-        )
-        reply, context.state = ray.get(task.remote(call_next, message, context))
-        return cast(Message, reply)
-
-    return mod
-
-
-def _work(
-    call_next: Call, message: Message, context: Context
-) -> tuple[Message, RecordDict]:
-    return call_next(message, context), context.state
 
 
 @dataclass(frozen=True)
@@ -129,7 +62,7 @@ class Plan:
 def plan(
     machines: Sequence[Machine], memory: float, gpu_memory: float, num_cpus: int = 1
 ) -> Plan:
-    """Share GPUs between clients by memory.
+    """Share GPUs between clients by memory and CPUs.
 
     Parameters
     ----------
@@ -145,7 +78,10 @@ def plan(
     Returns
     -------
     Plan
-        A share of a GPU for each client, so that those on a GPU fit into its memory.
+        A share of a GPU for each client. Those on a GPU fit into its memory. Ray fills
+        one GPU after the other; the share is so large that it comes to all of them
+        before the CPUs are used up, and none gets two clients more than another of its
+        machine. Of such shares, the one that lets most clients run at once.
 
     Raises
     ------
@@ -156,40 +92,62 @@ def plan(
     --------
     >>> print(plan([Machine("a", 16, [1.0, 1.0])], 3000, 16000).options)
     client-resources-num-cpus=1 client-resources-num-gpus=0.25
+    >>> print(plan([Machine("a", 4, [1.0, 1.0])], 3000, 16000).options)
+    client-resources-num-cpus=1 client-resources-num-gpus=0.5
     """
     positive("memory", memory)
     positive("gpu_memory", gpu_memory)
+    whole("num_cpus", num_cpus, 1)
     gpus = sum(len(machine.gpus) for machine in machines)
     if not gpus:
         raise ValueError("Ray reports no GPU: leave client-resources-num-gpus at 0")
     each = memory + CUDA_MIB
-    share = int(gpu_memory // each)
-    if share < 1:
+    most = int(gpu_memory // each)
+    if most < 1:
         raise ValueError(
             f"a client takes {memory:g} MiB and {CUDA_MIB:g} MiB for CUDA, a GPU has "
             f"{gpu_memory:g} MiB: nothing fits; try smaller batches or half precision"
         )
-    num_gpus = math.floor(_STEPS / share) / _STEPS
-    need = Need(num_gpus, float(num_cpus))
-    at_once = 0
-    for machine in (machine.empty() for machine in machines):
-        while (place := machine.place(need)) is not None:
-            machine.take(need, place)
-            at_once += 1
-    if not at_once:
-        require_room(machines, {need: 0})
-    by_cpus = " (the CPUs allow no more)" if at_once < share * gpus else ""
+    room = [
+        (int(machine.cpus // num_cpus), len(machine.gpus))
+        for machine in machines
+        if machine.gpus
+    ]
+    if not any(clients for clients, _ in room):
+        require_room(machines, {Need(1.0, float(num_cpus)): 0})
+    # One client a GPU is always even. Of equal numbers at once, the larger share.
+    at_once, share = max(
+        (sum(min(clients, share * count) for clients, count in room), -share)
+        for share in range(1, min(most, _STEPS) + 1)
+        if all(_is_even(clients, count, share) for clients, count in room)
+    )
+    share = -share
+    by_cpus = " (the CPUs allow no more)" if at_once < most * gpus else ""
     return Plan(
         num_cpus,
-        num_gpus,
+        _STEPS // share / _STEPS,
         at_once,
-        f"{share} clients of {each:g} MiB fit into a GPU of {gpu_memory:g} MiB; "
-        f"{at_once} run at once on {gpus} GPUs{by_cpus}",
+        f"{most} clients of {each:g} MiB fit into a GPU of {gpu_memory:g} MiB; "
+        f"{at_once} run at once on {gpus} GPUs, {share} on each{by_cpus}",
     )
 
 
+def _is_even(clients: int, gpus: int, share: int) -> bool:
+    """Whether Ray puts clients evenly on a machine's GPUs, ``share`` on each at most.
+
+    It fills one after the other. A share that it, or Flower, cannot count is not even:
+    in ten thousandths, more than ``share`` of them might fit.
+    """
+    step = _STEPS // share
+    if _STEPS // step != share or gpus * _STEPS // step != gpus * share:
+        return False
+    full, rest = divmod(min(clients, gpus * share), share)
+    on_each = ([share] * full + [rest] + [0] * gpus)[:gpus]
+    return max(on_each) - min(on_each) <= 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan for the Ray of this machine, or of ``RAY_ADDRESS``."""
+    """Print the plan for the Ray of this machine, of ``RAY_ADDRESS``, or elsewhere."""
     parser = argparse.ArgumentParser(
         prog="python -m flower_ext.simulation.gpus",
         description="Plan how virtual clients share the GPUs.",
@@ -201,23 +159,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--gpu-memory", type=float, help="MiB of a GPU; by default asked of CUDA"
     )
     parser.add_argument("--num-cpus", type=int, default=1, help="CPUs of a client")
+    elsewhere = parser.add_argument_group("machines that are not at hand")
+    elsewhere.add_argument("--gpus", type=int, help="GPUs of a machine")
+    elsewhere.add_argument("--cpus", type=int, help="CPUs of a machine")
+    elsewhere.add_argument("--machines", type=int, default=1, help="how many (1)")
     args = parser.parse_args(argv)
+    try:
+        if args.gpus is None and args.cpus is None:
+            machines = _machines_of_ray()
+        else:
+            machines = _machines_elsewhere(args)
+        memory = args.gpu_memory or smallest_gpu()
+        print(plan(machines, args.memory, memory, args.num_cpus))
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _machines_of_ray() -> list[Machine]:
     import ray
 
     mine = not ray.is_initialized()
     if mine:
         ray.init(include_dashboard=False, logging_level=ERROR)
     try:
-        machines = list(ray_machines(ray.nodes()))  # type: ignore[no-untyped-call]
-        memory = args.gpu_memory or smallest_gpu()
-        print(plan(machines, args.memory, memory, args.num_cpus))
-    except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 1
+        return list(ray_machines(ray.nodes()))  # type: ignore[no-untyped-call]
     finally:
         if mine:
             ray.shutdown()
-    return 0
+
+
+def _machines_elsewhere(args: argparse.Namespace) -> list[Machine]:
+    for name in ("gpus", "cpus", "machines"):
+        whole(f"--{name}", getattr(args, name), 1, "--gpus and --cpus go together")
+    if args.gpu_memory is None:
+        refuse("--gpu-memory", None, "given", "the machines are not at hand")
+    machine = Machine("elsewhere", float(args.cpus), [1.0] * args.gpus)
+    return [machine.empty() for _ in range(args.machines)]
 
 
 def smallest_gpu() -> float:

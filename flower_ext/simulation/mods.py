@@ -1,14 +1,25 @@
-"""The client mod that runs many virtual clients on one node."""
+"""Client mods: many virtual clients on one node, and GPUs for clients that differ."""
 
 import json
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from logging import WARNING
 from typing import Any, cast
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from flower_ext._flower import log
 from flower_ext.simulation.clients import Call, client_context, run_client
 from flower_ext.simulation.jobs import Job
+from flower_ext.simulation.needs import (
+    Machine,
+    Need,
+    ResourcesFunction,
+    ray_machines,
+    require_room,
+)
 from flower_ext.simulation.records import Record, own_copies
 
 #: Key of a SuperNode's ``--node-config``: the clients that live on it, ``"0-99,200"``.
@@ -16,6 +27,10 @@ HOSTED_KEY = "logical-clients"
 
 PACK_KEY = "packed-clients"
 _STATE_KEY = "packed-state"
+
+Mod = Callable[[Message, Context, Call], Message]
+
+_START_SECONDS = 60.0  # that a client waits for GPUs, after which it is said
 
 
 def packed(message: Message, context: Context, call_next: Call) -> Message:
@@ -131,3 +146,93 @@ def hear(content: RecordDict) -> dict[str, Any]:
     """Read what :func:`say` wrote into a message."""
     said = json.loads(str(content.config_records[PACK_KEY]["json"]))
     return cast(dict[str, Any], said)
+
+
+def resources(need: Mapping[str, float] | ResourcesFunction) -> Mod:
+    """Make a client mod: each client's work gets GPUs of its own, as a Ray task.
+
+    Flower gives all its workers the same GPUs. With this mod they have none
+    (``client-resources-num-gpus=0``), and the work of a client is handed to a task that
+    has what the client needs. Tasks wait until that is free. Outside Ray, and for a
+    client that needs no GPU, the work is done where the message arrives.
+
+    Parameters
+    ----------
+    need : Mapping or callable
+        ``{"num_gpus": 0.25}``, or a function ``(partition_id, run_config)`` that
+        returns it. CPUs are those of Flower's worker, which waits meanwhile.
+
+    Returns
+    -------
+    Mod
+        Behind ``packed``, if both are used.
+
+    Examples
+    --------
+    >>> from flwr.clientapp import ClientApp
+    >>> def need(partition_id, run_config):
+    ...     return {"num_gpus": 1 if partition_id < 10 else 0.25}
+    >>> app = ClientApp(mods=[resources(need)])
+    """
+    if not callable(need):
+        Need.of(need)
+
+    def mod(message: Message, context: Context, call_next: Call) -> Message:
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():
+            return call_next(message, context)
+        client = int(context.node_config["partition-id"])
+        found = Need.of(need(client, context.run_config) if callable(need) else need)
+        if not found.num_gpus:
+            return call_next(message, context)
+        machines = [
+            Machine(m.name, math.inf, m.gpus) for m in ray_machines(ray.nodes())
+        ]
+        require_room(machines, {found: client})
+        _require_none_held()
+        task = ray.remote(_work).options(
+            num_cpus=0, num_gpus=found.num_gpus, max_retries=0
+        )
+        answer = task.remote(call_next, message, context)
+        if not ray.wait([answer], timeout=_START_SECONDS)[0]:
+            _say_who_waits(client, found)
+        reply, context.state = ray.get(answer)
+        return cast(Message, reply)
+
+    return mod
+
+
+def _require_none_held() -> None:
+    """Refuse to wait for GPUs that the waiting worker itself holds."""
+    import ray
+
+    worker = ray.get_runtime_context()
+    if worker.get_actor_id() is None:
+        return
+    if held := worker.get_assigned_resources().get("GPU", 0):
+        raise ValueError(
+            f"the worker holds {held:g} GPUs, for which the mod 'resources' would wait "
+            "for ever: run with --federation-config 'client-resources-num-gpus=0'; a "
+            "PackedGrid with resources of its own needs no mod"
+        )
+
+
+def _say_who_waits(client: int, need: Need) -> None:
+    import ray
+
+    free = ray.available_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
+    if free < need.num_gpus:
+        log(
+            WARNING,
+            "Client %s has waited %g s for %s: %g GPUs are free, others hold the rest",
+            client,
+            _START_SECONDS,
+            need,
+            free,
+        )
+
+
+def _work(
+    call_next: Call, message: Message, context: Context
+) -> tuple[Message, RecordDict]:
+    return call_next(message, context), context.state

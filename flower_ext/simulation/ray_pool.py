@@ -17,8 +17,17 @@ class Hired:
     need: Need
     machine: Machine
     gpus: dict[int, float]
+    placed: Any  # a reference that is there once Ray has found room
     started: Any  # a reference that is there once the app is loaded
+    _placed: bool = False
     _ready: bool = False
+
+    def has_room(self) -> bool:
+        """Whether the worker has what it needs; until then Ray keeps it waiting."""
+        import ray
+
+        self._placed = self._placed or bool(ray.wait([self.placed], timeout=0)[0])
+        return self._placed
 
     def ready(self) -> bool:
         """Whether the worker has started and loaded the app, or failed to."""
@@ -100,7 +109,8 @@ class Pool:
             if gpus is not None:
                 machine.take(need, gpus)
                 actor = self._actor(need, machine)
-                worker = Hired(actor, need, machine, gpus, actor.ready.remote())
+                placed = actor.placed.remote()
+                worker = Hired(actor, need, machine, gpus, placed, actor.ready.remote())
                 self._busy.add(worker)
                 return worker
         return None
@@ -127,6 +137,17 @@ class Pool:
         threads = max(1, int(need.num_cpus))
         return ray.remote(Worker).options(**options).remote(self._setting, threads)
 
+    def others(self, worker: Hired) -> bool:
+        """Whether there is another worker of this size that has room."""
+        return any(
+            other is not worker and other.need == worker.need and other.has_room()
+            for other in [*self._busy, *self._idle]
+        )
+
+    def do_without(self, worker: Hired) -> None:
+        """Stop a worker; what it waits for is somebody else's and stays taken."""
+        self._stop(worker)
+
     def give_back(self, worker: Hired) -> None:
         """Take back a worker that is done."""
         self._busy.discard(worker)
@@ -134,6 +155,10 @@ class Pool:
 
     def dismiss(self, worker: Hired) -> None:
         """Stop a worker and free what it held."""
+        self._stop(worker)
+        worker.machine.give_back(worker.need, worker.gpus)
+
+    def _stop(self, worker: Hired) -> None:
         import ray
 
         with contextlib.suppress(Exception):  # it may be dead
@@ -141,7 +166,6 @@ class Pool:
         self._busy.discard(worker)
         if worker in self._idle:
             self._idle.remove(worker)
-        worker.machine.give_back(worker.need, worker.gpus)
 
     def look_again(self) -> None:
         """Forget machines that have left Ray; welcome new ones."""

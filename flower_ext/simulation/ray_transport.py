@@ -32,7 +32,8 @@ from flower_ext.simulation.worker import Answer, Broadcast, Setting, WireJob
 Resources = Mapping[str, float] | ResourcesFunction
 
 _ENGINE_SECONDS = 120.0  # Flower's engine takes 5 to 20 s to start Ray
-_START_SECONDS = 60.0  # after which a worker that does not start is worth a warning
+_START_SECONDS = 60.0  # after which a worker that has no room is worth a warning
+_HELD_SECONDS = 600.0  # after which nobody will make room any more
 _FALSE_STARTS = 20  # in a row, after which no worker will ever start
 _HANG_SECONDS = 5.0  # beyond its limit, for a client to be interrupted
 
@@ -100,7 +101,7 @@ class RayTransport(Transport):
         self._numbers = itertools.count()
         from ray import cloudpickle
 
-        inside = in_simulation(grid)
+        self._inside = inside = in_simulation(grid)
         self._own_ray = _connect(inside)
         setting = Setting(
             cloudpickle.dumps(client_app),  # type: ignore[no-untyped-call]
@@ -196,6 +197,7 @@ class RayTransport(Transport):
 
         end = None if seconds is None else time.monotonic() + seconds
         while True:
+            self._look_at_starts()
             self._start()
             if not self._running:
                 return []
@@ -295,25 +297,41 @@ class RayTransport(Transport):
         now = time.monotonic()
         for pack in self._running.values():
             if pack.begun is None:
-                self._look_at_start(pack, now)
                 moments.append(now + 1.0)
             elif (due := self._due(pack)) is not None:
                 moments.append(due)
         return max(0.0, min(moments) - now) if moments else None
 
-    def _look_at_start(self, pack: _Pack, now: float) -> None:
-        assert pack.worker is not None
-        if pack.worker.ready():
-            pack.begun = now
-        elif now > pack.sent + _START_SECONDS and pack.need not in self._warned:
+    def _look_at_starts(self) -> None:
+        """Note which workers have started; do without those that never will."""
+        now = time.monotonic()
+        for reference, pack in list(self._running.items()):
+            worker = pack.worker
+            assert worker is not None
+            if pack.begun is not None:
+                continue
+            if worker.ready():
+                pack.begun = now
+            elif now > pack.sent + _START_SECONDS and not worker.has_room():
+                if self._pool.others(worker):  # which do the work, later
+                    self._running.pop(reference)
+                    self._pool.do_without(worker)
+                    self._waiting.append(replace(pack, worker=None))
+                self._say_who_holds(pack, now - pack.sent)
+
+    def _say_who_holds(self, pack: _Pack, seconds: float) -> None:
+        """Warn that there is no room; end the run where there will never be any."""
+        reason = (
+            f"a worker that needs {pack.need} has waited {seconds:.0f} s for others "
+            f"that hold it ({_free()}): Flower's own workers, another grid that was "
+            "not closed, or somebody else's work"
+        )
+        limit = _START_SECONDS if self._inside else _HELD_SECONDS
+        if seconds > limit and pack.worker and not self._pool.others(pack.worker):
+            raise RuntimeError(f"no worker can start: {reason}")
+        if pack.need not in self._warned:
             self._warned.add(pack.need)
-            log(
-                WARNING,
-                "A worker that needs %s has not started after %g s: others may hold "
-                "what it needs",
-                pack.need,
-                _START_SECONDS,
-            )
+            log(WARNING, "Not all workers can start: %s", reason)
 
     def _due(self, pack: _Pack) -> float | None:
         """Return when a pack has taken so long that it must hang."""
@@ -398,13 +416,36 @@ def _connect(inside: bool) -> bool:
 
 
 def _require_free_gpus() -> None:
+    """Refuse to wait for GPUs that Flower's own workers hold.
+
+    Flower starts them after its Ray, all of a size: the first one tells. Where none
+    comes, the wait for a worker of the grid ends with the reason.
+    """
+    import ray
+
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    end = time.monotonic() + _START_SECONDS
+    while time.monotonic() < end:
+        free = ray.available_resources()  # type: ignore[no-untyped-call]
+        held = {key: there.get(key, 0) - free.get(key, 0) for key in ("CPU", "GPU")}
+        if held["GPU"] > 0:
+            raise ValueError(
+                f"{held['GPU']:g} of {there['GPU']:g} GPUs are held by others: by "
+                "Flower's own workers, which would not use them, unless you run with "
+                "--federation-config 'client-resources-num-gpus=0', or by a "
+                "PackedGrid that was not closed"
+            )
+        if held["CPU"] > 0:
+            return
+        time.sleep(0.1)
+
+
+def _free() -> str:
     import ray
 
     there = ray.cluster_resources()  # type: ignore[no-untyped-call]
     free = ray.available_resources()  # type: ignore[no-untyped-call]
-    held = there.get("GPU", 0) - free.get("GPU", 0)
-    if held > 0:
-        raise ValueError(
-            f"Flower's own workers hold {held:g} GPUs, which they would not use: run "
-            "with --federation-config 'client-resources-num-gpus=0'"
-        )
+    return " and ".join(
+        f"{free.get(key, 0):g} of {there.get(key, 0):g} {key}s are free"
+        for key in ("CPU", "GPU")
+    )

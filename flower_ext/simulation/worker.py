@@ -183,6 +183,9 @@ class Worker:
         wires = to_wires(content)
         return Answer(job.key, wires, None, done.seconds, kind, summed), after
 
+    def placed(self) -> None:
+        """Return at once: Ray has found room for this worker."""
+
     def ready(self) -> None:
         """Return when clients can run."""
         self.load()

@@ -254,22 +254,72 @@ def test_what_does_not_exist_is_refused_before_the_first_round(make, need, messa
         make(num_workers=None, resources=need)
 
 
-def test_gpus_that_flowers_own_workers_hold_are_refused_not_waited_for(
-    make, monkeypatch
-):
+@pytest.fixture
+def hold(make):
+    """Let somebody else hold GPUs of the four until the end of the test."""
     import ray
 
     make(1)  # Ray is there
-    holder = ray.remote(num_gpus=4)(type("Holder", (), {"ready": lambda self: 1}))
-    holder = holder.remote()
-    ray.get(holder.ready.remote())
-    monkeypatch.setattr(ray_transport, "in_simulation", lambda grid: True)
-    try:
-        with pytest.raises(ValueError, match="client-resources-num-gpus=0"):
-            make(resources={"num_gpus": 0.5})
-        make(1)  # who needs none is not refused
-    finally:
+    holders = []
+
+    def start(num_gpus):
+        holder = ray.remote(num_gpus=num_gpus)(
+            type("Holder", (), {"ready": lambda self: 1})
+        ).remote()
+        ray.get(holder.ready.remote())
+        holders.append(holder)
+
+    yield start
+    for holder in holders:
         ray.kill(holder)
+
+
+def test_gpus_that_flowers_own_workers_hold_are_refused_not_waited_for(
+    make, hold, monkeypatch
+):
+    hold(4)
+    monkeypatch.setattr(ray_transport, "in_simulation", lambda grid: True)
+    with pytest.raises(ValueError, match="4 of 4 GPUs are held by others: by Flower's"):
+        make(resources={"num_gpus": 0.5})
+    make(1)  # who needs none is not refused
+
+
+def test_flowers_workers_are_looked_at_once_they_are_there(make, monkeypatch):
+    import ray
+
+    make(1)
+    now = iter([{"CPU": 4, "GPU": 4}, {"CPU": 4, "GPU": 4}, {"CPU": 2, "GPU": 3.5}])
+    monkeypatch.setattr(ray, "available_resources", lambda: next(now))
+    monkeypatch.setattr(ray_transport, "in_simulation", lambda grid: True)
+    with pytest.raises(ValueError, match=r"0\.5 of 4 GPUs are held by others"):
+        make(resources={"num_gpus": 0.5})
+    now = iter([{"CPU": 4, "GPU": 4}, {"CPU": 3, "GPU": 4}])
+    make(resources={"num_gpus": 0.5})  # they hold CPUs only
+
+
+def test_gpus_that_are_never_free_end_the_run_with_the_reason(
+    make, ask, hold, monkeypatch
+):
+    monkeypatch.setattr(ray_transport, "_START_SECONDS", 0.5)
+    monkeypatch.setattr(ray_transport, "_HELD_SECONDS", 1.0)
+    grid = make(resources={"num_gpus": 0.5})
+    hold(4)
+    with pytest.raises(RuntimeError, match="no worker can start: a worker that needs"):
+        ask(grid, range(4))
+
+
+def test_workers_that_have_gpus_do_the_work_of_those_that_wait(
+    make, ask, hold, monkeypatch, caplog
+):
+    monkeypatch.setattr(ray_transport, "_START_SECONDS", 3.0)
+    hold(3)
+    grid = make(num_workers=4, resources={"num_gpus": 1})
+    for visit in (1, 2):
+        replies = ask(grid, range(12))
+        assert values(replies, "visits") == [visit] * 12
+        assert len(set(values(replies, "pid"))) == 1
+    [warning] = [r.message for r in caplog.records if "Not all workers" in r.message]
+    assert "0 of 4 GPUs are free" in warning
 
 
 # Cohorts ----------------------------------------------------------------------------
