@@ -15,8 +15,10 @@ need not be trusted.
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from inspect import Parameter, signature
 from types import SimpleNamespace
 from typing import ClassVar, Literal, cast, get_args
 
@@ -35,6 +37,15 @@ from flower_ext.client import (
     num_examples,
 )
 from flower_ext.errors import refuse, whole
+from flower_ext.privacy.example_gradients import (
+    Call,
+    Explicit,
+    Gradients,
+    Part,
+    Sampler,
+    clipped_sum,
+    parts_of_calls,
+)
 from flower_ext.privacy.factorizations import Identity
 from flower_ext.privacy.noise import NoiseStream
 from flower_ext.privacy.silo import (
@@ -114,8 +125,9 @@ class ExampleLevelDP(ClientHalf):
         its own ``context.node_config``; run config and messages are the server's.
     mode : str (default: "hooks")
         ``hooks`` keeps every example's gradient (Opacus' ``GradSampleModule``, memory
-        batch x parameters); ``ghost`` only its norm, at the price of a second backward
-        pass (``GradSampleModuleFastGradientClipping``). Both give the same model.
+        batch x parameters); ``ghost`` keeps what each layer has seen (memory of the
+        activations), and forms gradients from it when they are needed, a few examples
+        of one layer at a time. Both give the same model, up to rounding.
     release_train_loss : bool (default: False)
         Send ``train-loss``, estimated over the batches. It is not private.
     release_evaluation : bool (default: False)
@@ -128,8 +140,9 @@ class ExampleLevelDP(ClientHalf):
         If the round would exceed the budget. Like the errors below it becomes the
         silo's error reply; nothing is trained or spent then.
     ValueError
-        If a layer or the loss cannot be trained so (a BatchNorm, say; it is named), if
-        ``max-gradient-norm`` is set, and if the user column is missing.
+        If a layer or the loss cannot be trained so (a BatchNorm, a trained parameter
+        of half precision, DoRA; it is named), if ``max-gradient-norm`` is set, and if
+        the user column is missing.
     ImportError
         Without Opacus.
 
@@ -149,6 +162,11 @@ class ExampleLevelDP(ClientHalf):
     is sent as ``num-examples`` (after the cap on users), it is in the probability
     :math:`q = \min(1, \text{batch-size} / n)`, and the weights are its.
 
+    *Clipping*: norms and sums are those of the gradients as they were computed, in
+    float64, and noise is added before anything is rounded to the parameters' type. So
+    an example moves the sum by at most ``clipping_norm``, whatever cancels, overflows
+    or vanishes under the weights that the server sends.
+
     *Sampling*: each step's batch is drawn anew. An empty one is a step too, and
     releases noise. Steps are ``local-steps``, or ``local-epochs`` times
     :math:`\lceil n / \text{batch-size} \rceil`.
@@ -158,10 +176,12 @@ class ExampleLevelDP(ClientHalf):
     itself does with the data, such as standardising it. Momentum, weight decay and
     other optimizers (``Task.optimizer``) are post-processing and free.
 
-    *Assumed*: the loss of an example depends on that example, not on the others of
-    its batch or their number. Opacus' validators, the comparison of an example's
-    gradient with autograd's, and of its loss in two batches, at the start of every
-    round, find models and losses that break this, though not all that one can think of.
+    *Assumed*: the loss of an example, and its gradient as it is computed, depend on
+    that example, not on the others of its batch or their number. Opacus' validators,
+    the comparison of an example's gradient with autograd's, and of its loss in two
+    batches, at the start of every round, find models and losses that break this,
+    though not all that one can think of. Libraries choose algorithms by the size of a
+    batch, which changes rounding: what weights that magnify it can do is not counted.
 
     *Randomness*: batches and noise come from ``os.urandom``, or from NumPy's SFC64
     generator, which is not cryptographic, with a ``seed``: then from (seed, client,
@@ -179,8 +199,9 @@ class ExampleLevelDP(ClientHalf):
     References
     ----------
     Abadi et al. 2016, "Deep learning with differential privacy", arXiv 1607.00133
-    (DP-SGD); Li et al. 2021, "Large language models can be strong differentially
-    private learners", arXiv 2110.05679 (ghost clipping); Charles et al. 2024,
+    (DP-SGD); Bu et al. 2022, "Differentially private optimization on large model at
+    small cost", arXiv 2210.00038 (gradients from what layers have seen, without a
+    second backward pass; its norms of Gram matrices are not used); Charles et al. 2024,
     "Fine-tuning large language models with user-level differential privacy", arXiv
     2407.07737 (ELS); Yousefpour et al. 2021, arXiv 2109.12298 (Opacus).
     """
@@ -285,16 +306,22 @@ class ExampleLevelDP(ClientHalf):
         }
         if not self._trained:
             refuse("model", type(local.model).__name__, "one with parameters to train")
+        for name, p in self._trained.items():
+            if p.dtype not in (torch.float32, torch.float64):
+                refuse(
+                    f"parameter {name!r}",
+                    p.dtype,
+                    "torch.float32 or torch.float64",
+                    "what one example adds to a half-precision gradient is lost or "
+                    "grows in rounding; freeze it, or train it in float32",
+                )
         self._buffers = {n: b.clone() for n, b in local.model.named_buffers()}
         try:
-            if self._mode == "hooks":
-                self._wrapped = self._opacus.hooks(local.model, loss_reduction="sum")
-            else:
-                self._wrapped = self._opacus.ghost(
-                    local.model, loss_reduction="sum", max_grad_norm=self._bound
-                )
+            self._wrapped = self._opacus.wrap[self._mode](
+                local.model, loss_reduction="sum"
+            )
             self._probe(local)
-        except RuntimeError as error:
+        except (IndexError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"the model has no gradient per example in mode={self._mode!r}: "
                 f"{type(error).__name__}: {error}"
@@ -349,17 +376,15 @@ class ExampleLevelDP(ClientHalf):
 
     def _seen_norm(self, local: Local, example: Batch) -> float:
         """Return the gradient norm of one example, which Opacus must see as well."""
-        self._wrapped.zero_grad(set_to_none=True)
-        self._forget_norms(1)
-        with _quiet():
-            example_losses(local.task, local.model, example).sum().backward()  # type: ignore[no-untyped-call]
+        _, parts = self._backward(local, example)
         real = {
             name: 0.0 if p.grad is None else float(p.grad.double().norm())
             for name, p in self._trained.items()
         }
         total = math.hypot(*real.values())
+        norms = {p: float(n) for part in parts for p, n in part.norms().items()}
         for name, p in self._trained.items() if math.isfinite(total) else ():
-            seen = float(self._norms(name, p, 1))
+            seen = norms.get(p, 0.0)
             if not abs(seen - real[name]) <= 1e-3 * real[name] + 1e-5 * total:
                 # Without the norms: the server reads it, and they are of raw data.
                 raise ValueError(
@@ -369,57 +394,67 @@ class ExampleLevelDP(ClientHalf):
                 )
         return total
 
-    def _forget_norms(self, size: int) -> None:
-        """Let a parameter that a pass does not reach have the norm 0 there."""
-        if self._mode == "ghost":
-            for p in self._trained.values():
-                p._norm_sample = torch.zeros(size, dtype=p.dtype, device=p.device)  # type: ignore[attr-defined]
+    def _backward(self, local: Local, batch: Batch) -> tuple[float, list[Part]]:
+        """Return the summed loss and the gradients of the examples."""
+        self._wrapped.zero_grad(set_to_none=True)
+        losses = example_losses(local.task, local.model, batch)
+        with _quiet():
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        return float(losses.detach().sum()), self._parts(len(losses))
 
-    def _norms(self, name: str, p: nn.Parameter, size: int) -> Tensor:
-        """Return the norms of one parameter's gradients, of shape ``(batch,)``."""
+    def _parts(self, size: int) -> list[Part]:
+        """Return the gradients that the backward pass has left."""
         if self._mode == "ghost":
-            norms: Tensor = p._norm_sample  # type: ignore[attr-defined]
-        else:
-            if p.grad_sample is None:  # type: ignore[attr-defined]
-                p.grad_sample = p.new_zeros((size, *p.shape))  # type: ignore[attr-defined]
-            norms = p.grad_sample.flatten(1).norm(dim=1)  # type: ignore[attr-defined]
-        if norms.shape != (size,):
+            calls = self._wrapped.calls
+            for call in calls:
+                for value in (call.backprops, *call.inputs):
+                    self._require_batch(call.module.parameters(), value, size)
+            return parts_of_calls(calls, self._opacus.sampler)
+        parts: list[Part] = []
+        for p in self._trained.values():
+            found = p.grad_sample  # type: ignore[attr-defined]
+            if found is not None:
+                self._require_batch([p], found, size)
+                parts.append(Explicit([p], size, partial(_rows_of, p, found)))
+        return parts
+
+    def _require_batch(
+        self, parameters: Iterable[nn.Parameter], values: Tensor, size: int
+    ) -> None:
+        """Require values for every example of the batch."""
+        if len(values) != size:
+            names = {p: name for name, p in self._trained.items()}
+            name = next(names[p] for p in parameters if p in names)
             raise ValueError(
-                f"parameter {name!r} has gradients for {len(norms)} examples in a "
+                f"parameter {name!r} has gradients for {len(values)} examples in a "
                 f"batch of {size}: the batch must be the first dimension in every layer"
             )
-        return norms
 
     def optimizer(self, local: Local) -> torch.optim.Optimizer:
-        """Return Opacus' optimizer around the task's, with noise of our own."""
+        """Return Opacus' optimizer around the task's; clipping and noise are ours."""
         inner = super().optimizer(local)
         if not self._steps:
             return inner
-        make = self._opacus.optimizer[self._mode]
-        outer = make(
+        stepped = [p for group in inner.param_groups for p in group["params"]]
+        if set(stepped) != set(self._trained.values()):
+            raise ValueError(
+                "Task.optimizer must train the parameters that it is given and no "
+                "other: those have gradients that are not private"
+            )
+        self._keys = _keys(self._privacy.seed, local, self._done)
+        self._noise = NoiseStream(
+            Identity(self._steps),
+            {name: tuple(p.shape) for name, p in self._trained.items()},
+            seed=None if self._keys is None else self._keys[1],
+            secure=self._keys is None,
+            dtype="float64",
+        )
+        outer = self._opacus.optimizer(
             inner,
             noise_multiplier=0.0,
             max_grad_norm=self._bound,
             expected_batch_size=self._expected,
         )
-        self._keys = _keys(self._privacy.seed, local, self._done)
-        wide = any(p.dtype == torch.float64 for p in outer.params)
-        stream = NoiseStream(
-            Identity(self._steps),
-            {str(i): tuple(p.shape) for i, p in enumerate(outer.params)},
-            seed=None if self._keys is None else self._keys[1],
-            secure=self._keys is None,
-            dtype="float64" if wide else "float32",
-        )
-        # On the sum; Opacus calls this after it has divided by the expected size.
-        noise = self._noise_multiplier and self._noise_multiplier * self._bound
-
-        def add_noise(optimizer: torch.optim.Optimizer) -> None:
-            drawn = stream.next(noise).values()
-            for p, array in zip(outer.params, drawn, strict=True):
-                p.grad += torch.from_numpy(array).to(p.grad) / self._expected
-
-        outer.attach_step_hook(add_noise)
         return cast(torch.optim.Optimizer, outer)
 
     def batches(self, local: Local) -> Iterator[Batch]:
@@ -442,50 +477,21 @@ class ExampleLevelDP(ClientHalf):
         self, local: Local, optimizer: torch.optim.Optimizer, batch: Batch
     ) -> float:
         """Clip, add up, add noise and step; return the summed loss over q n."""
-        self._wrapped.zero_grad(set_to_none=True)
         optimizer.zero_grad()
         size = num_examples(batch)
-        if not size:
-            total = 0.0
-        elif self._mode == "hooks":
-            total = self._by_hooks(local, batch)
-        else:
-            total = self._by_ghost(local, optimizer, batch)
-        for p in self._trained.values():
-            if self._mode == "hooks" and not size:
-                p.grad_sample = p.new_zeros((0, *p.shape))  # type: ignore[attr-defined]
-            elif p.grad is None:
-                p.grad = torch.zeros_like(p)
+        total, parts = self._backward(local, batch) if size else (0.0, [])
+        clipped = clipped_sum(parts, size, self._bound)
+        # "and": 0 noise of infinite scale is no noise.
+        noise = self._noise_multiplier and self._noise_multiplier * self._bound
+        drawn = self._noise.next(noise)
+        for name, p in self._trained.items():
+            noisy = torch.from_numpy(drawn[name]).to(p.device)
+            if p in clipped:
+                noisy += clipped[p]
+            # Rounding to the parameter's own type comes after the noise.
+            p.grad = noisy.to(p.dtype)
         optimizer.step()
         return total / self._expected
-
-    def _by_hooks(self, local: Local, batch: Batch) -> float:
-        """Leave every example's gradient; the optimizer clips and adds them up."""
-        losses = example_losses(local.task, local.model, batch)
-        with _quiet():
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-        norms = [self._norms(k, p, len(losses)) for k, p in self._trained.items()]
-        bad = ~torch.stack(norms).isfinite().all(dim=0)
-        if bad.any():
-            for p in self._trained.values():
-                p.grad_sample[bad] = 0  # type: ignore[attr-defined]
-        return float(losses.detach().sum())
-
-    def _by_ghost(
-        self, local: Local, optimizer: torch.optim.Optimizer, batch: Batch
-    ) -> float:
-        """Leave the sum of clipped gradients, from two backward passes."""
-        losses = example_losses(local.task, local.model, batch)
-        self._forget_norms(len(losses))
-        with _quiet():
-            self._opacus.two_passes(self._wrapped, optimizer, losses, "sum").backward()
-        norms = [self._norms(k, p, len(losses)) for k, p in self._trained.items()]
-        fine = torch.stack(norms).isfinite().all(dim=0)
-        if not fine.all():
-            self._wrapped.zero_grad(set_to_none=True)
-            if fine.any():
-                self._by_ghost(local, optimizer, {k: c[fine] for k, c in batch.items()})
-        return float(losses.detach().sum())
 
     def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
         """Return what is spent so far; refuse buffers that the data have changed."""
@@ -557,6 +563,10 @@ def _refuse_layers(model: nn.Module, opacus: SimpleNamespace) -> None:
             mixes = isinstance(module, mixing) and module.training
             if isinstance(module, kind) and (trains or mixes):
                 problems += check(module)
+        if trains and _needed_inputs(module) > 1:
+            problems.append("its forward needs more than one input, as DoRA's does")
+        if getattr(module, "max_norm", None) is not None:
+            problems.append("max_norm changes rows that the data choose, without noise")
         if trains and not problems and any(True for _ in module.buffers()):
             problems.append("a trained layer with buffers, which are not private")
         if problems:
@@ -564,6 +574,18 @@ def _refuse_layers(model: nn.Module, opacus: SimpleNamespace) -> None:
                 f"layer {name or 'model'!r} ({type(module).__name__}) cannot be "
                 f"trained with example-level privacy: {problems[0]}"
             )
+
+
+def _needed_inputs(module: nn.Module) -> int:
+    kinds = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return sum(
+        p.default is Parameter.empty and p.kind not in kinds
+        for p in signature(module.forward).parameters.values()
+    )
+
+
+def _rows_of(p: Tensor, gradients: Tensor, rows: slice) -> Gradients:
+    return {p: gradients[rows]}
 
 
 def _keys(seed: int | None, local: Local, done: int) -> Sequence[int] | None:
@@ -596,23 +618,50 @@ def _poisson(
 def _import_opacus() -> SimpleNamespace:
     """Import what is used of Opacus."""
     try:
-        from opacus.grad_sample import (
-            GradSampleModule,
-            GradSampleModuleFastGradientClipping,
-        )
-        from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-        from opacus.utils.fast_gradient_clipping_utils import (
-            DPTensorFastGradientClipping,
-        )
+        from opacus.grad_sample import GradSampleModule
+        from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
+        from opacus.optimizers import DPOptimizerFastGradientClipping
         from opacus.validators import ModuleValidator
     except ImportError as error:
         raise ImportError(
             "example-level privacy needs Opacus: pip install 'flower-ext[dp]'"
         ) from error
+
+    class Remembering(GradSampleModule):  # type: ignore[misc]
+        """Keeps what layers have seen instead of gradients per example."""
+
+        def __init__(self, model: nn.Module, *, loss_reduction: str) -> None:
+            super().__init__(model, loss_reduction=loss_reduction)
+            self.calls: list[Call] = []
+
+        def zero_grad(self, set_to_none: bool = False) -> None:
+            super().zero_grad(set_to_none)
+            self.calls = []
+
+        def capture_backprops_hook(
+            self,
+            module: nn.Module,
+            _forward_input: object,
+            forward_output: Sequence[Tensor],
+            loss_reduction: str,
+            batch_first: bool,
+        ) -> None:
+            inputs, backprops = self.rearrange_grad_samples(
+                module=module,
+                backprops=forward_output[0].detach(),
+                loss_reduction=loss_reduction,
+                batch_first=batch_first,
+            )
+            self.calls.append(Call(module, inputs, backprops))
+
+    def sampler(module: nn.Module) -> Sampler:
+        known = GradSampleModule.GRAD_SAMPLERS
+        return cast(Sampler, known.get(type(module), ft_compute_per_sample_gradient))
+
     return SimpleNamespace(
-        hooks=GradSampleModule,
-        ghost=GradSampleModuleFastGradientClipping,
-        optimizer={"hooks": DPOptimizer, "ghost": DPOptimizerFastGradientClipping},
-        two_passes=DPTensorFastGradientClipping,
+        wrap={"hooks": GradSampleModule, "ghost": Remembering},
+        sampler=sampler,
+        # It scales and steps; "clipped already" is what sets it apart.
+        optimizer=DPOptimizerFastGradientClipping,
         validators=ModuleValidator.VALIDATORS,
     )

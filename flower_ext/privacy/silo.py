@@ -19,6 +19,8 @@ from flower_ext.privacy.calibration import (
 
 # Below it epsilon is in the hundreds and its grid does not fit into memory.
 _LEAST_NOISE = 0.1
+# Squares of smaller numbers vanish in float64.
+_LEAST_CLIPPING = 1e-100
 
 
 class SiloBudgetExhausted(RuntimeError):
@@ -75,6 +77,8 @@ class SiloPrivacy:
 
     def __post_init__(self) -> None:
         positive("clipping_norm", self.clipping_norm, allow_inf=True)
+        if self.clipping_norm < _LEAST_CLIPPING:
+            refuse("clipping_norm", self.clipping_norm, f">= {_LEAST_CLIPPING}")
         open_unit("delta", self.delta)
         if (self.noise_multiplier is None) == (self.epsilon is None):
             raise ValueError(

@@ -1,0 +1,238 @@
+"""Clipped sums of gradients per example, with a bound that rounding cannot break.
+
+The server picks the weights, and so the terms that cancel in a gradient. Three rules
+keep an example from moving a sum by more than the clipping norm even so: a norm is that
+of the very numbers that are added up, never one derived from products of inputs and
+backpropagated gradients (Gram matrices), in which a norm of any size can be lost;
+norms and sums are in float64; and what is computed twice counts with the larger norm.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+# By parameter.
+Gradients = dict[Tensor, Tensor]
+Sampler = Callable[[nn.Module, list[Tensor], Tensor], Gradients]
+
+# Of the clipping norm, left for the rounding of a float64 sum of 100,000 examples.
+_SLACK = 1e-6
+# Numbers of a layer's gradients per example that are held at a time: 32 MB in float64.
+_AT_A_TIME = 2**22
+
+
+class Part(Protocol):
+    """The gradients of a batch's examples, by some parameters of a model."""
+
+    def norms(self) -> Gradients:
+        """Return each parameter's gradient norms, float64 of shape ``(batch,)``."""
+
+    def weighted_sum(self, weights: Tensor) -> Gradients:
+        """Return the sum over examples in float64; those of weight 0 are left out."""
+
+
+class Explicit:
+    """Gradients per example that are looked up, or computed, a few at a time.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+        Whose gradients they are.
+    size : int
+        Examples in the batch.
+    of : callable
+        ``slice of examples -> {parameter: gradients}``, shapes ``(examples, *shape)``.
+        It may round differently when it is called again.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        size: int,
+        of: Callable[[slice], Gradients],
+    ) -> None:
+        self._parameters, self._size, self._of = parameters, size, of
+        self._norms: Gradients = {
+            p: torch.zeros(size, dtype=torch.float64, device=p.device)
+            for p in parameters
+        }
+        for rows, found in self._pieces():
+            for p, flat in found.items():
+                self._norms[p][rows] = flat.norm(dim=1)
+
+    def _pieces(self) -> Iterator[tuple[slice, Gradients]]:
+        numbers = sum(p.numel() for p in self._parameters)
+        step = max(1, _AT_A_TIME // max(1, numbers))
+        for low in range(0, self._size, step):
+            rows = slice(low, min(low + step, self._size))
+            found = self._of(rows)
+            yield (
+                rows,
+                {p: g.reshape(len(g), p.numel()).double() for p, g in found.items()},
+            )
+
+    def norms(self) -> Gradients:
+        """Return each parameter's gradient norms."""
+        return self._norms
+
+    def weighted_sum(self, weights: Tensor) -> Gradients:
+        """Return the sum over examples."""
+        total: Gradients = {}
+        total |= {p: torch.zeros_like(p, dtype=torch.float64) for p in self._parameters}
+        for rows, found in self._pieces():
+            for p, flat in found.items():
+                now, first = flat.norm(dim=1), self._norms[p][rows]
+                used = weights[rows] * torch.where(now > first, first / now, 1.0)
+                used = torch.where(now.isfinite(), used, 0.0)
+                flat = torch.where((used > 0)[:, None], flat, 0.0)
+                total[p] += (used @ flat).view_as(p)
+        return total
+
+
+class OuterProducts:
+    """Gradients of a Linear layer that sees one vector an example: never formed.
+
+    The norm of an outer product is the product of the norms, so that nothing cancels.
+    """
+
+    def __init__(self, layer: nn.Linear, inputs: Tensor, backprops: Tensor) -> None:
+        self._layer = layer
+        self._inputs, self._backprops = inputs.double(), backprops.double()
+
+    def norms(self) -> Gradients:
+        """Return each parameter's gradient norms."""
+        layer, found = self._layer, {}
+        outer = self._backprops.norm(dim=1)
+        if layer.weight.requires_grad:
+            found[layer.weight] = outer * self._inputs.norm(dim=1)
+        if layer.bias is not None and layer.bias.requires_grad:
+            found[layer.bias] = outer
+        return found
+
+    def weighted_sum(self, weights: Tensor) -> Gradients:
+        """Return the sum over examples."""
+        used = (weights > 0)[:, None]
+        outer = torch.where(used, weights[:, None] * self._backprops, 0.0)
+        layer, total = self._layer, {}
+        if layer.weight.requires_grad:
+            total[layer.weight] = outer.T @ torch.where(used, self._inputs, 0.0)
+        if layer.bias is not None and layer.bias.requires_grad:
+            total[layer.bias] = outer.sum(dim=0)
+        return total
+
+
+class Rows:
+    """Gradients of an Embedding: sums over an example's tokens of one kind, kept."""
+
+    def __init__(self, layer: nn.Embedding, tokens: Tensor, backprops: Tensor) -> None:
+        self._weight, self._size = layer.weight, len(tokens)
+        tokens = tokens.reshape(self._size, -1)
+        owners = torch.arange(self._size, device=tokens.device)[:, None]
+        pairs = torch.stack([owners.expand_as(tokens), tokens], dim=-1).view(-1, 2)
+        (self._pairs, places) = torch.unique(pairs, dim=0, return_inverse=True)
+        width = backprops.shape[-1]
+        self._sums = backprops.new_zeros(
+            len(self._pairs), width, dtype=torch.float64
+        ).index_add_(0, places, backprops.reshape(-1, width).double())
+
+    def norms(self) -> Gradients:
+        """Return the gradient norms of the table."""
+        squares = self._sums.new_zeros(self._size)
+        squares.index_add_(0, self._pairs[:, 0], self._sums.square().sum(dim=1))
+        return {self._weight: squares.sqrt()}
+
+    def weighted_sum(self, weights: Tensor) -> Gradients:
+        """Return the sum over examples."""
+        used = weights[self._pairs[:, 0], None]
+        rows = torch.where(used > 0, used * self._sums, 0.0)
+        total = torch.zeros_like(self._weight, dtype=torch.float64)
+        return {self._weight: total.index_add_(0, self._pairs[:, 1], rows)}
+
+
+@torch.no_grad()
+def clipped_sum(parts: Iterable[Part], size: int, clipping_norm: float) -> Gradients:
+    """Return the sum of gradients, each scaled down to the clipping norm, in float64.
+
+    Parameters
+    ----------
+    parts : iterable of Part
+        The gradients; every parameter is in one part at most.
+    size : int
+        Examples in the batch, at least 1.
+    clipping_norm : float
+        C, finite. An example moves the sum by no more than C over all parameters; one
+        whose gradient is not finite does not move it.
+    """
+    parts = list(parts)
+    norms = [norm for part in parts for norm in part.norms().values()]
+    if not norms:
+        return {}
+    device = norms[0].device
+    total = torch.stack([norm.to(device) for norm in norms]).norm(dim=0)
+    weights = (clipping_norm * (1 - _SLACK) / total).clamp(max=1.0)
+    weights = torch.where(total.isfinite(), weights, 0.0)
+    found: Gradients = {}
+    for part in parts:
+        found |= part.weighted_sum(weights)
+    return found
+
+
+class Call(NamedTuple):
+    """One use of a layer: what came in, and the gradient of what went out."""
+
+    module: nn.Module
+    inputs: Sequence[Tensor]
+    backprops: Tensor
+
+
+@torch.no_grad()
+def parts_of_calls(
+    calls: Iterable[Call], sampler: Callable[[nn.Module], Sampler]
+) -> list[Part]:
+    """Return the gradients of a backward pass, from what its layers have seen.
+
+    Parameters
+    ----------
+    calls : iterable of Call
+        All uses of layers with trained parameters. Where some share a parameter (tied
+        weights, a layer that is used twice) an example's gradient is their sum.
+    sampler : callable
+        What computes a layer's gradients per example, as Opacus has it.
+    """
+    groups: list[tuple[dict[nn.Parameter, None], list[Call]]] = []
+    for call in calls:
+        trained = [p for p in call.module.parameters() if p.requires_grad]
+        own, members, others = dict.fromkeys(trained), [call], []
+        for group in groups:
+            if group[0].keys() & own.keys():
+                own, members = {**group[0], **own}, [*group[1], *members]
+            else:
+                others.append(group)
+        groups = [*others, (own, members)]
+    return [_part(list(own), members, sampler) for own, members in groups]
+
+
+def _part(
+    parameters: Sequence[nn.Parameter],
+    calls: Sequence[Call],
+    sampler: Callable[[nn.Module], Sampler],
+) -> Part:
+    module, inputs, backprops = calls[0]
+    if len(calls) == 1 and isinstance(module, nn.Embedding):
+        return Rows(module, inputs[0], backprops)
+    if len(calls) == 1 and isinstance(module, nn.Linear) and inputs[0].ndim == 2:
+        return OuterProducts(module, inputs[0], backprops)
+
+    def of(rows: slice) -> Gradients:
+        total: Gradients = {}
+        for module, inputs, backprops in calls:
+            piece = [value[rows] for value in inputs]
+            found = sampler(module)(module, piece, backprops[rows])
+            for p, gradients in found.items():
+                if p.requires_grad:
+                    total[p] = total[p] + gradients if p in total else gradients
+        return total
+
+    return Explicit(parameters, len(backprops), of)
