@@ -209,7 +209,8 @@ def _require_none_held() -> None:
     worker = ray.get_runtime_context()
     if worker.get_actor_id() is None:
         return
-    if held := worker.get_assigned_resources().get("GPU", 0):
+    assigned = worker.get_assigned_resources()  # type: ignore[no-untyped-call]
+    if held := assigned.get("GPU", 0):
         raise ValueError(
             f"the worker holds {held:g} GPUs, for which the mod 'resources' would wait "
             "for ever: run with --federation-config 'client-resources-num-gpus=0'; a "
