@@ -53,17 +53,25 @@ _models: dict[str, "_Template"] = {}
 
 @dataclass
 class _Base:
-    """A model as it is on disk, and the parameters that the disk does not have."""
+    """A model as it is on disk, and the parameters that the disk does not have.
+
+    Those are drawn at random; ``random_state`` is torch's behind them, from which an
+    adapter goes on, whether the base was read for it or before.
+    """
 
     model: nn.Module
     new: set[str]
+    random_state: Tensor
 
 
 @dataclass(frozen=True)
 class AdapterModel:
     """A pretrained model of which a part is trained: what ``Task.model`` takes.
 
-    Every call returns a model of its own whose frozen tensors are those of the base.
+    Every call returns a model of its own whose frozen tensors are those of the base. An
+    adapter that changes weights of the base (OLoRA, PiSSA) has its own of these. Do not
+    merge an adapter into such a model, which would change the base of the others: save
+    it, and merge what peft loads.
 
     Parameters
     ----------
@@ -74,7 +82,8 @@ class AdapterModel:
         as ``LoraConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS")``
         (with that ``task_type`` the head too, otherwise the ``modules_to_save``); an
         adapter that peft saved in a folder; the task's head alone (a linear probe); or
-        everything (full fine-tuning).
+        everything (full fine-tuning). Of P-tuning, and of prefixes with a projection,
+        peft saves the prompts alone: they cannot be trained further.
     kind : {"classification", "causal-lm"}
         Which head the model has.
     num_labels : int (default: 2)
@@ -89,8 +98,9 @@ class AdapterModel:
     ------
     ValueError
         When called: if the folder is incomplete; the target modules match nothing;
-        nothing is trained; or weights that are not in the folder, and therefore random,
-        would stay as they are.
+        nothing is trained; weights that are not in the folder, and therefore random,
+        would stay as they are; the model does not run with the prompts of the adapter;
+        or the adapter changes the base at random, as ``pissa_niter_4`` does.
     ImportError
         Without transformers or peft.
 
@@ -136,8 +146,10 @@ class AdapterModel:
         """
         model = self({})
         model.load_state_dict(arrays.to_torch_state_dict())
-        state = {name: p.detach() for name, p in model.named_parameters()}
-        state |= dict(model.named_buffers())
+        # What layers share, peft looks for under the name of any of them.
+        parameters = model.named_parameters(remove_duplicate=False)
+        state = {name: p.detach() for name, p in parameters}
+        state |= dict(model.named_buffers(remove_duplicate=False))
         options = {"state_dict": state} if self._adapter is not None else {}
         if self._adapter is None:
             model = self._without_hooks(state)
@@ -163,7 +175,9 @@ class AdapterModel:
     def _base(self) -> _Base:
         key = self._base_key()
         if key not in _bases:
-            _bases[key] = _load(Path(self.folder), self.kind, self.num_labels)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                _bases[key] = _load(Path(self.folder), self.kind, self.num_labels)
         return _bases[key]
 
     def _without_hooks(self, state: Mapping[str, Tensor]) -> nn.Module:
@@ -172,20 +186,36 @@ class AdapterModel:
         return model
 
     def _build(self) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            base = self._base()
+        base = self._base()
+        if self._adapter is not None:
+            model = self._adapted(base, self._adapter)
+        else:
             model = _alias(base.model)
-            if self._adapter is not None:
-                model = _with_adapter(model, self._adapter)
-            elif self.trains == "head":
-                body = f"{base.model.base_model_prefix}."
-                for name, parameter in model.named_parameters():
-                    parameter.requires_grad = not name.startswith(body)
+        if self.trains == "head":
+            body = f"{base.model.base_model_prefix}."
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = not name.startswith(body)
         for name, parameter in model.named_parameters():
             if not set(self.frozen).isdisjoint(name.split(".")):
                 parameter.requires_grad = False
         self._check(model, base.new)
+        return model
+
+    def _adapted(self, base: _Base, adapter: "PeftConfig | Path | str") -> nn.Module:
+        """Put an adapter on a copy of the base: OLoRA and PiSSA change its weights."""
+        model, changed = _with_adapter(base, adapter, base.random_state)
+        if changed:
+            other = torch.Generator().manual_seed(self.seed + 1).get_state()
+            again = _with_adapter(base, adapter, other)[1]
+            same = [torch.allclose(x, again[k], 0, 1e-5) for k, x in changed.items()]
+            if not all(same):
+                refuse(
+                    "trains",
+                    _short(adapter),
+                    "an adapter that changes the base always alike, or not at all",
+                    f"it begins with {min(changed)} changed at random, which peft "
+                    "cannot repeat when it loads what was trained",
+                )
         return model
 
     def _check(self, model: nn.Module, new: set[str]) -> None:
@@ -280,7 +310,9 @@ def _next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor
     targets = batch["input_ids"][:, 1:]
     if "attention_mask" in batch:
         targets = targets.masked_fill(batch["attention_mask"][:, 1:] == 0, _IGNORED)
-    logits = _logits(model, batch)[:, :-1].transpose(1, 2)
+    # Prompts that are trained stand before the text, and have logits, too.
+    logits = _logits(model, batch)[:, -batch["input_ids"].shape[1] : -1]
+    logits = logits.transpose(1, 2)
     return logits, targets, (targets != _IGNORED).sum(1).clamp(min=1)
 
 
@@ -354,7 +386,7 @@ def _load(folder: Path, kind: Kind, num_labels: int) -> _Base:
             )
     except Exception as error:
         raise ValueError(f"the model in {folder} cannot be read: {error}") from error
-    return _Base(model, set(report["missing_keys"]))
+    return _Base(model, set(report["missing_keys"]), torch.get_rng_state())
 
 
 @contextmanager
@@ -372,31 +404,103 @@ def _quiet(transformers: Any) -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _with_adapter(model: nn.Module, adapter: "PeftConfig | Path | str") -> nn.Module:
+def _with_adapter(
+    base: _Base, adapter: "PeftConfig | Path | str", random_state: Tensor
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Put an adapter on a copy of a base, of which what is unchanged is shared again.
+
+    Returns
+    -------
+    tuple of torch.nn.Module and dict[str, Tensor]
+        The adapted model, and the base's parameters that the adapter changed.
+    """
+    copies = {
+        name: (p, nn.Parameter(p.detach().clone(), p.requires_grad))
+        for name, p in base.model.named_parameters()
+    }
+    model = deepcopy(base.model, {id(p): own for p, own in copies.values()})
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(random_state)
+        if isinstance(adapter, Path | str):
+            adapted = _with_saved_adapter(model, Path(adapter))
+        else:
+            adapted = _with_new_adapter(model, deepcopy(adapter))
+    changed = {}
+    for name, (p, own) in copies.items():
+        if torch.equal(own, p):
+            own.data = p.data
+        else:
+            changed[name] = own.detach()
+    return adapted, changed
+
+
+def _short(adapter: "PeftConfig | Path | str") -> str:
+    named = isinstance(adapter, Path | str)
+    return str(adapter) if named else type(adapter).__name__
+
+
+def _with_saved_adapter(model: nn.Module, folder: Path) -> nn.Module:
     peft = _imported("peft")
-    if isinstance(adapter, Path | str):
-        _require_files(
-            Path(adapter),
-            ("adapter_config.json",),
-            ("adapter_model.safetensors", "adapter_model.bin"),
-        )
-        adapted: nn.Module = peft.PeftModel.from_pretrained(
-            model, str(adapter), is_trainable=True, local_files_only=True
+    _require_files(
+        folder,
+        ("adapter_config.json",),
+        ("adapter_model.safetensors", "adapter_model.bin"),
+    )
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    adapted: nn.Module
+    if not config.is_prompt_learning:
+        adapted = peft.PeftModel.from_pretrained(
+            model, str(folder), is_trainable=True, local_files_only=True
         )
         return adapted
+    # What computes the prompts is not saved, and peft trains no saved prompts itself.
+    if config.peft_type == "P_TUNING" or getattr(config, "prefix_projection", False):
+        refuse(
+            "trains",
+            str(folder),
+            "an adapter that can be trained further",
+            "of P-tuning, and prefixes with a projection, only the prompts are saved",
+        )
+    config.inference_mode = False
+    adapted = peft.get_peft_model(model, config)
+    weights = peft.load_peft_weights(str(folder), device="cpu")
+    peft.set_peft_model_state_dict(adapted, weights)
+    return adapted
+
+
+def _with_new_adapter(model: nn.Module, config: "PeftConfig") -> nn.Module:
     leaves = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d)
     }
     try:
-        adapted = peft.get_peft_model(model, deepcopy(adapter))
+        adapted: nn.Module = _imported("peft").get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(
             f"the adapter does not fit the model, which has modules of the names "
             f"{sorted(leaves)}: {error}"
         ) from error
+    if config.is_prompt_learning:
+        _require_run(adapted, config)
     return adapted
+
+
+@torch.no_grad()
+def _require_run(model: nn.Module, config: "PeftConfig") -> None:
+    """Run a model with prompts once: not every model takes them."""
+    batch = {"input_ids": torch.ones(1, 2), "attention_mask": torch.ones(1, 2)}
+    if hasattr(config, "num_tasks"):
+        batch["task_ids"] = torch.zeros(1)
+    try:
+        model(**{name: x.long() for name, x in batch.items()})
+    except Exception as error:
+        refuse(
+            "trains",
+            _short(config),
+            "an adapter with which the model runs",
+            f"it failed with {error!r}",
+        )
 
 
 def _sorted(value: object) -> object:
@@ -432,7 +536,10 @@ class _Template:
 
     def __init__(self, model: nn.Module, *, buffers: bool) -> None:
         named = dict(model.named_buffers())
-        self._sent = {n for n, p in model.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        # Parameters that are the same numbers, as of tied adapters, are sent once.
+        numbers = {(p.data_ptr(), p.numel()): n for n, p in reversed(trained.items())}
+        self._sent = set(numbers.values())
         if buffers:
             self._sent |= set(named)
         self._tensors = [*model.parameters(), *named.values()]
@@ -442,8 +549,11 @@ class _Template:
 
     def copy(self) -> nn.Module:
         """Return a model of its own."""
+        storages: dict[int, Tensor] = {}
         tensors = [
-            x if isinstance(x, nn.Parameter) and not x.requires_grad else _clone(x)
+            x
+            if isinstance(x, nn.Parameter) and not x.requires_grad
+            else _clone(x, storages)
             for x in self._tensors
         ]
         return _sending(_WithTensors(BytesIO(self._model), tensors).load(), self._sent)
@@ -473,8 +583,17 @@ class _WithTensors(pickle.Unpickler):
         return self._tensors[place]
 
 
-def _clone(x: Tensor) -> Tensor:
-    own = x.detach().clone()
+def _clone(x: Tensor, storages: dict[int, Tensor]) -> Tensor:
+    """Copy a tensor; one that is another's numbers in another shape remains so."""
+    own = x.detach()
+    storage = own.untyped_storage()
+    if storage.nbytes() != own.nbytes:
+        own = own.clone()
+    else:
+        flat = own.as_strided((own.numel(),), (1,), 0)
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = flat.clone()
+        own = storages[storage.data_ptr()].as_strided(own.shape, own.stride(), 0)
     return nn.Parameter(own) if isinstance(x, nn.Parameter) else own
 
 

@@ -167,6 +167,20 @@ def test_new_weights_depend_on_the_seed_alone(bert):
     assert any(not torch.equal(x, other[name]) for name, x in first.items())
 
 
+@pytest.mark.parametrize("before", ["head", "all", lora(r=2)])
+def test_new_weights_do_not_depend_on_what_was_made_before(bert, before):
+    from flower_ext import adapters
+
+    states = []
+    for first in ((), (before,)):
+        adapters._bases.clear()
+        adapters._models.clear()
+        for trains in first:
+            AdapterModel(bert, trains, seed=5)({})
+        states.append(AdapterModel(bert, lora(), seed=5)({}).state_dict())
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+
+
 # Saving and starting again --------------------------------------------------------
 
 
@@ -198,6 +212,167 @@ def test_saved_model_loads_with_plain_transformers(bert, tmp_path, trains):
     make.save(moved(model), tmp_path)
     auto = transformers.AutoModelForSequenceClassification
     assert torch.allclose(logits(auto.from_pretrained(tmp_path)), logits(model))
+
+
+# Every kind of adapter ------------------------------------------------------------
+
+CAUSAL = {"task_type": "CAUSAL_LM"}
+ATTENTION = {**CAUSAL, "target_modules": ["q_proj", "v_proj"]}
+PROMPTS = {**CAUSAL, "num_virtual_tokens": 3}
+
+
+def table():
+    """Yield a name and a configuration of every kind of adapter, for a Llama."""
+    for beginning in (True, False, "gaussian", "orthogonal", "olora", "pissa"):
+        yield (
+            f"lora {beginning}",
+            peft.LoraConfig(r=4, init_lora_weights=beginning, **ATTENTION),
+        )
+    yield "dora", peft.LoraConfig(r=4, use_dora=True, **ATTENTION)
+    yield "biases", peft.LoraConfig(r=4, bias="all", **ATTENTION)
+    yield (
+        "embedding and head",
+        peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], **CAUSAL),
+    )
+    yield "saved head", peft.LoraConfig(r=4, modules_to_save=["lm_head"], **ATTENTION)
+    yield (
+        "saved, tied",
+        peft.LoraConfig(
+            r=4,
+            modules_to_save=["embed_tokens"],
+            ensure_weight_tying=True,
+            **ATTENTION,
+        ),
+    )
+    yield (
+        "targets, tied",
+        peft.LoraConfig(
+            r=4, target_modules=["embed_tokens"], ensure_weight_tying=True, **CAUSAL
+        ),
+    )
+    yield (
+        "tokens of lora",
+        peft.LoraConfig(r=4, trainable_token_indices=[3, 4], **ATTENTION),
+    )
+    yield "tokens", peft.TrainableTokensConfig(token_indices=[3, 4], **CAUSAL)
+    yield "vera", peft.VeraConfig(r=4, **ATTENTION)
+    yield (
+        "vera, unsaved projection",
+        peft.VeraConfig(r=4, save_projection=False, **ATTENTION),
+    )
+    yield (
+        "vblora",
+        peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=4, topk=2, **ATTENTION),
+    )
+    yield "randlora", peft.RandLoraConfig(r=4, **ATTENTION)
+    yield (
+        "ia3",
+        peft.IA3Config(
+            target_modules=["v_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
+            **CAUSAL,
+        ),
+    )
+    yield "loha", peft.LoHaConfig(r=4, **ATTENTION)
+    yield "lokr", peft.LoKrConfig(r=4, **ATTENTION)
+    yield (
+        "adalora",
+        peft.AdaLoraConfig(init_r=4, target_r=2, total_step=100, **ATTENTION),
+    )
+    yield "oft", peft.OFTConfig(oft_block_size=4, r=0, **ATTENTION)
+    yield "boft", peft.BOFTConfig(boft_block_size=4, **ATTENTION)
+    yield "hra", peft.HRAConfig(r=4, **ATTENTION)
+    yield "fourier", peft.FourierFTConfig(n_frequency=10, **ATTENTION)
+    yield "norms", peft.LNTuningConfig(target_modules=["input_layernorm"], **CAUSAL)
+    yield (
+        "llama-adapter",
+        peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, **CAUSAL),
+    )
+    yield "prompts", peft.PromptTuningConfig(**PROMPTS)
+    yield "p-tuning", peft.PromptEncoderConfig(encoder_hidden_size=8, **PROMPTS)
+    yield "prefixes", peft.PrefixTuningConfig(**PROMPTS)
+    yield (
+        "projected prefixes",
+        peft.PrefixTuningConfig(
+            prefix_projection=True, encoder_hidden_size=8, **PROMPTS
+        ),
+    )
+
+
+ONLY_PROMPTS_ARE_SAVED = ("p-tuning", "projected prefixes")
+
+
+def sentences(context):
+    generator = torch.Generator().manual_seed(context.node_config["partition-id"])
+    ids = torch.randint(1, 30, (8, 6), generator=generator)
+    return ({"input_ids": ids, "attention_mask": torch.ones_like(ids)},) * 2
+
+
+@pytest.mark.parametrize(("name", "config"), list(table()))
+def test_adapter_of_every_kind_trains_saves_and_leaves_the_base(
+    gpt, tmp_path, name, config
+):
+    plain = AdapterModel(gpt, peft.LoraConfig(r=2, **ATTENTION), "causal-lm")
+    neighbour = plain({})
+    base = {n: p.clone() for n, p in neighbour.named_parameters()}
+    make = AdapterModel(gpt, config, "causal-lm")
+    start = make({})
+    # What is trained is sent, once under whatever names it has.
+    trained = {p.data_ptr() for p in start.parameters() if p.requires_grad}
+    sent = [dict(start.named_parameters())[n].data_ptr() for n in start.state_dict()]
+    assert sorted(sent) == sorted(trained)
+    # A round of training changes the model.
+    app = client_app(adapter_task(make, sentences))
+    grid = LocalGrid(app, 2, {"lr": 0.5, "batch-size": 4})
+    initial = ArrayRecord(start.state_dict())
+    strategy = AdditiveStrategy(fraction_evaluate=0.0)
+    result = strategy.start(grid, initial, num_rounds=1)
+    metrics = result.train_metrics_clientapp[1]
+    assert (metrics["num-replies"], metrics["num-errors"]) == (2, 0)
+    model = make({})
+    model.load_state_dict(result.arrays.to_torch_state_dict())
+    assert not torch.equal(logits(model), logits(start))
+    # Plain peft loads it, and so does a run that goes on.
+    make.save(result.arrays, tmp_path)
+    torch.manual_seed(5)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(gpt)
+    loaded = peft.PeftModel.from_pretrained(loaded, tmp_path)
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-6)
+    again = AdapterModel(gpt, tmp_path, "causal-lm")
+    if name in ONLY_PROMPTS_ARE_SAVED:
+        with pytest.raises(ValueError, match="only the prompts are saved"):
+            again({})
+    else:
+        assert torch.allclose(logits(again({})), logits(model), atol=1e-6)
+        assert again({}).state_dict().keys() == start.state_dict().keys()
+    # No other adapter has noticed.
+    for other in (neighbour, plain({})):
+        for n, p in other.named_parameters():
+            assert torch.equal(p, base[n])
+
+
+def test_unchanged_weights_of_a_changed_base_are_shared(gpt):
+    olora = peft.LoraConfig(r=4, init_lora_weights="olora", **ATTENTION)
+    plain = peft.LoraConfig(r=4, **ATTENTION)
+    first, second = (
+        dict(AdapterModel(gpt, config, "causal-lm")({}).named_parameters())
+        for config in (olora, plain)
+    )
+    frozen = [n for n, p in first.items() if not p.requires_grad]
+    own = {n for n in frozen if first[n].data_ptr() != second[n].data_ptr()}
+    assert own == {n for n in frozen if "q_proj" in n or "v_proj" in n}
+
+
+def test_adapter_that_changes_the_base_at_random(gpt):
+    config = peft.LoraConfig(r=4, init_lora_weights="pissa_niter_4", **ATTENTION)
+    with pytest.raises(ValueError, match="'LoraConfig' must be .* changed at random"):
+        AdapterModel(gpt, config, "causal-lm")({})
+
+
+def test_model_that_does_not_run_with_prompts(bert):
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")
+    with pytest.raises(ValueError, match="with which the model runs: .*past key"):
+        AdapterModel(bert, config)({})
 
 
 # Errors ---------------------------------------------------------------------------
