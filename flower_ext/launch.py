@@ -40,6 +40,7 @@ from flower_ext._runlog import (
     tail,
 )
 from flower_ext.report import SUMMARY_FILE, pool, table
+from flower_ext.shadows import require_own
 
 ConfigValue = str | int | float | bool
 Start = Callable[[Sequence[str], BinaryIO | int], subprocess.Popen[bytes]]
@@ -50,6 +51,7 @@ SUPERLINK = "launch"  # name of the connection in the temporary Flower home
 START_SECONDS = 60.0  # a SuperLink takes 2 to 3 s to listen on an idle machine
 TAIL_LINES = 20
 
+_ROOT = Path(__file__).resolve().parents[1]
 _SETTING = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own grammar
 
 
@@ -121,8 +123,9 @@ def run_app(
     Raises
     ------
     ValueError
-        If an argument is out of range, the folder holds no Flower app, or the app
-        knows no such run-config key.
+        If an argument is out of range, the folder holds no Flower app, the app knows
+        no such run-config key, or the current folder has a module of the same name as
+        one of the app.
     FileNotFoundError
         If this environment has no ``flwr`` or ``flower-superlink``.
     RunFailed
@@ -321,13 +324,19 @@ def _check_positive(**numbers: int) -> None:
 
 def _check_app(app_dir: Path, run_config: Mapping[str, ConfigValue]) -> None:
     """Refuse what Flower would refuse later and less clearly."""
-    config = _app_table(app_dir).get("config", {})
+    table = _app_table(app_dir)
+    config = table.get("config", {})
     known = set(_flat_keys(config if isinstance(config, dict) else {}))
     if unknown := sorted(set(run_config) - known):
         raise ValueError(
             f"run config has no key {', '.join(unknown)}: {app_dir}/pyproject.toml "
             f"lists {', '.join(sorted(known)) or 'none'}"
         )
+    components = table.get("components", {})
+    named = components.values() if isinstance(components, dict) else ()
+    modules = [str(reference).partition(":")[0] for reference in named]
+    require_own(app_dir, modules, [Path.cwd()])
+    require_own(_ROOT, ["flower_ext"], [Path.cwd()])
 
 
 def _app_table(app_dir: Path) -> Mapping[str, object]:
@@ -398,9 +407,8 @@ def _environment(home: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",
     }
-    root = Path(__file__).resolve().parents[1]
-    if root != Path(sysconfig.get_path("purelib")).resolve():  # a checkout
-        paths = [str(root), os.environ.get("PYTHONPATH", "")]
+    if Path(sysconfig.get_path("purelib")).resolve() != _ROOT:  # a checkout
+        paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
         env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return env
 

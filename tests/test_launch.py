@@ -247,6 +247,20 @@ def test_wrong_arguments(app, options, message):
         run_app(app, **options)
 
 
+def test_a_folder_that_hides_the_app_or_this_package_is_refused(
+    app, tmp_path, monkeypatch, capsys
+):
+    for name in ("tiny", "flower_ext"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        monkeypatch.chdir(tmp_path)
+        assert launch.main([str(app)]) == 2
+        error = capsys.readouterr().err
+        assert f"module {name!r} of the app" in error
+        assert str(tmp_path / name / "__init__.py") in error
+        (tmp_path / name / "__init__.py").unlink()
+
+
 def test_folder_without_an_app(tmp_path, capsys):
     assert launch.main([str(tmp_path)]) == 2
     assert "no Flower app: it has no pyproject.toml" in capsys.readouterr().err

@@ -28,7 +28,7 @@ class Setting:
     app : bytes
         The pickled ClientApp or its import string.
     paths : list of str
-        Where the driver finds modules.
+        Where the driver finds modules; workers look there in the same order.
     num_clients, run_id, run_config
         What goes into every client's context.
     client_timeout : float or None
@@ -194,7 +194,9 @@ class Worker:
         """Load the ClientApp in the first call, with as many threads as CPUs."""
         if self._app is None:
             os.environ["OMP_NUM_THREADS"] = str(self._threads)  # torch reads it once
-            sys.path += [path for path in self._setting.paths if path not in sys.path]
+            # Ray looks in the current folder first, where there may be another version.
+            paths = self._setting.paths
+            sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
             from ray import cloudpickle
 
             app = cloudpickle.loads(self._setting.app)
