@@ -42,7 +42,7 @@ from flower_ext.client import CLIENT_HALF_KEY, WRONG_HALF, ClientHalf, Metrics
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.drop_in import DropIn
 from flower_ext.errors import fraction, refuse, whole
-from flower_ext.nodes import Places, wait_for_nodes
+from flower_ext.nodes import Places, is_fixed, wait_for_nodes
 from flower_ext.options import FedAvgOptions
 from flower_ext.partial_sums import NOT_FINITE, PackSum, Summand, Summed
 from flower_ext.privacy.mechanism import Mechanism
@@ -318,7 +318,11 @@ class AdditiveStrategy(FedAvg):
         )
         sampler = self._private.sampler if self._private else self.sampler
         while True:
-            nodes = wait_for_nodes(grid, max(self.min_available_nodes, least))
+            nodes = wait_for_nodes(
+                grid,
+                min_available_nodes=self.min_available_nodes,
+                **{f"min_{purpose}_nodes": least},
+            )
             self._clients = Places(nodes)
             if self._private and purpose == "train":
                 self._private.require_nodes(len(nodes))
@@ -328,7 +332,7 @@ class AdditiveStrategy(FedAvg):
             try:
                 return sampler.sample(nodes, size, server_round, purpose)
             except TooFewClients as problem:
-                if sampler.when_short != "wait":
+                if sampler.when_short != "wait" or is_fixed(grid):
                     raise
                 log(INFO, "%s; waiting for others to connect", problem)
                 time.sleep(1)

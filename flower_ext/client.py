@@ -6,6 +6,7 @@ strategies export beside their halves instead.
 """
 
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -145,6 +146,30 @@ def random_seed(seed: int, server_round: int, client: int, stream: int = 0) -> i
     """Return the seed of one client in one round, the same wherever it runs."""
     sequence = np.random.SeedSequence([seed, server_round, client, stream])
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch, NumPy and Python.
+
+    A client's own code draws from all three: Hugging Face's ``train_test_split`` from
+    NumPy's, an augmentation from Python's.
+    """
+    seed_torch(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+
+
+@contextmanager
+def _same_generators() -> Iterator[None]:
+    """Leave the global generators of torch, NumPy and Python as they were."""
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    python_state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
 
 
 def seed_torch(seed: int) -> None:
@@ -342,8 +367,8 @@ def train(local: Local, half: ClientHalf) -> float:
     local.model.train()
     total, steps = 0.0, 0
     # Dropout has no generator of its own: it draws from torch's global one.
-    with torch.random.fork_rng(devices=[]):
-        seed_torch(local.seed(stream=1))
+    with _same_generators():
+        seed_all(local.seed(stream=1))
         for batch in half.batches(local):
             total += half.step(local, optimizer, batch)
             steps += 1
@@ -488,10 +513,10 @@ def client_app(task: Task, *halves: HalfFactory, mods: Sequence[Mod] = ()) -> Cl
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """Leave torch's random state and number of threads as they were."""
+    """Leave random states and torch's number of threads as they were."""
     threads = torch.get_num_threads()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with _same_generators():
             yield
     finally:
         torch.set_num_threads(threads)
@@ -535,11 +560,11 @@ def _open(task: Task, message: Message, context: Context) -> Local:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # What is random in a model and not sent must agree between clients; a random split
     # of a client's data must be the same in every round.
-    seed_torch(settings.seed)
+    seed_all(settings.seed)
     model = accept_sparse(task.model(context.run_config))
     state = message.content.array_records[ARRAYS_KEY].to_torch_state_dict()
     model.load_state_dict(state)
-    seed_torch(random_seed(settings.seed, 0, _client(context)))
+    seed_all(random_seed(settings.seed, 0, _client(context)))
     train_data, test_data = (
         {name: column.to(device) for name, column in data.items()}
         for data in task.data(context)

@@ -7,7 +7,10 @@ from typing import cast
 
 from flwr.serverapp import Grid
 
-from flower_ext._flower import log
+from flower_ext._flower import in_simulation, log
+from flower_ext.errors import refuse
+
+_SETTLED_SECONDS = 10  # a simulation registers its nodes in milliseconds
 
 
 def ordered_nodes(grid: Grid) -> Sequence[int]:
@@ -27,14 +30,44 @@ def ordered_nodes(grid: Grid) -> Sequence[int]:
     return [node.node_id for node in nodes]
 
 
-def wait_for_nodes(grid: Grid, at_least: int) -> Sequence[int]:
-    """Return the nodes in order, once there are ``at_least`` so many."""
-    while len(nodes := ordered_nodes(grid)) < at_least:
+def is_fixed(grid: Grid) -> bool:
+    """Whether all nodes are there from the start, as on the grids of this package."""
+    return bool(getattr(grid, "is_fixed", False))
+
+
+def wait_for_nodes(grid: Grid, **at_least: int) -> Sequence[int]:
+    """Return the nodes in order, once there are so many.
+
+    Parameters
+    ----------
+    grid : Grid
+        Of the nodes.
+    **at_least : int
+        Options that say how many are needed, by name; the largest counts.
+
+    Raises
+    ------
+    ValueError
+        If the federation has a fixed number of nodes, too few of them.
+    """
+    name = max(at_least, key=lambda option: at_least[option])
+    needed, unchanged, before = at_least[name], 0, -1
+    while len(nodes := ordered_nodes(grid)) < needed:
+        unchanged = unchanged + 1 if len(nodes) == before > 0 else 0
+        settled = in_simulation(grid) and unchanged >= _SETTLED_SECONDS
+        if is_fixed(grid) or settled:
+            refuse(
+                name,
+                needed,
+                f"<= {len(nodes)}, the nodes of this federation",
+                "no other will connect: simulate more clients, or ask for fewer",
+            )
+        before = len(nodes)
         log(
             INFO,
             "Waiting for nodes to connect: %d connected (minimum required: %d).",
             len(nodes),
-            at_least,
+            needed,
         )
         time.sleep(1)
     return nodes

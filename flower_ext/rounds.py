@@ -9,15 +9,26 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from flower_ext._flower import PrivacyBudgetExhausted, log, log_strategy_start_info
+from flower_ext._flower import (
+    InconsistentMessageReplies,
+    PrivacyBudgetExhausted,
+    in_simulation,
+    log,
+    log_strategy_start_info,
+)
 from flower_ext.checkpoint import Checkpoint
 from flower_ext.errors import positive, refuse, whole
+from flower_ext.nodes import is_fixed, wait_for_nodes
 from flower_ext.partial_sums import Summable, Summand, SummingGrid
 from flower_ext.sampling import TooFewClients
 from flower_ext.tracking import Round, Tracker
 from flower_ext.traffic import Traffic, measure
+
+
+class EveryClientFailed(InconsistentMessageReplies):
+    """No client that was asked in the first round did its work."""
 
 
 @dataclass
@@ -25,6 +36,7 @@ class _Phase:
     """What one phase of a round cost."""
 
     down: Traffic
+    asked: int = 0
     up: Traffic = field(default_factory=Traffic)
     seconds: float = 0.0
     replies: list[Message] = field(default_factory=list)
@@ -73,6 +85,10 @@ def run_rounds(
 
     Raises
     ------
+    EveryClientFailed
+        If in the first round of this run, or of its continuation, every client that was
+        asked to train failed, or did not answer in time. Nothing of that round is
+        aggregated or released.
     CheckpointError
         Before the first round, if the folder cannot be written or holds a run of
         another strategy or model. A round that cannot be saved later, for want of
@@ -88,6 +104,8 @@ def run_rounds(
             f"<= {mechanism.num_rounds}",
             "the mechanism's noise is planned for no more",
         )
+    if isinstance(strategy, FedAvg):
+        _require_nodes(strategy, grid)
     log(INFO, "Starting %s strategy:", type(strategy).__name__)
     log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
     strategy.summary()
@@ -153,13 +171,16 @@ def _run(
             messages = strategy.configure_train(
                 current, result.arrays, train_config, grid
             )
-        except (PrivacyBudgetExhausted, TooFewClients) as reason:
+        except (PrivacyBudgetExhausted, TooFewClients) as end:
             if current == 1:
                 raise
-            log(WARNING, "The run ends after round %s: %s", current - 1, reason)
+            log(WARNING, "The run ends after round %s: %s", current - 1, end)
             break
         summand = strategy.summand() if isinstance(strategy, Summable) else None
         train = _exchange(grid, messages, timeout, summand)
+        if current == done + 1 and (reason := _all_failed(train)):
+            # Before anything is released: the rounds to come would end the same way.
+            raise EveryClientFailed(_every("train", current, reason))
         arrays, metrics = strategy.aggregate_train(current, train.replies)
         train.replies = []  # free them before the evaluation
         if arrays is not None:
@@ -176,6 +197,14 @@ def _run(
             strategy.configure_evaluate(current, result.arrays, evaluate_config, grid),
             timeout,
         )
+        if current == done + 1 and (reason := _all_failed(evaluate)):
+            if not train.asked:
+                raise EveryClientFailed(_every("evaluate", current, reason))
+            log(
+                WARNING,
+                "%s\nfraction_evaluate=0.0 asks nobody to evaluate.",
+                _every("evaluate", current, reason),
+            )
         metrics = strategy.aggregate_evaluate(current, evaluate.replies)
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
@@ -209,6 +238,36 @@ def _run(
     return result
 
 
+def _require_nodes(strategy: FedAvg, grid: Grid) -> None:
+    """Refuse to wait for nodes that cannot come, before the first round trains."""
+    if is_fixed(grid) or in_simulation(grid):
+        needed = {"min_available_nodes": strategy.min_available_nodes}
+        if strategy.fraction_train:
+            needed["min_train_nodes"] = strategy.min_train_nodes
+        if strategy.fraction_evaluate:
+            needed["min_evaluate_nodes"] = strategy.min_evaluate_nodes
+        if len(needed) > 1:
+            wait_for_nodes(grid, **needed)
+
+
+def _all_failed(phase: _Phase) -> str:
+    """Return the first reason if every client failed; nobody asked is no failure."""
+    if not phase.asked or not all(reply.has_error() for reply in phase.replies):
+        return ""
+    for reply in phase.replies:
+        node, why = reply.metadata.src_node_id, reply.error.reason
+        log(INFO, "\t> Received error in reply from node %d: %s", node, why)
+    reasons = (reply.error.reason for reply in phase.replies)
+    return next(filter(None, reasons), "no reply in time")
+
+
+def _every(what: str, server_round: int, reason: str) -> str:
+    return (
+        f"every client that was asked to {what} in round {server_round} failed. The "
+        f"first one's reason: {reason}"
+    )
+
+
 def _record(name: str, config: ConfigRecord | None) -> ConfigRecord:
     """Return a copy for this run: its changes are none of the next run's."""
     if not isinstance(config, Mapping | None):
@@ -225,7 +284,7 @@ def _exchange(
     """Send messages, wait for the replies, and count the bytes of both."""
     begun = time.monotonic()
     messages = list(messages)
-    phase = _Phase(measure(messages))
+    phase = _Phase(measure(messages), len(messages))
     if summand is not None and isinstance(grid, SummingGrid):
         replies = grid.send_and_sum(messages, summand, timeout=timeout)
     else:

@@ -2,7 +2,9 @@
 
 import functools
 import math
+import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from flwr.app import (
 from ray import cloudpickle
 from torch import nn
 
+from flower_ext.additive import AdditiveStrategy
 from flower_ext.arrays import to_record
 from flower_ext.client import (
     ClientHalf,
@@ -31,6 +34,7 @@ from flower_ext.client import (
     random_seed,
     train,
 )
+from flower_ext.rounds import run_rounds
 from flower_ext.simulation.local import LocalGrid
 
 EXAMPLES = 10
@@ -525,6 +529,68 @@ def local():
 def test_a_client_without_partition_goes_by_its_node(local):
     assert local.client == 4711
     assert local.seed() == random_seed(0, 2, 4711)
+
+
+def draw():
+    """Draw from the global generators that a client's own code may draw from."""
+    return [
+        float(torch.rand(())),
+        float(np.random.rand()),  # noqa: NPY002
+        random.random(),
+    ]
+
+
+def test_a_clients_own_random_choices_depend_on_the_seed_alone(task, initial):
+    """Of its model in the seed, of its data in the client, of its loss in the round."""
+
+    def drawn(seed, num_rounds=2):
+        found = {"model": [], "data": [], "loss": []}
+
+        def noting(name, function):
+            def call(*arguments):
+                found[name].append(draw())
+                return function(*arguments)
+
+            return call
+
+        own = replace(
+            task,
+            model=noting("model", task.model),
+            data=noting("data", task.data),
+            loss=noting("loss", task.loss),
+        )
+        grid = LocalGrid(client_app(own), 2, {"seed": seed, "lr": 0.1})
+        draw()  # where a run begins must not matter
+        run_rounds(AdditiveStrategy(), grid, initial, num_rounds=num_rounds)
+        return found
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert first == again
+    for name in first:
+        assert all(a != b for a, b in zip(first[name], other[name], strict=True))
+        for i in range(3):  # torch, NumPy, Python
+            values = {draws[i] for draws in first[name]}
+            if name == "model":
+                assert len(values) == 1  # what is not sent agrees between clients
+            elif name == "data":
+                assert len(values) == 2  # one a client, the same in every round
+            else:
+                assert len(values) > 4
+
+
+def test_the_global_generators_are_left_as_they_were(task, initial):
+    grid = LocalGrid(client_app(task), 2, {"lr": 0.1})
+
+    def reset():
+        for seed in (np.random.seed, random.seed, torch.manual_seed):
+            seed(5)
+
+    reset()
+    expected = [draw(), draw()]
+    reset()
+    before = draw()
+    AdditiveStrategy().start(grid, initial, num_rounds=1)
+    assert [before, draw()] == expected
 
 
 def test_training_on_its_own_leaves_the_global_random_state_as_it_was(local):

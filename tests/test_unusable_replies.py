@@ -1,5 +1,6 @@
 """Rounds with too few replies, and with replies that must not spoil the model."""
 
+import itertools
 import logging
 import re
 from math import inf, nan
@@ -14,7 +15,9 @@ from flwr.serverapp.strategy import FedAvg
 from flower_ext.additive import AdditiveStrategy
 from flower_ext.arrays import from_record, to_record
 from flower_ext.client import ClientHalf, client_app
-from flower_ext.sampling import UniformSampler
+from flower_ext.privacy.mechanism import Mechanism
+from flower_ext.rounds import EveryClientFailed, run_rounds
+from flower_ext.sampling import PoissonSampler, UniformSampler
 from flower_ext.server_optimizer import Adam
 from flower_ext.simulation.local import LocalGrid
 
@@ -81,15 +84,92 @@ def test_a_reply_that_weighs_nothing_changes_nothing(aggregate, reply):
     assert metrics["loss"] == 1
 
 
-def test_a_run_in_which_nothing_changed_returns_the_initial_model(scripted):
-    grid = scripted([RuntimeError("down")] * 3)
+def test_a_run_in_which_nothing_changed_returns_the_initial_model(scripted, reply):
+    contents = [RuntimeError("down")] * 2
+    grid = scripted([reply(SENT, 0.0), *contents])
     initial = to_record(SENT)
     result = AdditiveStrategy().start(grid, initial, num_rounds=2)
     assert result.arrays == initial
     assert [counts(m) for m in result.train_metrics_clientapp.values()] == [
-        (0, 3, 0),
-        (0, 3, 0),
+        (1, 2, 0),
+        (1, 2, 0),
     ]
+
+
+STRATEGIES = {
+    "ours": AdditiveStrategy,
+    "private": lambda: AdditiveStrategy(
+        mechanism=Mechanism(
+            num_rounds=3,
+            num_sampled_clients=3,
+            population_size=3,
+            noise_multiplier=1.0,
+            factorization="identity",
+        )
+    ),
+    "Flower's": FedAvg,
+}
+
+
+@pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES)
+def test_a_first_round_of_failures_ends_the_run_with_the_reason(scripted, make):
+    aggregated = []
+
+    class Strategy(type(make())):
+        def aggregate_train(self, server_round, replies):
+            aggregated.append(server_round)
+            return super().aggregate_train(server_round, replies)
+
+    strategy = make()
+    strategy.__class__ = Strategy
+    grid = scripted([RuntimeError("no data here")] * 3)
+    text = r"asked to train in round 1 failed.* reason: RuntimeError: no data here"
+    with pytest.raises(EveryClientFailed, match=text):
+        run_rounds(strategy, grid, to_record(SENT), num_rounds=3)
+    assert not aggregated
+
+
+def test_failures_of_a_later_round_keep_the_model(scripted, reply):
+    grid = scripted([reply({k: x + 1 for k, x in SENT.items()})] * 2)
+    send, rounds = grid.send_and_receive, itertools.count(1)
+
+    def failing_later(messages, *, timeout=None):
+        down = scripted([RuntimeError("down")] * 2).send_and_receive
+        return (send if next(rounds) == 1 else down)(messages)
+
+    grid.send_and_receive = failing_later
+    strategy = AdditiveStrategy(fraction_evaluate=0.0)
+    result = strategy.start(grid, to_record(SENT), num_rounds=3)
+    assert [counts(m) for m in result.train_metrics_clientapp.values()] == [
+        (2, 0, 0),
+        (0, 2, 0),
+        (0, 2, 0),
+    ]
+
+
+def test_a_round_of_nobody_is_no_round_of_failures(scripted, reply):
+    sampler = PoissonSampler(probability=1e-9)
+    strategy = AdditiveStrategy(sampler=sampler, fraction_evaluate=0.0)
+    result = strategy.start(scripted([reply(SENT)] * 3), to_record(SENT))
+    assert result.arrays == to_record(SENT)
+
+
+def test_clients_that_do_not_answer_in_time_are_failures(scripted, reply):
+    grid = scripted([reply(SENT)] * 2)
+    grid.send_and_receive = lambda messages, *, timeout=None: []
+    with pytest.raises(EveryClientFailed, match="reason: no reply in time"):
+        AdditiveStrategy().start(grid, to_record(SENT))
+
+
+def test_clients_without_an_evaluation_are_named_once(reply, caplog):
+    app = ClientApp()
+    app.train()(lambda message, context: Message(reply(SENT), reply_to=message))
+    grid = LocalGrid(app, 2)
+    AdditiveStrategy().start(grid, to_record(SENT), num_rounds=3)
+    assert caplog.text.count("asked to evaluate in round 1 failed") == 1
+    assert "fraction_evaluate=0.0 asks nobody" in caplog.text
+    with pytest.raises(EveryClientFailed, match="asked to evaluate in round 1"):
+        AdditiveStrategy(fraction_train=0.0).start(grid, to_record(SENT))
 
 
 def test_a_kept_model_is_sent_again_in_the_next_round(reply):

@@ -84,7 +84,7 @@ def run_client(
             content = reply.content
     except OverTime:
         error = over_time(limit)
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         reason = f"{type(problem).__name__}: {problem}\n{traceback.format_exc()}"
         error = Error(CLIENT_RAISED, reason)
     return Outcome(job.key, content, error, time.perf_counter() - begun)

@@ -37,8 +37,8 @@ class LocalGrid(OwnGrid):
 
     Every client has its own :class:`~flwr.app.Context` with ``partition-id`` and
     ``num-partitions``, whose ``state`` lasts as long as the grid; an exception in a
-    client becomes that client's error reply, as under Ray. Clients get records of
-    their own, so that one cannot change what another receives.
+    client, ``sys.exit`` included, becomes that client's error reply, as under Ray.
+    Clients get records of their own, so that one cannot change what another receives.
 
     Parameters
     ----------
@@ -77,6 +77,7 @@ class LocalGrid(OwnGrid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the node ids, in the order of the partitions."""
+        self._look(self._contexts)
         return list(self._contexts)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
@@ -88,6 +89,7 @@ class LocalGrid(OwnGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Run the client of every message."""
+        self._looks = 0
         ids = []
         for message in messages:
             node = message.metadata.dst_node_id
@@ -121,7 +123,7 @@ class LocalGrid(OwnGrid):
             if not isinstance(reply, Message):
                 raise TypeError(f"a client must return a Message, not {reply!r}")
             return reply
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
             return Message(Error(CLIENT_RAISED, reason), reply_to=own)
 

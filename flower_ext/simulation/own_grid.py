@@ -1,17 +1,43 @@
 """What the grids of this package have in common."""
 
+import time
+from collections.abc import Iterable
+
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from flower_ext._flower import Run, ensure_task_identity
 
+# Flower's strategies look for nodes every second until there are enough.
+_PAUSE, _MOST_LOOKS = 0.5, 5
+
 
 class OwnGrid(Grid):
-    """A grid that makes its messages itself."""
+    """A grid that makes its messages itself, with nodes that are there from the start.
+
+    Code that waits for others, by asking for the nodes every second and sending
+    nothing, is told that none will come.
+    """
+
+    is_fixed = True
 
     def __init__(self, run: Run) -> None:
         ensure_task_identity()
         self._run = run
+        self._looks = 0  # for nodes, one a pause, since a message was sent
+        self._looked = 0.0
+
+    def _look(self, nodes: Iterable[int]) -> None:
+        now = time.monotonic()
+        self._looks = self._looks + 1 if now - self._looked > _PAUSE else 1
+        self._looked = now
+        if self._looks > _MOST_LOOKS:
+            raise RuntimeError(
+                f"the ServerApp waits for more nodes than the {len(list(nodes))} of "
+                "this federation, and no other will connect: simulate more clients, or "
+                "ask for fewer (min_available_nodes, min_train_nodes, "
+                "min_evaluate_nodes)"
+            )
 
     def set_run(self, run: Run) -> None:
         """Set the run this grid operates in."""

@@ -177,6 +177,7 @@ class PackedGrid(OwnGrid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the numbers of the clients, in order."""
+        self._look(self._clients)
         return self._clients
 
     def get_nodes(self) -> Iterable[NodeInfo]:
@@ -193,6 +194,7 @@ class PackedGrid(OwnGrid):
         return self._push(messages, None)
 
     def _push(self, messages: Iterable[Message], summand: Summand | None) -> list[str]:
+        self._looks = 0
         keyed = [(next(self._keys), message) for message in messages]
         for key, message in keyed:
             client = message.metadata.dst_node_id

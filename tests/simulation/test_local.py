@@ -1,6 +1,7 @@
 """The in-process grid: what a client sees, and what comes back."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -249,6 +250,22 @@ def test_an_exception_becomes_the_clients_error_reply():
     assert error.reason.startswith("ValueError: lr must be positive")
     assert "in fail" in error.reason
     assert replies[1].metadata.src_node_id == list(grid.get_node_ids())[1]
+
+
+def test_a_client_that_ends_its_process_is_an_error_reply():
+    def leave(content, context):
+        sys.exit("no licence")
+
+    for reply in ask(LocalGrid(app_of(leave), 2)):
+        assert reply.error.reason.startswith("SystemExit: no licence")
+
+
+def test_an_interrupt_in_a_client_reaches_the_caller():
+    def interrupted(content, context):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(LocalGrid(app_of(interrupted), 2))
 
 
 def test_a_client_that_returns_no_message_is_an_error_reply():
