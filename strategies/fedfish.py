@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from flower_ext.additive import AdditiveStrategy, Config
-from flower_ext.arrays import Arrays, is_averaged, multiply, zeros_like
+from flower_ext.arrays import Arrays, Term, is_averaged, multiply, scale, zeros_like
 from flower_ext.client import ClientHalf, Local, Metrics, batches, num_examples
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.drop_in import DropIn
 from flower_ext.errors import refuse
-from flower_ext.fisher import SquaredGradients, per_example, tensor_record
+from flower_ext.fisher import Batch, SquaredGradients, per_example, tensor_record
 from flower_ext.options import AdditiveOptions
 from flower_ext.replies import MalformedReply, read_arrays, read_scalar
 
@@ -41,6 +42,7 @@ BARRIER = "barrier"
 BARRIER_EXAMPLES = "barrier-examples"
 
 Estimator = Literal["last-epoch", "all-epochs", "per-example", "sampled"]
+Normalization = Literal["client", "none"]
 
 
 def function_space_mean(
@@ -95,9 +97,36 @@ def function_space_mean(
     return direction
 
 
+def normalized(fisher: Arrays, size: int) -> dict[str, Term]:
+    r"""Return a client's Fisher divided by its own mean, and by the model's size.
+
+    Clients then count by their examples alone, not by how large their gradients are.
+    The size is common to all and cancels; with it no Fisher has an l2 norm above 1,
+    whatever a client sends. One that is zero throughout stays so.
+
+    Parameters
+    ----------
+    fisher : dict[str, ndarray]
+        Squares, >= 0, of some or all of the model's arrays.
+    size : int
+        Number of coordinates of the model.
+
+    Examples
+    --------
+    >>> found = normalized({"w": np.array([1.0, 3.0]), "b": np.array([5.0])}, size=3)
+    >>> {name: x.numpy().round(3).tolist() for name, x in found.items()}
+    {'w': [0.111, 0.333], 'b': [0.556]}
+    """
+    mean = _mean(fisher)
+    if mean == 0:
+        return dict(fisher)
+    return {name: scale(x, 1 / mean / size) for name, x in fisher.items()}
+
+
 def _mean(arrays: Arrays) -> float:
     size = sum(x.size for x in arrays.values())
-    return float(sum(np.sum(x) for x in arrays.values())) / max(size, 1)
+    total = sum(float(np.sum(x, dtype=np.float64)) for x in arrays.values())
+    return total / max(size, 1)
 
 
 class FedFishClient(ClientHalf):
@@ -112,6 +141,7 @@ class FedFishClient(ClientHalf):
 
     def __init__(self) -> None:
         self._gradients: SquaredGradients | None = None
+        self._examples = 0
 
     def begin(self, local: Local) -> None:
         """Choose the passes that count."""
@@ -128,10 +158,15 @@ class FedFishClient(ClientHalf):
                 local.model, window, skip=local.num_steps - window
             )
 
+    def objective(self, losses: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss, and count what it is the mean of."""
+        self._examples = len(losses)
+        return super().objective(losses, batch)
+
     def after_backward(self, model: nn.Module) -> None:
         """Take in the squared gradients."""
         if self._gradients:
-            self._gradients.add()
+            self._gradients.add(self._examples)
 
     def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
         """Return the Fisher; keep the loss for the barrier."""
@@ -169,8 +204,14 @@ def _afterwards(local: Local) -> dict[str, Tensor]:
     return per_example(local.model, local.task.loss, drawn)
 
 
-def watch_fisher(model: nn.Module, batches_per_epoch: int) -> SquaredGradients:
-    """Collect the last epoch's Fisher in a training loop of one's own.
+def watch_fisher(
+    model: nn.Module,
+    batches_per_epoch: int | None = None,
+    *,
+    optimizer: Optimizer | None = None,
+    batch_size: int | None = None,
+) -> SquaredGradients:
+    """Collect the Fisher in a training loop of one's own.
 
     Two lines turn a stock client into one of FedFish: one before the training, and
     ``"fisher": fisher.record()`` in the reply.
@@ -178,11 +219,31 @@ def watch_fisher(model: nn.Module, batches_per_epoch: int) -> SquaredGradients:
     Parameters
     ----------
     model : torch.nn.Module
-        Before training, with the received weights.
-    batches_per_epoch : int
-        Usually ``len(trainloader)``.
+        Before training, with the received weights: what the loop calls, or what is in
+        it (of ``torch.compile``, ``DataParallel``, Opacus).
+    batches_per_epoch : int, optional
+        Collect the last epoch's: its number of optimizer steps, usually
+        ``len(trainloader)``, less where gradients are accumulated. All steps count
+        without it.
+    optimizer, batch_size
+        Whose steps count, and how many examples a step has, where that cannot be seen:
+        see :meth:`flower_ext.fisher.SquaredGradients.watch`.
+
+    Returns
+    -------
+    SquaredGradients
+        Its :meth:`~flower_ext.fisher.SquaredGradients.record` goes into the reply,
+        under the names of the reply's arrays.
+
+    Notes
+    -----
+    Gradients are taken when a torch optimizer steps with them: right with gradient
+    scaling, accumulation and closures, and after clipping, if the loop clips. Under
+    Opacus they are those that its optimizer releases. The loss must be a mean over the
+    batch.
     """
-    return SquaredGradients(model, batches_per_epoch).watch()
+    fisher = SquaredGradients(model, batches_per_epoch)
+    return fisher.watch(optimizer, batch_size)
 
 
 class FedFish(AdditiveStrategy):
@@ -245,6 +306,7 @@ class FedFish(AdditiveStrategy):
         *,
         damping: float = 0.1,
         estimator: Estimator = "last-epoch",
+        normalization: Normalization = "none",
         barrier: bool = False,
         **options: Unpack[AdditiveOptions],
     ) -> None:
@@ -257,8 +319,11 @@ class FedFish(AdditiveStrategy):
             refuse("barrier", barrier, "True or False")
         if estimator not in get_args(Estimator):
             refuse("estimator", estimator, f"one of {get_args(Estimator)}")
+        if normalization not in get_args(Normalization):
+            refuse("normalization", normalization, f"one of {get_args(Normalization)}")
         self.damping = float(damping)
         self.estimator = estimator
+        self.normalization = normalization
         self.barrier = barrier
 
     def client_config(self) -> Config:
@@ -269,6 +334,12 @@ class FedFish(AdditiveStrategy):
         r"""Return :math:`\Delta_k`, :math:`F_k` and their product, weighted by n_k."""
         delta = self.delta(reply, sent)
         record = reply.array_records.get(FISHER_KEY, ArrayRecord())
+        if unknown := sorted(set(record) - set(sent)):
+            raise MalformedReply(
+                f"ArrayRecord {FISHER_KEY!r} must have names of the model's arrays, "
+                f"unknown {unknown[:5]}: watch_fisher(...).record(arrays) takes those "
+                "of the reply"
+            )
         fisher = read_arrays(
             reply,
             FISHER_KEY,
@@ -276,9 +347,12 @@ class FedFish(AdditiveStrategy):
         )
         if not fisher or any(np.min(f, initial=0) < 0 for f in fisher.values()):
             raise MalformedReply(f"ArrayRecord {FISHER_KEY!r} must hold squares, >= 0")
-        product = {name: multiply(f, delta[name]) for name, f in fisher.items()}
+        terms: dict[str, Term] = dict(fisher)
+        if self.normalization == "client":
+            terms = normalized(fisher, sum(x.size for x in sent.values()))
+        product = {name: multiply(f, delta[name]) for name, f in terms.items()}
         return Contribution(
-            {DELTA: delta, FISHER_KEY: fisher, FISHER_DELTA: product},
+            {DELTA: delta, FISHER_KEY: terms, FISHER_DELTA: product},
             self.weight(reply),
         )
 
@@ -324,6 +398,7 @@ class FedFish(AdditiveStrategy):
         return {
             "Damping": self.damping,
             "Fisher": self.estimator,
+            "Normalization": self.normalization,
             "Client-Server Barrier": self.barrier,
             **super().settings(),
         }

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from flower_ext._flower import InconsistentMessageReplies
 from flower_ext.additive import AdditiveStrategy
-from flower_ext.arrays import from_record, to_record
+from flower_ext.arrays import Lazy, from_record, to_record
 from flower_ext.client import Task, client_app, random_seed
 from flower_ext.server_optimizer import SGD, Adam
 from flower_ext.simulation.local import LocalGrid
@@ -26,6 +27,7 @@ from flower_ext.strategies.fedfish import (
     FedFish,
     FedFishClient,
     function_space_mean,
+    normalized,
     watch_fisher,
 )
 
@@ -325,7 +327,10 @@ def test_array_that_only_one_client_knows(known, aggregate):
         ({"w": np.float32([1])}, r"is float32\[1\], expected float32\[2\]"),
         ({"w": np.float32([[1, 1]])}, r"is float32\[1, 2\], expected float32\[2\]"),
         ({"w": np.array([1, 1])}, r"is int64\[2\], expected float32\[2\]"),
-        ({"v": np.float32([1, 1])}, r"unknown \['v'\]"),
+        (
+            {"v": np.float32([1, 1])},
+            r"'fisher' must have names of the model's arrays, unknown \['v'\]",
+        ),
         ({"w": np.float32([1, 1]), "n": np.array(1)}, r"unknown \['n'\]"),
     ],
 )
@@ -342,7 +347,107 @@ def test_reply_without_a_usable_fisher_is_dropped(
     assert re.search(reason, caplog.text)
 
 
+def test_fishers_of_a_round_under_other_names_end_the_run(known, aggregate):
+    """A client that names its Fisher otherwise gets no round without being told."""
+    sent = {"layer.lora_A.weight": np.float32([0, 0])}
+    squares = {"layer.lora_A.default.weight": np.float32([1, 1])}
+    with pytest.raises(InconsistentMessageReplies, match=r"record\(arrays\) takes"):
+        aggregate(FedFish(), sent, [known(sent, squares)] * 2)
+
+
+# Clients of the same scale --------------------------------------------------------
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(cohorts(), st.integers(0, 4), st.sampled_from([1e-30, 1e-3, 1e6, 1e30]))
+def test_normalized_fishers_do_not_depend_on_their_scale(cohort, client, factor):
+    _, fishers, _ = cohort
+    fisher = fishers[client % len(fishers)].astype(np.float64)
+    one, other = (
+        normalized({"w": x[:1], "b": x[1:]}, size=len(fisher))
+        for x in (fisher, fisher * factor)
+    )
+    for name, term in one.items():
+        assert np.asarray(array_of(other[name])) == pytest.approx(array_of(term))
+    total = sum(float(array_of(x).sum()) for x in one.values())
+    assert total == pytest.approx(1.0 if fisher.any() else 0.0)
+
+
+def array_of(term):
+    return term.numpy() if isinstance(term, Lazy) else term
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1, inf])
+def test_client_normalization_is_the_formula_with_each_mean_one(
+    known, aggregate, damping
+):
+    rng = np.random.default_rng(2)
+    deltas = rng.normal(size=(3, 4)).astype(np.float32)
+    fishers = rng.exponential(size=(3, 4)) * [[1e-6], [1.0], [1e4]]
+    fishers, weights = fishers.astype(np.float32), np.array([3.0, 1.0, 7.0])
+    sent = {"w": np.zeros(3, np.float32), "b": np.zeros(1, np.float32)}
+
+    def split(row):
+        return {"w": row[:3], "b": row[3:]}
+
+    contents = [
+        known(split(delta), split(fisher), weight)
+        for delta, fisher, weight in zip(deltas, fishers, weights, strict=True)
+    ]
+    strategy = FedFish(damping=damping, normalization="client", **ANY)
+    new, _ = aggregate(strategy, sent, contents)
+    alike = fishers / fishers.mean(1, keepdims=True)
+    expected = by_definition(deltas, alike, weights, damping)
+    assert np.concatenate([new["w"], new["b"]]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_client_normalization_compares_coordinates_of_clients_that_know_parts(
+    known, aggregate
+):
+    sent = {"a": np.float32([0]), "b": np.float32([0])}
+    one = np.float32([1])
+    contents = [
+        known({"a": one, "b": one}, {"a": one, "b": one}),
+        known({"a": 3 * one, "b": 3 * one}, {"a": 50 * one}),
+        known({"a": 5 * one, "b": 5 * one}, {"a": 0 * one, "b": 0 * one}),
+    ]
+    new, _ = aggregate(FedFish(damping=0.0, normalization="client"), sent, contents)
+    assert new["a"] == pytest.approx([2.0])
+    assert new["b"] == pytest.approx([1.0])
+
+
 # The Fisher that clients send -----------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["last-epoch", "all-epochs"])
+def test_clients_alike_but_for_their_number_of_examples_have_the_same_fisher(
+    linear_task, estimator
+):
+    """At the solution w: the gradient is -e * x, with e standard normal, and F = 1.
+
+    33 examples are batches of 32 and of 1, 5 one short batch.
+    """
+    rng = np.random.default_rng(0)
+    sizes, clients = (5, 33, 64, 320), 40
+    data = []
+    for n in sizes:
+        for _ in range(clients):
+            x = rng.choice([-1.0, 1.0], size=(n, 8))
+            data.append({"x": x, "y": x @ np.arange(8) + rng.normal(size=n)})
+    task = linear_task(data, 8)
+    config = {"lr": 0.0, "batch-size": 32, "local-epochs": 2}
+    grid = LocalGrid(client_app(task, FedFishClient), len(data), config)
+    solution = to_record({"weight": np.arange(8, dtype=np.float32)[None]})
+    strategy = FedFish(estimator=estimator)
+    messages = strategy.configure_train(1, solution, ConfigRecord(), grid)
+    fishers = [
+        float(reply.content["fisher"]["weight"].numpy().mean())
+        for reply in grid.send_and_receive(messages)
+    ]
+    means = np.reshape(fishers, (len(sizes), clients)).mean(1)
+    # The square of a coordinate has standard deviation of about 2 ** 0.5, and those
+    # of a client share e: two of 40 clients' mean are below 0.5.
+    assert means == pytest.approx(np.ones(len(sizes)), abs=0.5)
 
 
 def make_mlp(config):
@@ -386,7 +491,7 @@ def loop_by_hand(epochs, clipped_to=None):
             batch = {name: column[chosen] for name, column in columns.items()}
             loss = cross_entropy(model, batch).mean()
             gradients = torch.autograd.grad(loss, list(parameters.values()))
-            passes.append([g.square() for g in gradients])
+            passes.append([len(chosen), [g.square() for g in gradients]])
             norm = torch.cat([g.flatten() for g in gradients]).norm()
             scale = 1.0 if clipped_to is None else min(1.0, clipped_to / float(norm))
             with torch.no_grad():
@@ -400,8 +505,13 @@ def mlp_data_of(client):
     return mlp_data(context)[0]
 
 
-def mean_of(passes):
-    return [torch.stack(squares).mean(0) for squares in zip(*passes, strict=True)]
+def fisher_of(passes):
+    """Squares of the examples' summed gradients over the number of examples."""
+    sizes, squares = zip(*passes, strict=True)
+    return [
+        sum(b**2 * g for b, g in zip(sizes, parameter, strict=True)) / sum(sizes)
+        for parameter in zip(*squares, strict=True)
+    ]
 
 
 def close(record, expected):
@@ -422,9 +532,9 @@ def test_last_epoch_and_all_epochs_equal_a_loop_by_hand():
     )
     assert list(last["fisher"]) == list(parameters)
     assert close(last["arrays"], list(parameters.values()))
-    assert close(last["fisher"], mean_of(passes[-PASSES_PER_EPOCH:]))
-    assert close(everything["fisher"], mean_of(passes))
-    assert not close(last["fisher"], mean_of(passes))
+    assert close(last["fisher"], fisher_of(passes[-PASSES_PER_EPOCH:]))
+    assert close(everything["fisher"], fisher_of(passes))
+    assert not close(last["fisher"], fisher_of(passes))
     assert all(array.dtype == "float32" for array in last["fisher"].values())
 
 
@@ -433,9 +543,9 @@ def test_local_steps_count_the_last_ones(steps):
     config = {**CONFIG, "local-steps": steps}
     _, passes = loop_by_hand(epochs=3)
     last = answer(FedFish(), MLP, config=config).content["fisher"]
-    assert close(last, mean_of(passes[max(0, steps - PASSES_PER_EPOCH) : steps]))
+    assert close(last, fisher_of(passes[max(0, steps - PASSES_PER_EPOCH) : steps]))
     everything = answer(FedFish(estimator="all-epochs"), MLP, config=config)
-    assert close(everything.content["fisher"], mean_of(passes[:steps]))
+    assert close(everything.content["fisher"], fisher_of(passes[:steps]))
 
 
 def test_fisher_is_of_gradients_before_they_are_clipped():
@@ -443,7 +553,7 @@ def test_fisher_is_of_gradients_before_they_are_clipped():
     config = {**CONFIG, "local-epochs": 1, "max-gradient-norm": 0.01}
     content = answer(FedFish(), MLP, config=config).content
     assert close(content["arrays"], list(parameters.values()))
-    assert close(content["fisher"], mean_of(passes))
+    assert close(content["fisher"], fisher_of(passes))
 
 
 def never(model, batch, generator):
@@ -460,8 +570,8 @@ def test_per_example_is_taken_at_the_trained_model_with_the_datas_labels():
         example = {name: column[i : i + 1] for name, column in columns.items()}
         loss = cross_entropy(model, example).sum()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        squares.append([g.square() for g in gradients])
-    assert close(content["fisher"], mean_of(squares))
+        squares.append([1, [g.square() for g in gradients]])
+    assert close(content["fisher"], fisher_of(squares))
 
 
 def test_sampled_is_the_closed_form_of_a_linear_gaussian_model(linear_task):
@@ -727,6 +837,7 @@ def test_summary_logs_the_settings(caplog):
         ({"damping": None}, "damping=None must be >= 0"),
         ({"estimator": "exact"}, "estimator='exact' must be one of .*'last-epoch'"),
         ({"estimator": ["sampled"]}, r"estimator=\['sampled'\] must be one of"),
+        ({"normalization": "mean"}, "normalization='mean' must be one of .*'client'"),
         ({"barrier": "no"}, "barrier='no' must be True or False"),
         ({"min_replies": 0}, "min_replies=0 must be an integer >= 1"),
         ({"fraction_train": 2.0}, "fraction_train=2.0 must be between 0 and 1"),
