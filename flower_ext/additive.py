@@ -29,7 +29,12 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from flower_ext._flower import AggregationError, InconsistentMessageReplies, log
+from flower_ext._flower import (
+    AggregationError,
+    InconsistentMessageReplies,
+    in_simulation,
+    log,
+)
 from flower_ext.arrays import (
     Arrays,
     Term,
@@ -101,7 +106,8 @@ class AdditiveStrategy(FedAvg):
     A subclass overrides :meth:`contribution` and :meth:`update`, and, where it needs
     them, :meth:`zero`, :meth:`report`, :meth:`client_config`, :meth:`state_dict` and
     :meth:`settings`. Round metrics hold ``num-replies``, ``num-errors`` and
-    ``num-dropped`` beside the clients' own.
+    ``num-dropped`` beside the clients' own, unless a mechanism counts on secret
+    cohorts.
 
     Examples
     --------
@@ -154,6 +160,7 @@ class AdditiveStrategy(FedAvg):
         self._clients: Mapping[int, int] = {}
         self._cohort: dict[int, int] = {}
         self._evaluators: dict[int, int] = {}
+        self._number = 0  # what the sampler was last told to be the round of training
         self._understood = False  # whether any reply has ever been usable
 
     def _under(self, mechanism: Mechanism, options: FedAvgOptions) -> PrivateSum:
@@ -175,12 +182,19 @@ class AdditiveStrategy(FedAvg):
                 "1 with a mechanism",
                 "whether a round is released must not depend on the replies",
             )
+        # Another strategy may have been given the same: each run remembers its own.
+        self.sampler = copy.deepcopy(self.sampler)
         return PrivateSum(mechanism, self.sampler, self.scales)
 
     @property
     def mechanism(self) -> Mechanism | None:
         """What makes the run private, if it is."""
         return self._private.mechanism if self._private else None
+
+    @property
+    def _hides_cohorts(self) -> bool:
+        """Whether nothing that depends on a cohort may leave the server."""
+        return self.mechanism is not None and self.mechanism.hides_cohorts
 
     # What a strategy says ---------------------------------------------------------
 
@@ -275,8 +289,11 @@ class AdditiveStrategy(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Draw the cohort that evaluates and broadcast the model."""
-        if self.fraction_evaluate == 0.0:
+        """Draw the cohort that evaluates and broadcast the model.
+
+        Nobody is asked where the answers would be withheld.
+        """
+        if not self._evaluates:
             return []
         messages = self._broadcast(server_round, arrays, config, grid, "evaluate")
         asked = [message.metadata.dst_node_id for message in messages]
@@ -292,13 +309,14 @@ class AdditiveStrategy(FedAvg):
         purpose: Purpose,
     ) -> list[Message]:
         cohort = self._draw(server_round, grid, purpose)
-        log(
-            INFO,
-            "configure_%s: Sampled %s nodes (out of %s)",
-            purpose,
-            len(cohort),
-            len(self._clients),
-        )
+        if not self._hides_cohorts:
+            log(
+                INFO,
+                "configure_%s: Sampled %s nodes (out of %s)",
+                purpose,
+                len(cohort),
+                len(self._clients),
+            )
         config["server-round"] = server_round  # where Flower's strategies leave it
         told = ConfigRecord({**config, **self.client_config()})
         if self.client_half is not None:
@@ -317,6 +335,11 @@ class AdditiveStrategy(FedAvg):
             else (self.fraction_evaluate, self.min_evaluate_nodes)
         )
         sampler = self._private.sampler if self._private else self.sampler
+        number = server_round
+        if self._private:
+            if purpose == "train":
+                self._number = self._private.number(server_round)
+            number = self._number or server_round
         while True:
             nodes = wait_for_nodes(
                 grid,
@@ -324,18 +347,24 @@ class AdditiveStrategy(FedAvg):
                 **{f"min_{purpose}_nodes": least},
             )
             self._clients = Places(nodes)
+            # In a simulation ids are new in every run; places are the partitions.
+            names = range(len(nodes)) if in_simulation(grid) else nodes
             if self._private and purpose == "train":
                 self._private.require_nodes(len(nodes))
                 size = self._private.mechanism.cohort
             else:
                 size = max(int(len(nodes) * share), least)
             try:
-                return sampler.sample(nodes, size, server_round, purpose)
+                chosen = sampler.sample(names, size, number, purpose)
             except TooFewClients as problem:
                 if sampler.when_short != "wait" or is_fixed(grid):
                     raise
                 log(INFO, "%s; waiting for others to connect", problem)
                 time.sleep(1)
+                continue
+            if self._private:
+                self._private.require_population(sampler.num_known)
+            return [nodes[i] for i in chosen] if names is not nodes else chosen
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -345,18 +374,21 @@ class AdditiveStrategy(FedAvg):
             if not list(replies):
                 return None, None
             raise AggregationError("aggregate_train needs configure_train before it")
-        sorted_ = sort_replies(replies, self._cohort)
-        if not self._understood and not sorted_.usable:
+        quiet = self._hides_cohorts
+        sorted_ = sort_replies(replies, self._cohort, quiet=quiet)
+        if not self._understood and not sorted_.usable and not quiet:
             for line in "\n".join(sorted_.errors).splitlines():
                 if WRONG_HALF in line:
                     raise InconsistentMessageReplies(line)
         total, used = self._add_up(sorted_.usable, sorted_.dropped)
-        log_dropped(sorted_.dropped, server_round)
-        counts: Metrics = {
-            "num-replies": len(used),
-            "num-errors": len(sorted_.errors),
-            "num-dropped": sorted_.dropped.total(),
-        }
+        counts: Metrics = {}
+        if not quiet:
+            log_dropped(sorted_.dropped, server_round)
+            counts = {
+                "num-replies": len(used),
+                "num-errors": len(sorted_.errors),
+                "num-dropped": sorted_.dropped.total(),
+            }
         if problem := self._problem(total):
             log(WARNING, "round %s: %s: the model is kept", server_round, problem)
             return None, MetricRecord(counts)
@@ -381,6 +413,12 @@ class AdditiveStrategy(FedAvg):
         """Whether averages of the clients' own metrics may be reported."""
         return not self._private or self._private.mechanism.unprotected_metrics
 
+    @property
+    def _evaluates(self) -> bool:
+        """Whether clients are asked to evaluate: if anybody is to read the answers."""
+        own = type(self).aggregate_evaluate is not AdditiveStrategy.aggregate_evaluate
+        return self.fraction_evaluate > 0 and (self._tells_metrics or own)
+
     def _add_up(
         self, replies: list[Message], dropped: Counter[str]
     ) -> tuple[Total, list[RecordDict]]:
@@ -394,7 +432,7 @@ class AdditiveStrategy(FedAvg):
             total, used, left_out = self._sum(replies, check=True)
         dropped += left_out
         self._understood |= bool(used) or NOT_FINITE in left_out
-        if left_out and not self._understood:
+        if left_out and not self._understood and not self._hides_cohorts:
             half = self.client_half
             raise InconsistentMessageReplies(
                 f"{type(self).__name__} can use no reply of its first round"
@@ -474,7 +512,8 @@ class AdditiveStrategy(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Average the metrics of the clients that evaluated."""
-        sorted_ = sort_replies(replies, self._evaluators)
+        quiet = self._hides_cohorts
+        sorted_ = sort_replies(replies, self._evaluators, quiet=quiet)
         used = []
         for reply in sorted_.usable:
             try:
@@ -483,7 +522,8 @@ class AdditiveStrategy(FedAvg):
                 sorted_.dropped[str(problem)] += 1
             else:
                 used.append(reply)
-        log_dropped(sorted_.dropped, server_round)
+        if not quiet:
+            log_dropped(sorted_.dropped, server_round)
         if not used or not self._tells_metrics:
             return None
         metrics = aggregate_metrics(
@@ -585,14 +625,21 @@ class AdditiveStrategy(FedAvg):
 
     def settings(self) -> dict[str, object]:
         """Return the settings that :meth:`summary` logs, by name."""
-        secret = self.mechanism is not None and self.mechanism.amplified
-        seed = "secret" if secret else self.sampler.seed
-        return {
+        seed = self.sampler.settings()["seed"]
+        described: dict[str, object] = {
             "Server optimizer": self.server_optimizer,
             "Sampler": f"{type(self.sampler).__name__}(seed={seed})",
             "Minimum replies": self.min_replies,
-            **(self._private.settings() if self._private else {}),
         }
+        if self._private:
+            described |= self._private.settings()
+            if not self._evaluates:
+                asked = "fraction_evaluate=0" if self._tells_metrics else _WITHHELD
+                described["Evaluation"] = f"clients are not asked: {asked}"
+        return described
+
+
+_WITHHELD = "their metrics would be withheld; evaluate_fn measures at the server"
 
 
 def _whole_pack(content: Summed, nodes: set[int]) -> PackSum:

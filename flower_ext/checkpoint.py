@@ -4,6 +4,10 @@ A saved round is a folder ``round-00012`` with ``model.safetensors``,
 ``state.safetensors`` (moments and other arrays of the strategy) and ``state.json``.
 It is written under another name, flushed to the disk and renamed, so that a folder of
 that name is complete; only then is the round before the last one deleted.
+
+Under a mechanism a round is released once it is saved, and ``released.json`` says which
+was last: a run is never continued from a round before, since it would release another
+model in its place.
 """
 
 import fcntl
@@ -41,6 +45,7 @@ from flower_ext.strict_json import read, write
 FORMAT = 2
 _NAME = re.compile(r"round-(\d{5,})")
 _LOCK = ".lock"
+_RELEASED = "released.json"
 _MODEL, _STATE, _JSON = "model.safetensors", "state.safetensors", "state.json"
 _METRICS = (
     "train_metrics_clientapp",
@@ -76,6 +81,8 @@ class Checkpoint:
     configs : Mapping[str, ConfigRecord], optional
         The configurations that the run hands to its strategy, by name. What it changes
         in them is saved and restored, too.
+    releases : bool (default: False)
+        Whether rounds are released under a mechanism, each once and for all.
 
     Raises
     ------
@@ -84,7 +91,12 @@ class Checkpoint:
     """
 
     def __init__(
-        self, folder: Path | str, strategy: object, configs: Configs | None = None
+        self,
+        folder: Path | str,
+        strategy: object,
+        configs: Configs | None = None,
+        *,
+        releases: bool = False,
     ) -> None:
         if not isinstance(strategy, Stateful):
             raise CheckpointError(
@@ -99,6 +111,7 @@ class Checkpoint:
         self._changes = Changes(self._configs)
         self._begun = settings_of(strategy, self._configs)
         self._initial = ""
+        self.releases = releases
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / ".writable"
@@ -152,29 +165,40 @@ class Checkpoint:
         return sorted(int(match.group(1)) for match in matches if match)
 
     def save(self, server_round: int, result: Result) -> bool:
-        """Save a round; report and return False if the disk does not take it."""
+        """Save a round; report and return False if the disk does not take it.
+
+        A round that was saved before, without its evaluation, is there all the time.
+        """
         partial = self.folder / f".partial-{os.getpid()}"
         final = self._path(server_round)
+        replaced = self.folder / f".replaced-{server_round}"
         try:
             for leftover in self.folder.glob(".partial-*"):  # of a killed process
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
             self._write(partial, server_round, result)
             if final.exists():
-                shutil.rmtree(final)
+                shutil.rmtree(replaced, ignore_errors=True)
+                final.rename(replaced)
             partial.rename(final)
             _flush(self.folder)
+            if self.releases:
+                self._note_release(server_round)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if replaced.exists() and not final.exists():
+                replaced.rename(final)
             log(
                 ERROR,
-                "Round %s could not be saved in %s (%s). The run goes on; %s",
+                "Round %s could not be saved in %s (%s).%s %s",
                 server_round,
                 self.folder,
                 error,
+                "" if self.releases else " The run goes on;",
                 self._situation(),
             )
             return False
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in self.rounds()[:-2]:
             shutil.rmtree(self._path(old), ignore_errors=True)
         return True
@@ -197,7 +221,15 @@ class Checkpoint:
             ``num_rounds``, or damaged.
         """
         self._initial = digest(result.arrays)
-        if not (rounds := self.rounds()):
+        for replaced in self.folder.glob(".replaced-*"):  # of a killed process
+            final = self._path(int(replaced.name.rpartition("-")[2]))
+            if final.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            else:
+                replaced.rename(final)
+        rounds = self.rounds()
+        self._require_released(max(rounds, default=0))
+        if not rounds:
             return 0
         path = self._path(rounds[-1])
         try:
@@ -217,8 +249,8 @@ class Checkpoint:
             self._compare_start(path, str(saved["initial"]), done == num_rounds)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({type(error).__name__}: {error}); delete it "
-                "to continue from the round before"
+                f"{path} cannot be read ({type(error).__name__}: {error}); "
+                + (_NOT_AGAIN if self.releases else _DELETE)
             ) from error
         try:
             self.strategy.load_state_dict(state)
@@ -231,6 +263,29 @@ class Checkpoint:
             getattr(result, field).update(metrics[field])
         log(INFO, "Continuing after round %s, saved in %s", done, path)
         return done
+
+    def _note_release(self, server_round: int) -> None:
+        """Write that a round is released, for good, before it is."""
+        partial = self.folder / ".released"
+        partial.write_text(write({"round": server_round}), "utf-8")
+        _flush(partial)
+        partial.replace(self.folder / _RELEASED)
+        _flush(self.folder)
+
+    def _require_released(self, last: int) -> None:
+        """Refuse to continue from before a round that was released."""
+        path = self.folder / _RELEASED
+        if not self.releases or not path.exists():
+            return
+        try:
+            released = int(read(path.read_text("utf-8"))["round"])
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read; {_NOT_AGAIN}") from error
+        if released > last:
+            raise CheckpointError(
+                f"{self.folder} lacks round {released}, which was released, and ends "
+                f"with round {last}; {_NOT_AGAIN}"
+            )
 
     def _situation(self) -> str:
         try:
@@ -329,6 +384,14 @@ class Checkpoint:
             "initial_arrays are not those that the saved run began with, and are not "
             "used: the run continues from its own model",
         )
+
+
+_DELETE = "delete it to continue from the round before"
+_NOT_AGAIN = (
+    "to continue from a round before would release another model in its place, and "
+    "count both as one: put the round back from a copy, or start a new run in another "
+    "folder, whose epsilon adds to this one's"
+)
 
 
 def _name(strategy: object) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from logging import INFO
+from logging import INFO, WARNING
 from typing import cast
 
 from flwr.serverapp import Grid
@@ -97,49 +97,66 @@ class Places(Mapping[int, int]):
 
 
 class NodeRegistry:
-    """Numbers nodes as they are first seen, and knows them again in a resumed run.
+    """Numbers clients as they are first seen, and knows them again, also when resumed.
 
-    In a deployment a node keeps its id, and is recognised by it. In a simulation all
-    ids are new after a restart: then the nodes must be as many as before, and each is
-    recognised by its place in the order of registration, which is its partition.
+    A client is its id. Clients whose ids are a range, those of a simulation, are a
+    fixed set: a resumed run must have the same. In a deployment the id is the node's,
+    and a SuperNode keeps it over a restart only if it is started with a key of its
+    own (``--auth-supernode-private-key``). One that comes back under a new id cannot
+    be told from a new client, and is counted as one: a warning says so, and a resumed
+    run that knows none of the nodes is refused.
     """
 
     def __init__(self) -> None:
         self._numbers: dict[int, int] = {}
-        self._saved: list[int] | None = None
+        self._resumed = False
+
+    def __len__(self) -> int:
+        """Return how many clients there have been."""
+        return len(self._numbers)
 
     def number(self, nodes: Sequence[int]) -> dict[int, int]:
-        """Return the number of each node, from 0; new nodes get the next ones.
+        """Return the number of each client, from 0; new ones get the next.
 
         Raises
         ------
         ValueError
-            In a resumed run whose nodes cannot be told to be those of before.
+            In a resumed run whose clients cannot be told to be those of before.
         """
-        if self._saved is not None:
-            self._recognise(nodes, self._saved)
-            self._saved = None
-        for node in nodes:
-            self._numbers.setdefault(node, len(self._numbers))
+        if self._resumed and self._numbers:
+            self._require_known(nodes)
+        new = [node for node in nodes if node not in self._numbers]
+        if new and self._numbers and not isinstance(nodes, range):
+            log(
+                WARNING,
+                "%s node(s) are new and counted as new clients. One that was here "
+                "before under another id may take part more often, and sooner, than "
+                "the sampler promises: start SuperNodes with a key of their own",
+                len(new),
+            )
+        for node in new:
+            self._numbers[node] = len(self._numbers)
+        self._resumed = self._resumed and not nodes
         return {node: self._numbers[node] for node in nodes}
 
-    def _recognise(self, nodes: Sequence[int], saved: list[int]) -> None:
-        known = saved
-        if not set(saved) & set(nodes):
-            if saved and len(nodes) != len(saved):
-                raise ValueError(
-                    f"the saved run knew {len(saved)} nodes, this one has "
-                    f"{len(nodes)} and none of the same id: who took part before "
-                    "cannot be told; resume with the same number of virtual clients, "
-                    "or with the same SuperNodes"
-                )
-            known = list(nodes)
-        self._numbers = {node: i for i, node in enumerate(known)}
+    def _require_known(self, nodes: Sequence[int]) -> None:
+        known = set(self._numbers)
+        same = known == set(nodes) if isinstance(nodes, range) else known & set(nodes)
+        if nodes and not same:
+            raise ValueError(
+                f"the saved run knew {len(known)} clients, this one has {len(nodes)}, "
+                f"{len(known & set(nodes))} of them with the same id: who took part "
+                "before cannot be told. Resume a simulation with as many clients as "
+                "before, a deployment with SuperNodes that kept their ids, which "
+                "they do if started with a key of their own"
+            )
 
     def state_dict(self) -> dict[str, object]:
         """Return the ids in the order of their numbers."""
-        return {"nodes": list(self._numbers) if self._saved is None else self._saved}
+        return {"nodes": list(self._numbers)}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Recognise these nodes at the next call of :meth:`number`."""
-        self._saved = [int(node) for node in cast("list[int]", state["nodes"])]
+        """Recognise these clients from the next call of :meth:`number` on."""
+        saved = cast("list[int]", state["nodes"])
+        self._numbers = {int(node): i for i, node in enumerate(saved)}
+        self._resumed = True

@@ -98,7 +98,9 @@ class Sorted:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-def sort_replies(replies: Iterable[Message], cohort: Mapping[int, int]) -> Sorted:
+def sort_replies(
+    replies: Iterable[Message], cohort: Mapping[int, int], *, quiet: bool = False
+) -> Sorted:
     """Sort replies by the place of their client in the cohort.
 
     Parameters
@@ -108,17 +110,20 @@ def sort_replies(replies: Iterable[Message], cohort: Mapping[int, int]) -> Sorte
     cohort : Mapping[int, int]
         Place of every node that was asked. Replies of others are left out, and so are
         all replies of a node that sent several, since none can be told to be right.
+    quiet : bool (default: False)
+        Log nothing of the errors: they tell who is in the cohort.
     """
     good, errors = [], []
     for reply in replies:
         if reply.has_error():
             errors.append(reply.error.reason or "")
-            log(
-                INFO,
-                "\t> Received error in reply from node %d: %s",
-                reply.metadata.src_node_id,
-                reply.error.reason,
-            )
+            if not quiet:
+                log(
+                    INFO,
+                    "\t> Received error in reply from node %d: %s",
+                    reply.metadata.src_node_id,
+                    reply.error.reason,
+                )
         else:
             good.append(reply)
     times = Counter(reply.metadata.src_node_id for reply in good)

@@ -1,8 +1,9 @@
 """The rounds of a run: Flower's loop, with checkpoints and tracking."""
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from pathlib import Path
@@ -18,7 +19,7 @@ from flower_ext._flower import (
     log,
     log_strategy_start_info,
 )
-from flower_ext.checkpoint import Checkpoint
+from flower_ext.checkpoint import Checkpoint, CheckpointError
 from flower_ext.errors import positive, refuse, whole
 from flower_ext.nodes import is_fixed, wait_for_nodes
 from flower_ext.partial_sums import Summable, Summand, SummingGrid
@@ -88,11 +89,12 @@ def run_rounds(
     EveryClientFailed
         If in the first round of this run, or of its continuation, every client that was
         asked to train failed, or did not answer in time. Nothing of that round is
-        aggregated or released.
+        aggregated or released. Where cohorts are secret no reply ends a run.
     CheckpointError
         Before the first round, if the folder cannot be written or holds a run of
         another strategy or model. A round that cannot be saved later, for want of
-        space, is reported in the log and the run goes on.
+        space, is reported in the log and the run goes on; under a mechanism with noise
+        the run stops, and nothing of that round is released.
     """
     whole("num_rounds", num_rounds, 0)
     positive("timeout", timeout)
@@ -118,7 +120,8 @@ def run_rounds(
     configs = {"train_config": train_config, "evaluate_config": evaluate_config}
     saved = None
     if checkpoint is not None:
-        saved = Checkpoint(checkpoint, strategy, configs)
+        releases = mechanism is not None and mechanism.is_private
+        saved = Checkpoint(checkpoint, strategy, configs, releases=releases)
     with saved.locked() if saved else nullcontext():
         return _run(
             strategy,
@@ -147,6 +150,8 @@ def _run(
     tracker: Tracker | None,
 ) -> Result:
     mechanism = getattr(strategy, "mechanism", None)
+    releases = mechanism is not None and mechanism.is_private
+    hidden = mechanism is not None and mechanism.hides_cohorts
     done = 0
     if saved:
         log(INFO, "Rounds are saved in %s", saved.folder)
@@ -177,27 +182,33 @@ def _run(
             log(WARNING, "The run ends after round %s: %s", current - 1, end)
             break
         summand = strategy.summand() if isinstance(strategy, Summable) else None
-        train = _exchange(grid, messages, timeout, summand)
-        if current == done + 1 and (reason := _all_failed(train)):
-            # Before anything is released: the rounds to come would end the same way.
-            raise EveryClientFailed(_every("train", current, reason))
-        arrays, metrics = strategy.aggregate_train(current, train.replies)
+        with _silence() if hidden else nullcontext():
+            train = _exchange(grid, messages, timeout, summand)
+            first = current == done + 1 and not hidden
+            if first and (reason := _all_failed(train)):
+                # Before anything is released: the rounds to come would end as this.
+                raise EveryClientFailed(_every("train", current, reason))
+            arrays, metrics = strategy.aggregate_train(current, train.replies)
         train.replies = []  # free them before the evaluation
         if arrays is not None:
             result.arrays = arrays
         if metrics is not None:
-            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             result.train_metrics_clientapp[current] = metrics
-        if saved and mechanism:
-            # Before anybody sees the model: a round that is repeated after a crash
-            # must not be a second release.
-            saved.save(current, result)
+        if saved and releases and not saved.save(current, result):
+            # Nobody has seen the round: what is repeated is no second release.
+            raise CheckpointError(
+                f"round {current} could not be saved and was not released: a run "
+                "under a mechanism that goes on unsaved would release it again when "
+                "it is resumed. Make room and start again, it continues"
+            )
+        if metrics is not None:
+            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
         evaluate = _exchange(
             grid,
             strategy.configure_evaluate(current, result.arrays, evaluate_config, grid),
             timeout,
         )
-        if current == done + 1 and (reason := _all_failed(evaluate)):
+        if first and (reason := _all_failed(evaluate)):
             if not train.asked:
                 raise EveryClientFailed(_every("evaluate", current, reason))
             log(
@@ -219,16 +230,17 @@ def _run(
                     train=result.train_metrics_clientapp.get(current),
                     evaluate=result.evaluate_metrics_clientapp.get(current),
                     central=result.evaluate_metrics_serverapp.get(current),
-                    seconds_train=train.seconds,
-                    seconds_evaluate=evaluate.seconds,
-                    down=train.down + evaluate.down,
-                    up=train.up + evaluate.up,
+                    seconds_train=None if hidden else train.seconds,
+                    seconds_evaluate=None if hidden else evaluate.seconds,
+                    down=None if hidden else train.down + evaluate.down,
+                    up=None if hidden else train.up + evaluate.up,
                 )
             )
         if saved:
             saved.save(current, result)
     log(INFO, "")
-    log(INFO, "Strategy execution finished in %.2fs", time.monotonic() - begun)
+    spent = "" if hidden else f" in {time.monotonic() - begun:.2f}s"
+    log(INFO, "Strategy execution finished%s", spent)
     log(INFO, "")
     log(INFO, "Final results:")
     log(INFO, "")
@@ -266,6 +278,18 @@ def _every(what: str, server_round: int, reason: str) -> str:
         f"every client that was asked to {what} in round {server_round} failed. The "
         f"first one's reason: {reason}"
     )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Log nothing of an exchange: a grid names the clients that are slow or fail."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _record(name: str, config: ConfigRecord | None) -> ConfigRecord:

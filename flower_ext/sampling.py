@@ -4,24 +4,29 @@ How many is Flower's own option (``fraction_train``, ``min_train_nodes``); how t
 drawn is the sampler. Each draws from a generator of its own, derived from its seed,
 the round and the purpose, so that a cohort depends on nothing else: not on earlier
 rounds, not on the global random state, not on whether the run was resumed. Samplers
-that limit how often a client takes part also remember who did.
+that limit how often a client takes part also remember who did. Under a mechanism the
+round is the number of the release, which goes on where a strategy is started again.
 
 For privacy accounting a sampler says what it promises of every client:
 ``min_separation`` and ``max_participations``. What it promises, it enforces.
 """
 
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Literal, cast, get_args
 
 import numpy as np
 
-from flower_ext.errors import one_of, probability, whole
+from flower_ext.errors import one_of, probability, refuse, whole
 from flower_ext.nodes import NodeRegistry
 
 Purpose = Literal["train", "evaluate"]
 WhenShort = Literal["smaller", "wait", "stop"]
 _STREAM: dict[Purpose, int] = {"train": 0, "evaluate": 1}
+_SECRET_BITS = 128
+# Seeds below can be found by trying. Of 128 random bits one in 2**32 numbers is below.
+LEAST_SECRET = 2**96
 
 
 def _require_probability(value: float) -> None:
@@ -33,8 +38,9 @@ class Sampler(ABC):
 
     Parameters
     ----------
-    seed : int (default: 0)
-        Same seed, same clients: same cohorts.
+    seed : int, optional
+        Same seed, same clients: same cohorts; 0 if not given. Where cohorts must be
+        secret it is best not given, see :meth:`keep_secret`.
     same_for_evaluation : bool (default: False)
         Draw the evaluation's cohort as the training's of the same round: with equal
         fractions, the clients that trained evaluate.
@@ -47,8 +53,12 @@ class Sampler(ABC):
     #: What to do with fewer clients than asked for.
     when_short: WhenShort = "smaller"
 
-    def __init__(self, seed: int = 0, *, same_for_evaluation: bool = False) -> None:
-        self.seed = whole("seed", seed, 0)
+    def __init__(
+        self, seed: int | None = None, *, same_for_evaluation: bool = False
+    ) -> None:
+        self._given = seed is not None
+        self.seed: int | None = 0 if seed is None else whole("seed", seed, 0)
+        self.is_secret = False
         self.same_for_evaluation = same_for_evaluation
 
     @abstractmethod
@@ -57,8 +67,44 @@ class Sampler(ABC):
     ) -> list[int]:
         """Draw about ``size`` of ``clients`` and return them in their given order."""
 
+    def expected_size(self, size: int, population: int) -> float:
+        """Return how many clients a round has if all of ``population`` are there.
+
+        It is the mean over many rounds; ``size`` is how many are asked for.
+        """
+        return min(size, population / self.min_separation)
+
+    @property
+    def num_known(self) -> int:
+        """How many different clients it has seen, as far as it tells them apart."""
+        return 0
+
+    def keep_secret(self) -> None:
+        """Draw cohorts that nobody can guess, as amplification needs it.
+
+        A seed that was not given is drawn from the operating system, with 128 bits,
+        when the first cohort is. It is in :meth:`state_dict` and nowhere else.
+
+        Raises
+        ------
+        ValueError
+            If a seed was given that can be found by trying.
+        """
+        if not self._given:
+            self.seed = None
+        elif self.seed is None or self.seed < LEAST_SECRET:
+            refuse(
+                "sampler.seed",
+                self.seed,
+                "left out with amplified=True, or secrets.randbits(128)",
+                "cohorts must be secret, and whoever tries all seeds finds this one",
+            )
+        self.is_secret = True
+
     def generator(self, server_round: int, purpose: Purpose) -> np.random.Generator:
         """Return the random stream of one round and purpose."""
+        if self.seed is None:
+            self.seed = secrets.randbits(_SECRET_BITS)
         stream = 0 if self.same_for_evaluation else _STREAM[purpose]
         return np.random.default_rng([self.seed, server_round, stream])
 
@@ -66,13 +112,16 @@ class Sampler(ABC):
         """Return what a resumed run must have in common with the saved one."""
         return {
             "kind": type(self).__name__,
-            "seed": self.seed,
+            "seed": "secret" if self.seed is None or self.is_secret else self.seed,
             "same-for-evaluation": self.same_for_evaluation,
         }
 
     def state_dict(self) -> dict[str, object]:
-        """Return settings and memory."""
-        return {**self.settings()}
+        """Return settings and memory; a secret seed is part of it."""
+        state: dict[str, object] = {**self.settings()}
+        if self.is_secret and self.seed is not None:
+            state["secret-seed"] = [str(self.seed)]
+        return state
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Check that a saved run drew its cohorts as this sampler does."""
@@ -83,6 +132,15 @@ class Sampler(ABC):
                 f"the saved run sampled with {saved}, this one with {own}: a resumed "
                 "run needs the same sampler"
             )
+        if self.is_secret:
+            seeds = cast("list[str]", state.get("secret-seed", []))
+            seed = int(seeds[0]) if seeds else None
+            if self._given and seed != self.seed:
+                raise ValueError(
+                    "the saved run sampled with another secret seed: leave it out to "
+                    "go on with the saved one"
+                )
+            self.seed = seed
 
 
 class UniformSampler(Sampler):
@@ -111,7 +169,7 @@ class HeldOutSampler(UniformSampler):
 
     def __init__(
         self,
-        seed: int = 0,
+        seed: int | None = None,
         *,
         num_training_clients: int,
         same_for_evaluation: bool = False,
@@ -125,6 +183,10 @@ class HeldOutSampler(UniformSampler):
         """Return what a resumed run must have in common with the saved one."""
         number = {"num-training-clients": self.num_training_clients}
         return {**super().settings(), **number}
+
+    def expected_size(self, size: int, population: int) -> float:
+        """Return the training clients, where they are fewer."""
+        return min(size, population, self.num_training_clients)
 
     def sample(
         self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
@@ -140,8 +202,7 @@ class PoissonSampler(Sampler):
 
     The cohort varies in size and may be empty; without privacy, a round of nobody
     keeps the model. This is the sampling that privacy amplification by Poisson
-    sampling assumes: then give the probability, and keep the seed as secret as the
-    noise's.
+    sampling assumes: then give the probability, and no seed.
 
     Parameters
     ----------
@@ -154,7 +215,7 @@ class PoissonSampler(Sampler):
 
     def __init__(
         self,
-        seed: int = 0,
+        seed: int | None = None,
         *,
         probability: float | None = None,
         same_for_evaluation: bool = False,
@@ -179,6 +240,10 @@ class PoissonSampler(Sampler):
         """Add the probability."""
         return {**super().settings(), "probability": self.probability or "size"}
 
+    def expected_size(self, size: int, population: int) -> float:
+        """Return probability times population."""
+        return size if self.probability is None else self.probability * population
+
 
 class CyclicPoissonSampler(Sampler):
     """Clients take turns in groups; in its turn each is sampled on its own.
@@ -201,7 +266,7 @@ class CyclicPoissonSampler(Sampler):
         self,
         probability: float,
         cycle: int,
-        seed: int = 0,
+        seed: int | None = None,
         *,
         same_for_evaluation: bool = False,
     ) -> None:
@@ -226,6 +291,15 @@ class CyclicPoissonSampler(Sampler):
                 for client, d in zip(clients, draws, strict=True)
             ]
         return [client for client, take in zip(clients, chosen, strict=True) if take]
+
+    def expected_size(self, size: int, population: int) -> float:
+        """Return the probability times a group of the population."""
+        return self.probability * population / self.cycle
+
+    @property
+    def num_known(self) -> int:
+        """How many different clients it has seen."""
+        return len(self._registry)
 
     def settings(self) -> dict[str, str | int | float]:
         """Add probability and cycle."""
@@ -282,16 +356,16 @@ class MinSeparationSampler(Sampler):
 
     Notes
     -----
-    Clients are nodes. In a simulation that is resumed they are recognised by their
-    partition, see :class:`~flower_ext.nodes.NodeRegistry`. A person behind several
-    nodes, or one that registers anew, is not recognised.
+    Clients are nodes, recognised by their id, in a simulation by their partition: see
+    :class:`~flower_ext.nodes.NodeRegistry`. A person behind several nodes is not
+    recognised, and a node that comes back under a new id counts as a new client.
     """
 
     def __init__(
         self,
         min_separation: int,
         max_participations: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         *,
         when_short: WhenShort = "smaller",
         same_for_evaluation: bool = False,
@@ -320,6 +394,14 @@ class MinSeparationSampler(Sampler):
         if purpose == "evaluate":
             eligible = list(clients)
         else:
+            latest = max(self._last.values(), default=0)
+            if server_round < latest:
+                refuse(
+                    "server_round",
+                    server_round,
+                    f">= {latest}, for which clients were drawn before",
+                    "a sampler that limits participation is for one run: make another",
+                )
             numbers = self._registry.number(clients)
             eligible = [c for c in clients if self._may(numbers[c], server_round)]
             if len(eligible) < size and self.when_short != "smaller":
@@ -345,6 +427,11 @@ class MinSeparationSampler(Sampler):
         rested = last is None or server_round - last >= self.min_separation
         most = self.max_participations
         return rested and (most is None or self._times.get(number, 0) < most)
+
+    @property
+    def num_known(self) -> int:
+        """How many different clients it has seen."""
+        return len(self._registry)
 
     def settings(self) -> dict[str, str | int | float]:
         """Add the limits."""

@@ -327,8 +327,10 @@ def _mutates_nothing(bench: _Bench) -> None:
 
 
 def _pickles(bench: _Bench) -> None:
-    """Is picklable."""
-    bench.aggregate(bench.replies())
+    """Is picklable; under a mechanism with noise before its first release."""
+    mechanism = getattr(bench.strategy, "mechanism", None)
+    if mechanism is None or not mechanism.is_private:
+        bench.aggregate(bench.replies())
     copy: Strategy = pickle.loads(pickle.dumps(bench.strategy))
     replies = bench.replies(2)
     expected = bench.aggregate(replies, 2)

@@ -43,20 +43,21 @@ class Round:
         From 1.
     train, evaluate, central : MetricRecord or None
         Metrics of the clients' training, of their evaluation, of ``evaluate_fn``.
-    seconds_train, seconds_evaluate : float
+    seconds_train, seconds_evaluate : float or None
         From the first message sent to the last reply received.
-    down, up : Traffic
-        What was sent to and received from all clients, both phases.
+    down, up : Traffic or None
+        What was sent to and received from all clients, both phases. Seconds and
+        traffic are None where they are withheld, since they tell a secret cohort.
     """
 
     server_round: int
     train: MetricRecord | None = None
     evaluate: MetricRecord | None = None
     central: MetricRecord | None = None
-    seconds_train: float = 0.0
-    seconds_evaluate: float = 0.0
-    down: Traffic = Traffic()
-    up: Traffic = Traffic()
+    seconds_train: float | None = 0.0
+    seconds_evaluate: float | None = 0.0
+    down: Traffic | None = Traffic()
+    up: Traffic | None = Traffic()
 
     def row(self) -> dict[str, object]:
         """Return the round as one flat table, ``train/loss`` and the like."""
@@ -64,11 +65,12 @@ class Round:
         for phase in ("train", "evaluate", "central"):
             for key, value in (getattr(self, phase) or {}).items():
                 row[f"{phase}/{key}"] = value
-        row |= {
-            "seconds/train": round(self.seconds_train, 4),
-            "seconds/evaluate": round(self.seconds_evaluate, 4),
-        }
+        for phase in ("train", "evaluate"):
+            if (seconds := getattr(self, f"seconds_{phase}")) is not None:
+                row[f"seconds/{phase}"] = round(seconds, 4)
         for way, traffic in (("down", self.down), ("up", self.up)):
+            if traffic is None:
+                continue
             row |= {
                 f"bytes/{way}": traffic.serialized,
                 f"encoded-bytes/{way}": traffic.encoded,
@@ -160,6 +162,7 @@ class Tracker:
         number = int(str(row["round"]))
         spent = time.monotonic() - self._begun
         left = spent / max(number - self._done, 1) * (self._num_rounds - number)
+        times = [f"{spent:.0f} s, {left:.0f} s left"] if "seconds/train" in row else []
         shown = [
             f"{key} {value:.4g}"
             for key, value in row.items()
@@ -169,7 +172,7 @@ class Tracker:
             [
                 f"{self.folder.name}: round {number}/{self._num_rounds}",
                 *shown[:4],
-                f"{spent:.0f} s, {left:.0f} s left",
+                *times,
             ]
         )
 

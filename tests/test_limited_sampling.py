@@ -2,11 +2,15 @@
 
 import json
 from collections import defaultdict
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytest import MonkeyPatch
 
+from flower_ext import nodes
 from flower_ext.sampling import (
     CyclicPoissonSampler,
     MinSeparationSampler,
@@ -91,19 +95,67 @@ def test_a_short_round_is_smaller_or_not_at_all():
         lambda: CyclicPoissonSampler(0.6, 3, seed=4),
     ],
 )
-@pytest.mark.parametrize("shift", [0, 1000])
-def test_a_resumed_sampler_remembers(make, shift):
-    """Shifted ids are those of a simulation that was started anew."""
+def test_a_resumed_sampler_remembers(make):
     whole, first, second = make(), make(), make()
     expected = rounds_of(whole, 12)
     rounds_of(first, 6)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    again = [c + shift for c in CLIENTS]
     for server_round in range(7, 13):
-        cohort = second.sample(again, 3, server_round, "train")
-        assert [c - shift for c in cohort] == [
-            c for c in CLIENTS if server_round in expected[c]
-        ]
+        cohort = second.sample(CLIENTS, 3, server_round, "train")
+        assert cohort == [c for c in CLIENTS if server_round in expected[c]]
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 10**6), st.booleans())
+def test_nodes_that_return_under_other_ids_break_no_limit_unsaid(
+    separation, most, seed, resumed
+):
+    """People leave and come back, some of them as another node, in another order."""
+    rng = np.random.default_rng(seed)
+    sampler = MinSeparationSampler(separation, most, seed)
+    ids = {person: 100 + person for person in range(8)}
+    fresh, taken, said = 1000, defaultdict(list), []
+    with MonkeyPatch.context() as patch:
+        patch.setattr(nodes, "log", lambda *args: said.append(args))
+        for server_round in range(1, 16):
+            if resumed and server_round == 8:
+                state = json.loads(json.dumps(sampler.state_dict()))
+                sampler = MinSeparationSampler(separation, most, seed)
+                sampler.load_state_dict(state)
+            for person in rng.permutation(8)[: rng.choice([0, 0, 0, 1, 4, 8])]:
+                ids[int(person)], fresh = fresh, fresh + 1
+            here = rng.permutation(8)[: rng.integers(1, 9)].tolist()
+            people = {ids[person]: person for person in here}
+            try:
+                cohort = sampler.sample(list(people), 3, server_round, "train")
+            except ValueError as problem:
+                assert resumed and "cannot be told" in str(problem)
+                return
+            for node in cohort:
+                taken[people[node]].append(server_round)
+            for rounds in taken.values():
+                gaps = [b - a for a, b in pairwise(rounds)]
+                broken = len(rounds) > most or any(gap < separation for gap in gaps)
+                assert said or not broken
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: MinSeparationSampler(2), lambda: CyclicPoissonSampler(0.9, 2)]
+)
+def test_a_resumed_sampler_refuses_nodes_that_it_cannot_tell(make):
+    first, second = make(), make()
+    rounds_of(first, 3)
+    second.load_state_dict(first.state_dict())
+    strangers = [client + 5000 for client in reversed(CLIENTS)]
+    with pytest.raises(ValueError, match="who took part before cannot be told"):
+        second.sample(strangers, 3, 4, "train")
+
+
+def test_rounds_that_are_counted_anew_are_refused():
+    sampler = MinSeparationSampler(3)
+    rounds_of(sampler, 6)
+    with pytest.raises(ValueError, match=r"server_round=1 must be >= 6.* one run"):
+        sampler.sample(CLIENTS, 3, 1, "train")
 
 
 def test_another_limit_is_not_resumed():

@@ -179,10 +179,36 @@ def test_a_deployment_is_recognised_by_its_ids():
     assert resumed([50, 7, 9]).number([9, 11, 50]) == {9: 2, 11: 3, 50: 0}
 
 
-def test_a_simulation_is_recognised_by_its_order():
-    assert resumed([50, 7, 9]).number([1, 2, 3]) == {1: 0, 2: 1, 3: 2}
+def test_nodes_that_all_have_new_ids_are_not_taken_for_those_of_before():
+    for others in ([1, 2, 3], [3, 1, 2], [1, 2]):
+        with pytest.raises(ValueError, match="knew 3 clients.* 0 of them with"):
+            resumed([50, 7, 9]).number(others)
 
 
-def test_another_simulation_is_refused():
-    with pytest.raises(ValueError, match="knew 3 nodes, this one has 2"):
-        resumed([50, 7, 9]).number([1, 2])
+def test_a_simulation_is_recognised_by_its_numbers():
+    assert resumed(range(3)).number(range(3)) == {0: 0, 1: 1, 2: 2}
+
+
+@pytest.mark.parametrize("clients", [range(2), range(4), range(5, 8)])
+def test_another_simulation_is_refused(clients):
+    with pytest.raises(ValueError, match="as many clients as before"):
+        resumed(range(3)).number(clients)
+
+
+def test_nobody_yet_is_waited_for():
+    registry = resumed([50, 7])
+    assert registry.number([]) == {}
+    with pytest.raises(ValueError, match="knew 2 clients"):
+        registry.number([8])
+
+
+def test_a_node_that_is_new_is_said_to_be_counted(caplog):
+    registry = NodeRegistry()
+    registry.number([50, 7])
+    assert not caplog.text
+    registry.number([7, 8])
+    assert "1 node(s) are new and counted as new clients" in caplog.text
+    caplog.clear()
+    registry.number([7, 8])
+    registry.number(range(5))
+    assert not caplog.text

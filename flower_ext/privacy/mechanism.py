@@ -34,6 +34,7 @@ from flower_ext.privacy.sampled import (
 from flower_ext.privacy.selection import Choice, best_mechanism
 from flower_ext.privacy.trees import TreeAggregation
 from flower_ext.sampling import (
+    LEAST_SECRET,
     CyclicPoissonSampler,
     PoissonSampler,
     Sampler,
@@ -84,24 +85,29 @@ class Mechanism:
         :class:`~flower_ext.sampling.PoissonSampler` with a probability or a
         :class:`~flower_ext.sampling.UniformSampler` (then all clients must be connected
         in every round), or a banded mechanism and a
-        :class:`~flower_ext.sampling.CyclicPoissonSampler`.
+        :class:`~flower_ext.sampling.CyclicPoissonSampler`; without a seed, which then
+        comes from the operating system. See :attr:`hides_cohorts`.
     simulated_cohort : int, optional
         For research: clients really drawn in a round, fewer than planned. The noise of
         the planned cohort is scaled down by ``simulated_cohort / num_sampled_clients``
         and the sum divided by ``simulated_cohort``, so that the model moves as with
         the large cohort's noise. Epsilon is then that of the planned cohort and
-        population, not of the simulation, and the sampler's limits are assumed, not
-        enforced.
+        population, not of the simulation, which is not private: the sampler's limits
+        are assumed, not enforced, any seed will do, and what the simulated clients
+        replied is counted and reported.
     scales : Mapping[str, float], optional
         Factors by which parts of the contribution (``"fisher"``) and scalars are
         multiplied before they are clipped and noised, and divided by after: large for
         what is small and matters. They are over the strategy's own.
     unprotected_metrics : bool (default: False)
         Report averages of the clients' own metrics. They are computed from raw data
-        without noise and no epsilon covers them; otherwise they are withheld.
+        without noise and no epsilon covers them; otherwise they are withheld, and
+        clients are not asked to evaluate. Refused where cohorts must be secret: an
+        average tells who is in it.
     seed : int, optional
         Secret seed of reproducible noise, for one run; by default noise comes from the
-        operating system's cryptographic generator.
+        operating system's cryptographic generator. One that can be found by trying,
+        below 2**96, is for research: ``settings()`` says that it protects nothing.
 
     Notes
     -----
@@ -111,12 +117,23 @@ class Mechanism:
     are the models and the strategy's metrics after every round. Error replies, replies
     that are dropped and empty cohorts only remove contributions from the sum: noise
     and divisor stay, so the guarantee does. A round is released whenever it was asked
-    for, since whether anything arrived may depend on data.
+    for, since whether anything arrived may depend on data; a run ends only where
+    replies came and none could be read so far, as of a client that does not fit, and
+    with ``amplified`` not even there. With ``checkpoint`` a round is released after it
+    is saved, and no other model is ever released in its place. ``start`` again goes on
+    with the plan: releases are counted over all starts of a strategy, and cohorts,
+    limits, noise and epsilon follow them. Two strategies are two runs, whose epsilons
+    add up; one that has begun cannot be copied.
 
     Not protected: who takes part, replies or fails, and how many bytes it sends where
-    they are sparse; the metrics of
-    ``unprotected_metrics``; the server, which sees every contribution; seeds and
-    checkpoints, from which the noise can be removed.
+    they are sparse, unless ``amplified``; the metrics of ``unprotected_metrics``; the
+    server, which sees every contribution, and whoever watches its network, its clients'
+    output or its clock; seeds and checkpoints, from which the noise can be removed.
+
+    ``amplified`` counts on cohorts that only the server and the clients in them know.
+    Numbers of replies, errors and messages, bytes and seconds are then neither in
+    metrics nor in the log nor with the tracker, and no reply ends a run: try an app
+    without ``amplified`` first.
 
     The first t rounds of an unamplified mechanism are themselves a Gaussian release,
     and epsilon is exact; see :mod:`flower_ext.privacy.accounting`.
@@ -197,6 +214,13 @@ class Mechanism:
         ):
             if not isinstance(flag, bool):
                 refuse(name, flag, "True or False")
+        if amplified and unprotected_metrics and simulated_cohort is None:
+            refuse(
+                "unprotected_metrics",
+                True,
+                "False with amplified=True",
+                "averages over a cohort tell who is in it, and it must be secret",
+            )
         self.amplified = amplified
         self.unprotected_metrics = unprotected_metrics
         if simulated_cohort is not None:
@@ -226,6 +250,54 @@ class Mechanism:
     def is_private(self) -> bool:
         """Whether there is noise at all."""
         return self.noise_multiplier != 0
+
+    @property
+    def hides_cohorts(self) -> bool:
+        """Whether whatever depends on a cohort is withheld: its size, its errors.
+
+        True where epsilon counts on secret cohorts. Without noise, and in a simulation
+        of the planned cohort, nothing is claimed of those that are drawn.
+        """
+        return self.amplified and self.is_private and self.simulated_cohort is None
+
+    @property
+    def has_weak_seed(self) -> bool:
+        """Whether the noise has a seed that can be found by trying."""
+        return self.seed is not None and self.seed < LEAST_SECRET
+
+    def require_clients(self, sampler: Sampler) -> None:
+        """Refuse a plan whose rounds must run short of clients, to be noise only.
+
+        Raises
+        ------
+        ValueError
+            If the sampler's limits, or its probability, leave fewer clients of the
+            population for a round than are planned.
+        """
+        cohort, population = self.num_sampled_clients, self.population_size
+        if isinstance(sampler, UniformSampler):
+            cohort = self.cohort  # it draws in a simulation, too
+        expected = sampler.expected_size(cohort, population)
+        if isinstance(sampler, PoissonSampler | CyclicPoissonSampler):
+            expected *= 2  # cohorts vary, and a mean too large by half is no mistake
+        if expected < cohort:
+            refuse(
+                "num_sampled_clients",
+                cohort,
+                f"at most {expected:.4g}",
+                f"that is what {type(sampler).__name__} with min_separation="
+                f"{sampler.min_separation} finds in a round among population_size="
+                f"{population} clients; the rest would be noise",
+            )
+        most = sampler.max_participations
+        if most is not None and most * population < self.num_rounds * cohort:
+            refuse(
+                "max_participations",
+                most,
+                f">= {-(-self.num_rounds * cohort // population)}",
+                f"{self.num_rounds} rounds of {cohort} of population_size="
+                f"{population} clients; later rounds would be noise",
+            )
 
     def choose(self, sampler: Sampler) -> Factorization:
         """Return the factorization for what a sampler promises."""
@@ -280,14 +352,8 @@ class Mechanism:
         self, factorization: Factorization, sampler: Sampler
     ) -> RoundAccountant:
         rounds = factorization.rounds
-        if self.seed is None and sampler.seed == 0:
-            refuse(
-                "sampler.seed",
-                0,
-                "a secret number with amplified=True",
-                "0 is the default that everybody knows, and cohorts with it",
-            )
-        if isinstance(sampler, CyclicPoissonSampler):
+        # Exactly these: a subclass may draw otherwise than the accounting counts on.
+        if type(sampler) is CyclicPoissonSampler:
             if not isinstance(factorization, BandedToeplitz):
                 refuse("factorization", factorization, "a BandedToeplitz", _CYCLIC)
             calibrate = partial(
@@ -305,7 +371,7 @@ class Mechanism:
             )
         if not isinstance(factorization, Identity):
             refuse("factorization", factorization, "identity", _CYCLIC)
-        if isinstance(sampler, PoissonSampler) and sampler.probability:
+        if type(sampler) is PoissonSampler and sampler.probability:
             calibrate = partial(
                 noise_multiplier_for,
                 rounds=rounds,

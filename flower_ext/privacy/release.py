@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import secrets
 from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flower_ext._flower import PrivacyBudgetExhausted
 from flower_ext.arrays import Lazy, Term, is_averaged, norm, scale
 from flower_ext.client import Metrics
 from flower_ext.contribution import Contribution, Total
@@ -53,6 +55,9 @@ class PrivateSum:
         self.mechanism = mechanism
         self.factorization = mechanism.choose(sampler)
         self.accountant = mechanism.account(self.factorization, sampler)
+        mechanism.require_clients(sampler)
+        if mechanism.hides_cohorts:
+            sampler.keep_secret()
         # A simulation's few clients cannot keep the promises of the planned many.
         simulated = mechanism.simulated_cohort is not None
         keeps = not simulated or isinstance(sampler, UniformSampler)
@@ -71,6 +76,8 @@ class PrivateSum:
         if isinstance(mechanism.clipping, AdaptiveClipping):
             self._plan_bits(mechanism.clipping)
         self._done = 0
+        # What tells this run's saved state from that of another one.
+        self._run = secrets.token_hex(16)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._silent: dict[str, tuple[int, ...]] = {}
         self._stream: NoiseStream | None = None
@@ -95,7 +102,32 @@ class PrivateSum:
         if self.noise_std:
             self.noise_std = split_noise_multiplier(self.noise_std, self._count_std)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Refuse to be copied once there is something to repeat.
+
+        Raises
+        ------
+        ValueError
+            If a round has begun: both would release the next one, and count one.
+        """
+        if self.accountant and (self._shapes or self._done):
+            raise ValueError(
+                f"a strategy under a mechanism that has begun, with {self._done} "
+                "releases, cannot be copied or pickled: the copy would release its "
+                "next rounds a second time, uncounted. Make a new one; its epsilon "
+                "adds to this one's"
+            )
+        return vars(self)
+
     # One round --------------------------------------------------------------------
+
+    def number(self, server_round: int) -> int:
+        """Return the number of the release that a round prepares, from 1.
+
+        Noise, limits of participation and secret cohorts are planned by releases, not
+        by rounds, which are counted anew in every ``start``.
+        """
+        return self._done + 1 if self.accountant else server_round
 
     def require_budget(self) -> None:
         """Raise ``PrivacyBudgetExhausted`` before a round that may not be released."""
@@ -120,23 +152,49 @@ class PrivateSum:
                 "PoissonSampler does not",
             )
 
+    def require_population(self, known: int) -> None:
+        """Raise where more clients have been seen than were planned for.
+
+        Raises
+        ------
+        PrivacyBudgetExhausted
+            If a sampler that limits participation has met more than the population:
+            some of them may be old ones that came back under another id.
+        """
+        population = self.mechanism.population_size
+        if self.mechanism.simulated_cohort is None and known > population:
+            raise PrivacyBudgetExhausted(
+                f"population_size={population} must be >= {known}, the clients that "
+                "have been connected so far: a client that came back under another id "
+                "counts as a new one, and its limits are void"
+            )
+
     def open(self, zero: Contribution) -> None:
         """Learn the layout of a contribution, before the first round.
 
         Raises
         ------
         ValueError
-            If the noise of a saved run does not fit this model.
+            If the noise of a saved run, or of the rounds before, does not fit this
+            model.
         """
-        if self._shapes:
-            return
+        shapes: dict[str, tuple[int, ...]] = {}
+        silent: dict[str, tuple[int, ...]] = {}
         for key, piece in _pieces(zero).items():
             if isinstance(piece, Lazy) or is_averaged(piece):
-                self._shapes[key] = piece.shape
+                shapes[key] = piece.shape
             else:  # a counter: it cannot be noised, and is not released
-                self._silent[key] = piece.shape
+                silent[key] = piece.shape
         if self._adaptive:
-            self._shapes[_BIT] = ()
+            shapes[_BIT] = ()
+        if self._shapes:
+            if (shapes, silent) != (self._shapes, self._silent):
+                raise ValueError(
+                    "the model is not that of the rounds before, for which the noise "
+                    "is planned: make a new strategy for another model"
+                )
+            return
+        self._shapes, self._silent = shapes, silent
         if self.noise_std:
             seed = self.mechanism.seed
             self._stream = NoiseStream(
@@ -178,7 +236,8 @@ class PrivateSum:
 
     def clipper(self) -> PrivateSum:
         """Return what clips as this does in this round: without noise and its seed."""
-        bare = copy.copy(self)
+        bare = object.__new__(PrivateSum)
+        vars(bare).update(vars(self))
         bare.mechanism = copy.copy(self.mechanism)
         bare.mechanism.seed = None
         bare.sampler = UniformSampler()
@@ -276,6 +335,7 @@ class PrivateSum:
     def state_dict(self) -> dict[str, object]:
         """Return what a resumed run needs; it is as secret as the raw contributions."""
         return {
+            "run": self._run,
             "done": self._done,
             "clipping-norm": self.clipping_norm,
             "next-clipping-norm": self._next_norm,
@@ -292,6 +352,12 @@ class PrivateSum:
             If it was planned otherwise, or its noise is missing.
         """
         saved = cast("Mapping[str, Any]", state)
+        counted = saved["run"], saved["done"]
+        if self.accountant and self._done and counted != (self._run, self._done):
+            raise ValueError(
+                f"this strategy has made {self._done} releases that the saved run does "
+                "not count: make a new strategy to continue it"
+            )
         if bool(saved["accountant"]) != bool(self.accountant):
             raise ValueError(
                 "the saved run had noise, or had none, other than this one"
@@ -303,10 +369,11 @@ class PrivateSum:
                 "the saved run's noise is missing: without it the noise of later "
                 "rounds cannot be correlated with what was released"
             )
-        self._done = saved["done"]
+        self._run, self._done = saved["run"], saved["done"]
         self.clipping_norm = saved["clipping-norm"]
         self._next_norm = saved["next-clipping-norm"]
-        self._saved, self._stream, self._shapes = saved["noise"], None, {}
+        self._saved, self._stream = saved["noise"], None
+        self._shapes, self._silent = {}, {}
 
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""
@@ -325,12 +392,23 @@ class PrivateSum:
             return {**described, "Privacy": "none, there is no noise"}
         epsilon = accountant.epsilon_after(accountant.rounds, plan.target_delta)
         whose = "the planned cohort" if plan.simulated_cohort else "each client"
-        return {
-            **described,
+        privacy = (
+            f"epsilon {epsilon:.4g} at delta {plan.target_delta:g} after all rounds, "
+            f"for {whose}"
+        )
+        if plan.has_weak_seed:
+            privacy += (
+                "; none against whoever tries seeds: that of the noise is for research"
+            )
+        described |= {
             "Noise": f"{self.noise_std:.4g} x clipping norm",
-            "Privacy": f"epsilon {epsilon:.4g} at delta {plan.target_delta:g} "
-            f"after all rounds, for {whose}",
+            "Privacy": privacy,
         }
+        if plan.hides_cohorts:
+            described["Withheld"] = (
+                "what tells the cohort: numbers of replies and errors, bytes, seconds"
+            )
+        return described
 
 
 def _pieces(term: Contribution | Total) -> dict[str, Term]:

@@ -143,6 +143,9 @@ class TooSoon(MinSeparationSampler):
     def sample(self, clients, size, server_round, purpose):
         return list(clients) if server_round in (3, 4) else []
 
+    def expected_size(self, size, population):
+        return size
+
 
 @pytest.mark.parametrize("kind", ["identity", "blt", "tree-honaker"])
 def test_a_client_that_takes_part_too_often_shows(kind):
@@ -202,11 +205,13 @@ def test_momentum_changes_nothing():
 def sampled(kind, **options):
     if kind == "poisson":
         return private(
-            sampler=lambda: PoissonSampler(probability=0.25), amplified=True, **options
+            sampler=lambda: PoissonSampler(2**120 + 5, probability=0.25),
+            amplified=True,
+            **options,
         )
     return private(
         BandedToeplitz.optimize(options.get("num_rounds", ROUNDS), 4),
-        sampler=lambda: CyclicPoissonSampler(0.8, 4, seed=11),
+        sampler=lambda: CyclicPoissonSampler(0.8, 4, seed=2**120 + 11),
         amplified=True,
         num_sampled_clients=48,
         **options,
@@ -225,7 +230,7 @@ def test_amplified_by_sampling(kind, monkeypatch):
 
 
 def fixed_cohorts():
-    return private(sampler=UniformSampler, amplified=True, num_rounds=2)
+    return private(sampler=lambda: UniformSampler(2**120), amplified=True, num_rounds=2)
 
 
 def test_fixed_cohorts():

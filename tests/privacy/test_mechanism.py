@@ -172,13 +172,13 @@ def test_dropouts_change_neither_noise_nor_divisor(cohort, aggregate):
 
 
 def test_an_empty_poisson_cohort_is_released(aggregate, cohort):
-    sampler = PoissonSampler(probability=1e-9)
+    sampler = PoissonSampler(probability=3e-9)
     strategy = AdditiveStrategy(
         mechanism=plan(amplified=True, population_size=10**9, target_delta=1e-12),
         sampler=sampler,
     )
-    new, metrics = aggregate(strategy, SENT, cohort(1.0, 1.0, 1.0))
-    assert metrics["num-replies"] == 0
+    new, _ = aggregate(strategy, SENT, cohort(1.0, 1.0, 1.0))
+    assert strategy._cohort == {}
     assert np.all(new["w"] != SENT["w"])
 
 
@@ -344,13 +344,17 @@ def test_poisson_epsilon_is_dp_accountings(cohort, aggregate):
 @pytest.mark.parametrize(
     ("sampler", "changes"),
     [
-        (MinSeparationSampler(3, 2), {"factorization": "best"}),
+        (MinSeparationSampler(3, 2), {"factorization": "best", "population_size": 9}),
         (UniformSampler(), {"factorization": "tree"}),
-        (PoissonSampler(probability=0.1), {"amplified": True}),
+        (
+            PoissonSampler(probability=0.1),
+            {"amplified": True, "population_size": 30},
+        ),
         (
             CyclicPoissonSampler(0.3, 3),
             {
                 "amplified": True,
+                "population_size": 30,
                 "factorization": BandedToeplitz(ROUNDS, [1.0, 0.5, 0.2]),
             },
         ),
@@ -397,6 +401,40 @@ def test_clients_metrics_are_withheld_unless_asked_for(cohort, scripted):
         assert (1 in result.evaluate_metrics_clientapp) is unprotected
 
 
+def test_clients_do_not_evaluate_where_nobody_may_read_it(cohort, scripted, caplog):
+    caplog.set_level("INFO", "flwr")
+    contents = cohort(1.0, 2.0, 3.0, loss=0.5)
+    asked = {}
+    for told in (False, True):
+        grid = scripted(contents)
+        asked[told] = []
+        send = grid.send_and_receive
+
+        def count(messages, *, timeout=None, send=send, to=asked[told]):
+            messages = list(messages)
+            to.extend(m.metadata.message_type for m in messages)
+            return send(messages, timeout=timeout)
+
+        grid.send_and_receive = count
+        strategy = AdditiveStrategy(mechanism=plan(unprotected_metrics=told))
+        strategy.start(grid, to_record(SENT), num_rounds=2)
+    assert asked[True].count("evaluate") == 6
+    assert asked[False] == ["train"] * 6
+    assert caplog.text.count("Evaluation: clients are not asked") == 1
+
+
+def test_evaluations_that_a_strategy_reads_itself_are_asked_for(cohort, scripted):
+    class Own(AdditiveStrategy):
+        seen = 0
+
+        def aggregate_evaluate(self, server_round, replies):
+            self.seen += len(list(replies))
+
+    strategy = Own(mechanism=plan())
+    strategy.start(scripted(cohort(1.0, 2.0, 3.0)), to_record(SENT), num_rounds=1)
+    assert strategy.seen == 3
+
+
 def test_signal_to_noise_is_estimated_from_the_release(aggregate, reply):
     size, clients = 40_000, 4
     sent = {"w": np.zeros(size, np.float32)}
@@ -424,7 +462,7 @@ def test_signal_to_noise_is_estimated_from_the_release(aggregate, reply):
 
 def test_a_simulated_cohort_moves_as_the_planned_one(aggregate, cohort):
     changes = (0.01, -0.02, 0.03)
-    planned = {"num_sampled_clients": 300, "population_size": 900}
+    planned = {"num_sampled_clients": 300, "population_size": 1500}
     sampler = MinSeparationSampler(5, 2)
     small = AdditiveStrategy(
         mechanism=plan(simulated_cohort=3, **planned), sampler=sampler
@@ -449,7 +487,8 @@ def test_in_a_simulation_held_out_clients_stay_held_out():
     strategy = AdditiveStrategy(
         mechanism=plan(simulated_cohort=3, **planned), sampler=held_out
     )
-    assert strategy._private.sampler is held_out
+    assert strategy._private.sampler is strategy.sampler
+    assert isinstance(strategy.sampler, HeldOutSampler)
 
 
 # Adaptive clipping ----------------------------------------------------------------
@@ -695,12 +734,98 @@ def test_a_longer_run_than_planned_is_refused(cohort, scripted):
         strategy.start(scripted(cohort(1.0)), to_record(SENT), num_rounds=7)
 
 
-def test_cohorts_that_anybody_can_draw_are_refused():
-    sampler = PoissonSampler(probability=0.1)
-    with pytest.raises(ValueError, match="seed=0 must be a secret number"):
-        AdditiveStrategy(mechanism=plan(amplified=True, seed=None), sampler=sampler)
-    secret = PoissonSampler(918273, probability=0.1)
-    AdditiveStrategy(mechanism=plan(amplified=True, seed=None), sampler=secret)
+@pytest.mark.parametrize(
+    ("sampler", "changes", "message"),
+    [
+        (
+            MinSeparationSampler(5),
+            {"num_sampled_clients": 3, "population_size": 14},
+            r"num_sampled_clients=3 must be at most 2.8: .*min_separation=5 .*size=14 ",
+        ),
+        (
+            MinSeparationSampler(1, 2),
+            {"num_sampled_clients": 3, "population_size": 8},
+            r"max_participations=2 must be >= 3: 6 rounds of 3 of population_size=8",
+        ),
+        (
+            CyclicPoissonSampler(1.0, 4),
+            {"num_sampled_clients": 5, "population_size": 8, "seed": None},
+            r"at most 4: .*CyclicPoissonSampler with min_separation=4 finds",
+        ),
+        (
+            PoissonSampler(probability=0.01),
+            {"num_sampled_clients": 3, "population_size": 100, "amplified": True},
+            r"at most 2: .*PoissonSampler",
+        ),
+        (
+            HeldOutSampler(num_training_clients=2),
+            {"num_sampled_clients": 3, "population_size": 9},
+            r"at most 2: .*HeldOutSampler",
+        ),
+        (
+            HeldOutSampler(num_training_clients=2),
+            {"num_sampled_clients": 90, "population_size": 900, "simulated_cohort": 3},
+            r"num_sampled_clients=3 must be at most 2: ",
+        ),
+        (  # A plan that nobody could carry out is not made by simulating it.
+            MinSeparationSampler(5),
+            {"num_sampled_clients": 90, "population_size": 400, "simulated_cohort": 3},
+            r"num_sampled_clients=90 must be at most 80: ",
+        ),
+        (
+            MinSeparationSampler(5),
+            {"population_size": 14, "noise_multiplier": 0},
+            r"num_sampled_clients=3 must be at most 2.8: ",
+        ),
+    ],
+)
+def test_a_plan_that_runs_short_of_clients_is_refused(sampler, changes, message):
+    with pytest.raises(ValueError, match=message):
+        AdditiveStrategy(mechanism=plan(**changes), sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "population"),
+    [
+        (MinSeparationSampler(5), 15),
+        (MinSeparationSampler(2, 3), 6),
+        (MinSeparationSampler(6, 1), 18),
+    ],
+)
+def test_a_plan_that_just_has_enough_clients_fills_every_round(
+    sampler, population, cohort, scripted
+):
+    mechanism = plan(population_size=population)
+    strategy = AdditiveStrategy(mechanism=mechanism, sampler=sampler)
+    grid = scripted(cohort(*[1.0] * population))
+    result = strategy.start(grid, to_record(SENT), num_rounds=ROUNDS)
+    metrics = result.train_metrics_clientapp.values()
+    assert [m["num-replies"] for m in metrics] == [3] * ROUNDS
+
+
+def test_a_client_more_than_planned_for_ends_the_run(cohort, scripted, caplog):
+    """One that left and came back under another id could not be told from it."""
+    contents = cohort(*[1.0] * 8)
+
+    class Moving(type(scripted(contents))):
+        gone = 0
+
+        def get_nodes(self):
+            return list(super().get_nodes())[self.gone : self.gone + 6]
+
+    grid = scripted(contents)
+    grid.__class__ = Moving
+    strategy = AdditiveStrategy(
+        mechanism=plan(population_size=7), sampler=MinSeparationSampler(2)
+    )
+
+    def leave(server_round, arrays):
+        grid.gone = {2: 1, 4: 2}.get(server_round, grid.gone)
+
+    result = strategy.start(grid, to_record(SENT), num_rounds=ROUNDS, evaluate_fn=leave)
+    assert sorted(result.train_metrics_clientapp) == [1, 2, 3, 4]
+    assert "population_size=7 must be >= 8" in caplog.text
+    assert caplog.text.count("node(s) are new") == 2
 
 
 def test_cohorts_of_fixed_size_need_everybody(cohort, aggregate):

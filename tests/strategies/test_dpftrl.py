@@ -71,9 +71,10 @@ def test_momentum_makes_prefix_sums_of_prefix_sums(point_task, play):
 
 def test_clients_are_not_drawn_too_often(app, spied, play):
     app, calls = spied(app)
-    play(DPFTRL(**USUAL, max_participations=1), app, 12, {"w": np.float32(0)}, rounds=8)
+    once = {**USUAL, "population_size": 24, "max_participations": 1}
+    play(DPFTRL(**once), app, 12, {"w": np.float32(0)}, rounds=8)
     seen = [call.client for call in calls]
-    assert len(seen) == len(set(seen)) == 12  # everybody once, then empty rounds
+    assert len(seen) == len(set(seen)) == 12  # all that are there once, then nobody
     strategy = DPFTRL(**USUAL)
     calls.clear()
     played = play(strategy, app, 12, {"w": np.float32(0)}, rounds=8)
@@ -97,8 +98,9 @@ def test_two_and_two_rounds_are_four(app, play, tmp_path):
 
 
 def test_its_mechanism_is_chosen_from_participation():
-    free = DPFTRL(**{**USUAL, "num_rounds": 64, "min_separation": 1})
-    apart = DPFTRL(**{**USUAL, "num_rounds": 64, "min_separation": 32})
+    many = {**USUAL, "num_rounds": 64, "population_size": 96, "target_delta": 1e-3}
+    free = DPFTRL(**{**many, "min_separation": 1})
+    apart = DPFTRL(**{**many, "min_separation": 32})
     assert free._private.noise_std > 2 * apart._private.noise_std
     assert "identity" not in str(apart.settings()["Mechanism"])
 
@@ -112,7 +114,12 @@ def test_a_target_says_how_much_noise():
 
 def short(when_short, app, play):
     strategy = DPFTRL(
-        **{**USUAL, "min_separation": 1, "num_sampled_clients": 7},
+        **{
+            **USUAL,
+            "min_separation": 1,
+            "num_sampled_clients": 7,
+            "population_size": 14,
+        },
         sampler=MinSeparationSampler(2, when_short=when_short),
     )
     return play(strategy, app, 12, {"w": np.float32(0)}, rounds=3)
