@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -139,13 +141,26 @@ def home_of(log: str) -> str:
 def left_of(home: str) -> list[str]:
     """List what a run left: processes with its home in environment or command."""
     left = [home] if Path(home).exists() else []
-    for process in psutil.process_iter():
-        try:
+    for process in filter(lives, psutil.process_iter()):
+        with contextlib.suppress(psutil.Error):
             if home in [process.environ().get("FLWR_HOME"), *process.cmdline()]:
                 left.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
     return left
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether a process runs: one that init has not yet taken note of is gone."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def name_of(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:  # it has ended meanwhile
+        return ""
 
 
 def test_completed_run_returns_its_log_and_leaves_nothing(app, fake_flower, tmp_path):
@@ -183,8 +198,28 @@ def test_flwr_that_exits_with_an_error_raises(app, fake_flower, monkeypatch):
 
 def test_timeout_stops_the_run(app, fake_flower, monkeypatch):
     monkeypatch.setenv("FAKE_SECONDS", "600")
+    timers = []
+
+    class Timer:
+        """Rings with the first line, whenever that is."""
+
+        def __init__(self, seconds, ring):
+            timers.append((seconds, ring))
+
+        def start(self):
+            pass
+
+        cancel = start
+
+    monkeypatch.setattr(launch.threading, "Timer", Timer)
     with pytest.raises(RunFailed, match=r"timeout=1\.5") as caught:
-        run_app(app, timeout=1.5, log_file=app.parent / "log")
+        run_app(
+            app,
+            timeout=1.5,
+            log_file=app.parent / "log",
+            on_line=lambda line: timers[0][1](),
+        )
+    assert timers[0][0] == 1.5
     assert left_of(home_of(str(caught.value))) == []
 
 
@@ -335,6 +370,19 @@ def test_readable_line(line, text):
     assert readable_line(line) == text
 
 
+def test_a_process_that_nobody_has_waited_for_is_gone():
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as child:
+        process = psutil.Process(child.pid)
+        assert child.stdout
+        child.stdout.read()  # until it ends
+        end = time.monotonic() + DEADLINE
+        while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not lives(process)
+    assert not lives(process)
+    assert lives(psutil.Process())
+
+
 @pytest.mark.slow
 def test_two_real_runs_at_once_one_of_which_fails(app):
     ends: dict[str, launch.RunOutcome | RunFailed] = {}
@@ -384,14 +432,13 @@ def test_sigterm_during_a_real_run_leaves_nothing(app):
             if "[ROUND 3/" in line:
                 break
         started = psutil.Process(process.pid).children(recursive=True)
-        names = json.dumps([p.name() for p in started])
+        names = json.dumps([name_of(process) for process in started])
         process.terminate()
         process.stdout.read()
         assert process.wait(DEADLINE) == 143, output
     assert "flower-superlin" in names
     assert "raylet" in names
-    _, alive = psutil.wait_procs(started, timeout=1)
-    assert alive == []
+    assert list(filter(lives, started)) == []
     assert left_of(home_of("".join(output))) == []
 
 

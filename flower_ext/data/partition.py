@@ -69,7 +69,8 @@ def partitioner(
     Raises
     ------
     ValueError
-        Unknown scheme or column, or a number out of range.
+        Unknown scheme or column, a column of lists or with missing values (None or
+        NaN), or a number out of range.
 
     Notes
     -----

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from flwr_datasets.partitioner import Partitioner
 from numpy.typing import NDArray
+
+from flower_ext.errors import refuse
 
 _ROW = "__row__"
 
@@ -99,11 +103,22 @@ def row_table(dataset: Dataset, column: str | None) -> Dataset:
 
 
 def column_values(dataset: Dataset, column: str) -> NDArray[Any]:
-    """One column as an array of shape ``(examples,)``, without reading the others."""
+    """One column as an array of shape ``(examples,)``, without reading the others.
+
+    Refuses what no row can be told by: lists and the like, and missing values, of which
+    NaN is one.
+    """
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
-    if values.null_count:
+    if pa.types.is_nested(values.type) or isinstance(values.type, pa.ExtensionType):
+        refuse(
+            "column",
+            column,
+            "a column of single values",
+            f"its rows hold {values.type}; make one label of each",
+        )
+    if missing := pc.sum(pc.is_null(values, nan_is_null=True)).as_py():
         raise ValueError(
-            f"column={column!r} has {values.null_count} missing values, which belong "
+            f"column={column!r} has {missing} missing values, which belong "
             "to no client: filter those rows or fill them in"
         )
     return np.asarray(values.to_numpy())

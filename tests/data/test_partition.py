@@ -199,6 +199,25 @@ def test_dirichlet_that_leaves_a_client_empty(letters):
         partitioner(letters, "dirichlet", num_partitions=90, alpha=0.001)
 
 
+@pytest.mark.parametrize("scheme", ["dirichlet", "shard", "natural"])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0.0, 1.0, float("nan")], "column='label' has 20 missing values"),
+        ([0, 1, None], "column='label' has 20 missing values"),
+        ([[0], [1], [0, 1]], "column='label' must be a column of single values: its"),
+        ([{"a": 1}, {"a": 2}, {"a": 3}], "column='label' must be a column of single"),
+    ],
+)
+def test_labels_that_tell_no_row_are_refused(scheme, labels, message):
+    data = Dataset.from_dict({"label": labels * 20})
+    options = {"num_partitions": 3, "alpha": 1.0, "column": "label"}
+    if scheme != "dirichlet":
+        del options["alpha"]
+    with pytest.raises(ValueError, match=message):
+        partitioner(data, scheme, **options)
+
+
 def test_no_natural_column(letters):
     with pytest.raises(ValueError, match=r"no natural clients.*'label', 'x'"):
         partitioner(letters.remove_columns("client"), "natural")

@@ -1,9 +1,11 @@
 """Flower's deployment engine on loopback, with TLS: the apps run there unchanged."""
 
+import contextlib
 import datetime
 import ipaddress
 import json
 import os
+import random
 import socket
 import subprocess
 import sysconfig
@@ -57,13 +59,23 @@ def certificate(folder):
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+    """Return a free port, below those that systems give away by themselves.
+
+    One of theirs could be somebody's again before the program that is told of it
+    listens. Those below 20,000 are Ray's.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", port)),
+        ):
+            return port
 
 
 def wait_for(port):
     """Wait until somebody listens; the SuperLink takes seconds."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + SECONDS
     while True:
         try:
             return socket.create_connection(("127.0.0.1", port)).close()
