@@ -28,7 +28,7 @@ define isolated
 	FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0
 endef
 
-.PHONY: help run report docs new-strategy test check release-check bench bench-simulation clean
+.PHONY: help run report docs new-strategy test check release-check bench bench-simulation bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -83,15 +83,18 @@ release-check: $(INSTALLED)  ## build wheel and sdist, check them, test the whee
 	venv/bin/python -m pytest -m "not slow" $(PYTEST_OPTIONS) \
 	  --ignore tests/test_architecture.py --ignore tests/test_packaging.py \
 	  --ignore tests/test_docs.py --ignore tests/test_new_strategy.py \
-	  --ignore tests/test_baselines.py  # these look at the checkout
+	  --ignore tests/test_baselines.py --ignore tests/test_benchmarks.py  # these look at the checkout
 
 bench: $(INSTALLED)  ## run the benchmarks one after the other
-	@set -e; for file in $(filter-out benchmarks/simulation.py,$(wildcard benchmarks/[a-z]*.py)); do \
+	@set -e; for file in $(filter-out benchmarks/simulation.py benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do \
 	  echo "== $$file"; $(PY) "$$file"; \
 	done
 
 bench-simulation: $(INSTALLED)  ## time rounds of many virtual clients
 	@$(isolated) $(PY) benchmarks/simulation.py
+
+bench-gpu: $(INSTALLED)  ## time clients on a GPU and check what they compute there
+	@$(isolated) $(PY) benchmarks/gpu.py
 
 clean:  ## remove what the other targets made, except the results
 	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
