@@ -335,7 +335,7 @@ class AdditiveStrategy(FedAvg):
             else (self.fraction_evaluate, self.min_evaluate_nodes)
         )
         sampler = self._private.sampler if self._private else self.sampler
-        number = server_round
+        number, quiet = server_round, self._hides_cohorts
         if self._private:
             if purpose == "train":
                 self._number = self._private.number(server_round)
@@ -364,6 +364,17 @@ class AdditiveStrategy(FedAvg):
                 continue
             if self._private:
                 self._private.require_population(sampler.num_known)
+                noisy = self._private.accountant is not None and not quiet
+                if purpose == "train" and noisy and 2 * len(chosen) < size:
+                    log(
+                        WARNING,
+                        "round %s has %s of its %s planned clients: %s are connected, "
+                        "and some may have to wait. The rest is noise",
+                        server_round,
+                        len(chosen),
+                        size,
+                        len(nodes),
+                    )
             return [nodes[i] for i in chosen] if names is not nodes else chosen
 
     def aggregate_train(

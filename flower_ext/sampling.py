@@ -345,9 +345,11 @@ class MinSeparationSampler(Sampler):
     ----------
     min_separation : int
         Least difference of the numbers of two rounds with the same client; 1 allows
-        every round. At most population / cohort, or rounds run short of clients.
+        every round. At most population / cohort, or rounds run short of clients, which
+        a mechanism refuses.
     max_participations : int, optional
-        Most rounds of one client; by default what the separation allows.
+        Most rounds of one client; by default what the separation allows. Where it is
+        hardly more than rounds x cohort / population, the last rounds may be short.
     seed, same_for_evaluation
         See :class:`Sampler`.
     when_short : str (default: "smaller")

@@ -327,7 +327,8 @@ def _mutates_nothing(bench: _Bench) -> None:
 
 
 def _pickles(bench: _Bench) -> None:
-    """Is picklable; under a mechanism with noise before its first release."""
+    """Is picklable."""
+    # With noise a copy would repeat releases: it is allowed before the first one.
     mechanism = getattr(bench.strategy, "mechanism", None)
     if mechanism is None or not mechanism.is_private:
         bench.aggregate(bench.replies())

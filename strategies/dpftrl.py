@@ -42,8 +42,8 @@ class DPFTRL(AdditiveStrategy):
         Clients that may ever take part.
     min_separation : int (default: 1)
         Least difference of the numbers of two rounds with the same client; the larger,
-        the less noise. At most ``population_size / num_sampled_clients``, or rounds run
-        short of clients.
+        the less noise. At most ``population_size / num_sampled_clients``: with more,
+        rounds would run short of clients.
     max_participations : int, optional
         Most rounds of a client; by default what the separation allows.
     clipping : float or Clipping (default: 1.0)

@@ -59,7 +59,7 @@ class Mechanism:
     num_sampled_clients : int
         The planned cohort, and the divisor of every round, whoever replies.
     population_size : int
-        Clients that may ever take part.
+        Clients that may ever take part. A run that meets more ends.
     clipping : float or Clipping (default: 1.0)
         Flat l2 norm, or a :class:`~flower_ext.privacy.PerLayerClipping` or
         :class:`~flower_ext.privacy.AdaptiveClipping`.

@@ -141,6 +141,7 @@ def test_a_run_short_of_clients_waits(app, monkeypatch, play):
     """Three more clients connect while round 2 waits."""
 
     class Growing(LocalGrid):
+        is_fixed = False
         connected = 9
 
         def get_nodes(self):
