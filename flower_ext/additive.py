@@ -38,6 +38,8 @@ from flower_ext._flower import (
 from flower_ext.arrays import (
     Arrays,
     Term,
+    all_finite,
+    finite_or_unchanged,
     from_record,
     subtract,
     to_record,
@@ -59,6 +61,7 @@ from flower_ext.replies import (
     read_arrays,
     read_scalar,
     sort_replies,
+    unreadable,
 )
 from flower_ext.rounds import run_rounds
 from flower_ext.sampling import Purpose, Sampler, TooFewClients, UniformSampler
@@ -69,6 +72,7 @@ Config = Mapping[str, ConfigRecordValues]
 
 # Enough for the sum to be read and written rarely, few enough to be held at a time.
 _TERMS_AT_A_TIME = 16
+_NOT_HELD = "the new model, or the server optimizer, would not be finite"
 # What no contribution depends on, some of it large and some secret.
 _ON_THE_SERVER = (
     "server_optimizer",
@@ -416,8 +420,25 @@ class AdditiveStrategy(FedAvg):
             metrics.update(self._private.metrics())
         metrics.update(self.report(total))
         metrics.update(counts)
-        new = self.server_optimizer.step(self._sent, self.update(total))
+        new = self._move(self._sent, self.update(total))
+        if new is None:
+            log(WARNING, "round %s: %s: the model is kept", server_round, _NOT_HELD)
+            return None, metrics
         return to_record(new), metrics
+
+    def _move(self, sent: Arrays, direction: Arrays) -> Arrays | None:
+        """Return the new model, or None if it, or the optimizer, does not stay finite.
+
+        Then the optimizer's moments stay as they were.
+        """
+        optimizer = self.server_optimizer
+        before = copy.deepcopy(optimizer.state_dict())
+        new = optimizer.step(sent, direction)
+        moments = (x for slot in optimizer.state_dict().values() for x in slot.values())
+        if finite_or_unchanged(new, sent) and all_finite(moments):
+            return new
+        optimizer.load_state_dict(before)
+        return None
 
     @property
     def _tells_metrics(self) -> bool:
@@ -435,11 +456,12 @@ class AdditiveStrategy(FedAvg):
     ) -> tuple[Total, list[RecordDict]]:
         """Sum the usable contributions; count the others in ``dropped``.
 
-        That all are finite is checked on their sum, which costs one pass a round
-        instead of one a reply; only where it is not are the ones to blame looked for.
+        That none spoils the model is checked on their sum, which costs one pass a
+        round instead of one a reply; only where one does are those to blame looked for.
         """
         total, used, left_out = self._sum(replies)
-        if not self._private and not total.is_finite():
+        assert self._sent is not None
+        if not self._private and not total.can_move(self._sent):
             total, used, left_out = self._sum(replies, check=True)
         dropped += left_out
         self._understood |= bool(used) or NOT_FINITE in left_out
@@ -501,8 +523,13 @@ class AdditiveStrategy(FedAvg):
         self, strategy: "AdditiveStrategy", private: PrivateSum | None
     ) -> Summand:
         assert self._sent is not None
-        clip = private.clip if private else None
-        return Summand(self._sent, strategy.weight, strategy.contribution, clip)
+        return Summand(
+            self._sent,
+            strategy.weight,
+            strategy.contribution,
+            strategy.zero(self._sent).shapes(),
+            private.clip if private else None,
+        )
 
     def _problem(self, total: Total) -> str:
         """Say why the model cannot be moved, if so.
@@ -517,7 +544,9 @@ class AdditiveStrategy(FedAvg):
                 f"{total.count} usable replies of total weight {weight:g}, at "
                 f"least {self.min_replies} are needed"
             )
-        return "" if total.is_finite() else "the sum of the replies is not finite"
+        assert self._sent is not None
+        fits = total.can_move(self._sent)
+        return "" if fits else "the model cannot hold the sum of the replies"
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -531,6 +560,8 @@ class AdditiveStrategy(FedAvg):
                 self.weight(reply.content)
             except MalformedReply as problem:
                 sorted_.dropped[str(problem)] += 1
+            except Exception as error:  # no reply ends a run
+                sorted_.dropped[unreadable(error)] += 1
             else:
                 used.append(reply)
         if not quiet:
@@ -543,7 +574,10 @@ class AdditiveStrategy(FedAvg):
             self.evaluate_metrics_aggr_fn,
             self.consumed_metrics,
         )
-        metrics.update(self.report_evaluate(used))
+        try:
+            metrics.update(self.report_evaluate(used))
+        except Exception as error:  # no reply ends a run
+            log(WARNING, "no report: %s", unreadable(error), exc_info=True)
         return metrics
 
     # The run ----------------------------------------------------------------------

@@ -17,6 +17,7 @@ Arrays = dict[str, NDArray]
 _BLOCK = 1 << 14
 # That of a plain array takes 128 bytes.
 _LONGEST_HEADER = 4096
+_LARGEST_CHANGE = 1e18
 
 
 def view(array: Array) -> NDArray:
@@ -120,6 +121,9 @@ class Lazy:
         self, function: Callable[..., NDArray], *operands: "NDArray | Lazy"
     ) -> None:
         self.shape: tuple[int, ...] = operands[0].shape
+        if any(x.shape != self.shape for x in operands):
+            shapes = [x.shape for x in operands]
+            raise ValueError(f"operands of shapes {shapes} must have one shape")
         self._function = function
         self._flat = [x if isinstance(x, Lazy) else x.reshape(-1) for x in operands]
 
@@ -138,11 +142,27 @@ Term = NDArray | Lazy
 
 
 def subtract(new: NDArray, old: NDArray) -> Lazy:
-    """Return ``new - old``: floats in float32 or wider, integers exactly in int64."""
+    """Return ``new - old``: floats in float32 or wider, integers exactly in int64.
+
+    What is unchanged has not changed, an infinity or a NaN too: 0.
+    """
     if not is_averaged(new):
         return Lazy(_subtract_integers, new, old)
     wide = np.result_type(new, old, np.float32)
-    return Lazy(partial(np.subtract, dtype=wide), new, old)
+    return Lazy(partial(_subtract_floats, wide), new, old)
+
+
+def _subtract_floats(wide: npt.DTypeLike, new: NDArray, old: NDArray) -> NDArray:
+    with np.errstate(invalid="ignore", over="ignore"):
+        change = np.subtract(new, old, dtype=wide)
+    if not _is_finite(change):
+        change[_unchanged(new, old)] = 0
+    return change
+
+
+def _unchanged(new: NDArray, old: NDArray) -> NDArray:
+    same: NDArray = (new == old) | (np.isnan(new) & np.isnan(old))
+    return same
 
 
 def _subtract_integers(new: NDArray, old: NDArray) -> NDArray:
@@ -206,7 +226,42 @@ def all_finite(terms: Iterable[Term]) -> bool:
 
 def _is_finite(block: NDArray) -> bool:
     # A sum is quick, and finite only if all its terms are. It may overflow, too.
-    return bool(np.isfinite(block.sum()) or np.isfinite(block).all())
+    with np.errstate(invalid="ignore", over="ignore"):
+        return bool(np.isfinite(block.sum()) or np.isfinite(block).all())
+
+
+def finite_or_unchanged(new: Mapping[str, NDArray], old: Mapping[str, NDArray]) -> bool:
+    """Whether no array has a NaN or an infinity that it did not have before."""
+    return all(
+        not is_averaged(x)
+        or _is_finite(x)
+        or bool(np.all(np.isfinite(x) | _unchanged(x, old[name])))
+        for name, x in new.items()
+    )
+
+
+def can_move(
+    sent: Mapping[str, NDArray], changes: Mapping[str, Term], factor: float = 1.0
+) -> bool:
+    """Whether a model can be moved by changes times a factor, in its own precision.
+
+    No change may exceed 1e18 in size: its square is still a float32, as the moments of
+    server optimizers are.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        return all(
+            _can_move(old, change * factor)
+            for name, x in changes.items()
+            if name in sent and is_averaged(sent[name])
+            for old, change in zip(_blocks(sent[name]), _blocks(x), strict=True)
+        )
+
+
+def _can_move(old: NDArray, change: NDArray) -> bool:
+    if not np.all(np.abs(change) <= _LARGEST_CHANGE):
+        return False
+    moved = np.add(old, change, dtype=np.float64).astype(old.dtype)
+    return _is_finite(moved) or bool(np.all(np.isfinite(moved) | ~np.isfinite(old)))
 
 
 def norm(terms: Iterable[Term]) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.common import NDArray
 
-from flower_ext.arrays import Arrays, Term, accumulate, all_finite
+from flower_ext.arrays import Arrays, Term, accumulate, all_finite, can_move, scale
 
 DELTA = "delta"
 
@@ -31,8 +31,23 @@ class Contribution:
     scalars: Mapping[str, float | NDArray] = field(default_factory=dict)
 
     def is_finite(self) -> bool:
-        """Whether no array, weight or scalar is NaN or infinite."""
-        return _is_finite(self)
+        """Whether no weighted array, weight or scalar is NaN or infinite."""
+        return _are_finite(self) and all(
+            all_finite(scale(x, self.weight) for x in arrays.values())
+            for arrays in self.arrays.values()
+        )
+
+    def can_move(self, sent: Arrays) -> bool:
+        """Whether all is finite, and the model can take the change alone."""
+        return self.is_finite() and can_move(sent, self.arrays.get(DELTA, {}))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of arrays, as ``part/name``, and of scalars, by name."""
+        return {
+            f"{part}/{name}": x.shape
+            for part, arrays in self.arrays.items()
+            for name, x in arrays.items()
+        } | {name: np.shape(x) for name, x in self.scalars.items()}
 
 
 @dataclass
@@ -95,7 +110,14 @@ class Total:
 
     def is_finite(self) -> bool:
         """Whether no sum has overflowed."""
-        return _is_finite(self)
+        return _are_finite(self) and all(
+            all_finite(arrays.values()) for arrays in self.arrays.values()
+        )
+
+    def can_move(self, sent: Arrays) -> bool:
+        """Whether all is finite, and the model can take the mean change."""
+        mean = 1 / self.weight if self.weight > 0 else 1.0
+        return self.is_finite() and can_move(sent, self.arrays.get(DELTA, {}), mean)
 
     def take(self, part: str = DELTA) -> Arrays:
         """Hand over the sums of a part, which the caller may change."""
@@ -107,8 +129,7 @@ class Total:
         return {name: np.divide(x, self.weight, out=x) for name, x in arrays.items()}
 
 
-def _is_finite(term: Contribution | Total) -> bool:
-    values = [np.asarray(term.weight), *map(np.asarray, term.scalars.values())]
-    return all_finite(values) and all(
-        all_finite(arrays.values()) for arrays in term.arrays.values()
-    )
+def _are_finite(term: Contribution | Total) -> bool:
+    """Whether weight and scalars are."""
+    values = (np.asarray(x, np.float64) for x in (term.weight, *term.scalars.values()))
+    return all_finite(values)

@@ -11,7 +11,7 @@ What travels is one sum a pack, and every client's metrics. The server's memory 
 that of a few models, whatever the cohort.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -19,10 +19,10 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from flower_ext.arrays import Arrays
 from flower_ext.contribution import Contribution, Total
-from flower_ext.replies import MalformedReply
+from flower_ext.replies import MalformedReply, unreadable
 from flower_ext.traffic import Measured, measure_content
 
-NOT_FINITE = "the contribution is not finite"
+NOT_FINITE = "the contribution is not finite, or beyond what the model can hold"
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Summand:
         ``reply -> weight`` that its metrics are averaged with; must not raise.
     contribution : callable
         ``(reply, sent) -> Contribution``.
+    shapes : dict[str, tuple]
+        Of a contribution's arrays and scalars, as far as the strategy names them.
     clip : callable or None
         Under a mechanism: ``Contribution -> Contribution``, or None if it is not
         finite.
@@ -45,6 +47,7 @@ class Summand:
     sent: Arrays
     weigh: Callable[[RecordDict], float]
     contribution: Callable[[RecordDict, Arrays], Contribution]
+    shapes: Mapping[str, tuple[int, ...]]
     clip: Callable[[Contribution], Contribution | None] | None
 
     def term(self, reply: RecordDict, *, check: bool) -> Contribution:
@@ -55,17 +58,30 @@ class Summand:
         reply : RecordDict
             Of one client.
         check : bool
-            Whether to look for values that are not finite; clipping always does.
+            Whether to look for values that would spoil the model; where terms are
+            clipped, none can.
 
         Raises
         ------
         MalformedReply
             If the reply is to be left out.
         """
-        self.weigh(reply)
-        term = self.contribution(reply, self.sent)
+        try:
+            self.weigh(reply)
+            term = self.contribution(reply, self.sent)
+            shapes = term.shapes()
+        except MalformedReply:
+            raise
+        except Exception as error:  # no reply ends a run
+            raise MalformedReply(unreadable(error)) from error
+        for key in shapes.keys() & self.shapes.keys():
+            if shapes[key] != self.shapes[key]:
+                raise MalformedReply(
+                    f"{key!r} of the contribution has shape {shapes[key]}, in the "
+                    f"strategy's zero() it has {self.shapes[key]}"
+                )
         if self.clip is None:
-            if check and not term.is_finite():
+            if check and not term.can_move(self.sent):
                 raise MalformedReply(NOT_FINITE)
             return term
         clipped = self.clip(term)

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 
+import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.common import NDArray
 
 from flower_ext._flower import log
 from flower_ext.arrays import Arrays, from_record, layout
@@ -13,8 +15,17 @@ from flower_ext.arrays import Arrays, from_record, layout
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
 
+# Larger numbers are of no use to a model in float32, and make sums overflow.
+_LARGEST = float(np.finfo(np.float32).max)
+
+
 class MalformedReply(ValueError):
     """A reply that a strategy cannot read; it is left out of the sum."""
+
+
+def unreadable(error: Exception) -> str:
+    """Say that reading a reply raised something that nobody foresaw."""
+    return f"reading it raised {type(error).__name__}: {error}"
 
 
 def read_arrays(reply: RecordDict, key: str, like: Arrays) -> Arrays:
@@ -23,7 +34,8 @@ def read_arrays(reply: RecordDict, key: str, like: Arrays) -> Arrays:
     Raises
     ------
     MalformedReply
-        Unless names, shapes and kinds (float, integer, flag) are those of ``like``.
+        Unless names, shapes and kinds (float, integer, flag) are those of ``like``, and
+        no float is beyond the range of its dtype there.
     """
     record = reply.get(key)
     if not isinstance(record, ArrayRecord):
@@ -47,7 +59,19 @@ def read_arrays(reply: RecordDict, key: str, like: Arrays) -> Arrays:
                 f"array {name!r} of {key!r} is {layout({name: array})[name]}, "
                 f"expected {layout({name: expected})[name]}"
             )
+        if not _fits(array, expected.dtype):
+            raise MalformedReply(
+                f"array {name!r} of {key!r} has numbers beyond {expected.dtype}"
+            )
     return arrays
+
+
+def _fits(array: NDArray, dtype: np.dtype[np.generic]) -> bool:
+    """Whether wider floats stay as finite as they are in a narrower dtype."""
+    if array.dtype.kind != "f" or array.dtype.itemsize <= dtype.itemsize:
+        return True
+    with np.errstate(over="ignore"):
+        return bool(np.all(np.isfinite(array.astype(dtype)) | ~np.isfinite(array)))
 
 
 def read_scalar(reply: RecordDict, key: str, low: float = 0.0) -> float:
@@ -56,12 +80,12 @@ def read_scalar(reply: RecordDict, key: str, low: float = 0.0) -> float:
     Raises
     ------
     MalformedReply
-        If it is missing, a list, not finite or too small.
+        If it is missing, a list, not finite, too small, or beyond float32.
     """
     found = _find(reply, key)
-    if isinstance(found, list) or not low <= found < float("inf"):
+    if isinstance(found, list) or not low <= found <= _LARGEST:
         raise MalformedReply(
-            f"metric {key!r}={found} must be a finite number >= {low:g}"
+            f"metric {key!r}={found} must be a finite number >= {low:g}, of float32"
         )
     return float(found)
 
@@ -75,9 +99,10 @@ def read_vector(
     """
     found = _find(reply, key)
     values = found if isinstance(found, list) else [found]
-    if len(values) != size or not all(low <= v < float("inf") for v in values):
+    if len(values) != size or not all(low <= v <= _LARGEST for v in values):
         raise MalformedReply(
-            f"metric {key!r}={found} must be {size} finite number(s) >= {low:g}"
+            f"metric {key!r}={found} must be {size} finite number(s) >= {low:g}, of "
+            "float32"
         )
     return [float(v) for v in values]
 
@@ -134,10 +159,23 @@ def sort_replies(
             result.dropped["the client was not asked in this round"] += 1
         elif times[node] > 1:
             result.dropped["the client replied more than once"] += 1
+        elif _has_long_integers(reply.content):
+            result.dropped["a number in it has more than 64 bits"] += 1
         else:
             result.usable.append(reply)
     result.usable.sort(key=lambda reply: cohort[reply.metadata.src_node_id])
     return result
+
+
+def _has_long_integers(content: RecordDict) -> bool:
+    """Whether a number cannot travel, which only simulations can do without."""
+    return any(
+        isinstance(number, int) and number.bit_length() > 63
+        for record in content.values()
+        if not isinstance(record, ArrayRecord)
+        for value in record.values()
+        for number in (value if isinstance(value, list) else (value,))
+    )
 
 
 def log_dropped(dropped: Counter[str], server_round: int) -> None:
@@ -154,59 +192,85 @@ def aggregate_metrics(
 ) -> MetricRecord:
     """Aggregate the metrics of replies, those that all of them have.
 
-    Flower's average needs the same metrics in every reply; one client that reports
-    less must not end the run. Metrics in ``consumed`` are left out, and so are replies
-    that weigh nothing: a client without examples knows no loss.
+    Flower's average needs the same metrics in every reply, under the same key; one
+    client that reports less, or elsewhere, must not end the run, nor must what a
+    function of the user's own makes of it. Metrics in ``consumed`` are left out, and so
+    are replies that weigh nothing: a client without examples knows no loss.
     """
-    contents = [c for c in contents if read_scalar(c, weighted_by_key) > 0]
+    contents = [c for c in contents if _weighs(c, weighted_by_key)]
     if not contents:
         return MetricRecord()
+    every = [_metrics(content, weighted_by_key) for content in contents]
     names = [
-        {
-            (key, name, len(value) if isinstance(value, list) else None)
-            for key, record in _metrics(content).items()
-            for name, value in record.items()
-            if name not in consumed
-        }
-        for content in contents
+        {(name, _length(value)) for name, (_, value) in metrics.items()}
+        for metrics in every
     ]
-    common = set.intersection(*names)
-    if missing := set.union(*names) - common:
+    common = {x for x in set.intersection(*names) if x[0] not in consumed}
+    missing = {name for name, _ in set.union(*names) - common if name not in consumed}
+    if missing:
         log(
             WARNING,
             "metrics %s are not in every reply, or not as long: left out",
-            sorted({f"{key}/{name}" for key, name, _ in missing}),
+            sorted(missing),
         )
-    kept = {(key, name) for key, name, _ in common}
-    chosen = [_only(content, kept, weighted_by_key) for content in contents]
-    return MetricRecord(dict(aggregate(chosen, weighted_by_key)))
+    # Where most replies have a metric; the weight first, where Flower looks for it.
+    homes = {
+        name: Counter(metrics[name][0] for metrics in every).most_common(1)[0][0]
+        for name in sorted({x for x, _ in common}, key=lambda x: x != weighted_by_key)
+    }
+    chosen = [
+        _only(content, metrics, homes)
+        for content, metrics in zip(contents, every, strict=True)
+    ]
+    try:
+        return MetricRecord(dict(aggregate(chosen, weighted_by_key)))
+    except Exception as error:  # no reply ends a run
+        log(WARNING, "the metrics are left out: %s", unreadable(error), exc_info=True)
+        return MetricRecord()
 
 
-def _metrics(content: RecordDict) -> dict[str, MetricRecord]:
-    """Return what ``content.metric_records`` does, several times faster."""
-    return {k: x for k, x in content.items() if isinstance(x, MetricRecord)}
+def _weighs(content: RecordDict, key: str) -> bool:
+    try:
+        return read_scalar(content, key) > 0
+    except MalformedReply:  # it is in the sum by another weight
+        return False
+
+
+def _length(value: MetricRecordValues) -> int | None:
+    return len(value) if isinstance(value, list) else None
+
+
+def _metrics(
+    content: RecordDict, first: str
+) -> dict[str, tuple[str, MetricRecordValues]]:
+    """Return a reply's metrics by name: the key of their record, and their value.
+
+    Of a name that occurs twice, the value beside the metric ``first`` counts.
+    """
+    records = [(k, x) for k, x in content.items() if isinstance(x, MetricRecord)]
+    records.sort(key=lambda item: first not in item[1])
+    found: dict[str, tuple[str, MetricRecordValues]] = {}
+    for key, record in records:
+        for name, value in record.items():
+            found.setdefault(name, (key, value))
+    return found
 
 
 def _only(
-    content: RecordDict, kept: set[tuple[str, str]], weighted_by_key: str
+    content: RecordDict,
+    metrics: Mapping[str, tuple[str, MetricRecordValues]],
+    homes: Mapping[str, str],
 ) -> RecordDict:
-    """Copy a reply with the metrics that are kept; its arrays are the same objects.
-
-    Flower looks for the weight in the first MetricRecord, and adds up metrics of the
-    same name: the record with the weight goes first, and the first of a name is kept.
-    """
-    metrics = _metrics(content)
-    if len(metrics) == 1 and len(kept) == sum(map(len, metrics.values())):
-        return content  # all that it has is kept
-    result = RecordDict({k: x for k, x in content.items() if k not in metrics})
-    seen: set[str] = set()
-    for key in sorted(metrics, key=lambda key: weighted_by_key not in metrics[key]):
-        chosen = {
-            name: value
-            for name, value in metrics[key].items()
-            if (key, name) in kept and name not in seen
-        }
-        seen.update(chosen)
-        if chosen:
-            result[key] = MetricRecord(chosen)
+    """Copy a reply with the metrics that are kept; its arrays are the same objects."""
+    records = [x for x in content.values() if isinstance(x, MetricRecord)]
+    if len(records) == 1 and {name: key for name, (key, _) in metrics.items()} == homes:
+        return content  # all that it has is kept, where it is
+    result = RecordDict(
+        {k: x for k, x in content.items() if not isinstance(x, MetricRecord)}
+    )
+    moved: dict[str, dict[str, MetricRecordValues]] = {}
+    for name, key in homes.items():
+        moved.setdefault(key, {})[name] = metrics[name][1]
+    for key, values in moved.items():
+        result[key] = MetricRecord(values)
     return result

@@ -25,11 +25,19 @@ State = dict[str, dict[str, NDArray]]
 
 
 def apply_direction(sent: NDArray, direction: NDArray) -> NDArray:
-    """Return ``sent + direction`` in the dtype of ``sent``; integers are rounded."""
+    """Return ``sent + direction`` in the dtype of ``sent``.
+
+    Integers are rounded, and stay at the end of their range beyond it.
+    """
     if is_averaged(sent):
-        moved = np.add(sent, direction, dtype=np.float64)
-    else:
-        moved = sent.astype(np.int64) + np.rint(direction).astype(np.int64)
+        with np.errstate(over="ignore"):
+            return np.asarray(np.add(sent, direction, dtype=np.float64), sent.dtype)
+    step = np.clip(np.rint(direction), -(2.0**62), 2.0**62)
+    moved = np.asarray(sent.astype(np.int64) + step.astype(np.int64), sent.dtype)
+    if sent.dtype.kind in "iu":
+        ends, about = np.iinfo(sent.dtype), np.add(sent, step, dtype=np.float64)
+        moved = np.where(about > float(ends.max), ends.max, moved)
+        moved = np.where(about < float(ends.min), ends.min, moved)
     return np.asarray(moved, sent.dtype)
 
 

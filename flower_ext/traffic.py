@@ -80,7 +80,10 @@ def serialized_bytes(content: RecordDict) -> int:
     rest = RecordDict(
         {k: x for k, x in content.items() if not isinstance(x, ArrayRecord)}
     )
-    size: int = recorddict_to_proto(rest).ByteSize()
+    try:
+        size: int = recorddict_to_proto(rest).ByteSize()
+    except ValueError:  # an integer that cannot travel
+        size = 0
     return size + sum(
         _field(_field(len(key.encode())) + _field(_record_bytes(record)))
         for key, record in content.items()

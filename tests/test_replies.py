@@ -211,7 +211,40 @@ def test_lists_are_averaged_elementwise():
 def test_a_metric_that_one_reply_lacks_is_left_out_with_a_warning(caplog):
     found = average(weighing(1, loss=2.0, f1=1.0), weighing(1, loss=4.0))
     assert found == {"loss": 3.0}
-    assert "metrics/f1" in caplog.text
+    assert "metrics ['f1'] are not in every reply" in caplog.text
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_metrics_under_another_key_are_averaged_with_the_others(count):
+    odd = with_metrics(**{"my-metrics": {"n": 3, "loss": 6.0}})
+    found = average(odd, *[weighing(1, loss=2.0)] * count)
+    assert found == {"loss": pytest.approx((18 + 2 * count) / (3 + count))}
+
+
+def test_metrics_are_where_most_replies_have_them():
+    seen = []
+
+    def own(contents, key):
+        seen.extend(contents)
+        return MetricRecord()
+
+    odd = with_metrics(
+        a={"loss": 9.0}, b={"n": 3, "loss": 6.0}, metrics={"f1": 1.0}
+    )
+    aggregate_metrics([odd, *[weighing(1, loss=2.0)] * 2], "n", own)
+    assert seen[0] == weighing(3, loss=6.0)
+    assert seen[1] == weighing(1, loss=2.0)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [lambda contents, key: 1 / 0, lambda contents, key: {"a": "b"}, lambda *_: None],
+    ids=["raises", "text", "nothing"],
+)
+def test_a_function_that_makes_no_metrics_leaves_them_out(own, caplog):
+    found = aggregate_metrics([weighing(1, loss=2.0)], "n", own)
+    assert found == MetricRecord()
+    assert "the metrics are left out" in caplog.text
 
 
 @pytest.mark.parametrize("other", [[1.0], [], 1.0])

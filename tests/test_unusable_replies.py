@@ -18,7 +18,7 @@ from flower_ext.client import ClientHalf, client_app
 from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.rounds import EveryClientFailed, run_rounds
 from flower_ext.sampling import PoissonSampler, UniformSampler
-from flower_ext.server_optimizer import Adam
+from flower_ext.server_optimizer import SGD, Adam
 from flower_ext.simulation.local import LocalGrid
 
 SENT = {"w": np.float32([1.0, -2.0]), "n": np.array(5)}
@@ -204,21 +204,83 @@ def test_a_reply_that_is_not_finite_is_dropped_and_the_rest_is_averaged(
     assert "1 reply(s) dropped: the contribution is not finite" in caplog.text
 
 
-def test_a_weight_so_large_that_the_sum_overflows_keeps_the_model(
-    aggregate, reply, caplog
+SPOILING = {
+    "a change of 3e38": (model(3e38, 0), 1),
+    "a change of -1e19": (model(0, -1e19), 1e9),
+    "numbers beyond float32": ({"w": np.array([1e300, 0]), "n": np.array(5)}, 1),
+    "a weight of 1e308": (model(50, 50), 1e308),
+    "a weight of 84 bits": (model(50, 50), 2**84),
+    "a weight of a thousand digits": (model(50, 50), 10**1000),
+    "a metric of 84 bits": (model(50, 50), 1, {"loss": 2**84}),
+    "a list of 84 bits": (model(50, 50), 1, {"v": [1, -(2**84)]}),
+}
+OPTIMIZERS = {"average": SGD, "momentum": lambda: SGD(momentum=0.9), "adam": Adam}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("case", SPOILING.values(), ids=SPOILING)
+def test_a_reply_that_would_spoil_the_model_is_dropped(
+    aggregate, reply, case, optimizer
 ):
-    contents = [reply(model(50, 50), 1e308), reply(model(6, 1), 1)]
-    new, metrics = aggregate(AdditiveStrategy(), SENT, contents)
+    arrays, weight, *metrics = case
+    bad = reply(arrays, weight, **(metrics[0] if metrics else {}))
+    good = [reply(model(3, 4), 2), reply(model(6, 1), 1)]
+    strategy, other = (AdditiveStrategy(server_optimizer=optimizer()) for _ in "ab")
+    new, metrics = aggregate(strategy, SENT, [good[0], bad, good[1]])
+    expected, _ = aggregate(other, SENT, good)
+    assert new["w"].tobytes() == expected["w"].tobytes()
+    assert counts(metrics) == (2, 0, 1)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_model_that_would_overflow_is_kept_without_a_trace(
+    aggregate, reply, caplog, optimizer
+):
+    """Two halves of float16's range are a change that no float16 can be moved by."""
+    sent = {"w": np.float16([60000, 1])}
+    strategy = AdditiveStrategy(server_optimizer=optimizer())
+    strategy.server_optimizer.learning_rate = 1e30
+    before = strategy.server_optimizer.state_dict()
+    new, metrics = aggregate(strategy, sent, [reply({"w": np.float16([61000, 2])})] * 2)
     assert new is None
     assert counts(metrics) == (2, 0, 0)
-    assert "the sum of the replies is not finite: the model is kept" in caplog.text
+    assert strategy.server_optimizer.state_dict() == before
+    assert "would not be finite: the model is kept" in caplog.text
 
 
-def test_an_overflowing_round_leaves_no_trace_in_the_server_optimizer(aggregate, reply):
-    contents = [reply(model(50, 50), 1e308), reply(model(6, 1), 1)]
-    strategy = AdditiveStrategy(server_optimizer=Adam())
-    aggregate(strategy, SENT, contents)
-    assert strategy.server_optimizer.state == {}
+def test_integers_stay_in_their_range(aggregate, reply):
+    sent = {"n": np.array(5, np.int32), "m": np.array(7, np.uint8)}
+    far = {"n": np.array(-(2**40)), "m": np.array(2**50, np.uint64)}
+    new, _ = aggregate(AdditiveStrategy(), sent, [reply(far)] * 2)
+    assert new == {"n": -(2**31), "m": 255}
+
+
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+def test_a_strategy_that_stumbles_over_a_reply_drops_it(exchange, reply, phase):
+    class Stumbles(AdditiveStrategy):
+        def weight(self, content):
+            return 1 / content["metrics"]["denominator"]
+
+    contents = [reply(model(1, 1), denominator=d) for d in (1, 0, 1)]
+    strategy = Stumbles()
+    replies = exchange(strategy, SENT, contents, phase=phase)
+    if phase == "evaluate":
+        assert strategy.aggregate_evaluate(1, replies) == {"denominator": 1.0}
+    else:
+        _, metrics = strategy.aggregate_train(1, replies)
+        assert counts(metrics) == (2, 0, 1)
+
+
+def test_a_report_that_stumbles_over_a_reply_is_left_out(exchange, reply, caplog):
+    class Stumbles(AdditiveStrategy):
+        def report_evaluate(self, replies):
+            return {"worst": max(x.content["metrics"]["worst"] for x in replies)}
+
+    strategy = Stumbles()
+    contents = [reply(None, worst=1.0, loss=2.0), reply(None, loss=4.0)]
+    replies = exchange(strategy, SENT, contents, phase="evaluate")
+    assert strategy.aggregate_evaluate(1, replies) == {"loss": 3.0}
+    assert "no report: reading it raised KeyError" in caplog.text
 
 
 MALFORMED = {
@@ -304,13 +366,6 @@ def test_a_first_round_that_is_not_finite_keeps_the_model(aggregate, reply):
     new, metrics = aggregate(AdditiveStrategy(), SENT, [reply(model(nan, nan))] * 2)
     assert new is None
     assert counts(metrics) == (0, 0, 2)
-
-
-def test_a_sum_that_is_not_finite_does_not_hide_a_reply_that_is_not(aggregate, reply):
-    contents = [reply(model(50, 50), 1e308), reply(model(6, 1)), reply(model(nan, 1))]
-    new, metrics = aggregate(AdditiveStrategy(), SENT, contents)
-    assert new is None
-    assert counts(metrics) == (2, 0, 1)
 
 
 class Half(ClientHalf):

@@ -24,6 +24,7 @@ from flower_ext.privacy.clipping import (
 from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.privacy.noise import NoiseStream
 from flower_ext.privacy.noise import State as NoiseState
+from flower_ext.replies import MalformedReply
 from flower_ext.sampling import Sampler, UniformSampler
 
 Float64 = NDArray[np.float64]
@@ -208,9 +209,11 @@ class PrivateSum:
 
         Raises
         ------
+        MalformedReply
+            If it is not laid out as the strategy said in ``zero``: NumPy would stretch
+            a small array over a large one after its norm was taken.
         ValueError
-            If the strategy weighs its clients outside the contribution, or contributes
-            more than it said in ``zero``.
+            If the strategy weighs its clients outside the contribution.
         """
         if term.weight != 1:
             raise ValueError(
@@ -220,10 +223,16 @@ class PrivateSum:
             )
         pieces = {k: x for k, x in _pieces(term).items() if k not in self._silent}
         if unknown := sorted(pieces.keys() - self._shapes.keys()):
-            raise ValueError(
+            raise MalformedReply(
                 f"the contribution has {unknown[:5]}, which the strategy's zero() has "
                 "not: there is no noise for them"
             )
+        for key, piece in pieces.items():
+            if piece.shape != self._shapes[key]:
+                raise MalformedReply(
+                    f"{key!r} of the contribution has shape {piece.shape}, in the "
+                    f"strategy's zero() it has {self._shapes[key]}"
+                )
         norms = {key: self._scale(key) * norm([x]) for key, x in pieces.items()}
         length = math.hypot(*norms.values())
         if not math.isfinite(length):

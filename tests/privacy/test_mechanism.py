@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flower_ext import AdditiveStrategy
-from flower_ext._flower import PrivacyBudgetExhausted
+from flower_ext._flower import InconsistentMessageReplies, PrivacyBudgetExhausted
 from flower_ext.arrays import from_record, to_record
 from flower_ext.contribution import DELTA, Contribution
 from flower_ext.privacy import (
@@ -23,6 +23,7 @@ from flower_ext.privacy import (
     TreeAggregation,
     gaussian_epsilon,
 )
+from flower_ext.replies import MalformedReply
 from flower_ext.sampling import (
     AllClients,
     CyclicPoissonSampler,
@@ -307,8 +308,51 @@ def test_what_zero_does_not_name_is_refused(cohort, aggregate):
         def zero(self, sent):
             return AdditiveStrategy.zero(self, sent)
 
-    with pytest.raises(ValueError, match=r"\['more/w', 'one', 'sums'\].*no noise"):
+    with pytest.raises(
+        InconsistentMessageReplies, match=r"\['more/w', 'one', 'sums'\]"
+    ):
         aggregate(Forgets(mechanism=plan()), SENT, cohort(1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "stretched",
+    [
+        {"arrays": {"more": {"w": np.ones(1, np.float32)}}},
+        {"arrays": {"more": {"w": np.ones((3, 1), np.float32)}}},
+        {"arrays": {"more": {"w": np.float32(1.0)}}},
+        {"arrays": {DELTA: {"w": np.ones(1), "b": np.zeros(())}}},
+        {"scalars": {"sums": np.ones(1)}},
+        {"scalars": {"sums": 1.0}},
+        {"scalars": {"one": np.ones(2)}},
+    ],
+)
+def test_a_contribution_that_numpy_would_stretch_is_no_contribution(
+    cohort, aggregate, stretched
+):
+    """Its norm is 1 before, and far more once it is added to a larger array."""
+
+    class Stretches(Pair):
+        def contribution(self, reply, sent):
+            term = super().contribution(reply, sent)
+            if float(reply["arrays"]["b"].numpy()) < 5:
+                return term
+            arrays = {**term.arrays, **stretched.get("arrays", {})}
+            return Contribution(
+                arrays, scalars={**term.scalars, **stretched.get("scalars", {})}
+            )
+
+    strategy = Stretches(mechanism=plan())
+    strategy._private.open(strategy.zero(SENT))
+    bad = {"arrays": {}, "scalars": {}, **stretched}
+    with pytest.raises(MalformedReply, match="shape"):
+        strategy._private.clip(Contribution(bad["arrays"], scalars=bad["scalars"]))
+    for mechanism in (plan(), plan(noise_multiplier=0, clipping=math.inf), None):
+        contents = cohort(1.0, 9.0, 2.0)
+        found, metrics = aggregate(Stretches(mechanism=mechanism), SENT, contents)
+        contents[1] = RuntimeError("lost")
+        expected, _ = aggregate(Stretches(mechanism=mechanism), SENT, contents)
+        assert all(np.array_equal(found[k], x) for k, x in expected.items())
+        assert metrics["num-dropped"] == 1
 
 
 # Accounting -----------------------------------------------------------------------
