@@ -228,9 +228,7 @@ def test_metrics_are_where_most_replies_have_them():
         seen.extend(contents)
         return MetricRecord()
 
-    odd = with_metrics(
-        a={"loss": 9.0}, b={"n": 3, "loss": 6.0}, metrics={"f1": 1.0}
-    )
+    odd = with_metrics(a={"loss": 9.0}, b={"n": 3, "loss": 6.0}, metrics={"f1": 1.0})
     aggregate_metrics([odd, *[weighing(1, loss=2.0)] * 2], "n", own)
     assert seen[0] == weighing(3, loss=6.0)
     assert seen[1] == weighing(1, loss=2.0)

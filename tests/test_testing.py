@@ -226,7 +226,7 @@ class ArraysInARoundOfErrors(AdditiveStrategy):
 
 
 class AnythingGoes(Contribution):
-    def is_finite(self):
+    def can_move(self, sent):
         return True
 
 
@@ -254,9 +254,10 @@ class CountsErrorsInEvaluation(AdditiveStrategy):
 
 
 class TrustsEvaluations(AdditiveStrategy):
-    def report_evaluate(self, replies):
+    def aggregate_evaluate(self, server_round, replies):
+        replies = [reply for reply in replies if not reply.has_error()]
         losses = [reply.content["metrics"]["loss"] for reply in replies]
-        return {"sum": sum(losses)}
+        return MetricRecord({"sum": sum(losses)})
 
 
 class CannotBePickled(AdditiveStrategy):

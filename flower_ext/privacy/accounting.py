@@ -234,14 +234,15 @@ _NO_EVENTS = (
 
 
 class GaussianAccountant(RoundAccountant):
-    """Exact accounting of a mechanism that is one Gaussian release over all rounds.
+    """Accounting of a mechanism that is one Gaussian release over all rounds.
 
     The first t rounds are themselves a Gaussian release with
 
         mu_t = sensitivity(first t rows of C) / (noise_multiplier * sensitivity(C)),
 
-    at most mu = 1 / noise_multiplier at the end. Valid for adaptively chosen
-    contributions, because C is lower-triangular.
+    at most mu = 1 / noise_multiplier at the end. Epsilon is exact where the sensitivity
+    is (``sensitivity.exact``), else, for trees among others, an upper bound. Valid for
+    adaptively chosen contributions, because C is lower-triangular.
 
     Parameters
     ----------
@@ -261,7 +262,6 @@ class GaussianAccountant(RoundAccountant):
     Denisov et al. 2022, arXiv 2202.08312 (adaptivity); Balle and Wang 2018 (epsilon).
     """
 
-    _method = "gaussian-exact"
     _sampling = "no-amplification"
 
     def __init__(
@@ -282,6 +282,8 @@ class GaussianAccountant(RoundAccountant):
         self.sensitivity: Sensitivity = factorization.sensitivity(
             min_separation, max_participations
         )
+        exact = self.sensitivity.exact
+        self._method = "gaussian-exact" if exact else "gaussian-upper-bound"
         self._mu: dict[int, float] = {0: 0.0, self.rounds: 1 / self.noise_multiplier}
 
     @property
@@ -301,11 +303,11 @@ class GaussianAccountant(RoundAccountant):
         return self._mu[rounds]
 
     def epsilon_after(self, rounds: int, delta: float) -> float:
-        """Return the smallest epsilon of the first ``rounds`` rounds."""
+        """Return epsilon of the first ``rounds`` rounds, or an upper bound of it."""
         return gaussian_epsilon(self.mu_after(rounds), delta)
 
     def delta_after(self, rounds: int, epsilon: float) -> float:
-        """Return the smallest delta of the first ``rounds`` rounds."""
+        """Return delta of the first ``rounds`` rounds, or an upper bound of it."""
         return gaussian_delta(self.mu_after(rounds), epsilon)
 
     def get_rho(self) -> float:

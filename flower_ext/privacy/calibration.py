@@ -16,6 +16,9 @@ from flower_ext.errors import (
 from flower_ext.privacy.gaussian import gaussian_epsilon, gaussian_mu
 
 INTERVAL = 1e-3
+# Grid points in one standard deviation of the privacy loss of a round: epsilon is then
+# less than 1% above that of a fine grid.
+_POINTS = 8
 _LEAST_NOISE = 0.5
 
 
@@ -44,12 +47,26 @@ def _dp_accounting() -> ModuleType:
     return cast("ModuleType", dp_accounting)
 
 
+def grid(
+    noise_multiplier: float, rate: float, group_size: int, interval: float
+) -> float:
+    """Return the interval of the grid that the privacy loss of one round needs.
+
+    The loss is rounded up to the grid in every round anew. Where a round loses little,
+    q sqrt(exp((g/z)^2) - 1) as a standard deviation, a grid that is not much finer
+    than that would count far more than was spent.
+    """
+    exponent = min((group_size / noise_multiplier) ** 2, 50.0)
+    return min(interval, rate * math.sqrt(math.expm1(exponent)) / _POINTS)
+
+
 @lru_cache(maxsize=64)
 def loss_distribution(
     noise_multiplier: float, rate: float, group_size: int, interval: float
 ) -> LossDistribution:
-    """Return the privacy loss of one round, always rounded up."""
+    """Return the privacy loss of one round, always rounded up, on a fitting grid."""
     pld = _dp_accounting().pld.privacy_loss_distribution
+    interval = grid(noise_multiplier, rate, group_size, interval)
     if group_size == 1 or rate == 1:
         loss = pld.from_gaussian_mechanism(
             noise_multiplier / group_size,
@@ -81,7 +98,7 @@ def sampled_epsilon(
     group_size: int,
     interval: float,
 ) -> float:
-    """Return epsilon of ``count`` sampled releases; exact without sampling."""
+    """Return epsilon of ``count`` releases: exact, or with sampling an upper bound."""
     if rate == 1:
         mu = math.sqrt(count) * group_size / noise_multiplier
         return gaussian_epsilon(mu, delta)

@@ -136,7 +136,8 @@ class Mechanism:
     without ``amplified`` first.
 
     The first t rounds of an unamplified mechanism are themselves a Gaussian release,
-    and epsilon is exact; see :mod:`flower_ext.privacy.accounting`.
+    and epsilon is exact, or, where the sensitivity is bounded (trees), an upper bound;
+    see :mod:`flower_ext.privacy.accounting`.
 
     References
     ----------

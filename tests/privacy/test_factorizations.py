@@ -119,14 +119,37 @@ def test_exactness_is_claimed_where_the_theory_is_exact():
         SquareRootToeplitz(12),
         BandedToeplitz.optimize(12, 4),
         BufferedToeplitz.optimize(12, buffers=2),
-        TreeAggregation(12),
-        TreeAggregation(12, restart_every=5),
+        TreeAggregation(12, estimator="full"),
+        TreeAggregation(12, restart_every=1),
     ):
         assert all(
             factorization.sensitivity(b, k).exact for b in (1, 3, 12) for k in (1, 4)
         )
     assert DenseFactorization.optimize(12, 3, 4).sensitivity(3, 4).exact
     assert not random_dense(6, 1).sensitivity(2, 2).exact
+
+
+@pytest.mark.parametrize("estimator", ["online", "honaker", "full"])
+@pytest.mark.parametrize("rounds", [4, 7, 12, 16])
+def test_what_a_tree_releases_tells_at_most_what_its_nodes_do(estimator, rounds):
+    """The release is N(A x, B B'): its sensitivity by brute force over patterns."""
+    tree = TreeAggregation(rounds, estimator=estimator)
+    decoder = tree.decoder_matrix()
+    whitened = np.linalg.solve(np.linalg.cholesky(decoder @ decoder.T), np.tri(rounds))
+    found = tree.sensitivity(3, 2)
+    patterns = [(i, j) for i in range(rounds) for j in range(i + 3, rounds)]
+    # Both signs: off the diagonal the whitened Gram matrix may be negative.
+    released = max(
+        np.linalg.norm(whitened[:, i] + sign * whitened[:, j])
+        for i, j in patterns
+        for sign in (1, -1)
+    )
+    if estimator == "full":
+        assert found.exact
+        assert found.value == pytest.approx(released, rel=1e-9)
+    else:
+        assert not found.exact
+        assert 0.7 * found.value < released < 0.99 * found.value
 
 
 def test_crowded_tree_falls_back_to_a_named_bound():
