@@ -29,7 +29,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from flower_ext.errors import at_least, positive, refuse, whole
-from flower_ext.sparse import accept_sparse
+from flower_ext.sparse import accept_sparse, unseal
 
 Batch = Mapping[str, Tensor]
 
@@ -562,8 +562,8 @@ def _open(task: Task, message: Message, context: Context) -> Local:
     # of a client's data must be the same in every round.
     seed_all(settings.seed)
     model = accept_sparse(task.model(context.run_config))
-    state = message.content.array_records[ARRAYS_KEY].to_torch_state_dict()
-    model.load_state_dict(state)
+    record = unseal(message.content.array_records[ARRAYS_KEY])
+    model.load_state_dict(record.to_torch_state_dict())
     seed_all(random_seed(settings.seed, 0, _client(context)))
     train_data, test_data = (
         {name: column.to(device) for name, column in data.items()}

@@ -24,6 +24,7 @@ from flower_ext.errors import positive, refuse, whole
 from flower_ext.nodes import is_fixed, wait_for_nodes
 from flower_ext.partial_sums import Summable, Summand, SummingGrid
 from flower_ext.sampling import TooFewClients
+from flower_ext.sparse import CANNOT_READ, SEALED
 from flower_ext.tracking import Round, Tracker
 from flower_ext.traffic import Traffic, measure
 
@@ -270,7 +271,8 @@ def _all_failed(phase: _Phase) -> str:
         node, why = reply.metadata.src_node_id, reply.error.reason
         log(INFO, "\t> Received error in reply from node %d: %s", node, why)
     reasons = (reply.error.reason for reply in phase.replies)
-    return next(filter(None, reasons), "no reply in time")
+    reason = next(filter(None, reasons), "no reply in time")
+    return f"{CANNOT_READ}\n{reason}" if SEALED in reason else reason
 
 
 def _every(what: str, server_round: int, reason: str) -> str:

@@ -27,7 +27,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import Array, ArrayRecord
 from flwr.common import NDArray
 from torch import nn
 
@@ -40,7 +40,16 @@ from flower_ext.value_codes import VALUE_CODES, Precision
 
 #: Key of the payload in its record.
 PAYLOAD = "<sparse>"
+#: Serialisation type of a sealed payload, which Flower refuses to read.
+SEALED = "sparse-record"
+#: What to do where that happened.
+CANNOT_READ = (
+    "this ClientApp cannot read sparse records: give client_app(task, ...) the client "
+    "half of the strategy, or an app with a loop of its own the mod of FLASC, "
+    "ClientApp(mods=[flasc()])"
+)
 
+_PLAIN = "numpy.ndarray"
 _MAGIC = b"FXS1"
 _HEADER = struct.Struct("<4sI")
 _BODY = struct.Struct("<IBQ")
@@ -121,6 +130,28 @@ def decode(record: ArrayRecord, like: Mapping[str, NDArray]) -> tuple[Arrays, Ma
         raise MalformedReply(f"a sparse payload cannot be read: {error}") from error
 
 
+def seal(record: ArrayRecord) -> ArrayRecord:
+    """Return a sparse record that cannot be taken for an ordinary one.
+
+    Some receivers pass over arrays whose names they do not know, as ``load_state_dict``
+    does with ``strict=False``, and would train something else. A sealed record fails
+    when it is read, with :data:`SEALED` in the message. :func:`decode` and the like
+    read it as it is.
+    """
+    return _with_stype(record, SEALED)
+
+
+def unseal(record: ArrayRecord) -> ArrayRecord:
+    """Return what was sealed, and any other record as it is."""
+    return _with_stype(record, _PLAIN) if is_sparse(record) else record
+
+
+def _with_stype(record: ArrayRecord, stype: str) -> ArrayRecord:
+    array = record[PAYLOAD]
+    shape = tuple(array.shape)
+    return ArrayRecord({PAYLOAD: Array(array.dtype, shape, stype, array.data)})
+
+
 def is_sparse(record: ArrayRecord) -> bool:
     """Whether a record is one that :func:`encode` made."""
     return PAYLOAD in record
@@ -199,7 +230,7 @@ def _load_sparse(
 def _payload(record: ArrayRecord) -> memoryview:
     if set(record) != {PAYLOAD}:
         raise MalformedReply(f"a sparse record has one array, not {sorted(record)[:5]}")
-    payload = view(record[PAYLOAD])
+    payload = view(unseal(record)[PAYLOAD])
     if payload.dtype != np.uint8 or payload.ndim != 1:
         raise ValueError(f"it must be bytes, not {payload.dtype}{list(payload.shape)}")
     return payload.data

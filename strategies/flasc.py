@@ -14,6 +14,8 @@ arXiv:2406.05233, as in its published code.) Weights outside the mask stay on th
 as they are, and come back once they are among the largest.
 """
 
+import json
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +23,14 @@ from typing import Literal, Unpack, cast, get_args
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    RecordDict,
+)
 from flwr.common import NDArray
 from flwr.serverapp import Grid
 from torch import Tensor, nn
@@ -34,14 +43,15 @@ from flower_ext.arrays import (
     is_averaged,
     to_record,
 )
-from flower_ext.client import ARRAYS_KEY, ClientHalf, Local, Metrics
+from flower_ext.client import ARRAYS_KEY, ClientHalf, Local, Metrics, Mod
 from flower_ext.contribution import DELTA, Contribution, Total
+from flower_ext.drop_in import DropIn
 from flower_ext.errors import fraction, one_of, refuse, whole
 from flower_ext.masks import Masks, Scope, first_ranks, top_k
 from flower_ext.options import AdditiveOptions
-from flower_ext.replies import MalformedReply
+from flower_ext.replies import MalformedReply, read_arrays
 from flower_ext.server_optimizer import TorchOptimizer
-from flower_ext.sparse import decode, encode, received_masks
+from flower_ext.sparse import decode, encode, is_sparse, received_masks, seal
 from flower_ext.value_codes import Precision
 
 UPLOAD_DENSITY = "upload-density"
@@ -50,8 +60,12 @@ PRECISION = "value-precision"
 FREEZE = "freeze-off-mask"
 FEEDBACK = "error-feedback"
 DENSE = "dense-arrays"
+DESCRIPTION = "array-description"
 RESIDUAL = "flasc-residual"
 SENDERS = "senders"
+
+# Of names, shapes and dtypes: enough for 100,000 arrays.
+_LONGEST_DESCRIPTION = 1 << 24
 
 Schedule = float | Callable[[int], float]
 Aggregation = Literal["cohort", "senders"]
@@ -175,35 +189,146 @@ class FLASCClient(ClientHalf):
         """Return the largest coordinates of the change, in the place of the model."""
         trained = _state(local.model)
         delta = {n: change(trained[n], x) for n, x in self._received.items()}
-        feedback = bool(local.config.get(FEEDBACK, False))
-        if feedback and RESIDUAL in local.context.state:
-            kept = from_record(local.context.state.array_records[RESIDUAL])
-            delta |= {name: delta[name] + x for name, x in kept.items()}
-        precision = cast(Precision, local.config.get(PRECISION, "exact"))
-        record = encode(delta, self._upload_masks(local, delta), precision)
-        if feedback:
-            sent, _ = decode(record, delta)
-            with np.errstate(invalid="ignore"):
-                left = {n: x - sent[n] for n, x in delta.items() if is_averaged(x)}
-            # It would come back in every round: one that diverged starts anew.
-            if all_finite(left.values()):
-                local.context.state[RESIDUAL] = to_record(left)
-            else:
-                local.context.state.pop(RESIDUAL, None)
+        record = _upload(delta, local.config, local.context.state, self._frozen)
         return {ARRAYS_KEY: record}, {}
 
-    def _upload_masks(self, local: Local, delta: Arrays) -> Masks | None:
-        density = local.number(UPLOAD_DENSITY, 1.0)
-        if density >= 1:
-            return self._frozen
-        dense = cast(Sequence[str], local.config.get(DENSE, []))
-        scope = cast(Scope, local.config.get(SCOPE, "global"))
-        return top_k(_maskable(delta, dense), density, scope, self._frozen)
+
+def _upload(
+    delta: Arrays, config: ConfigRecord, state: RecordDict, within: Masks | None
+) -> ArrayRecord:
+    """Return the largest coordinates of a client's change, as the server asked."""
+    feedback = bool(config.get(FEEDBACK, False))
+    if feedback and RESIDUAL in state:
+        kept = from_record(state.array_records[RESIDUAL])
+        delta = delta | {name: delta[name] + x for name, x in kept.items()}
+    density = float(cast(float, config.get(UPLOAD_DENSITY, 1.0)))
+    masks = within
+    if density < 1:
+        arrays = _maskable(delta, cast(Sequence[str], config.get(DENSE, [])))
+        scope = cast(Scope, config.get(SCOPE, "global"))
+        masks = top_k(arrays, density, scope, within)
+    record = encode(delta, masks, cast(Precision, config.get(PRECISION, "exact")))
+    if feedback:
+        sent, _ = decode(record, delta)
+        with np.errstate(invalid="ignore"):
+            left = {n: x - sent[n] for n, x in delta.items() if is_averaged(x)}
+        # It would come back in every round: one that diverged starts anew.
+        if all_finite(left.values()):
+            state[RESIDUAL] = to_record(left)
+        else:
+            state.pop(RESIDUAL, None)
+    return record
 
 
 def _state(model: nn.Module) -> Arrays:
     return {
         name: x.detach().cpu().numpy().copy() for name, x in model.state_dict().items()
+    }
+
+
+def flasc() -> Mod:
+    """Return a Flower mod that makes FLASC's clients of an app with its own loop.
+
+    The app's functions stay as they are: they receive dense arrays, zero where nothing
+    was sent, and reply with all that they trained; the mod sends the largest changes in
+    its place, under the same key. Other messages, and those of other strategies, pass
+    through. The strategy must describe its arrays, ``FLASC(describe_arrays=True)``.
+
+    Returns
+    -------
+    callable
+        For ``ClientApp(mods=[flasc()])``, or ``mods=[packed, flasc()]``.
+
+    Notes
+    -----
+    ``client_freeze`` and tiers of rank are refused: what the loop does with gradients
+    is not the mod's to say.
+    """
+    return _sparse_on_the_way
+
+
+def _sparse_on_the_way(
+    message: Message,
+    context: Context,
+    call_next: Callable[[Message, Context], Message],
+) -> Message:
+    content = message.content
+    keys = [key for key, x in content.array_records.items() if is_sparse(x)]
+    if not keys:
+        return call_next(message, context)
+    key = keys[0]
+    config = _instructions(content)
+    received, _ = decode(
+        content.array_records[key], _described(cast(bytes, config[DESCRIPTION]))
+    )
+    message.content = RecordDict({**content, key: to_record(received)})
+    try:
+        reply = call_next(message, context)
+    finally:
+        message.content = content
+    kind = message.metadata.message_type.partition(".")[0]
+    if reply.has_content() and kind == MessageType.TRAIN:
+        reply.content = _sparse_reply(
+            reply.content, key, received, config, context.state
+        )
+    return reply
+
+
+def _instructions(content: RecordDict) -> ConfigRecord:
+    """Return what the server said of its sparse record, if the mod can follow it."""
+    for config in content.config_records.values():
+        if config.get(FREEZE, False):
+            raise ValueError(
+                "client_freeze and tiers of rank need FLASCClient, in client_app(task, "
+                "FLASCClient): the mod flasc() cannot freeze what an app's loop trains"
+            )
+        if DESCRIPTION in config:
+            return config
+    raise ValueError(
+        "the mod flasc() needs the names and shapes of the arrays: make the strategy "
+        "with FLASC(describe_arrays=True)"
+    )
+
+
+def _sparse_reply(
+    content: RecordDict,
+    key: str,
+    received: Arrays,
+    config: ConfigRecord,
+    state: RecordDict,
+) -> RecordDict:
+    """Return the content of an app's reply with the upload in the model's place."""
+    key = _key_of(content, key)
+    trained = read_arrays(content, key, received)
+    delta = {
+        name: change(trained[name].astype(x.dtype, copy=False), x)
+        for name, x in received.items()
+    }
+    upload = _upload(delta, config, state, None)
+    return RecordDict({**content, key: upload})
+
+
+def _key_of(content: RecordDict, key: str) -> str:
+    """Return the key of a reply's only ArrayRecord, as FedAvg finds it, or else key."""
+    records = content.array_records
+    return next(iter(records)) if len(records) == 1 else key
+
+
+def _describe(arrays: Mapping[str, NDArray]) -> bytes:
+    """Write names, dtypes and shapes in few bytes."""
+    text = json.dumps([[k, x.dtype.str, x.shape] for k, x in arrays.items()])
+    return zlib.compress(text.encode(), 9)
+
+
+def _described(data: bytes) -> Arrays:
+    """Return arrays as they were described, which take no memory."""
+    reader = zlib.decompressobj()
+    text = reader.decompress(data, _LONGEST_DESCRIPTION)
+    if not reader.eof:
+        raise ValueError(f"a description must be <= {_LONGEST_DESCRIPTION} bytes")
+    return {
+        name: np.broadcast_to(np.zeros((), np.dtype(dtype)), shape)
+        for name, dtype, shape in json.loads(text)
     }
 
 
@@ -259,6 +384,9 @@ class FLASC(AdditiveStrategy):
     dense : sequence of str (default: ("running_mean", "running_var"))
         Arrays with one of these words in their name always travel whole, as integers
         do; a head named here is never masked.
+    describe_arrays : bool (default: False)
+        Names and shapes go along, some hundred bytes a message, for apps that train in
+        a loop of their own under the mod :func:`flasc`.
     server_optimizer : ServerOptimizer, optional
         By default that of the paper's code, ``torch.optim.AdamW`` with ``lr=1e-3`` and
         all else as torch has it, a weight decay of 0.01 among it.
@@ -300,6 +428,12 @@ class FLASC(AdditiveStrategy):
     """
 
     client_half = FLASCClient
+    drop_in = DropIn(
+        imports="from flower_ext.strategies.flasc import flasc",
+        mod="flasc()",
+        arguments=lambda num_clients: {"describe_arrays": True},
+        written="describe_arrays=True",
+    )
 
     def __init__(
         self,
@@ -316,6 +450,7 @@ class FLASC(AdditiveStrategy):
         error_feedback: bool = False,
         eval_masked: bool = True,
         dense: Sequence[str] = ("running_mean", "running_var"),
+        describe_arrays: bool = False,
         **options: Unpack[AdditiveOptions],
     ) -> None:
         options["server_optimizer"] = options.get("server_optimizer") or TorchOptimizer(
@@ -352,6 +487,7 @@ class FLASC(AdditiveStrategy):
         self.error_feedback = error_feedback
         self.eval_masked = eval_masked
         self.dense = tuple(dense)
+        self.describe_arrays = describe_arrays
         # Of every tier: what clients received in this round, None for everything.
         self._masks: dict[int, Masks | None] = {}
         self._fixed: dict[int, Masks] = {}
@@ -434,18 +570,22 @@ class FLASC(AdditiveStrategy):
         """Put every tier's part of the model into its messages."""
         messages = list(messages)
         contents: dict[int, RecordDict] = {}
+        description = _describe(weights) if self.describe_arrays else None
         for message in messages:
             index = self._tier(self.client_of(message.metadata.dst_node_id))
             if index not in contents:
                 told = message.content.config_records[self.configrecord_key]
                 contents[index] = RecordDict(
                     {
-                        self.arrayrecord_key: encode(
-                            weights, masks.get(index), self.precision
+                        self.arrayrecord_key: seal(
+                            encode(weights, masks.get(index), self.precision)
                         ),
                         self.configrecord_key: self._told(told, self.tiers[index]),
                     }
                 )
+                if description is not None:
+                    config = contents[index].config_records[self.configrecord_key]
+                    config[DESCRIPTION] = description
             message.content = contents[index]
         return messages
 
@@ -463,7 +603,8 @@ class FLASC(AdditiveStrategy):
 
     def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
         r"""Return :math:`\Delta_k`, of weight 1, or 0 for a client without examples."""
-        record = reply.array_records.get(self.arrayrecord_key)
+        key = _key_of(reply, self.arrayrecord_key)
+        record = reply.array_records.get(key)
         if record is None:
             raise MalformedReply(
                 f"no ArrayRecord {self.arrayrecord_key!r} in the reply"

@@ -87,6 +87,10 @@ def test_a_stock_app_is_told_the_lines_that_work(app, capsys):
     fish = parts["FedFish"]
     assert "which were tried (2 clients" in fish
     assert "+    fisher = watch_fisher(model, batches_per_epoch=" in fish
+    flasc = parts["FLASC"]
+    assert "which were tried (2 clients" in flasc
+    assert "mods=[flasc()]" in flasc
+    assert "describe_arrays=True" in flasc
     assert "needs these lines, to be completed" in parts["MaxFL"]
     assert everything(app) == before
     assert sys.path == path

@@ -2,28 +2,34 @@
 
 import doctest
 import pickle
+import re
+import zlib
 from functools import partial
 
 import numpy as np
 import peft
 import pytest
 import torch
-from flwr.app import ConfigRecord, RecordDict
+import transformers
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from flower_ext.adapters import AdapterModel, adapter_task
+from flower_ext.adapters import AdapterModel, adapter_task, causal_lm_loss
 from flower_ext.additive import AdditiveStrategy
 from flower_ext.arrays import from_record, to_record
 from flower_ext.client import Task, client_app
 from flower_ext.contribution import DELTA, Contribution
 from flower_ext.privacy import Mechanism
+from flower_ext.rounds import EveryClientFailed
 from flower_ext.server_optimizer import SGD, Adam, TorchOptimizer
 from flower_ext.simulation import LocalGrid, PackedGrid, packed
 from flower_ext.sparse import PAYLOAD, accept_sparse, decode, encode, num_values
 from flower_ext.strategies import flasc
 from flower_ext.strategies.flasc import FLASC, Decay, FLASCClient, Tier
 from flower_ext.testing import check_strategy
+from flower_ext.tracking import Tracker, read_metrics
+from flower_ext.traffic import serialized_bytes
 
 ANY = {"min_train_nodes": 0, "min_evaluate_nodes": 0, "min_available_nodes": 0}
 PLAIN = {"server_optimizer": SGD(1.0), "fraction_evaluate": 0.0, **ANY}
@@ -213,15 +219,18 @@ def test_clients_train_what_they_did_not_receive(play):
 # What travels ------------------------------------------------------------------------
 
 
-def exchanged(strategy, start, app=APP, clients=3, config=STEP, server_round=1):
-    """Return the messages and the replies of one round."""
+def exchanged(
+    strategy, start, app=APP, clients=3, config=STEP, server_round=1, key="arrays"
+):
+    """Return what went down and up in one round, and the replies."""
     grid = LocalGrid(app, clients, config)
     sent = to_record(start)
     messages = list(strategy.configure_train(server_round, sent, ConfigRecord(), grid))
     down = [m.content.array_records["arrays"] for m in messages]
     replies = list(grid.send_and_receive(messages))
     assert all(reply.has_content() for reply in replies)
-    return down, [r.content.array_records["arrays"] for r in replies], replies
+    up = [r.content.array_records[key] for r in replies]
+    return down, up, replies
 
 
 @pytest.mark.parametrize("freeze", [False, True])
@@ -728,6 +737,238 @@ def test_adapters_learn(adapters, tmp_path, options, frozen):
     assert losses[-1] < losses[0]
     model.save(strategy.masked(result.arrays), tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+# Apps with a loop of their own -------------------------------------------------------
+
+
+def stock_app(*mods, key="arrays"):
+    """Return an app that knows nothing of FLASC, and the list of its trainings."""
+    app, trained = ClientApp(mods=list(mods)), []
+
+    def opened(message, context):
+        config = message.content["config"]
+        model = Vectors()
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        return model, centres(context)[0], config
+
+    @app.train()
+    def train(message, context):
+        model, data, config = opened(message, context)
+        trained.append(context.node_config["partition-id"])
+        optimizer = torch.optim.SGD(model.parameters(), lr=STEP["lr"])
+        total = 0.0
+        for _ in range(STEP["local-epochs"]):
+            optimizer.zero_grad()
+            loss = distance(model, data).mean()
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) / STEP["local-epochs"]
+        metrics = MetricRecord({"num-examples": 1, "train-loss": total})
+        records = {key: ArrayRecord(model.state_dict()), "metrics": metrics}
+        return Message(RecordDict(records), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message, context):
+        model, data, _ = opened(message, context)
+        metrics = {"num-examples": 1, "loss": float(distance(model, data).mean())}
+        content = RecordDict({"metrics": MetricRecord(metrics)})
+        return Message(content, reply_to=message)
+
+    return app, trained
+
+
+def of_a_loop(**options):
+    return FLASC(describe_arrays=True, server_optimizer=SGD(1.0), **{**ANY, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scope": "global", "download_density": 0.3, "upload_density": 0.1},
+        {"upload_density": 0.2, "error_feedback": True, "precision": "nf4"},
+        {"tiers": (Tier(0.3), Tier(1.0, 0.2)), "precision": "bfloat16"},
+        {"aggregation": "senders", "dense": ("b",)},
+    ],
+)
+def test_mod_makes_a_client_of_flasc(play, spied, options):
+    runs = []
+    for app in (APP, stock_app(flasc.flasc())[0]):
+        app, calls = spied(app)
+        played = play(of_a_loop(**options), app, 3, START, 4, STEP)
+        sizes = [serialized_bytes(call.reply) for call in calls]
+        runs.append((played, sizes))
+    (half, half_sizes), (mod, mod_sizes) = runs
+    for one, two in zip(half.models, mod.models, strict=True):
+        assert flat(one) == pytest.approx(flat(two), abs=1e-5)
+    assert mod_sizes == half_sizes
+    for server_round in (1, 4):
+        for name, value in half.train(server_round).items():
+            assert mod.train(server_round)[name] == pytest.approx(value, abs=1e-4)
+        loss = half.evaluate(server_round)["loss"]
+        assert mod.evaluate(server_round)["loss"] == pytest.approx(loss, abs=1e-4)
+
+
+def test_mod_keeps_the_apps_keys_and_lets_other_strategies_pass(play):
+    app, _ = stock_app(flasc.flasc(), key="my-arrays")
+    *_, replies = exchanged(
+        of_a_loop(fraction_evaluate=0.0), START, app, key="my-arrays"
+    )
+    assert set(replies[0].content) == {"my-arrays", "metrics"}
+    assert set(replies[0].content["metrics"]) == {"num-examples", "train-loss"}
+    played = play(of_a_loop(fraction_evaluate=0.0), app, 2, START, 1)
+    assert played.train(1)["num-replies"] == 2
+    dense = {n: np.zeros(s, np.float32) for n, s in SHAPES.items()}
+    plain, _ = stock_app()
+    runs = [
+        play(AdditiveStrategy(server_optimizer=SGD(1.0), **ANY), a, 2, dense, 2)
+        for a in (plain, stock_app(flasc.flasc())[0])
+    ]
+    assert np.array_equal(flat(runs[0].models[2]), flat(runs[1].models[2]))
+
+
+def test_mod_leaves_the_message_as_it_was():
+    app, _ = stock_app(flasc.flasc())
+    strategy = of_a_loop(fraction_evaluate=0.0)
+    grid = LocalGrid(app, 2, STEP)
+    sent = to_record(START)
+    messages = list(strategy.configure_train(1, sent, ConfigRecord(), grid))
+    before = dict(messages[0].content)
+    list(grid.send_and_receive(messages))
+    assert dict(messages[0].content) == before
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_app_without_mod_is_refused_before_it_trains(play, described):
+    app, trained = stock_app()
+    strategy = FLASC(describe_arrays=described, **PLAIN)
+    with pytest.raises(EveryClientFailed, match=r"ClientApp\(mods=\[flasc\(\)\]\)"):
+        play(strategy, app, 2, START, 2, STEP)
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, r"FLASC\(describe_arrays=True\)"),
+        ({"client_freeze": True, "describe_arrays": True}, "need FLASCClient"),
+        ({"tiers": (Tier(rank=1),), "describe_arrays": True}, "need FLASCClient"),
+    ],
+)
+def test_what_the_mod_cannot_do_is_refused_before_it_trains(options, reason):
+    app, trained = stock_app(flasc.flasc())
+    strategy = FLASC(**PLAIN, **options)
+    grid = LocalGrid(app, 2, STEP)
+    sent = to_record(START)
+    messages = list(strategy.configure_train(1, sent, ConfigRecord(), grid))
+    for reply in grid.send_and_receive(messages):
+        assert re.search(reason, reply.error.reason)
+    assert trained == []
+
+
+def test_mod_says_which_arrays_a_reply_lacks():
+    app = ClientApp(mods=[flasc.flasc()])
+
+    @app.train()
+    def train(message, context):
+        records = {"arrays": to_record({"a": START["a"]}), "metrics": MetricRecord()}
+        return Message(RecordDict(records), reply_to=message)
+
+    grid = LocalGrid(app, 1)
+    strategy = of_a_loop(fraction_evaluate=0.0)
+    asked = strategy.configure_train(1, to_record(START), ConfigRecord(), grid)
+    reply = next(iter(grid.send_and_receive(asked)))
+    assert "missing ['b']" in reply.error.reason
+
+
+def test_description_takes_few_bytes_and_bounded_memory():
+    names = [
+        f"base_model.model.layers.{i}.lora_{x}.weight" for i in range(12) for x in "AB"
+    ]
+    arrays = {name: np.zeros((8, 384), np.float32) for name in names}
+    described = flasc._describe(arrays)
+    assert len(described) < 400
+    read = flasc._described(described)
+    assert {n: (x.shape, x.dtype) for n, x in read.items()} == {
+        n: (x.shape, x.dtype) for n, x in arrays.items()
+    }
+    with pytest.raises(ValueError, match="a description must be"):
+        flasc._described(zlib.compress(bytes(1 << 25)))
+
+
+def test_peft_app_with_the_mod_is_a_client_of_flasc(tmp_path):
+    """As in FlowerTune: peft's own functions make and take the state."""
+    config = transformers.LlamaConfig(
+        vocab_size=30,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+    def data(context):
+        client = int(context.node_config["partition-id"])
+        generator = torch.Generator().manual_seed(client)
+        columns = {"input_ids": torch.randint(0, 30, (6, 5), generator=generator)}
+        return columns, columns
+
+    def get_model():
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        return peft.get_peft_model(base, lora)
+
+    app = ClientApp(mods=[packed, flasc.flasc()])
+
+    @app.train()
+    def train(message, context):
+        model = get_model()
+        state = message.content["arrays"].to_torch_state_dict()
+        peft.set_peft_model_state_dict(model, state)
+        model.train()
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trainable, lr=20.0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = causal_lm_loss(model, data(context)[0]).mean()
+            loss.backward()
+            optimizer.step()
+        metrics = MetricRecord({"num-examples": 6, "train-loss": float(loss)})
+        arrays = ArrayRecord(peft.get_peft_model_state_dict(model))
+        records = {"arrays": arrays, "metrics": metrics}
+        return Message(RecordDict(records), reply_to=message)
+
+    model = AdapterModel(tmp_path, lora, "causal-lm")
+    half = client_app(adapter_task(model, data), FLASCClient)
+    own = {n: x.numpy() for n, x in model({}).state_dict().items()}
+    pefts = {n.replace(".default", ""): x for n, x in own.items()}
+    local = {"lr": 20.0, "batch-size": 6, "local-steps": 2}
+
+    def strategy():
+        return of_a_loop(scope="tensor", precision="bfloat16", fraction_evaluate=0.0)
+
+    results, traffic = [], []
+    for clients, start in ((half, own), (app, pefts)):
+        grid = LocalGrid(clients, 3, local)
+        run = strategy()
+        tracker = Tracker(tmp_path / f"run-{len(results)}")
+        result = run.start(grid, to_record(start), num_rounds=3, tracker=tracker)
+        results.append(from_record(result.arrays))
+        rows = read_metrics(tmp_path / f"run-{len(traffic)}")
+        traffic.append([row["bytes/up"] for row in rows if "bytes/up" in row])
+    assert traffic[0] == traffic[1]
+    moved = 0.0
+    for name, x in results[0].items():
+        found = results[1][name.replace(".default", "")]
+        assert found == pytest.approx(x, abs=1e-5)
+        moved += float(np.abs(x - own[name]).sum())
+    assert moved > 0.01
+    with PackedGrid(LocalGrid(app, 2), num_clients=3) as grid:
+        result = strategy().start(grid, to_record(pefts), num_rounds=3)
+    for name, x in from_record(result.arrays).items():
+        assert x == pytest.approx(results[1][name], abs=1e-6)
 
 
 def test_client_is_told_nothing_else():
