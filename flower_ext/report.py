@@ -52,7 +52,8 @@ def write_summary(
     -----
     A round in which a metric was NaN or infinite is not passed over: the mean is then
     NaN or infinite, too, and no diverged run looks better than one that has converged.
-    A column that a round has not, since it was not evaluated, is passed over.
+    So it is with a round of which no reply was usable. A column that a round has not,
+    since it was not evaluated, is passed over.
     """
     results = Path(results)
     runs: dict[str, dict[str, float]] = {}
@@ -60,7 +61,7 @@ def write_summary(
         rows = read_metrics(results / name)[-last:]
         runs[name] = {}
         for column in columns:
-            found = [row.get(column) for row in rows]
+            found = [_value(row, column) for row in rows]
             values = [float(x) for x in found if isinstance(x, int | float)]
             if values:
                 runs[name][column] = sum(values) / len(values)
@@ -73,6 +74,12 @@ def write_summary(
     path = results / SUMMARY_FILE
     path.write_text(write(summary, indent=2) + "\n", "utf-8")
     return path
+
+
+def _value(row: Mapping[str, object], column: str) -> object:
+    """Return what a round measured: NaN if all replies of its phase were left out."""
+    phase = column.partition("/")[0]
+    return row.get(column, math.nan if row.get(f"{phase}/num-replies") == 0 else None)
 
 
 def read_summary(results: Path | str) -> dict[str, Any]:

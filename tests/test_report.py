@@ -9,6 +9,7 @@ import subprocess
 from html import escape
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from flwr.app import MetricRecord
 
@@ -155,6 +156,23 @@ def test_a_run_that_diverged_has_no_finite_mean(diverged):
     means = read_summary(diverged)["runs"]
     assert math.isnan(means["diverged"]["central/loss"])
     assert means["overflowed"]["central/loss"] == math.inf
+
+
+def test_rounds_of_which_no_reply_was_usable_are_not_passed_over(
+    tmp_path, aggregate, reply
+):
+    sent = {"w": np.zeros(2, np.float32)}
+    for name, last in {"sound": 1.0, "lost": np.inf}.items():
+        tracker = Tracker(tmp_path / name, tensorboard=False)
+        tracker.begin(2, 0)
+        for number, value in enumerate([1.0, last], 1):
+            arrays = {"w": np.full(2, value, np.float32)}
+            contents = [reply(arrays, loss=0.5)] * 2
+            _, metrics = aggregate(AdditiveStrategy(), sent, contents, number)
+            tracker.round(Round(number, train=metrics))
+    write_summary(tmp_path, ["sound", "lost"], {"train/loss": "loss"})
+    shown = dict(line.split() for line in table(tmp_path).splitlines()[1:-1])
+    assert shown == {"sound": "0.5000", "lost": "nan"}
 
 
 def test_a_seed_that_diverged_is_in_mean_and_spread(diverged, tmp_path_factory):

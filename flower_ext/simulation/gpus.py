@@ -60,7 +60,10 @@ class Plan:
 
 
 def plan(
-    machines: Sequence[Machine], memory: float, gpu_memory: float, num_cpus: int = 1
+    machines: Sequence[Machine],
+    memory: float | None,
+    gpu_memory: float | None,
+    num_cpus: int = 1,
 ) -> Plan:
     """Share GPUs between clients by memory and CPUs.
 
@@ -68,10 +71,11 @@ def plan(
     ----------
     machines : sequence of Machine
         What Ray reports, see :func:`ray_machines`.
-    memory : float
-        MiB of GPU memory that a client's training takes, without CUDA's own.
-    gpu_memory : float
-        MiB of the smallest GPU.
+    memory : float or None
+        MiB of GPU memory that a client's training takes, without CUDA's own. None
+        shares by CPUs alone.
+    gpu_memory : float or None
+        MiB of the smallest GPU; None only if ``memory`` is.
     num_cpus : int (default: 1)
         CPUs of a client.
 
@@ -81,7 +85,9 @@ def plan(
         A share of a GPU for each client. Those on a GPU fit into its memory. Ray fills
         one GPU after the other; the share is so large that it comes to all of them
         before the CPUs are used up, and none gets two clients more than another of its
-        machine. Of such shares, the one that lets most clients run at once.
+        machine. Of such shares, the one that lets most clients run at once. Since all
+        machines get the same one, that with the fewest CPUs for its GPUs holds the
+        others back: plan without it, and leave it out, if that is better.
 
     Raises
     ------
@@ -95,14 +101,16 @@ def plan(
     >>> print(plan([Machine("a", 4, [1.0, 1.0])], 3000, 16000).options)
     client-resources-num-cpus=1 client-resources-num-gpus=0.5
     """
-    positive("memory", memory)
-    positive("gpu_memory", gpu_memory)
     whole("num_cpus", num_cpus, 1)
     gpus = sum(len(machine.gpus) for machine in machines)
     if not gpus:
         raise ValueError("Ray reports no GPU: leave client-resources-num-gpus at 0")
-    each = memory + CUDA_MIB
-    most = int(gpu_memory // each)
+    most, fit = _STEPS, "memory was not asked about"
+    if memory is not None:
+        each = positive("memory", memory) + CUDA_MIB
+        gpu_memory = positive("gpu_memory", gpu_memory)
+        most = int(gpu_memory // each)
+        fit = f"{most} clients of {each:g} MiB fit into a GPU of {gpu_memory:g} MiB"
     if most < 1:
         raise ValueError(
             f"a client takes {memory:g} MiB and {CUDA_MIB:g} MiB for CUDA, a GPU has "
@@ -115,20 +123,20 @@ def plan(
     ]
     if not any(clients for clients, _ in room):
         require_room(machines, {Need(1.0, float(num_cpus)): 0})
+    most = min(most, _STEPS)
     # One client a GPU is always even. Of equal numbers at once, the larger share.
     at_once, share = max(
         (sum(min(clients, share * count) for clients, count in room), -share)
-        for share in range(1, min(most, _STEPS) + 1)
+        for share in range(1, min(most, max(clients for clients, _ in room)) + 1)
         if all(_is_even(clients, count, share) for clients, count in room)
     )
     share = -share
-    by_cpus = " (the CPUs allow no more)" if at_once < most * gpus else ""
+    by_cpus = " (the CPUs allow no more)" if share < most else ""
     return Plan(
         num_cpus,
         _STEPS // share / _STEPS,
         at_once,
-        f"{most} clients of {each:g} MiB fit into a GPU of {gpu_memory:g} MiB; "
-        f"{at_once} run at once on {gpus} GPUs, {share} on each{by_cpus}",
+        f"{fit}; {at_once} run at once on {gpus} GPUs, {share} on each{by_cpus}",
     )
 
 
@@ -153,7 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Plan how virtual clients share the GPUs.",
     )
     parser.add_argument(
-        "--memory", type=float, required=True, help="MiB of GPU memory of a client"
+        "--memory",
+        type=float,
+        help="MiB of GPU memory of a client; without it, CPUs alone decide",
     )
     parser.add_argument(
         "--gpu-memory", type=float, help="MiB of a GPU; by default asked of CUDA"
@@ -169,8 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             machines = _machines_of_ray()
         else:
             machines = _machines_elsewhere(args)
-        memory = args.gpu_memory or smallest_gpu()
-        print(plan(machines, args.memory, memory, args.num_cpus))
+        gpu_memory = args.gpu_memory
+        if args.memory is not None and gpu_memory is None:
+            gpu_memory = smallest_gpu()
+        print(plan(machines, args.memory, gpu_memory, args.num_cpus))
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
@@ -193,7 +205,7 @@ def _machines_of_ray() -> list[Machine]:
 def _machines_elsewhere(args: argparse.Namespace) -> list[Machine]:
     for name in ("gpus", "cpus", "machines"):
         whole(f"--{name}", getattr(args, name), 1, "--gpus and --cpus go together")
-    if args.gpu_memory is None:
+    if args.memory is not None and args.gpu_memory is None:
         refuse("--gpu-memory", None, "given", "the machines are not at hand")
     machine = Machine("elsewhere", float(args.cpus), [1.0] * args.gpus)
     return [machine.empty() for _ in range(args.machines)]

@@ -208,6 +208,12 @@ def test_a_machine_that_is_not_at_hand_is_planned_without_ray(monkeypatch, capsy
     assert "32 run at once on 16 GPUs, 2 on each" in capsys.readouterr().out
 
 
+def test_without_a_clients_memory_the_cpus_alone_decide(capsys):
+    assert main(["--gpus", "8", "--cpus", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "memory was not asked about; 64 run at once on 8 GPUs, 8 on each" in out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
