@@ -14,21 +14,27 @@ arXiv:2205.14840).
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
+from logging import WARNING
 from typing import Unpack
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from flower_ext._flower import log
 from flower_ext.additive import AdditiveStrategy, Config
 from flower_ext.arrays import Arrays, scale, zeros_like
 from flower_ext.client import (
+    Batch,
     ClientHalf,
     Local,
     Metrics,
     evaluate,
+    num_examples,
     random_seed,
     seed_torch,
     train,
@@ -41,9 +47,12 @@ from flower_ext.replies import MalformedReply, read_scalar
 
 WEIGHT = "appeal-weight"
 APPEALED = "appealed"
+OPTED_OUT = "opted-out"
+VOTES = "votes"
 TEMPERATURE_KEY = "maxfl-temperature"
 WARMUP_KEY = "maxfl-warmup-steps"
 REQUIREMENT_KEY = "maxfl-requirement"
+OPT_OUT_KEY = "maxfl-opt-out-from"
 _STATE = "maxfl"
 _OWN = "own-"
 
@@ -75,16 +84,28 @@ def appeal(
     Parameters
     ----------
     loss : float
-        Of the received model on the client's training data, before training.
+        Of the received model on the client's training data, before training. A model
+        that diverged, whose loss is not finite, is wanted by nobody and moved by
+        nobody.
     requirement : float
-        What the client requires of that loss; same data, same reduction.
+        What the client requires of that loss; same data, same reduction. Where it is
+        NaN or infinite the client has no model of its own to go back to, and any model
+        of finite loss appeals to it.
     temperature : float
         As the server's; it is in the message's configuration too, under
         ``"maxfl-temperature"``.
+
+    Examples
+    --------
+    >>> appeal(1.0, requirement=1.0)
+    {'appeal-weight': 0.25, 'appealed': 1.0}
+    >>> appeal(1.0, requirement=math.nan)
+    {'appeal-weight': 0.0, 'appealed': 1.0}
     """
-    for name, value in (("loss", loss), ("requirement", requirement)):
-        if not math.isfinite(value):
-            refuse(name, value, "finite", "a model that diverged?")
+    if not math.isfinite(loss):
+        return {WEIGHT: 0.0, APPEALED: 0.0}
+    if not math.isfinite(requirement):
+        requirement = math.inf
     return {
         WEIGHT: appeal_weight(loss - requirement, temperature),
         APPEALED: float(loss <= requirement),
@@ -95,17 +116,22 @@ class MaxFLClient(ClientHalf):
     """Compares the received model with what the client requires of it.
 
     The requirement is, in this order: what the half was given; what the strategy
-    gives to all; the training loss of a model of the client's own, trained once from a
-    fresh start for ``warmup_steps`` steps. One of the client's own is fixed from then
-    on and stays in ``context.state``. The fresh start depends on the seed only and the
-    training on seed, client and settings, so that a client that lost its state finds
-    the same requirement. For this the settings belong in the run config, where
-    training and evaluation both find them; a client may be asked for either first.
+    gives to all, which messages carry as ``"maxfl-requirement"``; the training loss of
+    a model of the client's own, trained once from a fresh start for ``warmup_steps``
+    steps. A model that training made no better, as where it diverged, is dropped for
+    its fresh start. What is the client's own is fixed from then on and stays in
+    ``context.state``. The fresh start depends on the seed only and the training on
+    seed, client and settings, so that a client that lost its state finds the same
+    requirement. For this the settings belong in the run config, where training and
+    evaluation both find them; a client may be asked for either first.
+
+    A client without training examples has no requirement and no say: it counts neither
+    for the model nor against it.
 
     Parameters
     ----------
     requirement : callable, optional
-        ``Local -> float``, the client's own; asked once.
+        ``Local -> float``, the client's own; asked once. See :func:`appeal` for NaN.
     """
 
     name = "maxfl"
@@ -117,13 +143,17 @@ class MaxFLClient(ClientHalf):
     def begin(self, local: Local) -> None:
         """Measure the received model before the first step."""
         temperature = local.number(TEMPERATURE_KEY, 1.0)
-        required = float(self._required(local)["requirement"])  # type: ignore[arg-type]
         loss = local.mean_loss(local.train)
-        if math.isfinite(loss):
-            self._metrics = {**appeal(loss, required, temperature)}
-        else:
-            # A model that diverged is wanted by nobody and moved by nobody.
-            self._metrics = {WEIGHT: 0.0, APPEALED: 0.0}
+        self._metrics = {**appeal(loss, self._requires(local), temperature)}
+        first = local.number(OPT_OUT_KEY, 0)
+        may_leave = 0 < first <= local.server_round and num_examples(local.train)
+        if may_leave and not self._metrics[APPEALED]:
+            # Trained on no example: no weight in any average.
+            self._metrics |= {WEIGHT: 0.0, OPTED_OUT: 1.0, "num-examples": 0}
+
+    def batches(self, local: Local) -> Iterator[Batch]:
+        """Return no batch if the client leaves."""
+        return iter(()) if OPTED_OUT in self._metrics else super().batches(local)
 
     def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
         """Return weight and appeal."""
@@ -131,17 +161,22 @@ class MaxFLClient(ClientHalf):
 
     def evaluate(self, local: Local) -> Metrics:
         """Return the appeal, and the metrics of the model that the client prefers."""
-        required = self._required(local)
-        loss = local.mean_loss(local.train)
-        appealed = loss <= float(required["requirement"])  # type: ignore[arg-type]
-        metrics: Metrics = {APPEALED: float(appealed)}
+        found = appeal(local.mean_loss(local.train), self._requires(local))
+        votes = num_examples(local.train) > 0
+        metrics: Metrics = {APPEALED: found[APPEALED]} if votes else {}
         own = {
-            k.removeprefix(_OWN): v for k, v in required.items() if k.startswith(_OWN)
+            k.removeprefix(_OWN): v
+            for k, v in self._required(local).items()
+            if k.startswith(_OWN)
         }
         if own:
-            chosen = evaluate(local.task, local.model, local.test) if appealed else own
-            metrics |= {f"preferred-{k}": chosen[k] for k in own}
+            if found[APPEALED] or not votes:
+                own = {**evaluate(local.task, local.model, local.test)}
+            metrics |= {f"preferred-{k}": v for k, v in own.items()}
         return metrics
+
+    def _requires(self, local: Local) -> float:
+        return float(self._required(local)["requirement"])  # type: ignore[arg-type]
 
     def _required(self, local: Local) -> MetricRecord:
         """Return the requirement and the own model's test metrics, kept or new."""
@@ -149,14 +184,20 @@ class MaxFLClient(ClientHalf):
             return MetricRecord({"requirement": local.number(REQUIREMENT_KEY, 0)})
         kept = local.context.state.metric_records.get(_STATE)
         if kept is None:
-            if self._requirement is None:
-                kept = _warm_up(local)
-            else:
-                own = float(self._requirement(local))
-                if not math.isfinite(own):
-                    refuse("requirement", own, "finite")
-                kept = MetricRecord({"requirement": own})
+            kept = (
+                _warm_up(local)
+                if self._requirement is None
+                else MetricRecord({"requirement": float(self._requirement(local))})
+            )
             local.context.state[_STATE] = kept
+            own = float(kept["requirement"])  # type: ignore[arg-type]
+            if num_examples(local.train) and not math.isfinite(own):
+                log(
+                    WARNING,
+                    "client %s requires a loss of %s: any finite one appeals to it",
+                    local.client,
+                    own,
+                )
         return kept
 
 
@@ -165,15 +206,18 @@ def _warm_up(local: Local) -> MetricRecord:
     steps = int(local.number(WARMUP_KEY, 100))
     with torch.random.fork_rng(devices=[]):
         seed_torch(random_seed(local.settings.seed, 0, 0, stream=3))
-        model = local.task.model(local.context.run_config).to(local.device)
+        start = local.task.model(local.context.run_config).to(local.device)
     own = replace(
         local,
-        model=model,
+        model=deepcopy(start),
         settings=replace(local.settings, local_steps=steps),
         config=ConfigRecord({"server-round": 0}),
     )
     train(own, ClientHalf())
-    found: Metrics = {"requirement": own.mean_loss(own.train)}
+    loss, before = (own.mean_loss(own.train, model) for model in (own.model, start))
+    if not loss <= before:
+        loss, own.model = before, start
+    found: Metrics = {"requirement": loss}
     for name, value in evaluate(own.task, own.model, own.test).items():
         found[_OWN + name] = value
     return MetricRecord(found)
@@ -201,6 +245,16 @@ class MaxFL(AdditiveStrategy):
         requirement, see :class:`MaxFLClient`.
     requirement : float, optional
         The same requirement for all clients, instead of their own.
+    warmup_rounds : int (default: 0)
+        :math:`\ge 0`, first rounds in which all clients weigh the same: FedAvg with
+        equal weights, until the model is near enough for the gaps to tell clients
+        apart. 0 is none; as many as there are rounds is FedAvg with equal weights.
+    opt_out_from : int (default: 0)
+        :math:`\ge 0`, first round in which a client that does not want the model it
+        receives leaves: it does not train it, and has no weight. It is asked again in
+        later rounds, and comes back once a model appeals. 0 lets nobody leave; where
+        all leave, the model stays as it is. Its reply is the received model: it costs
+        as many bytes.
     **options
         Server optimizer, sampler, mechanism and Flower's own options, see
         :class:`~flower_ext.options.AdditiveOptions`;
@@ -209,10 +263,12 @@ class MaxFL(AdditiveStrategy):
     Notes
     -----
     Metrics: ``gm-appeal``, the share of the clients with a usable reply that want the
-    model they were sent; at evaluation also ``gm-appeal-seen`` and
-    ``gm-appeal-unseen``, of clients that have and have not been asked to train so far,
-    and ``preferred-...``, the metrics when each client uses the better of global and
-    own model, by its training loss.
+    model they were sent, ``num-opted-out`` of them left; at evaluation also
+    ``gm-appeal-seen`` and ``gm-appeal-unseen``, of clients that have and have not been
+    asked to train so far, and ``preferred-...``, the metrics when each client uses the
+    better of global and own model, by its training loss. Clients without training
+    examples are in none of these shares. Under a mechanism, who has examples and who
+    leaves is not told: ``gm-appeal`` is then the noisy share of the planned cohort.
 
     The objective is not convex: from a start near an outlier the outlier alone is
     satisfied. The weights :math:`q_k` reveal how far a client is from being satisfied.
@@ -232,7 +288,7 @@ class MaxFL(AdditiveStrategy):
         fill_in="loss: of the received model on the client's training data\n"
         "requirement: the loss there that the client would settle for",
     )
-    consumed_metrics = (WEIGHT, APPEALED)
+    consumed_metrics = (WEIGHT, APPEALED, OPTED_OUT)
 
     def __init__(
         self,
@@ -241,39 +297,59 @@ class MaxFL(AdditiveStrategy):
         epsilon: float = 1e-5,
         warmup_steps: int = 100,
         requirement: float | None = None,
+        warmup_rounds: int = 0,
+        opt_out_from: int = 0,
         **options: Unpack[AdditiveOptions],
     ) -> None:
         super().__init__(**options)
         positive("temperature", temperature)
         at_least("epsilon", epsilon, 0)
         whole("warmup_steps", warmup_steps, 1)
-        if requirement is not None and not (
-            isinstance(requirement, int | float) and math.isfinite(requirement)
+        if requirement is not None and (
+            isinstance(requirement, bool)
+            or not isinstance(requirement, int | float)
+            or not math.isfinite(requirement)
         ):
             refuse("requirement", requirement, "a finite number, or None")
+        whole("warmup_rounds", warmup_rounds, 0)
+        whole("opt_out_from", opt_out_from, 0)
         self.temperature = temperature
         self.epsilon = epsilon
         self.warmup_steps = warmup_steps
         self.requirement = requirement
+        self.warmup_rounds = warmup_rounds
+        self.opt_out_from = opt_out_from
+        self._equal = False  # whether all clients weigh the same in this round
         self._seen: set[int] = set()
 
     def client_config(self) -> Config:
-        """Tell clients the temperature and where their requirement comes from."""
-        told = {TEMPERATURE_KEY: self.temperature, WARMUP_KEY: self.warmup_steps}
+        """Tell clients temperature, source of their requirement, if they may leave."""
+        told = {
+            TEMPERATURE_KEY: self.temperature,
+            WARMUP_KEY: self.warmup_steps,
+            OPT_OUT_KEY: self.opt_out_from,
+        }
         if self.requirement is not None:
             told[REQUIREMENT_KEY] = float(self.requirement)
         return told
 
     def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
-        r"""Return :math:`q_k \Delta_k` and :math:`q_k`."""
-        weight = read_scalar(reply, WEIGHT)
-        if weight > 0.25:
-            raise MalformedReply(f"metric {WEIGHT!r}={weight} must be <= 0.25: s(1-s)")
-        appealed = min(read_scalar(reply, APPEALED), 1.0)
+        r"""Return :math:`q_k \Delta_k` and :math:`q_k`; nothing without examples."""
+        weight, appealed = read_scalar(reply, WEIGHT), read_scalar(reply, APPEALED)
+        for name, value, high in ((WEIGHT, weight, 0.25), (APPEALED, appealed, 1.0)):
+            if value > high:
+                raise MalformedReply(f"metric {name!r}={value} must be <= {high:g}")
+        trained = read_scalar(reply, self.weighted_by_key) > 0
+        left = not trained and _scalars(reply).get(OPTED_OUT) == 1
+        if not trained:
+            weight = appealed = 0.0
+        elif self._equal:
+            weight = 0.25
         delta = {k: scale(x, weight) for k, x in self.delta(reply, sent).items()}
-        return Contribution(
-            {DELTA: delta}, scalars={WEIGHT: weight, APPEALED: appealed}
-        )
+        scalars = {WEIGHT: weight, APPEALED: appealed}
+        if not self._private:
+            scalars |= {VOTES: float(trained or left), OPTED_OUT: float(left)}
+        return Contribution({DELTA: delta}, scalars=scalars)
 
     def zero(self, sent: Arrays) -> Contribution:
         """Return the term of a client that is far from being won."""
@@ -292,20 +368,23 @@ class MaxFL(AdditiveStrategy):
         deviation of its noise.
         """
         total.weight = max(self.divisor(total), total.noise.get(WEIGHT, 0.0))
-        total.weight += self.epsilon
+        total.weight += 0.0 if self._equal else self.epsilon
         return total.mean()
 
     def report(self, total: Total) -> Metrics:
         """Return the cohort's appeal and the sum of its weights."""
-        return {
-            "gm-appeal": float(total.scalars[APPEALED]) / total.count,
-            "appeal-weight-sum": self.divisor(total),
-        }
+        metrics: Metrics = {"appeal-weight-sum": self.divisor(total)}
+        if votes := float(total.scalars.get(VOTES, total.count)):
+            metrics["gm-appeal"] = float(total.scalars[APPEALED]) / votes
+        if self.opt_out_from and OPTED_OUT in total.scalars:
+            metrics["num-opted-out"] = int(total.scalars[OPTED_OUT])
+        return metrics
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the cohort, and remember who has been asked."""
+        self._equal = server_round <= self.warmup_rounds
         messages = super().configure_train(server_round, arrays, config, grid)
         self._seen.update(self._cohort.values())
         return messages
@@ -320,7 +399,11 @@ class MaxFL(AdditiveStrategy):
             seen = self._clients.get(reply.metadata.src_node_id) in self._seen
             for name, value in _scalars(reply.content).items():
                 if name == APPEALED:
-                    name, value = "gm-appeal", min(max(value, 0.0), 1.0)
+                    if not 0 <= value <= 1:
+                        problem = "metric %r=%s left out, it must be from 0 to 1"
+                        log(WARNING, problem, name, value)
+                        continue
+                    name = "gm-appeal"
                     values.setdefault(name, []).append(value)
                 elif name in (self.weighted_by_key, WEIGHT):
                     continue
@@ -344,6 +427,8 @@ class MaxFL(AdditiveStrategy):
             "Temperature": self.temperature,
             "Epsilon": self.epsilon,
             "Requirement": own if self.requirement is None else self.requirement,
+            "Rounds of equal weights": self.warmup_rounds,
+            "Clients may leave from round": self.opt_out_from or "never",
             **super().settings(),
         }
 
@@ -354,5 +439,5 @@ def _scalars(content: RecordDict) -> dict[str, float]:
         name: float(value)
         for record in content.metric_records.values()
         for name, value in record.items()
-        if isinstance(value, int | float) and math.isfinite(value)
+        if isinstance(value, int | float) and abs(value) <= sys.float_info.max
     }

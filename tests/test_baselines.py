@@ -11,10 +11,8 @@ import pytest
 import torch
 from flwr.serverapp.strategy import QFedAvg
 
-from flower_ext import LocalGrid, client_app
 from flower_ext.arrays import to_record
 from flower_ext.simulation.local import app_config
-from flower_ext.strategies import MaxFL
 
 BASELINES = Path(__file__).parents[1] / "baselines"
 NAMES = ["bounded_group_loss", "dpftrl", "fedfish", "flasc", "maxfl"]
@@ -109,20 +107,30 @@ def test_proximal_term_is_half_mu_times_the_squared_distance(baseline):
     assert now.grad.tolist() == pytest.approx([0.5, 1.0])
 
 
-@pytest.mark.parametrize("baseline", ["maxfl.client_app"], indirect=True)
-def test_clients_leave_when_they_may_and_the_model_does_not_appeal(
-    baseline, task, initial, caplog
-):
-    app = client_app(task, baseline.Client, mods=[baseline.may_leave])
-    config = {"leave-after": 1, "finetune-steps": 0, "num-server-rounds": 2}
-    errors = {}
-    for requirement in (0.0, 100.0):
-        strategy = MaxFL(requirement=requirement)
-        result = strategy.start(LocalGrid(app, 3, config), initial, num_rounds=2)
-        rounds = result.train_metrics_clientapp.values()
-        errors[requirement] = [metrics["num-errors"] for metrics in rounds]
-    assert errors == {0.0: [0, 3], 100.0: [0, 0]}
-    assert "Traceback" not in caplog.text
+@pytest.mark.parametrize("baseline", ["maxfl.dataset"], indirect=True)
+def test_clients_that_conflict_are_as_many_among_seen_and_unseen(baseline):
+    shifts = baseline.shifts(100, 70, 0.3, 1)
+    assert [sum(c < 70 for c in shifts), sum(c >= 70 for c in shifts)] == [21, 9]
+    assert sorted(shifts.values()) == [3] * 15 + [7] * 15
+    assert shifts != baseline.shifts(100, 70, 0.3, 2)
+    assert baseline.shifts(100, 70, 0.0, 1) == {}
+    assert len(baseline.shifts(100, 100, 0.3, 1)) == 30
+
+
+@pytest.mark.parametrize("baseline", ["maxfl.strategy"], indirect=True)
+def test_who_leaves_has_no_weight_in_any_strategy(baseline, reply, aggregate):
+    config = app_config(BASELINES / "maxfl")
+    away = {name: x + 9 for name, x in SENT.items()}
+    for name in str(config["strategies"]).split():
+        made = baseline.make_strategy(name, {**config, "fraction-train": 1.0})
+        models = []
+        for leavers in (0, 2):
+            here = {"appeal-weight": 0.1, "appealed": 1.0, "received-loss": 1.0}
+            gone = {**here, "appeal-weight": 0.0, "appealed": 0.0, "opted-out": 1.0}
+            replies = [reply(away, 5, **here)] + [reply(away, 0, **gone)] * leavers
+            models.append(aggregate(made, SENT, replies)[0])
+        for array, alone in zip(models[1].values(), models[0].values(), strict=True):
+            np.testing.assert_array_equal(array, alone)
 
 
 @pytest.mark.parametrize("baseline", ["bounded_group_loss.utils"], indirect=True)

@@ -76,12 +76,16 @@ def test_appeal_counts_whose_requirement_is_met():
     assert appeal(3.0, 2.0, temperature=2.0)[WEIGHT] == pytest.approx(0.104994, 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("loss", "requirement", "name"), [(nan, 1, "loss"), (inf, 1, "loss"), (1, nan, "r")]
-)
-def test_appeal_refuses_what_is_not_finite(loss, requirement, name):
-    with pytest.raises(ValueError, match=f"^{name}.*must be finite: a model that div"):
-        appeal(loss, requirement)
+@pytest.mark.parametrize("loss", [nan, inf, -inf])
+@pytest.mark.parametrize("requirement", [0.0, nan, inf])
+def test_model_that_diverged_is_wanted_and_moved_by_nobody(loss, requirement):
+    assert appeal(loss, requirement) == {WEIGHT: 0.0, APPEALED: 0.0}
+
+
+@pytest.mark.parametrize("requirement", [nan, inf, -inf])
+@pytest.mark.parametrize("loss", [-1.0, 0.0, 1e300])
+def test_who_has_no_model_of_its_own_wants_any_finite_one(loss, requirement):
+    assert appeal(loss, requirement, 5.0) == {WEIGHT: 0.0, APPEALED: 1.0}
 
 
 # The strategy on given replies ----------------------------------------------------
@@ -172,6 +176,8 @@ def test_server_optimizer_is_applied(asked, aggregate):
         (None, 0.0, "no metric 'appeal-weight'"),
         (0.1, None, "no metric 'appealed'"),
         (0.1, nan, "metric 'appealed'=nan must be"),
+        (0.1, 1000.0, r"metric 'appealed'=1000\.0 must be <= 1"),
+        (0.1, -1.0, r"metric 'appealed'=-1\.0 must be"),
     ],
 )
 def test_reply_without_a_usable_weight_is_dropped(
@@ -187,12 +193,23 @@ def test_reply_without_a_usable_weight_is_dropped(
 
 def test_share_of_clients_that_want_the_model(asked, aggregate):
     cohort = [asked([1, 1], 0.1, n, appealed) for n, appealed in ((1, 1), (99, 0))]
-    liar = asked([1, 1], 0.1, 1, appealed=1000.0)
     _, metrics = aggregate(MaxFL(), SENT, cohort)
     assert metrics["gm-appeal"] == 0.5
     assert APPEALED not in metrics and WEIGHT not in metrics
-    _, metrics = aggregate(MaxFL(), SENT, [*cohort, cohort[1], liar])
+    _, metrics = aggregate(MaxFL(), SENT, [*cohort, cohort[1], cohort[0]])
     assert metrics["gm-appeal"] == 0.5
+
+
+def test_client_without_examples_has_no_say(asked, aggregate):
+    wants = asked([3, 1], 0.1, 5, appealed=1.0)
+    empty = [asked([99, 99], q, 0, appealed=a) for q, a in ((0.0, 0.0), (0.25, 1.0))]
+    for cohort in ([wants, *empty], [*empty, wants]):
+        new, metrics = aggregate(MaxFL(epsilon=0.0), SENT, cohort)
+        assert new["w"] == pytest.approx([3, 1])
+        assert metrics["gm-appeal"] == 1.0
+        assert metrics["num-replies"] == 3
+    new, metrics = aggregate(MaxFL(), SENT, empty)
+    assert new is None
 
 
 # The objective --------------------------------------------------------------------
@@ -376,16 +393,147 @@ def test_requirement_of_the_client_goes_before_the_strategys(point_task, play):
         assert asked == [0, 1]  # once each, for three rounds of both kinds
 
 
-def test_requirement_that_is_none_is_refused(point_task):
-    task = point_task([{"c": [0.0]}] * 2)
-    app = client_app(task, partial(MaxFLClient, requirement=lambda local: nan))
-    strategy, grid = MaxFL(), LocalGrid(app, 2, STEP)
-    sent = to_record({"w": np.float32(0)})
-    for reply in grid.send_and_receive(
-        strategy.configure_train(1, sent, ConfigRecord(), grid)
-    ):
-        assert reply.has_error()
-        assert "requirement=nan must be finite" in reply.error.reason
+def test_requirement_that_is_none_wants_any_model_and_ends_nothing(
+    point_task, play, caplog
+):
+    caplog.set_level(logging.WARNING, logger="flwr")
+
+    def own(local):
+        return (nan, inf, 0.0)[local.client]
+
+    task = point_task([{"c": [0.0]}, {"c": [4.0]}, {"c": [2.0]}])
+    app = client_app(task, partial(MaxFLClient, requirement=own))
+    run = play(MaxFL(epsilon=0.0), app, 3, {"w": 1.0}, 3, STEP)
+    for server_round in (1, 2, 3):
+        assert run.train(server_round)["num-errors"] == 0
+    assert run.train(1)["gm-appeal"] == pytest.approx(2 / 3)
+    assert float(run.models[1]["w"]) == pytest.approx(2.0)  # the last client's alone
+    assert caplog.text.count("any finite one appeals to it") == 2  # once each
+
+
+# At a curvature of 1 both rates diverge: to about 1e30, and beyond float32.
+@pytest.mark.parametrize(("lr", "steps"), [(3.0, 100), (1e30, 20)])
+def test_own_model_that_diverged_is_dropped_for_its_fresh_start(
+    point_task, play, spied, lr, steps
+):
+    def metrics(model, batch):
+        return {"w": model.w.expand(len(batch["c"]))}
+
+    task = point_task([{"c": [1.0]}, {"c": [-1.0]}], start=3.0, metrics=metrics)
+    app, calls = spied(client_app(task, MaxFLClient))
+    grid = LocalGrid(app, 2, {**STEP, "lr": lr})
+    strategy = MaxFL(warmup_steps=steps, fraction_evaluate=0.0)
+    found = play(strategy, grid, 2, {"w": 0.5}).train()
+    assert requirements(calls) == {(1, 0): 2.0, (1, 1): 8.0}
+    assert {call.state["maxfl"]["own-w"] for call in calls} == {3.0}
+    assert (found["num-errors"], found["num-dropped"]) == (0, 0)
+    gaps = (0.125 - 2, 1.125 - 8)
+    assert found["appeal-weight-sum"] == pytest.approx(sum(map(appeal_weight, gaps)))
+    assert found["gm-appeal"] == 1
+
+
+def test_broken_data_are_no_error(point_task, play):
+    task = point_task([{"c": [0.0]}, {"c": [nan]}])
+    run = play(MaxFL(warmup_steps=2), client_app(task, MaxFLClient), 2, {"w": 1.0}, 2)
+    for server_round in (1, 2):
+        assert run.train(server_round)["num-errors"] == 0
+        assert run.evaluate(server_round)["gm-appeal"] <= 0.5
+
+
+def test_clients_without_examples_are_in_no_share(point_task, play):
+    none = {"c": []}
+    data = [
+        {"c": [0.0]},
+        {"c": [1.0]},
+        (none, {"c": [1.0, 2.0]}),
+        (none, none),
+        ({"c": [0.5]}, none),
+    ]
+    app = client_app(point_task(data, start=9.0), MaxFLClient)
+    run = play(MaxFL(warmup_steps=1), app, 5, {"w": 0.6}, 2, {**STEP, "lr": 0.1})
+    for server_round in (1, 2):
+        assert run.train(server_round)["gm-appeal"] == 1
+        assert run.evaluate(server_round)["gm-appeal"] == 1
+        # Whoever has no model of its own uses the global one.
+        w = float(run.models[server_round]["w"])
+        losses = [0.5 * (w - c) ** 2 for c in (0, 1, 1, 2)]
+        found = run.evaluate(server_round)["preferred-loss"]
+        assert found == pytest.approx(np.mean(losses), rel=1e-5)
+    run = play(MaxFL(requirement=-1.0), app, 5, {"w": 0.6}, 1, STEP)
+    assert run.train()["gm-appeal"] == run.evaluate()["gm-appeal"] == 0
+
+
+# Rounds of equal weights, and clients that leave ----------------------------------
+
+
+def test_rounds_of_equal_weights_are_fedavg_without_sizes(point_task, play):
+    data = [{"c": [0.0]}, {"c": [2.0] * 9}, {"c": [7.0]}]
+    app = client_app(point_task(data), MaxFLClient)
+    strategy = MaxFL(requirement=0.5, warmup_rounds=2, epsilon=0.01)
+    run = play(strategy, app, 3, {"w": 0.5}, 3, {**STEP, "lr": 0.5})
+    w = 0.5
+    for server_round in (1, 2):
+        w = np.mean([w + 0.5 * (c - w) for c in (0, 2, 7)])
+        assert float(run.models[server_round]["w"]) == pytest.approx(w, rel=1e-6)
+        assert run.train(server_round)["appeal-weight-sum"] == pytest.approx(0.75)
+    q = np.array([appeal_weight(0.5 * (w - c) ** 2 - 0.5) for c in (0, 2, 7)])
+    moved = float(q @ (0.5 * (np.array([0, 2, 7]) - w))) / (q.sum() + 0.01)
+    assert float(run.models[3]["w"]) == pytest.approx(w + moved, rel=1e-5)
+
+
+def test_equal_weights_end_where_an_interrupted_run_says(point_task, play, tmp_path):
+    data = [{"c": [0.0]}, {"c": [2.0]}, {"c": [7.0]}]
+
+    def run(rounds, folder):
+        app = client_app(point_task(data), MaxFLClient)
+        strategy = MaxFL(requirement=0.5, warmup_rounds=3)
+        config = {**STEP, "lr": 0.3}
+        return play(strategy, app, 3, {"w": 0.5}, rounds, config, checkpoint=folder)
+
+    whole = run(5, tmp_path / "whole")
+    run(2, tmp_path / "halves")
+    assert run(5, tmp_path / "halves").models[-1] == whole.models[-1]
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_clients_leave_when_they_may_and_the_model_does_not_appeal(
+    point_task, play, spied, first
+):
+    # The last client pulls w up, the others, which hold w at 0.5, want no such model.
+    data = [{"c": [0.0]}, {"c": [1.0]}, {"c": [9.0]}]
+    app, calls = spied(client_app(point_task(data), MaxFLClient))
+    strategy = MaxFL(requirement=0.6, opt_out_from=first, temperature=0.1)
+    initial = {"w": np.float32(0.5)}
+    run = play(strategy, app, 3, initial, 4, {**STEP, "lr": 0.05})
+    for server_round in (1, 2, 3, 4):
+        leaves = 0 < first <= server_round
+        metrics = run.train(server_round)
+        assert metrics["gm-appeal"] == pytest.approx(2 / 3)  # who leaves has a say
+        assert metrics["num-errors"] == 0
+        assert metrics.get("num-opted-out") == (leaves if first else None)
+        assert np.isfinite(metrics["train-loss"])
+        before, after = (float(m["w"]) for m in run.models[server_round - 1 :][:2])
+        assert (after > before) != leaves
+        reply = next(
+            c.reply
+            for c in calls
+            if (c.kind, c.client, c.server_round) == ("train", 2, server_round)
+        )
+        stayed = float(reply["arrays"]["w"].numpy()) == before
+        assert stayed == leaves
+
+
+def test_clients_that_left_come_back_and_the_model_waits_for_them(
+    point_task, play, spied
+):
+    app = client_app(point_task([{"c": [0.0]}] * 2), MaxFLClient)
+    for first, end in ((2, 0.0), (1, 9.0)):
+        strategy = MaxFL(
+            requirement=0.1, opt_out_from=first, temperature=0.1, epsilon=0.0
+        )
+        run = play(strategy, app, 2, {"w": 9.0}, 3, STEP)
+        assert {float(model["w"]) for model in run.models[1:]} == {end}
+        assert run.train(3).get("num-opted-out") == (0 if end == 0 else None)
 
 
 def test_client_that_diverged_neither_moves_nor_wants_the_model(point_task, play):
@@ -461,6 +609,17 @@ def test_metrics_of_seen_and_unseen_clients_count_each_once(reply, scripted):
     assert found["accuracy-unseen"] == pytest.approx(np.mean(others))
     assert found["gm-appeal"] == pytest.approx(2 / 3)
     assert "num-examples-seen" not in found
+
+
+@pytest.mark.parametrize("lie", [1000.0, -1.0, 10**400, nan, inf])
+def test_appeal_that_is_no_share_is_left_out(reply, scripted, caplog, lie):
+    caplog.set_level(logging.WARNING, logger="flwr")
+    grid = scripted([reply(None, 5, appealed=a) for a in (1.0, lie, 0.0)])
+    strategy, sent = MaxFL(), to_record(SENT)
+    asked = strategy.configure_evaluate(1, sent, ConfigRecord(), grid)
+    found = strategy.aggregate_evaluate(1, grid.send_and_receive(asked))
+    assert found["gm-appeal"] == found["gm-appeal-unseen"] == 0.5
+    assert ("metric 'appealed'=" in caplog.text) == (lie in (1000.0, -1.0))
 
 
 def test_preferred_model_is_the_one_of_less_training_loss(point_task, play):
@@ -602,6 +761,8 @@ def test_summary_logs_the_settings(caplog):
         "Temperature: 2.0",
         "Epsilon: 0.5",
         "Requirement: own model after 7 steps",
+        "Rounds of equal weights: 0",
+        "Clients may leave from round: never",
     ):
         assert line in caplog.text
     MaxFL(requirement=0.3).summary()
@@ -625,6 +786,9 @@ def test_summary_logs_the_settings(caplog):
         ({"requirement": nan}, "requirement=nan must be a finite number, or None"),
         ({"requirement": inf}, "requirement=inf must be a finite number, or None"),
         ({"requirement": "0"}, "requirement='0' must be a finite number, or None"),
+        ({"requirement": True}, "requirement=True must be a finite number, or None"),
+        ({"warmup_rounds": -1}, "warmup_rounds=-1 must be an integer >= 0"),
+        ({"opt_out_from": 1.5}, "opt_out_from=1.5 must be an integer >= 0"),
         ({"min_train_nodes": -1}, "min_train_nodes=-1 must be an integer >= 0"),
     ],
 )

@@ -1,1 +1,1 @@
-"""MaxFL and FedAvg on Fashion-MNIST with label skew."""
+"""MaxFL and FedAvg on Fashion-MNIST with label skew, and where clients conflict."""

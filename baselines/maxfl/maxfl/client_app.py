@@ -1,40 +1,23 @@
 """The client: MaxFL's half for all strategies, so that all are measured alike."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from flwr.app import ArrayRecord, Context, Error, Message
+from flwr.app import ArrayRecord
 from torch import Tensor
 
 from flower_ext import Task, client_app
 from flower_ext.client import Local, Metrics, num_examples
 from flower_ext.personalization import evaluate_fine_tuned
 from flower_ext.strategies import MaxFLClient
-from flower_ext.strategies.maxfl import APPEALED
 from maxfl.dataset import client_data
 from maxfl.model import accuracy, loss, make_model
 
 LOSS = "received-loss"
 PROXIMAL_MU = "proximal-mu"
-NO_APPEAL = 100  # an error code of this app; Flower's own are smaller
-
-
-class Leaves(Exception):
-    """The client does not train, for it does not want the model."""
-
-
-def may_leave(
-    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
-) -> Message:
-    """Tell the server that a client leaves, which is no failure to be logged."""
-    try:
-        return call_next(message, context)
-    except Leaves:
-        error = Error(NO_APPEAL, "the model does not appeal to this client")
-        return Message(error, reply_to=message)
 
 
 class Client(MaxFLClient):
-    """Also tells its loss, may stay near the received model, leave, and fine-tune."""
+    """Also tells its loss, may stay near the received model, and fine-tune."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,13 +26,8 @@ class Client(MaxFLClient):
         self._loss = 0.0
 
     def begin(self, local: Local) -> None:
-        """Leave if the received model does not appeal, and clients may leave by now."""
+        """Measure the received model's loss, and remember where it is."""
         super().begin(local)
-        leaves_after = int(local.context.run_config["leave-after"])
-        if leaves_after and local.server_round > leaves_after:
-            appealed = super().records(local)[1][APPEALED]
-            if not appealed:
-                raise Leaves
         self._loss = local.mean_loss(local.train)
         self._mu = local.number(PROXIMAL_MU, 0.0)
         if self._mu:
@@ -80,4 +58,4 @@ class Client(MaxFLClient):
 
 
 task = Task(model=make_model, data=client_data, loss=loss, metrics=accuracy)
-app = client_app(task, Client, mods=[may_leave])
+app = client_app(task, Client)

@@ -3,7 +3,7 @@
 from flwr.app import RecordDict, UserConfig
 
 from flower_ext import AdditiveStrategy
-from flower_ext.arrays import Arrays, norm, scale
+from flower_ext.arrays import Arrays, norm, scale, zeros_like
 from flower_ext.client import Metrics
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.replies import read_scalar
@@ -49,7 +49,9 @@ class QFedAvg(FedAvg):
         self.lipschitz = 1 / learning_rate
 
     def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
-        """Return the weighted gradient and its h."""
+        """Return the weighted gradient and its h; nothing without examples."""
+        if not self.weight(reply):
+            return Contribution({DELTA: zeros_like(sent)}, scalars={STEP: 0.0})
         loss = read_scalar(reply, LOSS) + 1e-10
         delta = self.delta(reply, sent)
         length = self.lipschitz * norm(delta.values())
@@ -74,9 +76,13 @@ class QFedAvg(FedAvg):
 
 
 def make_strategy(name: str, config: UserConfig) -> MaxFL:
-    """Make ``fedavg``, ``fedprox``, ``q-fedavg`` or ``maxfl``."""
+    """Make ``fedavg``, ``fedavg-equal``, ``fedprox``, ``q-fedavg`` or ``maxfl``.
+
+    With equal weights, FedAvg is MaxFL that never ends its rounds of warm-up.
+    """
     options = {
         "warmup_steps": int(config["warmup-steps"]),
+        "opt_out_from": int(config["opt-out-from"]),
         "temperature": float(config["temperature"]),
         "fraction_train": float(config["fraction-train"]),
         "fraction_evaluate": float(config["fraction-evaluate"]),
@@ -89,8 +95,11 @@ def make_strategy(name: str, config: UserConfig) -> MaxFL:
         return FedProx(float(config["proximal-mu"]), **options)
     if name == "q-fedavg":
         return QFedAvg(float(config["q"]), float(config["learning-rate"]), **options)
-    kinds = {"fedavg": FedAvg, "maxfl": MaxFL}
-    if name not in kinds:
-        known = "fedavg, fedprox, q-fedavg or maxfl"
+    if name == "fedavg-equal":
+        return MaxFL(warmup_rounds=int(config["num-server-rounds"]), **options)
+    if name == "maxfl":
+        return MaxFL(warmup_rounds=int(config["warmup-rounds"]), **options)
+    if name != "fedavg":
+        known = "fedavg, fedavg-equal, fedprox, q-fedavg or maxfl"
         raise ValueError(f"strategies={name!r} must name {known}")
-    return kinds[name](**options)
+    return FedAvg(**options)
