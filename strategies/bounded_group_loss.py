@@ -14,7 +14,11 @@ Bounded Group Loss", arXiv:2203.10190; the dual step as in Agarwal et al. 2018, 
 Reductions Approach to Fair Classification", ICML).
 """
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from logging import WARNING
 from typing import Unpack
 
 import numpy as np
@@ -23,20 +27,25 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
+from flower_ext._flower import log
 from flower_ext.additive import AdditiveStrategy, Config
-from flower_ext.arrays import Arrays, accumulate, to_record, zeros_like
-from flower_ext.client import Batch, ClientHalf, Local, Metrics, batches
+from flower_ext.arrays import Arrays, accumulate, is_averaged, to_record, zeros_like
+from flower_ext.client import Batch, ClientHalf, Local, Metrics, batches, num_examples
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.drop_in import DropIn
 from flower_ext.errors import at_least, positive, refuse
 from flower_ext.options import AdditiveOptions
-from flower_ext.replies import MalformedReply, read_vector
+from flower_ext.replies import MalformedReply, read_arrays, read_scalar, read_vector
 from flower_ext.server_optimizer import apply_direction
 
 LOSS_SUMS = "group-loss-sums"
 COUNTS = "group-counts"
 MULTIPLIERS_KEY = "group-multipliers"
 NUM_LABELS_KEY = "group-num-labels"
+GRADIENT_KEY = "lagrangian-gradient"
+# Of one step of theta, and of theta above the slack and below: whatever the losses
+# were, a dual comes back within some tens of steps.
+_STEP, _HIGH, _LOW = 5.0, 10.0, -40.0
 
 Vector = npt.NDArray[np.float64]
 
@@ -57,15 +66,91 @@ def dual_weights(theta: Vector, dual_bound: float) -> Vector:
     return np.asarray(dual_bound * scaled / (np.exp(-top) + scaled.sum()))
 
 
-def example_multipliers(dual: Vector, counts: Vector) -> Vector:
+def dual_step(theta: Vector, step: Vector) -> Vector:
+    r"""Return :math:`\theta` after an exponentiated gradient step, kept in bounds.
+
+    A step of more than 5 counts as 5: the theory wants steps below 1, and one absurd
+    loss must not decide all that follows. Where the largest :math:`\theta` would exceed
+    10 all are lowered alike, which changes no ratio of two duals, and their sum by less
+    than :math:`e^{-10}`; none falls below -40.
+
+    Examples
+    --------
+    >>> dual_step(np.zeros(2), np.array([0.5, 1e300]))
+    array([0.5, 5. ])
+    >>> dual_step(np.array([9.0, 4.0]), np.array([3.0, 0.0]))
+    array([10.,  2.])
+    """
+    theta = theta + np.clip(step, -_STEP, _STEP)
+    return np.maximum(theta - max(0.0, float(theta.max()) - _HIGH), _LOW)
+
+
+def example_multipliers(
+    dual: Vector, counts: Vector, bound: float = math.inf
+) -> Vector:
     r"""Return :math:`\lambda_a\, n / n_a`: what is added to 1 in an example's weight.
 
     With :math:`h_k = \frac{1}{n_k}\sum_i (1 + \lambda_{a_i} n/n_{a_i})\ell_i` the
     average :math:`\sum_k \frac{n_k}{n} h_k` is the Lagrangian but for a constant. A
-    group of which no example is known gets 0.
+    group of which no example is known gets 0, none gets more than ``bound``.
     """
     share = counts / (float(counts.sum()) or 1.0)
-    return np.divide(dual, share, out=np.zeros_like(dual), where=share > 0)
+    found = np.divide(dual, share, out=np.zeros_like(dual), where=share > 0)
+    return np.minimum(found, bound)
+
+
+@dataclass
+class DualityGap:
+    r"""How far the average model may be from the optimum, for convex losses.
+
+    With :math:`\mathcal L(w, \lambda) = F(w) + \sum_a\lambda_a(L_a(w) - \zeta_a)`, the
+    :math:`T` models :math:`w_t` so far, duals :math:`\lambda_t` and gradients
+    :math:`g_t = \nabla_w \mathcal L(w_t, \lambda_t)`, convexity gives, over all
+    models of norm :math:`\le R`,
+
+    .. math::
+       \max_{\|\lambda\|_1 \le B} \mathcal L(\bar w, \lambda) \le
+       \bar F + B \max(0, \max_a \bar L_a - \zeta_a), \qquad
+       \min_w \mathcal L(w, \bar\lambda) \ge
+       \tfrac 1T \sum_t (\mathcal L(w_t, \lambda_t) - \langle g_t, w_t\rangle)
+       - R \|\bar g\|,
+
+    the ``primal`` and the ``dual`` value (bars are means over the rounds). By weak
+    duality the optimum under the bounds lies above the latter (Agarwal et al. 2018,
+    Section 3, whose best response we bound instead of computing it).
+    """
+
+    radius: float
+    rounds: int = 0
+    overall: float = 0.0
+    excess: Vector = field(default_factory=lambda: np.zeros(0))
+    constant: float = 0.0
+    gradient: dict[str, Vector] = field(default_factory=dict)
+
+    def add(
+        self,
+        overall: float,
+        excess: Vector,
+        dual: Vector,
+        gradient: Mapping[str, Vector],
+        model: Arrays,
+    ) -> None:
+        r"""Take in a round: :math:`F, L - \zeta, \lambda, g` and :math:`w`."""
+        self.rounds += 1
+        self.overall += overall
+        self.excess = excess + (self.excess if self.excess.size else 0.0)
+        self.constant += overall + float(dual @ excess)
+        for name, array in gradient.items():
+            self.constant -= float(np.vdot(array, model[name].astype(np.float64)))
+            self.gradient[name] = array + self.gradient.get(name, 0.0)
+
+    def values(self, dual_bound: float) -> tuple[float, float]:
+        """Return the primal and the dual value."""
+        squares = sum(float(np.vdot(g, g)) for g in self.gradient.values())
+        worst = max(0.0, float(np.max(self.excess)))
+        primal = self.overall + dual_bound * worst
+        dual = self.constant - self.radius * math.sqrt(squares)
+        return primal / self.rounds, dual / self.rounds
 
 
 def group_sums(
@@ -76,7 +161,7 @@ def group_sums(
     Parameters
     ----------
     losses : Tensor of shape (examples,)
-        Of the received model, before training; not negative.
+        Of the received model, before training.
     groups : Tensor of shape (examples,)
         Index of each example's constraint, ``group * num_labels + label`` if labels
         count.
@@ -125,19 +210,22 @@ class BoundedGroupLossClient(ClientHalf):
         self._multipliers = torch.zeros(0)
         self._num_labels = 0
         self._metrics: Metrics = {}
+        self._gradient: dict[str, ArrayRecord] = {}
 
     def begin(self, local: Local) -> None:
         """Add up the losses of the received model."""
         self._read(local)
         self._metrics = self._sums(local, local.train)
+        if local.config.get(GRADIENT_KEY):
+            self._gradient = {GRADIENT_KEY: self._lagrangian_gradient(local)}
 
     def objective(self, losses: Tensor, batch: Batch) -> Tensor:
         """Return the weighted mean loss."""
         return ((1 + self._multipliers[self._constraint(batch)]) * losses).mean()
 
     def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
-        """Return the sums of losses and the counts."""
-        return {}, self._metrics
+        """Return the sums of losses and the counts, and the gradient if asked for."""
+        return self._gradient, self._metrics
 
     def evaluate(self, local: Local) -> Metrics:
         """Return sums and counts on test data."""
@@ -181,6 +269,23 @@ class BoundedGroupLossClient(ClientHalf):
         sums = group_sums(losses, self._constraint(data), len(self._multipliers))
         return {**sums}
 
+    def _lagrangian_gradient(self, local: Local) -> ArrayRecord:
+        """Return the gradient of the weighted mean loss of all training examples."""
+        local.model.zero_grad()
+        for batch in batches(local.train, batch_size=256):
+            losses = local.task.loss(local.model, batch)
+            share = num_examples(batch) / num_examples(local.train)
+            (share * self.objective(losses, batch)).backward()  # type: ignore[no-untyped-call]
+        found = {name: p.grad for name, p in local.model.named_parameters()}
+        local.model.zero_grad()
+        return ArrayRecord(
+            {
+                name: torch.zeros_like(x) if found.get(name) is None else found[name]
+                for name, x in local.model.state_dict().items()
+                if x.is_floating_point()
+            }
+        )
+
 
 class BoundedGroupLoss(AdditiveStrategy):
     r"""Federated averaging under an upper bound on the loss of every group.
@@ -196,22 +301,38 @@ class BoundedGroupLoss(AdditiveStrategy):
     groups : sequence of str
         Names; a client's examples carry indices into it.
     upper_bound : float or sequence of float
-        :math:`\zeta_a \ge 0`, for all constraints or one each. Where it is not
-        reachable the duals stick at ``dual_bound``; at 0 and with a large
-        ``dual_bound`` the worst group is what is minimised.
+        :math:`\zeta_a`, for all constraints or one each; negative where losses are, as
+        those of a likelihood. Where it is not reachable the duals stick at
+        ``dual_bound``; if it is far below and ``dual_bound`` large, the worst group is
+        what is minimised.
     labels : sequence of str, optional
         Bound the loss of every (group, label) pair instead: conditional bounded group
         loss, related to equalised odds. Constraints are ordered group by group.
     dual_bound : float (default: 5.0)
         :math:`B \ge 0`, bounds the sum of the duals; 0 is FedAvg.
     dual_learning_rate : float (default: 0.5)
-        :math:`\eta_\theta > 0` of the exponentiated gradient; scales with the loss.
+        :math:`\eta_\theta > 0` of the exponentiated gradient, see :func:`dual_step`;
+        losses ten times as large want a tenth of it.
+    multiplier_bound : float (default: inf)
+        :math:`> 0`, most that is added to the weight of an example. Those of a rare
+        group get :math:`\lambda_a n/n_a`, which may throw a step of SGD far; capped,
+        the group pulls less than its dual says. Infinity caps nothing.
+    loss_bound : float, optional
+        :math:`M > 0`, most that the mean loss of one client's group counts, in size: a
+        client of a share :math:`p` of a group moves its loss by no more than
+        :math:`2pM`, whatever it sends. By default ten times the largest bound, and at
+        least 100.
     group_counts : sequence of float, optional
         Examples per constraint over all clients, where they are public. Otherwise
         they are counted in the replies so far, and the first round, which knows none,
         is one of FedAvg.
     average_iterates : bool (default: True)
         Keep the mean of the models (one more model in memory, float64).
+    certificate_radius : float, optional
+        :math:`R > 0`, a bound on the norm of the best model. If given, clients also
+        send the gradient of their weighted loss (one more pass over their data, and
+        as many bytes as their model), and the duality gap is a metric, see
+        :class:`DualityGap`. Not with a mechanism.
     **options
         Server optimizer, sampler, mechanism and Flower's own options, see
         :class:`~flower_ext.options.AdditiveOptions`.
@@ -224,10 +345,16 @@ class BoundedGroupLoss(AdditiveStrategy):
     Notes
     -----
     ``start`` returns the last iterate; :meth:`iterates` has the averaged one, for
-    which the theory is, and the best feasible one. Metrics: ``group-loss/<name>``
-    and ``dual/<name>`` per constraint, ``worst-group-loss``, and ``feasible``, all at
-    the model that the cohort received, on training data; at evaluation the group
-    losses on test data. The theory wants a bounded loss.
+    which the theory is, and the best feasible one. Metrics: ``group-loss/<name>`` of
+    each constraint of which the cohort has examples, ``dual/<name>``,
+    ``worst-group-loss``, for which a group that the cohort lacks has its last known
+    loss, ``groups-unseen``, of which no example was ever counted, and ``feasible``:
+    whether the cohort has examples of all groups and none is above its bound. All are
+    at the model that the cohort received, on training data; at evaluation the group
+    losses on test data. A group whose ``group_counts`` is 0 needs no examples. With
+    ``certificate_radius`` also ``primal-value``, ``dual-value`` and ``duality-gap``:
+    for convex losses, and where all clients take part in every round, the loss of the
+    average model is above the best one's under the bounds by no more than the gap.
 
     Beside their model, clients reveal sums and counts per group, not the group of an
     example; the counts of a small client are sensitive nevertheless. With partial
@@ -267,8 +394,11 @@ class BoundedGroupLoss(AdditiveStrategy):
         labels: Sequence[str] | None = None,
         dual_bound: float = 5.0,
         dual_learning_rate: float = 0.5,
+        multiplier_bound: float = math.inf,
+        loss_bound: float | None = None,
         group_counts: Sequence[float] | None = None,
         average_iterates: bool = True,
+        certificate_radius: float | None = None,
         **options: Unpack[AdditiveOptions],
     ) -> None:
         super().__init__(**options)
@@ -286,19 +416,34 @@ class BoundedGroupLoss(AdditiveStrategy):
         self.upper_bound = self._per_constraint("upper_bound", upper_bound)
         at_least("dual_bound", dual_bound, 0)
         positive("dual_learning_rate", dual_learning_rate)
+        positive("multiplier_bound", multiplier_bound, allow_inf=True)
+        if loss_bound is None:
+            loss_bound = max(100.0, 10 * float(np.max(np.abs(self.upper_bound))))
         self.dual_bound = dual_bound
         self.dual_learning_rate = dual_learning_rate
+        self.multiplier_bound = multiplier_bound
+        self.loss_bound = positive("loss_bound", loss_bound)
+        self._gap: DualityGap | None = None
+        if certificate_radius is not None:
+            positive("certificate_radius", certificate_radius)
+            if self._private:
+                cause = "what is noised certifies nothing"
+                refuse("certificate_radius", certificate_radius, "left out", cause)
+            self._gap = DualityGap(certificate_radius)
         self._known = group_counts is not None
         self._counts = self._per_constraint(
-            "group_counts", 0.0 if group_counts is None else group_counts
+            "group_counts", 0.0 if group_counts is None else group_counts, low=0.0
         )
         if self._known and not self._counts.any():
             refuse("group_counts", group_counts, "> 0 for some group")
+        # Groups that are known to have no examples need not be measured.
+        self._needed = (self._counts > 0) | (not self._known)
         self._theta = np.zeros(len(self.constraints))
+        self._losses = np.full(len(self.constraints), np.nan)  # the last known ones
         self._average: dict[str, npt.NDArray[np.float64]] = {}
         self._rounds = 0
         self._keep_average = average_iterates
-        self._best: tuple[tuple[float, float], Arrays] | None = None
+        self._best: tuple[tuple[float, ...], Arrays] | None = None
 
     @property
     def dual(self) -> Vector:
@@ -307,19 +452,21 @@ class BoundedGroupLoss(AdditiveStrategy):
 
     def client_config(self) -> Config:
         """Tell clients what to add to the weight of an example of each group."""
-        multipliers = example_multipliers(self.dual, self._counts)
         return {
-            MULTIPLIERS_KEY: [float(m) for m in multipliers],
+            MULTIPLIERS_KEY: [float(m) for m in self._multipliers()],
             NUM_LABELS_KEY: self.num_labels,
+            GRADIENT_KEY: self._gap is not None,
         }
 
     def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
         """Return the weighted delta, and the loss sums and counts of the groups."""
-        sums, counts = (self._vector(reply, key) for key in (LOSS_SUMS, COUNTS))
-        if np.any((counts == 0) & (sums > 0)):
-            raise MalformedReply(f"{LOSS_SUMS!r} of a group without examples")
+        scalars = self._read_sums(reply)
         term = super().contribution(reply, sent)
-        return Contribution(term.arrays, term.weight, {LOSS_SUMS: sums, COUNTS: counts})
+        arrays = dict(term.arrays)
+        if self._gap:
+            floats = {name: x for name, x in sent.items() if is_averaged(x)}
+            arrays[GRADIENT_KEY] = read_arrays(reply, GRADIENT_KEY, floats)
+        return Contribution(arrays, term.weight, scalars)
 
     def zero(self, sent: Arrays) -> Contribution:
         """Return no change, of a client without examples."""
@@ -330,22 +477,30 @@ class BoundedGroupLoss(AdditiveStrategy):
 
     def report(self, total: Total) -> Metrics:
         """Return group losses and duals of the model that the cohort received."""
-        losses = _losses(total.scalars, total.noise.get(COUNTS, 0.0))
+        losses = self._measured(total)
+        latest = np.where(np.isnan(losses), self._losses, losses)
         metrics = self._loss_metrics(losses)
-        metrics["feasible"] = int(bool(np.all(_excess(losses, self.upper_bound) <= 0)))
+        if metrics:
+            metrics["worst-group-loss"] = float(np.nanmax(latest))
+        metrics |= {
+            "groups-unseen": int(np.sum(np.isnan(latest) & self._needed)),
+            "feasible": int(self._rank(losses)[:2] == (0, 0)),
+        }
         for name, value in zip(self.constraints, self.dual, strict=True):
             metrics[f"dual/{name}"] = float(value)
+        if self._gap:
+            metrics |= self._certify(self._gap, total)
         return metrics
 
     def update(self, total: Total) -> Arrays:
         """Average the deltas, and take the dual step."""
-        self._remember(total)
-        losses = _losses(total.scalars, total.noise.get(COUNTS, 0.0))
-        self._theta += self.dual_learning_rate * np.nan_to_num(
-            losses - self.upper_bound
-        )
+        losses = self._measured(total)
         if not self._known:
             self._counts += np.maximum(total.scalars[COUNTS], 0)
+        self._losses = np.where(np.isnan(losses), self._losses, losses)
+        self._remember(losses)
+        excess = np.nan_to_num(losses - self.upper_bound)
+        self._theta = dual_step(self._theta, self.dual_learning_rate * excess)
         return total.mean()
 
     def report_evaluate(self, replies: list[Message]) -> Metrics:
@@ -353,7 +508,7 @@ class BoundedGroupLoss(AdditiveStrategy):
         sums = {key: np.zeros(len(self.constraints)) for key in (LOSS_SUMS, COUNTS)}
         for reply in replies:
             try:
-                read = {key: self._vector(reply.content, key) for key in sums}
+                read = self._read_sums(reply.content)
             except MalformedReply:  # a loop of one's own may not report them
                 continue
             for key, value in read.items():
@@ -365,11 +520,24 @@ class BoundedGroupLoss(AdditiveStrategy):
 
         The average is over all models that were sent out and replied to. Best feasible
         is, of these, the one of least overall loss among those within all bounds, or,
-        if none was, the one that exceeded its bounds least.
+        if none was, the one that exceeded its bounds least. What counts are models at
+        which the losses of all groups were measured; where there is none, those with
+        the fewest groups missing, which are taken at their last known losses, and the
+        log says so. A cohort measures the losses of its own clients: only where all
+        take part are they those of everybody.
         """
         if self._best is None:
             return {}
-        best = self._best[1]
+        (missing, *_), best = self._best
+        unseen = np.isnan(self._losses) & self._needed
+        if missing:
+            log(
+                WARNING,
+                "best-feasible: no cohort had examples of all groups, %d were missing "
+                "at the least and are taken at their last known losses; never seen: %s",
+                missing,
+                [name for name, x in zip(self.constraints, unseen, strict=True) if x],
+            )
         found = {"best-feasible": to_record(best)}
         if self._keep_average:
             average = {
@@ -384,11 +552,14 @@ class BoundedGroupLoss(AdditiveStrategy):
         state: dict[str, object] = {
             "theta": self._theta,
             "counts": self._counts,
+            "losses": self._losses,
             "rounds": self._rounds,
             "average": dict(self._average),
         }
         if self._best is not None:
             state["best"] = {"rank": list(self._best[0]), "arrays": self._best[1]}
+        if self._gap:
+            state["gap"] = {**vars(self._gap), "gradient": dict(self._gap.gradient)}
         return {**super().state_dict(), "bounded-group-loss": state}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
@@ -399,12 +570,16 @@ class BoundedGroupLoss(AdditiveStrategy):
             refuse(
                 "groups", self.constraints, f"{len(own['theta'])} as in the saved run"
             )
-        self._theta, self._counts = np.array(own["theta"]), np.array(own["counts"])
+        self._theta, self._counts, self._losses = (
+            np.array(own[name]) for name in ("theta", "counts", "losses")
+        )
         self._rounds = own["rounds"]
         self._average = {k: np.array(x) for k, x in own["average"].items()}
         if best := own.get("best"):
-            rank = best["rank"]
-            self._best = (rank[0], rank[1]), dict(best["arrays"])
+            self._best = tuple(best["rank"]), dict(best["arrays"])
+        if self._gap and "gap" in own:
+            gap = {**own["gap"], "excess": np.array(own["gap"]["excess"])}
+            self._gap = DualityGap(**gap)
 
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""
@@ -412,12 +587,17 @@ class BoundedGroupLoss(AdditiveStrategy):
         return {
             "Upper bounds": ", ".join(f"{name} {bound:g}" for name, bound in bounds),
             "Dual": f"bound {self.dual_bound:g}, rate {self.dual_learning_rate:g}",
+            "Bound of multipliers": self.multiplier_bound,
+            "Bound of losses": self.loss_bound,
+            "Radius of the certificate": self._gap.radius if self._gap else "none",
             "Group counts": self._counts.tolist() if self._known else "learned",
             "Averages iterates": self._keep_average,
             **super().settings(),
         }
 
-    def _per_constraint(self, name: str, value: float | Sequence[float]) -> Vector:
+    def _per_constraint(
+        self, name: str, value: float | Sequence[float], low: float = -math.inf
+    ) -> Vector:
         size = len(self.constraints)
         try:
             values = np.array(value, np.float64)
@@ -425,12 +605,31 @@ class BoundedGroupLoss(AdditiveStrategy):
             values = np.zeros((0, 0))
         if values.shape not in ((), (size,)) or isinstance(value, bool | str):
             refuse(name, value, f"one number or {size}, for {self.constraints}")
-        if not np.all(np.isfinite(values)) or np.any(values < 0):
-            refuse(name, value, "finite and >= 0")
+        if not np.all(np.isfinite(values)) or np.any(values < low):
+            refuse(name, value, "finite" + f" and >= {low:g}" * math.isfinite(low))
         return np.array(np.broadcast_to(values, (size,)))
 
-    def _vector(self, reply: RecordDict, key: str) -> Vector:
-        return np.array(read_vector(reply, key, len(self.constraints)))
+    def _multipliers(self) -> Vector:
+        return example_multipliers(self.dual, self._counts, self.multiplier_bound)
+
+    def _read_sums(self, reply: RecordDict) -> dict[str, Vector]:
+        """Return a reply's sums and counts, no loss beyond its bound."""
+        size = len(self.constraints)
+        sums = np.array(read_vector(reply, LOSS_SUMS, size, -sys.float_info.max))
+        counts = np.array(read_vector(reply, COUNTS, size))
+        if np.any((counts == 0) & (sums != 0)):
+            raise MalformedReply(f"{LOSS_SUMS!r} of a group without examples")
+        examples = read_scalar(reply, self.weighted_by_key)
+        if counts.sum() > examples * (1 + 1e-6):
+            raise MalformedReply(
+                f"metric {COUNTS!r} adds up to {counts.sum():g}, more than "
+                f"{self.weighted_by_key!r}={examples:g}"
+            )
+        most = self.loss_bound * counts
+        return {LOSS_SUMS: np.clip(sums, -most, most), COUNTS: counts}
+
+    def _measured(self, total: Total) -> Vector:
+        return _losses(total.scalars, total.noise.get(COUNTS, 0.0))
 
     def _loss_metrics(self, losses: Vector) -> Metrics:
         known = {
@@ -440,15 +639,43 @@ class BoundedGroupLoss(AdditiveStrategy):
         }
         return {**known, "worst-group-loss": max(known.values())} if known else {}
 
-    def _remember(self, total: Total) -> None:
+    def _rank(self, losses: Vector) -> tuple[float, float, float]:
+        """Return groups not measured, largest excess, overall loss: less is better.
+
+        A group that was not measured has its last known loss; the overall loss weighs
+        groups by all examples counted so far, not by those of the cohort.
+        """
+        missing = int(np.sum(np.isnan(losses) & self._needed))
+        losses = np.where(np.isnan(losses), self._losses, losses)
+        excess = float(np.nanmax(losses - self.upper_bound, initial=0))
+        known = np.where(np.isnan(losses), 0.0, self._counts)
+        overall = float(known @ np.nan_to_num(losses)) / max(float(known.sum()), 1e-300)
+        return missing, excess, overall
+
+    def _certify(self, gap: DualityGap, total: Total) -> Metrics:
+        """Return the values of primal and dual, and their difference."""
+        assert self._sent is not None
+        counts = total.scalars[COUNTS]
+        share = counts / counts.sum()
+        losses = np.where(counts > 0, self._measured(total), self._losses)
+        gap.add(
+            float(total.scalars[LOSS_SUMS].sum() / counts.sum()),
+            np.nan_to_num(losses - self.upper_bound),
+            self._multipliers() * share,
+            {k: x / total.weight for k, x in total.take(GRADIENT_KEY).items()},
+            self._sent,
+        )
+        primal, dual = gap.values(self.dual_bound)
+        return {
+            "primal-value": primal,
+            "dual-value": dual,
+            "duality-gap": primal - dual,
+        }
+
+    def _remember(self, losses: Vector) -> None:
         """Take the model that was sent into the average, and if it is best, keep it."""
         assert self._sent is not None
-        losses = _losses(total.scalars, total.noise.get(COUNTS, 0.0))
-        overall = total.scalars[LOSS_SUMS].sum() / max(total.scalars[COUNTS].sum(), 1)
-        excess = max(
-            0.0, float(np.nanmax(_excess(losses, self.upper_bound), initial=0))
-        )
-        rank = (excess, float(overall))
+        rank = self._rank(losses)
         if self._best is None or rank < self._best[0]:
             self._best = rank, self._sent
         if self._keep_average:
@@ -468,11 +695,7 @@ def _require_names(name: str, values: Sequence[str]) -> None:
 
 def _losses(scalars: Mapping[str, Vector], floor: float = 0.0) -> Vector:
     """Return the loss of each group; NaN for one of no more than ``floor`` examples."""
-    sums, counts = np.maximum(scalars[LOSS_SUMS], 0), scalars[COUNTS]
+    sums, counts = scalars[LOSS_SUMS], scalars[COUNTS]
     losses = np.full(sums.shape, np.nan)
     np.divide(sums, counts, out=losses, where=counts > floor)
     return losses
-
-
-def _excess(losses: Vector, bound: Vector) -> Vector:
-    return np.nan_to_num(losses - bound, nan=-np.inf, neginf=-np.inf)

@@ -4,6 +4,7 @@ import doctest
 import logging
 import pickle
 import re
+from dataclasses import replace
 from functools import partial
 from math import inf, nan
 
@@ -26,6 +27,8 @@ from flower_ext.strategies import bounded_group_loss
 from flower_ext.strategies.bounded_group_loss import (
     BoundedGroupLoss,
     BoundedGroupLossClient,
+    DualityGap,
+    dual_step,
     dual_weights,
     example_multipliers,
     group_sums,
@@ -87,6 +90,34 @@ def test_group_of_no_example_has_no_multiplier():
     dual = np.array([1.0, 1.0])
     assert example_multipliers(dual, np.array([4.0, 0.0])).tolist() == [1.0, 0.0]
     assert example_multipliers(dual, np.zeros(2)).tolist() == [0.0, 0.0]
+
+
+def test_multipliers_are_capped():
+    dual, counts = np.array([0.5, 2.0]), np.array([3.0, 1.0])
+    assert example_multipliers(dual, counts, 3.0) == pytest.approx([2 / 3, 3.0])
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.floats(-1e300, 1e300), min_size=2, max_size=5), st.randoms())
+def test_duals_come_back_whatever_the_steps_were(steps, random):
+    theta = np.zeros(3)
+    for step in steps:
+        theta = dual_step(theta, np.array([random.choice([step, 0.0]) for _ in "abc"]))
+        assert np.all(theta >= -40) and np.all(theta <= 10)
+    # From wherever that is, steps of 1 lead to all the dual and to none of it.
+    up = down = theta
+    for _ in range(51):
+        up, down = dual_step(up, np.ones(3)), dual_step(down, -np.ones(3))
+    assert dual_weights(up, 1.0).sum() > 0.9999
+    assert dual_weights(down, 1.0).sum() < 1e-15
+
+
+def test_dual_step_within_bounds_is_the_plain_one():
+    theta, step = np.array([3.0, -7.0, 0.0]), np.array([4.9, -4.9, 0.0])
+    assert dual_step(theta, step).tolist() == (theta + step).tolist()
+    # Beyond them the ratios of the duals stay.
+    high = dual_step(np.array([9.0, 8.0]), np.array([3.0, 3.0]))
+    assert high.tolist() == [10.0, 9.0]
 
 
 def dual_dynamics(bound, zeta, p=0.2, rate=0.05, steps=20_000):
@@ -224,6 +255,128 @@ def test_one_group_of_all_examples_changes_the_step_not_the_solution(point_task,
     # The first step is (1 + 3/2) times that of FedAvg from 1: 2 * 0.8 * 0.1.
     assert float(played.models[1]["w"]) == pytest.approx(1 - 2.5 * 0.16)
     assert last(played) == pytest.approx(0.2, abs=1e-3)
+
+
+# Losses below zero ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [-3.0, 3.0, -0.4])
+def test_a_constant_in_loss_and_bound_changes_nothing(point_task, play, shift):
+    plain = point_task([part(EXAMPLES, [0, 4]), part(EXAMPLES, [1, 2, 3])], scale=1.0)
+    shifted = replace(plain, loss=lambda model, batch: plain.loss(model, batch) + shift)
+    runs = []
+    for task, bound in ((plain, 0.36), (shifted, 0.36 + shift)):
+        strategy = BoundedGroupLoss(
+            groups=["a", "b"], upper_bound=bound, certificate_radius=1.0
+        )
+        app = client_app(task, BoundedGroupLossClient)
+        runs.append(play(strategy, app, 2, {"w": np.float32(0.9)}, 12, STEP))
+    for server_round in range(1, 13):
+        first, second = (float(run.models[server_round]["w"]) for run in runs)
+        assert second == pytest.approx(first, rel=1e-5)
+        first, second = (run.train(server_round) for run in runs)
+        for name in ("feasible", "dual/a", "dual/b", "num-replies", "duality-gap"):
+            assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6)
+        for name in ("group-loss/b", "worst-group-loss", "primal-value", "dual-value"):
+            expected = first[name] + shift
+            assert second[name] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+# The certificate ------------------------------------------------------------------
+
+# Losses of a convex problem of one number: L_a = w**2, L_b = (w - 1)**2.
+GRID = np.linspace(-2, 2, 400_001)
+
+
+def objective(w):
+    return 0.8 * w**2 + 0.2 * (w - 1) ** 2
+
+
+def excess(w, zeta):
+    return np.maximum(w**2, (w - 1) ** 2) - zeta
+
+
+@pytest.mark.parametrize(
+    ("zeta", "bound", "rate", "start"),
+    [(0.36, 2.0, 1.0, 0.2), (0.36, 0.1, 2.0, -1.0), (0.3, 5.0, 0.5, 1.9)],
+)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("clients", [[[0, 1, 2, 3, 4]], [[0, 4], [1], [2, 3]]])
+def test_duality_gap_bounds_the_distance_from_the_optimum(
+    solve, zeta, bound, rate, start, known, clients
+):
+    options = {"upper_bound": zeta, "dual_bound": bound, "dual_learning_rate": rate}
+    _, played = solve(
+        200,
+        start=start,
+        clients=[part(EXAMPLES, chosen) for chosen in clients],
+        group_counts=[4, 1] if known else None,
+        certificate_radius=2.0,
+        **options,
+    )
+    # By brute force: the optimum under the bounds, and that of the bounded dual.
+    allowed = GRID[excess(GRID, zeta) <= 1e-9]
+    best = objective(allowed).min()
+    saddle = (objective(GRID) + bound * np.maximum(0, excess(GRID, zeta))).min()
+    gaps = []
+    for server_round in range(1, 201):
+        found = played.train(server_round)
+        mean = np.mean([float(m["w"]) for m in played.models[:server_round]])
+        value = objective(mean) + bound * max(0.0, excess(mean, zeta))
+        assert found["primal-value"] >= value - 1e-6
+        assert found["dual-value"] <= min(best, saddle) + 1e-6
+        assert found["duality-gap"] >= max(objective(mean) - best, value - saddle, 0)
+        gaps.append(found["duality-gap"])
+    # What the first rounds were off is averaged away: the gap falls as 1 / rounds.
+    assert gaps[-1] < 0.6 * gaps[99] < 0.36 * gaps[49]
+
+
+def test_values_of_the_certificate_by_hand():
+    # F = w**2, one bound: L = w**2 <= 1; at w = 2 with a dual of 0.5 the gradient of
+    # F + 0.5 (L - 1) is 6, and the tangent 6 - 0.5 + ... falls to -11.5 at w = -1.
+    gap = DualityGap(radius=1.0)
+    model = {"w": np.array([2.0])}
+    gap.add(4.0, np.array([3.0]), np.array([0.5]), {"w": np.array([6.0])}, model)
+    assert gap.values(2.0) == (4 + 2 * 3, 4 + 0.5 * 3 - 6 * 2 - 6)
+    model = {"w": np.array([0.0])}
+    gap.add(0.0, np.array([-1.0]), np.array([0.0]), {"w": np.array([0.0])}, model)
+    assert gap.values(2.0) == ((4 + 2 * 2) / 2, (5.5 - 12 - 6) / 2)
+
+
+def test_gradient_is_that_of_the_lagrangian(linear_task, play):
+    data = regression()
+    clients = [part(data, chosen) for chosen in ([0, 1, 2, 3], [4, 5, 6, 7, 8, 9])]
+    app = client_app(linear_task(clients, 2), BoundedGroupLossClient)
+    strategy = BoundedGroupLoss(
+        groups=["a", "b", "c"],
+        upper_bound=0.1,
+        group_counts=[6, 2, 2],
+        certificate_radius=3.0,
+    )
+    # Whatever the local training is, the gradient is that of the received model.
+    config = {"lr": 0.3, "batch-size": 2, "local-epochs": 3}
+    dual, weight = strategy.dual, np.array([0.5, 0.5])
+    run = play(strategy, app, 2, {"weight": np.float32([weight])}, config=config)
+    slope = lagrangian_slope(data, weight, dual, data["group"])
+    losses = group_losses(data, weight, data["group"], 3)
+    overall = 0.5 * np.mean((data["x"] @ weight - data["y"]) ** 2)
+    value = overall + dual @ (losses - 0.1) - slope @ weight
+    value -= 3 * np.linalg.norm(slope)
+    assert run.train()["dual-value"] == pytest.approx(value, rel=1e-5)
+    worst = np.max(losses - 0.1)
+    assert run.train()["primal-value"] == pytest.approx(overall + 5 * worst, rel=1e-5)
+
+
+def test_certificate_of_a_network_leaves_the_training_alone(play):
+    app = client_app(NET, BoundedGroupLossClient)
+    runs = [
+        play(BoundedGroupLoss(**TWO, **more), app, 3, net_initial(), 2, NET_CONFIG)
+        for more in ({}, {"certificate_radius": 5.0})
+    ]
+    for name, array in runs[0].models[2].items():
+        assert np.array_equal(runs[1].models[2][name], array)
+    assert runs[1].train(2)["duality-gap"] > 0
+    assert "duality-gap" not in runs[0].train(2)
 
 
 # Against FedAvg -------------------------------------------------------------------
@@ -495,12 +648,102 @@ def test_group_that_the_cohort_lacks_keeps_its_theta(reply, aggregate):
     assert metrics["feasible"] == 0
 
 
-def test_feasible_needs_only_the_groups_that_are_there(reply, aggregate):
+def test_feasible_needs_all_groups(reply, aggregate):
+    def play_round(strategy, sums, counts, server_round=1):
+        cohort = [sums_reply(reply, sums, counts)] * 2
+        return aggregate(strategy, SENT, cohort, server_round)[1]
+
+    only_a, both, bad = ([4.0, 0.0], [4.0, 0.0]), ([4.0, 1.0], [4.0, 1.0]), [4.0, 1.1]
     strategy = BoundedGroupLoss(**TWO)
-    _, metrics = aggregate(
-        strategy, SENT, [sums_reply(reply, [4.0, 0.0], [4.0, 0.0])] * 2
-    )
-    assert metrics["feasible"] == 1  # a loss of 1 is within the bound of 1
+    found = play_round(strategy, *only_a)
+    assert (found["feasible"], found["groups-unseen"]) == (0, 1)
+    found = play_round(strategy, *both, 2)
+    assert (found["feasible"], found["groups-unseen"]) == (1, 0)
+    assert play_round(strategy, bad, [4.0, 1.0], 3)["feasible"] == 0
+    # The last known loss of b holds until another is measured.
+    found = play_round(strategy, *only_a, 4)
+    assert found["worst-group-loss"] == pytest.approx(1.1)
+    assert "group-loss/b" not in found
+    assert (found["feasible"], found["groups-unseen"]) == (0, 0)
+    # A group that is known to have no examples is not waited for.
+    strategy = BoundedGroupLoss(group_counts=[4, 0], **TWO)
+    found = play_round(strategy, *only_a)
+    assert (found["feasible"], found["groups-unseen"]) == (1, 0)
+
+
+def test_best_feasible_is_a_model_at_which_all_groups_were_measured(
+    reply, aggregate, caplog
+):
+    caplog.set_level(logging.WARNING, logger="flwr")
+    strategy = BoundedGroupLoss(**TWO)
+    rounds = [  # sums of a and b, of as many examples where they are not 0
+        ([1.0, 0.0], [9.0, 0.0]),  # b unseen, less loss than any later model
+        ([9.0, 2.0], [9.0, 1.0]),  # b above its bound
+        ([1.0, 0.0], [9.0, 0.0]),  # b above its bound when last seen
+        ([9.0, 0.9], [9.0, 1.0]),  # feasible
+        ([1.0, 0.0], [9.0, 0.0]),  # b feasible when last seen
+        ([9.0, 1.0], [9.0, 1.0]),  # feasible, of larger loss
+    ]
+    best = {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4}
+    for server_round, (sums, counts) in enumerate(rounds, start=1):
+        sent = {"w": np.float32([server_round])}
+        cohort = [sums_reply(reply, sums, counts, w=server_round)] * 2
+        aggregate(strategy, sent, cohort, server_round)
+        found = strategy.iterates()["best-feasible"]["w"].numpy()
+        assert found == [best[server_round]]
+        told = "1 were missing at the least" in caplog.text
+        assert told == (server_round == 1)
+        assert ("never seen: ['b']" in caplog.text) == (server_round == 1)
+        caplog.clear()
+
+
+def test_overall_loss_of_a_model_does_not_depend_on_who_is_in_the_cohort(
+    reply, aggregate
+):
+    # By the cohort's own examples the second model, of b alone, would be better.
+    strategy = BoundedGroupLoss(groups=["a", "b"], upper_bound=5.0, group_counts=[9, 1])
+    for k, (sums, counts) in enumerate(
+        [([9.0, 4.0], [9.0, 1.0]), ([4.0, 8.0], [1.0, 8.0])], start=1
+    ):
+        cohort = [sums_reply(reply, sums, counts)] * 2
+        aggregate(strategy, {"w": np.float32([k])}, cohort, k)
+    assert strategy.iterates()["best-feasible"]["w"].numpy() == [1]
+
+
+@pytest.mark.parametrize("lie", [1e300, 1e30, 150.0, -1e300, -1e30])
+def test_one_absurd_loss_does_not_decide_the_duals(reply, aggregate, lie):
+    honest, liar = ([2.0, 6.0], [4.0, 4.0]), ([2.0, lie], [4.0, 4.0])
+    strategy = BoundedGroupLoss(**TWO)
+    told_truth = BoundedGroupLoss(**TWO)
+    for server_round in range(1, 81):
+        cohorts = [[sums_reply(reply, *honest)] * 2 for _ in range(2)]
+        if server_round == 1:
+            cohorts[0][1] = sums_reply(reply, *liar)
+        if server_round > 20:  # the honest bring b below its bound
+            cohorts = [[sums_reply(reply, [2.0, 2.0], [4.0, 4.0])] * 2] * 2
+        _, metrics = aggregate(strategy, SENT, cohorts[0], server_round)
+        aggregate(told_truth, SENT, cohorts[1], server_round)
+        assert np.all(np.isfinite(list(metrics.values())))
+        assert abs(metrics["group-loss/b"]) <= (100 + 1.5) / 2
+    assert strategy.dual == pytest.approx(told_truth.dual, abs=0.2)
+
+
+def test_loss_of_a_client_is_bounded(reply, aggregate):
+    cohort = [sums_reply(reply, [s, 1.0], [4.0, 1.0]) for s in (4.0, 40.0, -40.0)]
+    for bound, loss in ((3.0, (4 + 12 - 12) / 12), (100.0, 4 / 12), (9.0, 4 / 12)):
+        strategy = BoundedGroupLoss(loss_bound=bound, **TWO)
+        _, metrics = aggregate(strategy, SENT, cohort)
+        assert metrics["group-loss/a"] == pytest.approx(loss)
+    _, metrics = aggregate(BoundedGroupLoss(loss_bound=3.0, **TWO), SENT, cohort[:2])
+    assert metrics["group-loss/a"] == pytest.approx((4 + 12) / 8)
+    for bound, default in ((0.4, 100), (30.0, 300), ([-50.0, 2.0], 500)):
+        strategy = BoundedGroupLoss(groups=["a", "b"], upper_bound=bound)
+        assert strategy.loss_bound == default
+
+
+def test_weight_of_an_example_is_bounded(reply, aggregate):
+    strategy = BoundedGroupLoss(group_counts=[999, 1], multiplier_bound=7.0, **TWO)
+    assert told(strategy) == pytest.approx([5 / 3 * 1000 / 999, 7.0])
 
 
 @pytest.mark.parametrize(
@@ -508,7 +751,10 @@ def test_feasible_needs_only_the_groups_that_are_there(reply, aggregate):
     [
         ([1.0, 1.0, 1.0], [1.0, 1.0], "metric 'group-loss-sums'="),
         ([1.0, 1.0], [2.0], "metric 'group-counts'="),
-        ([1.0, -1.0], [1.0, 1.0], "metric 'group-loss-sums'="),
+        ([1.0, -inf], [1.0, 1.0], "metric 'group-loss-sums'="),
+        ([1.0, -1.0], [2.0, 0.0], "'group-loss-sums' of a group without examples"),
+        ([1.0, 1.0], [2.0, 1.0], "'group-counts' adds up to 3, more than 'num-exam"),
+        ([1.0, 1.0], [1e300, 1.0], r"adds up to 1e\+300, more than 'num-examples'=2"),
         ([1.0, nan], [1.0, 1.0], "metric 'group-loss-sums'="),
         ([1.0, inf], [1.0, 1.0], "metric 'group-loss-sums'="),
         ([1.0, 1.0], [3.0, -1.0], "metric 'group-counts'="),
@@ -830,6 +1076,7 @@ def test_interrupted_run_continues(linear_task, play, tmp_path):
             fraction_train=0.5,
             sampler=UniformSampler(seed=1),
             server_optimizer=SGD(1.0, momentum=0.5),
+            certificate_radius=2.0,
         )
         initial = {"weight": np.float32([[0.5, 0.5]])}
         played = play(strategy, app, 4, initial, rounds, STEP, checkpoint=folder)
@@ -868,6 +1115,8 @@ def test_summary_logs_the_settings(caplog):
         "BoundedGroupLoss settings",
         "Upper bounds: f 0.4, m 0.5",
         "Dual: bound 3, rate 0.2",
+        "Bound of multipliers: inf",
+        "Bound of losses: 100",
         "Minimum replies: 1",
     ):
         assert line in caplog.text
@@ -883,9 +1132,13 @@ def test_summary_logs_the_settings(caplog):
         ({"labels": []}, r"labels=\[\] must be a sequence of different names"),
         ({"labels": ["x", "x"]}, r"labels=\['x', 'x'\] must be a sequence of diff"),
         ({"labels": "xy"}, "labels='xy' must be a sequence of different names"),
-        ({"upper_bound": -0.1}, "upper_bound=-0.1 must be finite and >= 0"),
-        ({"upper_bound": nan}, "upper_bound=nan must be finite and >= 0"),
-        ({"upper_bound": [1.0, inf]}, r"upper_bound=\[1.0, inf\] must be finite and"),
+        ({"upper_bound": nan}, "upper_bound=nan must be finite"),
+        ({"upper_bound": [1.0, inf]}, r"upper_bound=\[1.0, inf\] must be finite"),
+        ({"multiplier_bound": 0}, "multiplier_bound=0 must be a number > 0"),
+        ({"multiplier_bound": nan}, "multiplier_bound=nan must be a number > 0"),
+        ({"loss_bound": 0}, "loss_bound=0 must be a finite number > 0"),
+        ({"loss_bound": inf}, "loss_bound=inf must be a finite number > 0"),
+        ({"certificate_radius": 0}, "certificate_radius=0 must be a finite number > 0"),
         ({"upper_bound": [1.0]}, r"upper_bound=\[1.0\] must be one number or 2, for"),
         ({"upper_bound": [[1, 2], 3]}, "upper_bound=.* must be one number or 2, for"),
         ({"upper_bound": "x"}, "upper_bound='x' must be one number or 2, for"),
