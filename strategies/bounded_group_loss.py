@@ -115,9 +115,10 @@ class DualityGap:
        \tfrac 1T \sum_t (\mathcal L(w_t, \lambda_t) - \langle g_t, w_t\rangle)
        - R \|\bar g\|,
 
-    the ``primal`` and the ``dual`` value (bars are means over the rounds). By weak
-    duality the optimum under the bounds lies above the latter (Agarwal et al. 2018,
-    Section 3, whose best response we bound instead of computing it).
+    the primal and the dual value (bars are means over the rounds). By weak duality the
+    optimum under the bounds lies above the latter (Agarwal et al. 2018, Section 3,
+    whose best response we bound instead of computing it). It certifies what clients
+    report: losses, counts and gradients of all, none cut off at a bound of its own.
     """
 
     radius: float

@@ -356,7 +356,7 @@ def test_merging_adds_everything_and_leaves_the_other_alone(reply):
     strategy._sent = SENT
     summand = strategy.summand()
     sums = {"group-loss-sums": 2.0, "group-counts": 4.0}
-    contents = [reply(model(i, -i), i + 1, **sums) for i in range(4)]
+    contents = [reply(model(i, -i), i + 4, **sums) for i in range(4)]
     whole, parts = PartialSum(summand), [PartialSum(summand) for _ in range(2)]
     for i, content in enumerate(contents):
         whole.add(content)
@@ -370,7 +370,7 @@ def test_merging_adds_everything_and_leaves_the_other_alone(reply):
     for part in parts:
         merged.merge(part.total)
     assert pickle.dumps(parts[1].total) == before
-    assert merged.count == 4 and merged.weight == whole.total.weight == 10
+    assert merged.count == 4 and merged.weight == whole.total.weight == 22
     assert merged.scalars["group-counts"].tolist() == [16.0]
     for name, array in whole.total.arrays["delta"].items():
         np.testing.assert_allclose(merged.arrays["delta"][name], array)
