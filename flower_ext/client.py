@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import ClassVar, Protocol
 
@@ -42,6 +42,10 @@ Metrics = dict[str, MetricRecordValues]
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 
 CLIENT_HALF_KEY = "client-half"
+# A record of a run that is saved: its name, and the round after which it was resumed.
+RUN_KEY = "run"
+RUN_NAME = "name"
+RUN_RESUMED = "resumed-after"
 ARRAYS_KEY = "arrays"
 CONFIG_KEY = "config"
 METRICS_KEY = "metrics"
@@ -224,6 +228,9 @@ class Local:
         The client's own; ``context.state`` stays with it between rounds.
     device : torch.device
         The accelerator that was assigned to the client, or the CPU.
+    run : ConfigRecord
+        What the server says of a run that it saves: its ``name``, and the round that it
+        is ``resumed-after``; empty otherwise.
     """
 
     task: Task
@@ -234,6 +241,7 @@ class Local:
     config: ConfigRecord
     context: Context
     device: torch.device
+    run: ConfigRecord = field(default_factory=ConfigRecord)
 
     @property
     def client(self) -> int:
@@ -578,4 +586,5 @@ def _open(task: Task, message: Message, context: Context) -> Local:
         config=config,
         context=context,
         device=device,
+        run=message.content.config_records.get(RUN_KEY, ConfigRecord()),
     )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from hashlib import sha256
 from logging import INFO, WARNING
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from flower_ext._flower import (
     log_strategy_start_info,
 )
 from flower_ext.checkpoint import Checkpoint, CheckpointError
+from flower_ext.client import RUN_KEY, RUN_NAME, RUN_RESUMED
 from flower_ext.errors import positive, refuse, whole
 from flower_ext.nodes import is_fixed, wait_for_nodes
 from flower_ext.partial_sums import Summable, Summand, SummingGrid
@@ -31,6 +33,10 @@ from flower_ext.traffic import Traffic, measure
 
 class EveryClientFailed(InconsistentMessageReplies):
     """No client that was asked in the first round did its work."""
+
+
+# The error of a silo whose privacy budget is spent: an end, and no failure of the run.
+_SPENT = "SiloBudgetExhausted"
 
 
 @dataclass
@@ -182,6 +188,8 @@ def _run(
                 raise
             log(WARNING, "The run ends after round %s: %s", current - 1, end)
             break
+        if saved:
+            messages = _tell_run(messages, saved.folder, done)
         summand = strategy.summand() if isinstance(strategy, Summable) else None
         with _silence() if hidden else nullcontext():
             train = _exchange(grid, messages, timeout, summand)
@@ -267,10 +275,12 @@ def _all_failed(phase: _Phase) -> str:
     """Return the first reason if every client failed; nobody asked is no failure."""
     if not phase.asked or not all(reply.has_error() for reply in phase.replies):
         return ""
+    reasons = [reply.error.reason or "" for reply in phase.replies]
+    if reasons and all(_SPENT in reason for reason in reasons):
+        return ""
     for reply in phase.replies:
         node, why = reply.metadata.src_node_id, reply.error.reason
         log(INFO, "\t> Received error in reply from node %d: %s", node, why)
-    reasons = (reply.error.reason for reply in phase.replies)
     reason = next(filter(None, reasons), "no reply in time")
     return f"{CANNOT_READ}\n{reason}" if SEALED in reason else reason
 
@@ -292,6 +302,17 @@ def _silence() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _tell_run(messages: Iterable[Message], folder: Path, done: int) -> list[Message]:
+    """Name the run to its clients, and say that it was resumed: some keep accounts."""
+    about = ConfigRecord({RUN_NAME: sha256(bytes(folder)).hexdigest()[:32]})
+    if done:
+        about[RUN_RESUMED] = done
+    messages = list(messages)
+    for message in messages:
+        message.content[RUN_KEY] = about
+    return messages
 
 
 def _record(name: str, config: ConfigRecord | None) -> ConfigRecord:

@@ -18,7 +18,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from hashlib import sha256
 from inspect import Parameter, signature
+from itertools import chain
 from types import SimpleNamespace
 from typing import ClassVar, Literal, cast, get_args
 
@@ -54,6 +56,7 @@ from flower_ext.privacy.silo import (
     StepLedger,
     noise_for_steps,
 )
+from flower_ext.privacy.silo_account import SiloAccount, ledger_path
 
 GradSampleMode = Literal["hooks", "ghost"]
 
@@ -63,7 +66,6 @@ USER_EPSILON = "user-epsilon"
 USER_DELTA = "user-delta"
 SPENT = (EXAMPLE_EPSILON, EXAMPLE_DELTA, USER_EPSILON, USER_DELTA)
 
-_STATE = "example-level-dp"
 # As good as no clipping, and 0 times it is 0.
 _NO_CLIPPING = 1e30
 _PROBES = 8
@@ -185,12 +187,22 @@ class ExampleLevelDP(ClientHalf):
 
     *Randomness*: batches and noise come from ``os.urandom``, or from NumPy's SFC64
     generator, which is not cryptographic, with a ``seed``: then from (seed, client,
-    round, steps taken). Opacus' own noise is not used: torch's CPU generator has 32
-    bits of seed. Dropout does draw from torch's, seeded secretly. Floating-point noise
-    has gaps that a strong adversary may read (Mironov 2012).
+    round, steps taken) and a digest of received model, data, settings and run config.
+    So a run can be repeated, and gives the same replies again, which tells nothing new;
+    on anything else batches and noise are others. Take a new seed with every change of
+    the silo's code, ``mode``, device or libraries. Opacus' own noise is not used:
+    torch's CPU generator has 32 bits of seed. Dropout does draw from torch's, seeded
+    secretly. Floating-point noise has gaps that a strong adversary may read (Mironov
+    2012).
 
-    *Budget*: the steps taken are kept in ``context.state``, which Flower keeps for one
-    run. Another run on the same data starts from 0: add up by hand.
+    *Budget*: with ``SiloPrivacy(ledger=...)`` the guarantee is for all runs that name
+    the ledger together. Every round is charged to it, under a lock and flushed to the
+    disk, before it trains: a crash costs the steps that it kept from being taken.
+    Without a ledger the guarantee is for one run. The steps are kept in
+    ``context.state``, which Flower keeps as long, and every run starts from 0: whoever
+    may start runs decides what is spent. A run that goes on from a checkpoint, and a
+    silo that was restarted or joins later than in round 1, are refused then, unless
+    this process remembers the run.
 
     A gradient that is not finite counts as zero. The reply's metrics hold what is spent
     so far, ``example-epsilon`` and ``example-delta``, or ``user-epsilon`` and
@@ -239,22 +251,30 @@ class ExampleLevelDP(ClientHalf):
             )
         if privacy.max_examples_per_user:
             local.train = _capped(local.train, privacy)
-        size = num_examples(local.train)
-        state = local.context.state
-        ledger = StepLedger.read(state.config_records.get(_STATE), privacy.group_size)
+        path = None if privacy.ledger is None else ledger_path(privacy.ledger)
+        account = SiloAccount(path, local)
+        with account.locked():
+            self._charge(local, account)
+
+    def _charge(self, local: Local, account: SiloAccount) -> None:
+        """Plan the round, see that it can be trained, and charge its steps."""
+        privacy, size = self._privacy, num_examples(local.train)
+        kept = account.read()
+        ledger = StepLedger.read(kept, privacy.group_size)
         self._done, self._steps = ledger.total, local.num_steps
         if not self._steps:
             self._spent = ledger.epsilon(privacy.delta)
             return
+        account.require(kept)
         if privacy.delta >= 1 / size:
             warnings.warn(
                 f"delta={privacy.delta} should be < 1 / examples={1 / size:.3g}: "
                 "publishing one whole example would satisfy it",
-                stacklevel=2,
+                stacklevel=3,
             )
         self._rate = min(1.0, local.settings.batch_size / size)
         self._expected = self._rate * size
-        self._noise_multiplier = self._calibrated(state)
+        self._noise_multiplier = self._calibrated(kept)
         charged = ledger.add(self._rate, self._noise_multiplier, self._steps)
         self._spent = charged.epsilon(privacy.delta)
         # Not "spent > limit": NaN must count as exceeding.
@@ -267,9 +287,10 @@ class ExampleLevelDP(ClientHalf):
         self._wrap(local)
         # Charged before the first step: a training that breaks off has cost its steps.
         record = charged.record()
-        if privacy.epsilon is not None:
+        if target := self._target:
             record["noise-multiplier"] = self._noise_multiplier
-        state[_STATE] = record
+            record["target"] = target
+        account.write(record)
 
     def _of(self, context: Context) -> SiloPrivacy:
         found = self._of_silo
@@ -279,14 +300,21 @@ class ExampleLevelDP(ClientHalf):
             refuse("privacy(context)", found, "a SiloPrivacy")
         return found
 
-    def _calibrated(self, state: RecordDict) -> float:
+    @property
+    def _target(self) -> list[float] | None:
+        """What noise is sought for, if it is."""
+        privacy = self._privacy
+        if privacy.epsilon is None or privacy.num_rounds is None:
+            return None
+        return [privacy.epsilon, privacy.delta, float(privacy.num_rounds)]
+
+    def _calibrated(self, kept: ConfigRecord | None) -> float:
         """Return the noise multiplier: given, kept, or sought for the target."""
         privacy = self._privacy
         if privacy.noise_multiplier is not None:
             return float(privacy.noise_multiplier)
-        kept = state.config_records.get(_STATE, ConfigRecord()).get("noise-multiplier")
-        if isinstance(kept, float):
-            return kept
+        if kept is not None and kept.get("target") == self._target:
+            return cast(float, kept["noise-multiplier"])
         assert privacy.epsilon is not None and privacy.num_rounds is not None
         return noise_for_steps(
             privacy.epsilon,
@@ -441,7 +469,7 @@ class ExampleLevelDP(ClientHalf):
                 "Task.optimizer must train the parameters that it is given and no "
                 "other: those have gradients that are not private"
             )
-        self._keys = _keys(self._privacy.seed, local, self._done)
+        self._keys = self._secret_keys(local)
         self._noise = NoiseStream(
             Identity(self._steps),
             {name: tuple(p.shape) for name, p in self._trained.items()},
@@ -456,6 +484,33 @@ class ExampleLevelDP(ClientHalf):
             expected_batch_size=self._expected,
         )
         return cast(torch.optim.Optimizer, outer)
+
+    def _secret_keys(self, local: Local) -> Sequence[int] | None:
+        """Return keys of batches, noise and dropout, or None without a seed.
+
+        They depend on whatever decides what the round computes. So the same noise comes
+        again in the same reply only, and never on another model or on other data, where
+        the difference of two replies would be free of it.
+        """
+        seed = self._privacy.seed
+        if seed is None:
+            return None
+        hashed = sha256()
+        plan = (self._bound, self._noise_multiplier, self._rate, self._steps)
+        run_config = sorted(local.context.run_config.items())
+        hashed.update(repr((plan, local.settings, run_config)).encode())
+        tensors = chain(
+            local.model.named_parameters(),
+            local.model.named_buffers(),
+            sorted(local.train.items()),
+        )
+        for name, tensor in tensors:
+            octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            hashed.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+            hashed.update(octets.numpy().data)
+        sources = [seed, local.client, local.server_round, self._done]
+        sequence = np.random.SeedSequence([*sources, _word(hashed.digest())])
+        return [_word(s.generate_state(4).tobytes()) for s in sequence.spawn(3)]
 
     def batches(self, local: Local) -> Iterator[Batch]:
         """Draw every step's batch: each example independently, maybe none."""
@@ -586,19 +641,6 @@ def _needed_inputs(module: nn.Module) -> int:
 
 def _rows_of(p: Tensor, gradients: Tensor, rows: slice) -> Gradients:
     return {p: gradients[rows]}
-
-
-def _keys(seed: int | None, local: Local, done: int) -> Sequence[int] | None:
-    """Return secret keys of batches, noise and dropout, or None without a seed.
-
-    The steps taken are among what they depend on: a server that asks for the same
-    round again must not get the same noise on another model.
-    """
-    if seed is None:
-        return None
-    sources = [seed, local.client, local.server_round, done]
-    sequence = np.random.SeedSequence(sources)
-    return [_word(s.generate_state(4).tobytes()) for s in sequence.spawn(3)]
 
 
 def _word(octets: bytes) -> int:

@@ -1,6 +1,7 @@
 """What a silo promises to the people in its data, and what it has spent of it."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +17,7 @@ from flower_ext.privacy.calibration import (
     noise_multiplier_for,
     sampled_epsilon,
 )
+from flower_ext.privacy.silo_account import ledger_path, load_record, save_record
 
 # Below it epsilon is in the hundreds and its grid does not fit into memory.
 _LEAST_NOISE = 0.1
@@ -59,10 +61,19 @@ class SiloPrivacy:
         order of the data are used, instead of one example.
     user : str (default: "user")
         Integer column of the data that says whose example it is.
+    ledger : path, optional
+        File of the silo's own, absolute or under ``~``, to which every round is charged
+        before it trains; made if missing. Rounds of all runs and processes that name it
+        add up, so that ``max_epsilon`` and ``epsilon`` bound all that is ever released
+        about these people. One file for one silo: in a simulation one for each
+        partition. Losing it is losing the account. Without it the account is that of
+        the run, every run starts from 0, and a silo that cannot prove that it has spent
+        nothing, because its first round is not the run's, is refused.
     seed : int, optional
         Secret seed >= 0 of batches, noise and dropout, for tests and simulations.
-        Without it batches and noise come from the operating system. Whoever knows it
-        can remove the noise: it must not be in anything that a server sees.
+        Without it batches and noise come from the operating system. Whoever knows or
+        guesses it can remove the noise: it must not be in anything that a server sees,
+        and small ones are guessed.
     """
 
     clipping_norm: float
@@ -73,6 +84,7 @@ class SiloPrivacy:
     max_epsilon: float | None = None
     max_examples_per_user: int | None = None
     user: str = "user"
+    ledger: str | os.PathLike[str] | None = None
     seed: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +120,8 @@ class SiloPrivacy:
                 refuse("max_epsilon", self.max_epsilon, f">= epsilon={self.epsilon}")
         if self.max_examples_per_user is not None:
             whole("max_examples_per_user", self.max_examples_per_user, 1)
+        if self.ledger is not None:
+            ledger_path(self.ledger)
         if self.seed is not None:
             whole("seed", self.seed, 0)
 
@@ -166,8 +180,18 @@ class StepLedger:
         """Return an upper bound of epsilon, tight up to the grid; 0 without steps."""
         return _spent(tuple(self.steps.items()), self.group_size, delta)
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "StepLedger":
+        """Read a silo's ledger; one that is not there has no steps."""
+        record = load_record(ledger_path(path))
+        return cls() if record is None else cls.read(record)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a silo's ledger, in place of the one that is there."""
+        save_record(ledger_path(path), self.record())
+
     def record(self) -> ConfigRecord:
-        """Return the record that stays in ``context.state``."""
+        """Return the record that stays in ``context.state``, and in the ledger."""
         return ConfigRecord(
             {
                 "group-size": self.group_size,
@@ -178,11 +202,15 @@ class StepLedger:
         )
 
     @classmethod
-    def read(cls, record: ConfigRecord | None, group_size: int) -> "StepLedger":
+    def read(
+        cls, record: ConfigRecord | None, group_size: int | None = None
+    ) -> "StepLedger":
         """Read what :meth:`record` wrote; without it no step has been taken."""
         if record is None:
-            return cls(group_size)
-        if record["group-size"] != group_size:
+            return cls(group_size or 1)
+        if group_size is None:
+            group_size = cast(int, record["group-size"])
+        if record["group-size"] != group_size and record["steps"]:
             refuse(
                 "max_examples_per_user",
                 group_size,

@@ -24,6 +24,7 @@ from flower_ext.privacy import (
     StepLedger,
     example_level,
     keep_per_user,
+    silo_account,
     worst_silo,
 )
 from flower_ext.simulation import LocalGrid
@@ -133,10 +134,12 @@ class Silo:
         self.grid = LocalGrid(app, clients)
         self.nodes = list(self.grid.get_node_ids())
 
-    def send(self, arrays, kind="train", client=0, server_round=1, **config):
+    def send(self, arrays, kind="train", client=0, server_round=1, run=None, **config):
         config = {k.replace("_", "-"): v for k, v in config.items()}
         record = ConfigRecord({"server-round": server_round, **config})
         content = RecordDict({"arrays": to_record(arrays), "config": record})
+        if run is not None:
+            content["run"] = run
         message = Message(content, self.nodes[client], kind)
         [reply] = self.grid.send_and_receive([message])
         return reply
@@ -297,20 +300,20 @@ def test_an_empty_batch_is_a_step_that_leaves_only_frozen_parameters_alone():
     ],
 )
 def test_one_example_moves_a_step_by_at_most_clip_over_expected_batch(
-    mode, size, low, high
+    mode, size, low, high, monkeypatch
 ):
     def net():
         return nn.Linear(3, 2)
 
+    # Of other data a seed would draw another batch; the divisor is not its size.
+    monkeypatch.setattr(example_level, "_poisson", lambda *how: np.arange(7))
     clip, lr, models = 0.25, 0.7, []
     for weight in (0.0, size):
-        seen, data = [], columns(EXAMPLES)
+        data = columns(EXAMPLES)
         data["weight"][5] = weight
-        privacy = {**NOTHING, "clipping_norm": clip, "seed": 7}
-        silo = Silo(make_task(net, data), privacy, mode=mode, half=recording(seen))
+        privacy = {**NOTHING, "clipping_norm": clip}
+        silo = Silo(make_task(net, data), privacy, mode=mode)
         found, _ = silo.train(first_arrays(net), batch_size=9, local_steps=1, lr=lr)
-        assert any(seen[0]["weight"] != 1)
-        assert len(seen[0]["weight"]) != 9  # the divisor is not what was drawn
         models.append(vector(found))
     moved = np.linalg.norm(models[1] - models[0]) / (lr * clip / 9)
     assert low - 1e-6 <= moved <= high + 1e-6
@@ -497,6 +500,176 @@ def test_the_account_survives_a_restart_of_the_client():
     assert again["example-epsilon"] == pytest.approx(
         sampled(1.0, 0.25, 10).get_epsilon_for_delta(1e-3), rel=1e-5
     )
+
+
+def saved_run(folder, rounds, privacy, task=None, clients=2, **config):
+    """A run that is saved, or goes on, with clients that remember nothing."""
+    silo = Silo(task or make_task(), privacy, clients=clients)
+    server = AdditiveStrategy(train_metrics_aggr_fn=worst_silo, fraction_evaluate=0.0)
+    return server.start(
+        silo.grid,
+        to_record(first_arrays()),
+        num_rounds=rounds,
+        checkpoint=folder,
+        train_config=ConfigRecord({"batch-size": 3, "local-steps": 4, **config}),
+    )
+
+
+def of_partition(folder, **promise):
+    return lambda context: SiloPrivacy(
+        **promise, ledger=folder / f"{context.node_config['partition-id']}.json"
+    )
+
+
+def forget(monkeypatch):
+    """Do as another process."""
+    monkeypatch.setattr(silo_account, "_remembered", {})
+
+
+@pytest.mark.parametrize("ledger", [True, False])
+@pytest.mark.parametrize(
+    "promise",
+    [
+        {**NOISY, "max_epsilon": 3.4},
+        {"epsilon": 2.0, "num_rounds": 4, "delta": 1e-3, "clipping_norm": 0.5},
+    ],
+)
+def test_a_run_that_goes_on_ends_where_an_uninterrupted_one_does(
+    tmp_path, monkeypatch, promise, ledger
+):
+    def promised(name):
+        (tmp_path / name).mkdir()
+        seeded = {**promise, "seed": 3}
+        return of_partition(tmp_path / name, **seeded) if ledger else seeded
+
+    whole = saved_run(tmp_path / "whole", 6, promised("one"))
+    parts = promised("other")
+    saved_run(tmp_path / "parts", 2, parts)
+    if ledger:
+        forget(monkeypatch)
+    resumed = saved_run(tmp_path / "parts", 6, parts)
+    assert resumed.train_metrics_clientapp == whole.train_metrics_clientapp
+    assert "example-epsilon" not in whole.train_metrics_clientapp[6]
+    new, old = ({k: a.numpy() for k, a in r.arrays.items()} for r in (resumed, whole))
+    close(new, old, 0)
+
+
+def test_a_run_that_goes_on_with_nothing_left_to_spend_keeps_its_model(tmp_path):
+    (tmp_path / "ledgers").mkdir()
+    privacy = of_partition(tmp_path / "ledgers", **NOISY, max_epsilon=3.4)
+    done = saved_run(tmp_path / "run", 4, privacy)
+    more = saved_run(tmp_path / "run", 6, privacy)
+    assert "example-epsilon" not in more.train_metrics_clientapp[5]
+    for name, array in more.arrays.items():
+        np.testing.assert_array_equal(array.numpy(), done.arrays[name].numpy())
+
+
+def test_a_run_that_goes_on_without_an_account_is_refused(tmp_path, monkeypatch):
+    run, ledgers = tmp_path / "run", tmp_path / "ledgers"
+    ledgers.mkdir()
+    saved_run(run, 2, NOISY)
+    forget(monkeypatch)
+    with pytest.raises(Exception, match="round 3 is the first that it knows of"):
+        saved_run(run, 3, NOISY)
+    asked = []
+
+    def loss(model, batch):
+        asked.append(batch)
+        return cross_entropy(model, batch)
+
+    # Nor does a ledger know of rounds from before it was there.
+    for privacy in (NOISY, of_partition(ledgers, **NOISY)):
+        errors = replies_of(privacy, loss)
+        assert all("ledger=" in error for error in errors) and not asked
+    StepLedger().save(ledgers / "0.json")
+    error, other = replies_of(of_partition(ledgers, **NOISY), loss)
+    assert error == "" and "StepLedger().save(ledger) says so" in other
+
+
+def replies_of(privacy, loss):
+    """What is wrong with the replies to a message of round 3, resumed after 2."""
+    silo = Silo(make_task(loss=loss), privacy, clients=2)
+    run = ConfigRecord({"name": "x", "resumed-after": 2})
+    replies = [
+        silo.send(first_arrays(), client=i, server_round=3, batch_size=3, run=run)
+        for i in range(2)
+    ]
+    return [reply.error.reason if reply.has_error() else "" for reply in replies]
+
+
+def test_a_silo_that_does_not_know_of_earlier_rounds_needs_a_ledger(tmp_path):
+    silo = Silo(make_task(), NOISY)
+    with pytest.raises(RuntimeError, match="round 2 is the first that it knows of"):
+        silo.train(first_arrays(), server_round=2)
+    silo.train(first_arrays(), server_round=1)
+    silo.train(first_arrays(), server_round=2)
+    # With one it may join when it likes.
+    kept = Silo(make_task(), {**NOISY, "ledger": tmp_path / "ledger.json"})
+    kept.train(first_arrays(), server_round=5)
+
+
+def test_all_runs_on_a_ledger_add_up_to_one_budget(tmp_path):
+    ledger = tmp_path / "ledger.json"
+    privacy = {**NOISY, "max_epsilon": 5.0, "ledger": ledger}
+    spent, steps = [], 0
+    while True:
+        reply = Silo(make_task(), privacy).send(
+            first_arrays(), batch_size=3, local_steps=5
+        )
+        if reply.has_error():
+            break
+        steps += 5
+        spent.append(reply.content["metrics"]["example-epsilon"])
+        expected = sampled(1.0, 0.25, steps).get_epsilon_for_delta(1e-3)
+        assert spent[-1] == pytest.approx(expected, rel=1e-2)
+    assert "SiloBudgetExhausted" in reply.error.reason and len(spent) > 2
+    assert StepLedger.load(ledger) == StepLedger(1, {(0.25, 1.0): steps})
+    # Another batch size, another client and another promise are the same people.
+    other = Silo(make_task(), {**privacy, "noise_multiplier": 3.0, "max_epsilon": 9.0})
+    _, metrics = other.train(first_arrays(), batch_size=6, local_steps=1, client=2)
+    composed = sampled(1.0, 0.25, steps).compose(sampled(3.0, 0.5, 1))
+    assert metrics["example-epsilon"] == pytest.approx(
+        composed.get_epsilon_for_delta(1e-3), rel=1e-2
+    )
+
+
+def test_a_new_target_is_not_met_with_the_noise_of_the_old_one(tmp_path):
+    ledger = tmp_path / "ledger.json"
+    target = {"delta": 1e-3, "num_rounds": 2, "clipping_norm": 1.0, "ledger": ledger}
+    for epsilon in (1.0, 1.0, 3.0):
+        silo = Silo(make_task(), {**target, "epsilon": epsilon})
+        silo.train(first_arrays(), batch_size=3, local_steps=4)
+    noises = list(StepLedger.load(ledger).steps.items())
+    assert [count for _, count in noises] == [8, 4]
+    assert noises[1][0][1] < noises[0][0][1]
+
+
+def test_steps_are_on_the_disk_before_the_first_is_taken(tmp_path):
+    ledger, found = tmp_path / "ledger.json", []
+
+    def loss(model, batch):
+        found.append(StepLedger.load(ledger).total)
+        if found[-1]:
+            raise KeyboardInterrupt
+        return cross_entropy(model, batch)
+
+    silo = Silo(make_task(loss=loss), {**NOISY, "ledger": ledger})
+    with pytest.raises(KeyboardInterrupt):
+        silo.train(first_arrays(), batch_size=12, local_steps=3)
+    assert found[-1] == 3 and StepLedger.load(ledger).total == 3
+
+
+def test_nothing_is_trained_where_the_ledger_cannot_be_written(tmp_path, monkeypatch):
+    def full(path, record):
+        raise OSError(28, "No space left on device")
+
+    privacy = {**NOISY, "ledger": tmp_path / "ledger.json"}
+    silo, steps = Silo(make_task(), privacy), []
+    monkeypatch.setattr(silo_account, "save_record", full)
+    monkeypatch.setattr(ExampleLevelDP, "step", lambda *how: steps.append(how))
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        silo.train(first_arrays())
+    assert not steps and "example-level-dp" not in silo.state()
 
 
 def test_the_ledger_reads_what_it_wrote():
@@ -919,13 +1092,13 @@ class Dropped(Dense):
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-def test_it_depends_on_secret_seed_round_client_and_steps_taken_only(mode):
-    def run(secret=1, rounds=(1,), **config):
-        silo = Silo(make_task(Dropped), {**NOISY, "seed": secret}, mode=mode)
-        for server_round in rounds:
-            found, _ = silo.train(
-                first_arrays(), batch_size=4, server_round=server_round, **config
-            )
+def test_a_seed_gives_the_same_reply_to_the_same_message_only(mode):
+    def run(secret=1, first=0, data=0, net=Dropped, **message):
+        task = make_task(net, columns(EXAMPLES, data))
+        silo = Silo(task, {**NOISY, "seed": secret}, mode=mode)
+        message = {"server_round": 1, "batch_size": 4, **message}
+        for _ in range(first + 1):
+            found, _ = silo.train(first_arrays(), **message)
         return vector(found)
 
     torch.manual_seed(1)
@@ -933,13 +1106,38 @@ def test_it_depends_on_secret_seed_round_client_and_steps_taken_only(mode):
     torch.manual_seed(2)
     before = torch.get_rng_state()
     np.testing.assert_array_equal(run(), expected)
-    np.testing.assert_array_equal(run(seed=9), expected)  # the server's is not used
     assert torch.equal(torch.get_rng_state(), before)
-    others = [run(secret=2), run(rounds=(2,)), run(client=1)]
-    others += [run(rounds=(1, 1)), run(secret=None), run(secret=None)]
+    others = [run(secret=2), run(server_round=0), run(client=1), run(first=1)]
+    others += [run(seed=9), run(lr=0.2), run(data=1), run(local_epochs=2)]
+    others += [run(secret=None), run(secret=None)]
     for i, other in enumerate(others):
         assert not np.allclose(other, expected)
         assert all(not np.allclose(other, later) for later in others[i + 1 :])
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("other", ["model", "data", "settings", "frozen"])
+def test_no_other_message_has_its_noise_cancelled_by_a_seed(mode, other, monkeypatch):
+    """Of two replies with one noise the difference would be the data's alone."""
+
+    def noise_of(changed):
+        arrays, data = first_arrays(), columns(EXAMPLES)
+        if changed == "data":
+            data["weight"][3] = 0.0
+        elif changed in ("model", "frozen"):
+            name = "out.bias" if changed == "model" else "frozen.bias"
+            arrays[name] += 1e-6
+        decay = 1e-9 if changed == "settings" else 0.0
+        privacy = {**NOISY, "noise_multiplier": 1e6, "seed": 5}
+        silo = Silo(make_task(data=data), privacy, mode=mode)
+        found, _ = silo.train(arrays, batch_size=4, local_steps=1, weight_decay=decay)
+        return np.concatenate(
+            [np.ravel(found[k] - arrays[k]) for k in arrays if "frozen" not in k]
+        )
+
+    first = noise_of(None)
+    np.testing.assert_array_equal(noise_of(None), first)
+    assert np.abs(noise_of(other) - first).mean() > 0.1 * np.abs(first).mean()
 
 
 # What leaves the silo ---------------------------------------------------------------

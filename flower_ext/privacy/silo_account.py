@@ -1,0 +1,154 @@
+"""Where a silo keeps what it has spent: in a file of its own, or for one run only."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+from flwr.app import ConfigRecord
+
+from flower_ext.client import RUN_NAME, RUN_RESUMED, Local
+from flower_ext.errors import fraction, refuse, whole
+
+FORMAT = 1
+
+_STATE = "example-level-dp"
+# Of the saved runs that this process took part in, by run and client.
+_remembered: dict[tuple[str, int], ConfigRecord] = {}
+
+
+class SiloAccount:
+    """The account of one client in one round.
+
+    With a ledger it is the ledger's, which all runs and processes share. Without one it
+    is that of the run: in ``context.state``, or, where a run in this process goes on
+    from a checkpoint, in the process's memory.
+
+    Parameters
+    ----------
+    ledger : Path, optional
+        The silo's file.
+    local : Local
+        The client at work.
+    """
+
+    def __init__(self, ledger: Path | None, local: Local) -> None:
+        self._ledger, self._state = ledger, local.context.state
+        self._round = local.server_round
+        self._resumed = RUN_RESUMED in local.run
+        self._key = (str(local.run.get(RUN_NAME, "")), local.client)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others from reading until this round is charged."""
+        if self._ledger is None:
+            yield
+            return
+        if not self._ledger.parent.is_dir():
+            refuse(
+                "ledger",
+                str(self._ledger),
+                "in a folder that is there",
+                "a disk that is not mounted must not look like an account of 0",
+            )
+        with FileLock(f"{self._ledger}.lock"):
+            yield
+
+    def read(self) -> ConfigRecord | None:
+        """Return the record of all steps so far; None if nothing is known."""
+        found = None if self._ledger is None else load_record(self._ledger)
+        if found is None:
+            found = self._state.config_records.get(_STATE)
+        if found is None and self._resumed:
+            found = _remembered.get(self._key)
+        return found
+
+    def require(self, record: ConfigRecord | None) -> None:
+        """Refuse a round before which others may have been, of which nothing is known.
+
+        A silo that joins late and one that has forgotten look the same.
+        """
+        if record is not None:
+            return
+        if self._ledger is None and self._round > 1:
+            refuse(
+                "ledger",
+                None,
+                "a file of the silo's own",
+                f"round {self._round} is the first that it knows of; after a restart, "
+                "or where silos are drawn at random, only a ledger says what the "
+                "rounds before have spent: SiloPrivacy(ledger=...)",
+            )
+        if self._resumed:
+            refuse(
+                "ledger",
+                str(self._ledger),
+                "a file that is there when a run goes on from a checkpoint",
+                "what its first rounds have spent is not known; if the silo took no "
+                "part in them, StepLedger().save(ledger) says so",
+            )
+
+    def write(self, record: ConfigRecord) -> None:
+        """Keep the record: on the disk first, where there is a ledger."""
+        if self._ledger is not None:
+            save_record(self._ledger, record)
+        self._state[_STATE] = record
+        if self._key[0]:
+            _remembered[self._key] = record
+
+
+def ledger_path(ledger: str | os.PathLike[str]) -> Path:
+    """Return the path of a ledger: absolute, ``~`` and links followed."""
+    if not isinstance(ledger, str | os.PathLike) or not os.fspath(ledger):
+        refuse("ledger", ledger, "the path of a file")
+    path = Path(ledger).expanduser()
+    if not path.is_absolute():
+        refuse(
+            "ledger",
+            str(ledger),
+            "an absolute path",
+            "a relative one is another file where the process starts elsewhere",
+        )
+    return path.resolve()
+
+
+def load_record(path: Path) -> ConfigRecord | None:
+    """Read a ledger's file, unless it is damaged; None where there is none."""
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        found = json.loads(text)
+        if found.pop("format") != FORMAT:
+            raise ValueError(f"format must be {FORMAT}")
+        whole("group-size", found["group-size"], 1)
+        rates, noises = found["rates"], found["noise-multipliers"]
+        for rate, noise, steps in zip(rates, noises, found["steps"], strict=True):
+            fraction("rates", rate)
+            whole("steps", steps, 1)
+            if not float(noise) >= 0:
+                refuse("noise-multipliers", noise, ">= 0")
+        return ConfigRecord(found)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"ledger={str(path)!r} cannot be read ({type(error).__name__}: {error}): a "
+            "silo that does not know what it has spent trains nothing; put a copy back"
+        ) from error
+
+
+def save_record(path: Path, record: ConfigRecord) -> None:
+    """Write a ledger's file: all of it, and to the disk, or nothing."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **record}, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,142 @@
+"""The file of a silo's account: whole or refused, and shared by processes."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Context, RecordDict
+
+from flower_ext.client import Local
+from flower_ext.privacy import SiloPrivacy, StepLedger, silo_account
+from flower_ext.privacy.silo_account import SiloAccount, ledger_path
+
+
+def local(server_round=1, state=None, **run):
+    return Local(
+        task=None,
+        model=None,
+        train={},
+        test={},
+        settings=None,
+        config=ConfigRecord({"server-round": server_round}),
+        context=Context(1, 7, {}, state or RecordDict(), {}),
+        device=None,
+        run=ConfigRecord({k.replace("_", "-"): v for k, v in run.items()}),
+    )
+
+
+def test_a_ledger_reads_what_it_wrote(tmp_path):
+    path = tmp_path / "ledger.json"
+    ledger = StepLedger(3).add(0.1, 1.0, 4).add(1 / 3, 2.5, 5)
+    ledger.save(path)
+    assert StepLedger.load(path) == ledger
+    assert StepLedger.load(tmp_path / "other.json") == StepLedger()
+    StepLedger().save(path)
+    assert StepLedger.load(path).total == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["ledger.json"]
+
+
+GOOD = StepLedger().add(0.1, 1.0, 4).record()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        json.dumps({"format": 9, **GOOD}),
+        json.dumps({"format": 1, **GOOD, "steps": [-4]}),
+        json.dumps({"format": 1, **GOOD, "steps": [4.5]}),
+        json.dumps({"format": 1, **GOOD, "steps": []}),
+        json.dumps({"format": 1, **GOOD, "rates": [1.5]}),
+        json.dumps({"format": 1, **GOOD, "noise-multipliers": [float("nan")]}),
+        json.dumps({"format": 1, **GOOD, "group-size": 0}),
+    ],
+)
+def test_a_damaged_ledger_is_not_an_empty_one(tmp_path, text):
+    path = tmp_path / "ledger.json"
+    path.write_text(text, "utf-8")
+    with pytest.raises(ValueError, match="cannot be read.*put a copy back"):
+        StepLedger.load(path)
+
+
+def test_a_write_that_breaks_off_leaves_the_account_before(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.json"
+    before = StepLedger().add(0.1, 1.0, 4)
+    before.save(path)
+
+    def crash(handle):
+        raise OSError("the power is gone")
+
+    monkeypatch.setattr(silo_account.os, "fsync", crash)
+    with pytest.raises(OSError, match="power"):
+        before.add(0.1, 1.0, 6).save(path)
+    assert StepLedger.load(path) == before
+
+
+@pytest.mark.parametrize("ledger", ["", "ledger.json", "./a/ledger.json", 3])
+def test_a_path_that_depends_on_where_a_process_starts_is_refused(ledger):
+    with pytest.raises(ValueError, match="ledger="):
+        SiloPrivacy(clipping_norm=1.0, delta=1e-5, noise_multiplier=1.0, ledger=ledger)
+
+
+def test_the_home_and_links_lead_to_one_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link.json").symlink_to(tmp_path / "ledger.json")
+    found = {ledger_path(p) for p in ("~/ledger.json", tmp_path / "link.json")}
+    assert found == {tmp_path.resolve() / "ledger.json"}
+
+
+def test_a_folder_that_is_not_there_is_no_empty_account(tmp_path):
+    account = SiloAccount(tmp_path / "unmounted" / "ledger.json", local())
+    with (
+        pytest.raises(ValueError, match="must be in a folder that is there"),
+        account.locked(),
+    ):
+        pass
+
+
+def test_rounds_at_the_same_time_are_all_charged(tmp_path):
+    path = tmp_path / "ledger.json"
+
+    def charge():
+        account = SiloAccount(path, local())
+        with account.locked():
+            ledger = StepLedger.read(account.read())
+            time.sleep(0.02)
+            account.write(ledger.add(0.1, 1.0, 1).record())
+
+    threads = [threading.Thread(target=charge) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert StepLedger.load(path).total == 8
+
+
+def test_the_ledger_counts_before_what_a_run_remembers(tmp_path):
+    path: Path = tmp_path / "ledger.json"
+    state = RecordDict({"example-level-dp": StepLedger().add(0.1, 1.0, 2).record()})
+    account = SiloAccount(path, local(state=state))
+    assert StepLedger.read(account.read()).total == 2
+    StepLedger().add(0.1, 1.0, 9).save(path)
+    assert StepLedger.read(account.read()).total == 9
+
+
+def test_a_process_remembers_runs_that_go_on_and_no_others(monkeypatch):
+    monkeypatch.setattr(silo_account, "_remembered", {})
+    record = StepLedger().add(0.1, 1.0, 2).record()
+    SiloAccount(None, local(name="a")).write(record)
+    SiloAccount(None, local()).write(record)
+
+    def known(**run):
+        return SiloAccount(None, local(2, **run)).read() is not None
+
+    assert known(name="a", resumed_after=1)
+    assert not known(name="b", resumed_after=1)
+    assert not known(resumed_after=1)
+    assert not known(name="a")
