@@ -164,12 +164,12 @@ class AdapterModel:
         if not isinstance(adapter, Path | str):
             adapter = self.trains.to_dict()  # type: ignore[union-attr]
         elif self._adapter is not None:
-            adapter = _stamp(Path(adapter))
+            adapter = _stamp(Path(adapter).expanduser())
         plain = (adapter, self.frozen, self.seed)
         return self._base_key() + json.dumps(plain, default=_sorted, sort_keys=True)
 
     def _base_key(self) -> str:
-        folder = _stamp(Path(self.folder))
+        folder = _stamp(Path(self.folder).expanduser())
         return json.dumps([folder, self.kind, self.num_labels, self.seed])
 
     def _base(self) -> _Base:
@@ -177,7 +177,9 @@ class AdapterModel:
         if key not in _bases:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                _bases[key] = _load(Path(self.folder), self.kind, self.num_labels)
+                _bases[key] = _load(
+                    Path(self.folder).expanduser(), self.kind, self.num_labels
+                )
         return _bases[key]
 
     def _without_hooks(self, state: Mapping[str, Tensor]) -> nn.Module:
@@ -263,7 +265,7 @@ def load_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
         If the folder has none, or one with more tokens than the model knows.
     """
     transformers = _imported("transformers")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     _require_files(folder, ("config.json",), _TOKENIZERS)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -422,7 +424,7 @@ def _with_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(random_state)
         if isinstance(adapter, Path | str):
-            adapted = _with_saved_adapter(model, Path(adapter))
+            adapted = _with_saved_adapter(model, Path(adapter).expanduser())
         else:
             adapted = _with_new_adapter(model, deepcopy(adapter))
     changed = {}

@@ -49,14 +49,15 @@ from flower_ext.client import CLIENT_HALF_KEY, WRONG_HALF, ClientHalf, Metrics
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.drop_in import DropIn
 from flower_ext.errors import fraction, refuse, whole
-from flower_ext.nodes import Places, is_fixed, wait_for_nodes
-from flower_ext.options import FedAvgOptions
+from flower_ext.nodes import Places, is_fixed, ordered_nodes, wait_for_nodes
+from flower_ext.options import FedAvgOptions, by_name, require_known
 from flower_ext.partial_sums import NOT_FINITE, PackSum, Summand, Summed
 from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.privacy.release import PrivateSum
 from flower_ext.replies import (
     MalformedReply,
     aggregate_metrics,
+    array_key,
     log_dropped,
     read_arrays,
     read_scalar,
@@ -100,6 +101,8 @@ class AdditiveStrategy(FedAvg):
 
     Parameters
     ----------
+    *flowers
+        Flower's own options by position, as its FedAvg takes them.
     server_optimizer, sampler, min_replies, mechanism
         See :class:`~flower_ext.options.AdditiveOptions`.
     **options
@@ -130,13 +133,15 @@ class AdditiveStrategy(FedAvg):
 
     def __init__(
         self,
-        *,
+        *flowers: object,
         server_optimizer: ServerOptimizer | None = None,
         sampler: Sampler | None = None,
         min_replies: int = 1,
         mechanism: Mechanism | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
+        options = by_name(flowers, options)
+        require_known(type(self), options)
         super().__init__(**options)
         fraction("fraction_train", self.fraction_train)
         fraction("fraction_evaluate", self.fraction_evaluate)
@@ -165,6 +170,7 @@ class AdditiveStrategy(FedAvg):
         self._cohort: dict[int, int] = {}
         self._evaluators: dict[int, int] = {}
         self._number = 0  # what the sampler was last told to be the round of training
+        self._configured: dict[Purpose, int] = {}  # the last round of each
         self._understood = False  # whether any reply has ever been usable
 
     def _under(self, mechanism: Mechanism, options: FedAvgOptions) -> PrivateSum:
@@ -253,7 +259,7 @@ class AdditiveStrategy(FedAvg):
 
     def delta(self, reply: RecordDict, sent: Arrays) -> dict[str, Term]:
         """Return the client's model minus the model that it was sent."""
-        new = read_arrays(reply, self.arrayrecord_key, sent)
+        new = read_arrays(reply, array_key(reply, self.arrayrecord_key), sent)
         return {name: subtract(new[name], sent[name]) for name in sent}
 
     def weight(self, reply: RecordDict) -> float:
@@ -304,6 +310,53 @@ class AdditiveStrategy(FedAvg):
         self._evaluators = {node: self._clients[node] for node in asked}
         return messages
 
+    def adopt(
+        self,
+        purpose: Purpose,
+        server_round: int,
+        arrays: ArrayRecord,
+        messages: list[Message],
+        grid: Grid,
+    ) -> None:
+        """Take over whom a subclass's own ``configure_train`` has asked, and what.
+
+        Such a method may leave out messages of ``super().configure_train``, change
+        them, or write all of them itself.
+
+        Raises
+        ------
+        ValueError
+            If the strategy depends on its own messages: under a mechanism clients are
+            drawn as they are accounted for, and some clients must be told settings.
+        """
+        asked = [message.metadata.dst_node_id for message in messages]
+        own = self._configured.get(purpose) == server_round
+        cohort = self._cohort if purpose == "train" else self._evaluators
+        if not asked or (own and cohort.keys() >= set(asked)):
+            return
+        if purpose == "train":
+            self._require_own_messages(own)
+        if not own:
+            cohort.clear()
+            self._clients = Places(ordered_nodes(grid))
+            if purpose == "train":
+                self._sent = from_record(arrays)
+        cohort.update({node: self._clients[node] for node in asked})
+
+    def _require_own_messages(self, own: bool) -> None:
+        cause = ""
+        if self._private:
+            cause = "who is asked is what the mechanism accounts for; choose a sampler"
+        elif not own and (self.client_half or self.client_config()):
+            cause = "the clients must be told the strategy's settings"
+        if cause:
+            refuse(
+                "configure_train",
+                f"{type(self).__name__}'s own",
+                "one that returns messages of super().configure_train",
+                cause,
+            )
+
     def _broadcast(
         self,
         server_round: int,
@@ -313,6 +366,7 @@ class AdditiveStrategy(FedAvg):
         purpose: Purpose,
     ) -> list[Message]:
         cohort = self._draw(server_round, grid, purpose)
+        self._configured[purpose] = server_round
         if not self._hides_cohorts:
             log(
                 INFO,
@@ -617,6 +671,8 @@ class AdditiveStrategy(FedAvg):
         ValueError
             If the mechanism is planned for fewer rounds.
         """
+        if isinstance(initial_arrays, ArrayRecord) and not initial_arrays:
+            refuse("initial_arrays", {}, "a model", "an ArrayRecord without arrays")
         return run_rounds(
             self,
             grid,

@@ -10,7 +10,9 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import partial
+from difflib import get_close_matches
+from functools import cache, partial
+from logging import WARNING
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -28,6 +30,7 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
+from flower_ext._flower import log
 from flower_ext.errors import at_least, positive, refuse, whole
 from flower_ext.sparse import accept_sparse, unseal
 
@@ -135,8 +138,17 @@ class LocalSettings:
 
     @classmethod
     def read(cls, *configs: Mapping[str, object]) -> "LocalSettings":
-        """Read from configurations; the first that has a key decides."""
+        """Read from configurations; the first that has a key decides.
+
+        Raises
+        ------
+        ValueError
+            If a configuration has a key in another spelling, such as ``learning_rate``,
+            which would not be read.
+        """
         found: dict[str, object] = {}
+        for config in configs:
+            _require_spelling(config)
         for config in reversed(configs):
             for item in fields(cls):
                 key = item.name.replace("_", "-")
@@ -144,6 +156,30 @@ class LocalSettings:
                     if name in config:
                         found[item.name] = config[name]
         return cls(**found)  # type: ignore[arg-type]
+
+
+_SPELLED = {
+    item.name.replace("_", ""): item.name.replace("_", "-")
+    for item in fields(LocalSettings)
+} | {"lr": "lr"}
+
+
+def _require_spelling(config: Mapping[str, object]) -> None:
+    for key, value in config.items():
+        right = _right_spelling(key)
+        if right != key and right not in config:
+            refuse(f"configuration {key!r}", value, f"spelt {right!r}")
+
+
+@cache
+def _right_spelling(key: str) -> str:
+    """Return a setting's own spelling, and any other key as it is."""
+    letters = "".join(filter(str.isalnum, key)).lower()
+    if letters in _SPELLED:
+        return _SPELLED[letters]
+    for near in get_close_matches(key, _SPELLED.values(), 1, 0.85):
+        log(WARNING, "The configuration has %r, the setting is called %r", key, near)
+    return key
 
 
 def random_seed(seed: int, server_round: int, client: int, stream: int = 0) -> int:
@@ -429,9 +465,10 @@ def evaluate(
 def _per_example(name: str, values: Tensor, batch: Batch) -> Tensor:
     """Require one value for each example: a mean would be averaged twice."""
     size = num_examples(batch)
-    if values.shape != (size,):
+    shape = tuple(getattr(values, "shape", ("none",)))
+    if shape != (size,):
         raise ValueError(
-            f"{name!r} has shape {tuple(values.shape)}, must be ({size},): one value "
+            f"{name!r} has shape {shape}, must be ({size},): one value "
             "for each example of the batch, reduction='none'"
         )
     return values
@@ -463,6 +500,13 @@ def client_app(task: Task, *halves: HalfFactory, mods: Sequence[Mod] = ()) -> Cl
     configuration (``train_config``) or the run config. The result depends on seed,
     round and client only.
     """
+    if not isinstance(task, Task):
+        refuse("task", task, "a Task", "Task(model, data, loss)")
+    if isinstance(task.model, nn.Module):
+        cause = "lambda run_config: Net()"
+        refuse(
+            "Task.model", type(task.model).__name__, "a function that makes it", cause
+        )
     known: dict[str, HalfFactory] = {ClientHalf.name: ClientHalf}
     for half in halves:
         owner = _owner(half)
@@ -573,10 +617,7 @@ def _open(task: Task, message: Message, context: Context) -> Local:
     record = unseal(message.content.array_records[ARRAYS_KEY])
     model.load_state_dict(record.to_torch_state_dict())
     seed_all(random_seed(settings.seed, 0, _client(context)))
-    train_data, test_data = (
-        {name: column.to(device) for name, column in data.items()}
-        for data in task.data(context)
-    )
+    train_data, test_data = _columns(task.data(context), device)
     return Local(
         task=task,
         model=model.to(device),
@@ -588,3 +629,20 @@ def _open(task: Task, message: Message, context: Context) -> Local:
         device=device,
         run=message.content.config_records.get(RUN_KEY, ConfigRecord()),
     )
+
+
+def _columns(found: object, device: torch.device) -> tuple[Batch, Batch]:
+    """Return a client's training and test data on a device, NumPy's as torch's."""
+    advice = "(train, test), each a dict of tensors whose first axis counts examples"
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        refuse("the task's data", type(found).__name__, advice)
+    columns: list[Batch] = []
+    for data in found:
+        if not isinstance(data, Mapping):
+            cause = "load it once and stack it: batches are made here"
+            refuse("the task's data", type(data).__name__, advice, cause)
+        for name, column in data.items():
+            if not isinstance(column, Tensor | np.ndarray):
+                refuse(f"column {name!r}", type(column).__name__, "a tensor")
+        columns.append({k: torch.as_tensor(x).to(device) for k, x in data.items()})
+    return columns[0], columns[1]

@@ -75,7 +75,7 @@ def compare(
         See :meth:`flwr.serverapp.strategy.Strategy.start`, and
         :func:`central_evaluation`.
     """
-    results = Path(results)
+    results = Path(results).expanduser()
     for name, strategy in strategies.items():
         result = run_rounds(
             strategy,

@@ -131,7 +131,7 @@ def run_app(
     RunFailed
         If the run failed, its ServerApp raised, or `timeout` passed.
     """
-    app_dir = Path(app_dir).resolve()
+    app_dir = Path(app_dir).expanduser().resolve()
     run_config = dict(run_config or {})
     _check_positive(num_supernodes=num_supernodes, num_cpus=num_cpus)
     if not num_gpus >= 0:
@@ -142,7 +142,7 @@ def run_app(
     flwr, superlink = _executable("flwr"), _executable("flower-superlink")
 
     home = Path(tempfile.mkdtemp(prefix="flwr-", dir=_short_temp_dir()))
-    log_path = home / "run.log" if log_file is None else Path(log_file)
+    log_path = home / "run.log" if log_file is None else Path(log_file).expanduser()
     lines: list[str] = []
     begin = time.monotonic()
     processes: list[subprocess.Popen[bytes]] = []
@@ -305,7 +305,7 @@ def _results_folder(
 ) -> Path | None:
     """Choose the results folder, and tell an app about it that has the key."""
     if RESULTS_KEY in run_config:
-        return Path(str(run_config[RESULTS_KEY])).resolve()
+        return Path(str(run_config[RESULTS_KEY])).expanduser().resolve()
     config = _app_table(app_dir).get("config", {})
     has_key = isinstance(config, dict) and RESULTS_KEY in config
     if asked is None and has_key:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from logging import INFO, WARNING
 
 import numpy as np
@@ -26,6 +27,15 @@ class MalformedReply(ValueError):
 def unreadable(error: Exception) -> str:
     """Say that reading a reply raised something that nobody foresaw."""
     return f"reading it raised {type(error).__name__}: {error}"
+
+
+def array_key(reply: RecordDict, key: str) -> str:
+    """Return where a reply's model is: under ``key``, or in its only ArrayRecord.
+
+    Flower's FedAvg takes the only one whatever its key.
+    """
+    found = list(reply.array_records)
+    return found[0] if key not in found and len(found) == 1 else key
 
 
 def read_arrays(reply: RecordDict, key: str, like: Arrays) -> Arrays:
@@ -111,7 +121,12 @@ def _find(reply: RecordDict, key: str) -> MetricRecordValues:
     for record in reply.values():
         if isinstance(record, MetricRecord) and key in record:
             return record[key]
-    raise MalformedReply(f"no metric {key!r} in the reply")
+    names = sorted({name for r in reply.metric_records.values() for name in r})
+    nearest = get_close_matches(key, names, 1)
+    raise MalformedReply(
+        f"no metric {key!r} in the reply, "
+        + (f"though there is {nearest[0]!r}" if nearest else f"only {names[:5]}")
+    )
 
 
 @dataclass

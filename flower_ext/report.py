@@ -55,7 +55,7 @@ def write_summary(
     So it is with a round of which no reply was usable. A column that a round has not,
     since it was not evaluated, is passed over.
     """
-    results = Path(results)
+    results = Path(results).expanduser()
     runs: dict[str, dict[str, float]] = {}
     for name in names:
         rows = read_metrics(results / name)[-last:]
@@ -84,7 +84,7 @@ def _value(row: Mapping[str, object], column: str) -> object:
 
 def read_summary(results: Path | str) -> dict[str, Any]:
     """Read ``summary.json`` of a results folder; means may be NaN or infinite."""
-    summary = read((Path(results) / SUMMARY_FILE).read_text("utf-8"))
+    summary = read((Path(results).expanduser() / SUMMARY_FILE).read_text("utf-8"))
     return {
         key: numbers(value) if key in ("runs", "spread") else value
         for key, value in summary.items()
@@ -123,7 +123,7 @@ def pool(folders: Iterable[Path | str], results: Path | str) -> Path:
                 finite = all(map(math.isfinite, values))
                 spread[name][column] = stdev(values) if finite else math.nan
     pooled = {**first, "runs": runs, "spread": spread, "num-seeds": len(each)}
-    path = Path(results) / SUMMARY_FILE
+    path = Path(results).expanduser() / SUMMARY_FILE
     path.write_text(write(pooled, indent=2) + "\n", "utf-8")
     return path
 
@@ -172,8 +172,10 @@ def write_page(folders: Iterable[Path | str], output: Path | str) -> Path:
     ValueError
         If no run has left anything there.
     """
-    output = Path(output)
-    page = report_page.render(report_page.find(Path(folder) for folder in folders))
+    output = Path(output).expanduser()
+    page = report_page.render(
+        report_page.find(Path(folder).expanduser() for folder in folders)
+    )
     output.write_text(page, "utf-8")
     return output
 

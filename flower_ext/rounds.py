@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from logging import INFO, WARNING
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -25,10 +26,12 @@ from flower_ext.client import RUN_KEY, RUN_NAME, RUN_RESUMED
 from flower_ext.errors import positive, refuse, whole
 from flower_ext.nodes import is_fixed, wait_for_nodes
 from flower_ext.partial_sums import Summable, Summand, SummingGrid
-from flower_ext.sampling import TooFewClients
+from flower_ext.sampling import Purpose, TooFewClients
 from flower_ext.sparse import CANNOT_READ, SEALED
 from flower_ext.tracking import Round, Tracker
 from flower_ext.traffic import Traffic, measure
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class EveryClientFailed(InconsistentMessageReplies):
@@ -37,6 +40,21 @@ class EveryClientFailed(InconsistentMessageReplies):
 
 # The error of a silo whose privacy budget is spent: an end, and no failure of the run.
 _SPENT = "SiloBudgetExhausted"
+
+
+@runtime_checkable
+class Adopting(Protocol):
+    """A strategy that must know who was asked what, whoever chose them."""
+
+    def adopt(
+        self,
+        purpose: Purpose,
+        server_round: int,
+        arrays: ArrayRecord,
+        messages: list[Message],
+        grid: Grid,
+    ) -> None:
+        """Learn what ``configure_train`` or ``configure_evaluate`` has returned."""
 
 
 @dataclass
@@ -103,6 +121,7 @@ def run_rounds(
         space, is reported in the log and the run goes on; under a mechanism with noise
         the run stops, and nothing of that round is released.
     """
+    _require_types(strategy, grid, initial_arrays, evaluate_fn, tracker)
     whole("num_rounds", num_rounds, 0)
     positive("timeout", timeout)
     mechanism = getattr(strategy, "mechanism", None)
@@ -113,17 +132,19 @@ def run_rounds(
             f"<= {mechanism.num_rounds}",
             "the mechanism's noise is planned for no more",
         )
-    if isinstance(strategy, FedAvg):
-        _require_nodes(strategy, grid)
-    log(INFO, "Starting %s strategy:", type(strategy).__name__)
-    log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
-    strategy.summary()
-    log(INFO, "")
-
     # One record each for the whole run, as in Flower's loop: a strategy changes it from
     # round to round.
     train_config = _record("train_config", train_config)
     evaluate_config = _record("evaluate_config", evaluate_config)
+    if isinstance(strategy, FedAvg):
+        _require_nodes(strategy, grid)
+    log(INFO, "Starting %s strategy:", type(strategy).__name__)
+    if num_rounds == 0:
+        log(WARNING, "num_rounds=0 trains nothing: the initial model is returned")
+    log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
+    strategy.summary()
+    log(INFO, "")
+
     configs = {"train_config": train_config, "evaluate_config": evaluate_config}
     saved = None
     if checkpoint is not None:
@@ -173,21 +194,23 @@ def _run(
             about["settings"] = strategy.settings()
         tracker.begin(num_rounds, done, about)
     begun = time.monotonic()
-    if evaluate_fn and done == 0 and (res := evaluate_fn(0, result.arrays)) is not None:
+    if done == 0 and (res := _central(evaluate_fn, 0, result)) is not None:
         log(INFO, "Initial global evaluation results: %s", res)
         result.evaluate_metrics_serverapp[0] = res
     for current in range(done + 1, num_rounds + 1):
         log(INFO, "")
         log(INFO, "[ROUND %s/%s]", current, num_rounds)
         try:
-            messages = strategy.configure_train(
-                current, result.arrays, train_config, grid
+            messages = list(
+                strategy.configure_train(current, result.arrays, train_config, grid)
             )
         except (PrivacyBudgetExhausted, TooFewClients) as end:
             if current == 1:
                 raise
             log(WARNING, "The run ends after round %s: %s", current - 1, end)
             break
+        if isinstance(strategy, Adopting):
+            strategy.adopt("train", current, result.arrays, messages, grid)
         if saved:
             messages = _tell_run(messages, saved.folder, done)
         summand = strategy.summand() if isinstance(strategy, Summable) else None
@@ -212,11 +235,12 @@ def _run(
             )
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
-        evaluate = _exchange(
-            grid,
-            strategy.configure_evaluate(current, result.arrays, evaluate_config, grid),
-            timeout,
+        messages = list(
+            strategy.configure_evaluate(current, result.arrays, evaluate_config, grid)
         )
+        if isinstance(strategy, Adopting):
+            strategy.adopt("evaluate", current, result.arrays, messages, grid)
+        evaluate = _exchange(grid, messages, timeout)
         if first and (reason := _all_failed(evaluate)):
             if not train.asked:
                 raise EveryClientFailed(_every("evaluate", current, reason))
@@ -229,7 +253,7 @@ def _run(
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             result.evaluate_metrics_clientapp[current] = metrics
-        if evaluate_fn and (res := evaluate_fn(current, result.arrays)) is not None:
+        if (res := _central(evaluate_fn, current, result)) is not None:
             log(INFO, "Global evaluation\n\t└──> MetricRecord: %s", res)
             result.evaluate_metrics_serverapp[current] = res
         if tracker:
@@ -257,6 +281,45 @@ def _run(
         log(INFO, "\t%s", line)
     log(INFO, "")
     return result
+
+
+def _require_types(
+    strategy: object,
+    grid: object,
+    initial_arrays: object,
+    evaluate_fn: object,
+    tracker: object,
+) -> None:
+    """Refuse what is commonly mistaken for the right thing."""
+    if not isinstance(strategy, Strategy):
+        refuse("strategy", strategy, "a Strategy", "an instance, not the class")
+    if not hasattr(grid, "send_and_receive"):
+        refuse("grid", grid, "a Grid", "the one that Flower hands to the ServerApp")
+    if not isinstance(initial_arrays, ArrayRecord):
+        cause = "ArrayRecord(model.state_dict()), or ArrayRecord([array, ...])"
+        refuse("initial_arrays", type(initial_arrays), "an ArrayRecord", cause)
+    if not callable(evaluate_fn) and evaluate_fn is not None:
+        refuse("evaluate_fn", evaluate_fn, "a function (server_round, arrays)")
+    if not hasattr(tracker, "begin") and tracker is not None:
+        refuse("tracker", tracker, "a Tracker", "Tracker('results/run-1')")
+
+
+def _central(
+    evaluate_fn: EvaluateFn | None, server_round: int, result: Result
+) -> MetricRecord | None:
+    """Return what ``evaluate_fn`` finds, as a record also where it is a dict."""
+    found = evaluate_fn(server_round, result.arrays) if evaluate_fn else None
+    if found is None or isinstance(found, MetricRecord):
+        return found
+    try:
+        return MetricRecord(dict(found))
+    except (TypeError, ValueError):
+        refuse(
+            "evaluate_fn's result",
+            found,
+            "a MetricRecord of numbers and lists of numbers, or None",
+            "a tensor or a NumPy value needs .item()",
+        )
 
 
 def _require_nodes(strategy: FedAvg, grid: Grid) -> None:

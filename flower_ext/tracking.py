@@ -96,7 +96,7 @@ class Tracker:
     """
 
     def __init__(self, folder: Path | str, tensorboard: bool | None = None) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / METRICS_FILE
         installed = find_spec("tensorboard") is not None
@@ -207,7 +207,7 @@ def read_metrics(path: Path | str) -> list[dict[str, object]]:
     Metrics that are not finite are numbers again, NaN and infinities.
     A last line that was cut off by an interruption is left out.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     path = path / METRICS_FILE if path.is_dir() else path
     if not path.exists():
         return []
@@ -287,7 +287,7 @@ def plot(
             panel.legend()
     figure.suptitle(title)
     figure.tight_layout()
-    output = Path(output)
+    output = Path(output).expanduser()
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)
     return output

@@ -334,7 +334,7 @@ class BoundedGroupLoss(AdditiveStrategy):
         send the gradient of their weighted loss (one more pass over their data, and
         as many bytes as their model), and the duality gap is a metric, see
         :class:`DualityGap`. Not with a mechanism.
-    **options
+    *flowers, **options
         Server optimizer, sampler, mechanism and Flower's own options, see
         :class:`~flower_ext.options.AdditiveOptions`.
 
@@ -389,7 +389,7 @@ class BoundedGroupLoss(AdditiveStrategy):
 
     def __init__(
         self,
-        *,
+        *flowers: object,
         groups: Sequence[str],
         upper_bound: float | Sequence[float],
         labels: Sequence[str] | None = None,
@@ -402,7 +402,7 @@ class BoundedGroupLoss(AdditiveStrategy):
         certificate_radius: float | None = None,
         **options: Unpack[AdditiveOptions],
     ) -> None:
-        super().__init__(**options)
+        super().__init__(*flowers, **options)
         _require_names("groups", groups)
         if labels is not None:
             _require_names("labels", labels)

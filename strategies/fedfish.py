@@ -269,7 +269,7 @@ class FedFish(AdditiveStrategy):
     barrier : bool (default: False)
         Report the Client-Server Barrier, at the price of one more pass over each
         client's data in training and one in evaluation, see :class:`FedFishClient`.
-    **options
+    *flowers, **options
         Server optimizer, sampler, mechanism and Flower's own options, see
         :class:`~flower_ext.options.AdditiveOptions`.
 
@@ -303,14 +303,14 @@ class FedFish(AdditiveStrategy):
 
     def __init__(
         self,
-        *,
+        *flowers: object,
         damping: float = 0.1,
         estimator: Estimator = "last-epoch",
         normalization: Normalization = "none",
         barrier: bool = False,
         **options: Unpack[AdditiveOptions],
     ) -> None:
-        super().__init__(**options)
+        super().__init__(*flowers, **options)
         if isinstance(damping, bool) or not (
             isinstance(damping, int | float) and damping >= 0
         ):

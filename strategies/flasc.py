@@ -49,7 +49,7 @@ from flower_ext.drop_in import DropIn
 from flower_ext.errors import fraction, one_of, refuse, whole
 from flower_ext.masks import Masks, Scope, first_ranks, top_k
 from flower_ext.options import AdditiveOptions
-from flower_ext.replies import MalformedReply, read_arrays
+from flower_ext.replies import MalformedReply, array_key, read_arrays
 from flower_ext.server_optimizer import TorchOptimizer
 from flower_ext.sparse import decode, encode, is_sparse, received_masks, seal
 from flower_ext.value_codes import Precision
@@ -298,7 +298,7 @@ def _sparse_reply(
     state: RecordDict,
 ) -> RecordDict:
     """Return the content of an app's reply with the upload in the model's place."""
-    key = _key_of(content, key)
+    key = array_key(content, key)
     trained = read_arrays(content, key, received)
     delta = {
         name: change(trained[name].astype(x.dtype, copy=False), x)
@@ -306,12 +306,6 @@ def _sparse_reply(
     }
     upload = _upload(delta, config, state, None)
     return RecordDict({**content, key: upload})
-
-
-def _key_of(content: RecordDict, key: str) -> str:
-    """Return the key of a reply's only ArrayRecord, as FedAvg finds it, or else key."""
-    records = content.array_records
-    return next(iter(records)) if len(records) == 1 else key
 
 
 def _describe(arrays: Mapping[str, NDArray]) -> bytes:
@@ -390,7 +384,7 @@ class FLASC(AdditiveStrategy):
     server_optimizer : ServerOptimizer, optional
         By default that of the paper's code, ``torch.optim.AdamW`` with ``lr=1e-3`` and
         all else as torch has it, a weight decay of 0.01 among it.
-    **options
+    *flowers, **options
         Sampler, mechanism and Flower's own options, see
         :class:`~flower_ext.options.AdditiveOptions`. Under a mechanism the change is
         clipped as it arrives, after its coordinates were chosen, and the noise is
@@ -437,7 +431,7 @@ class FLASC(AdditiveStrategy):
 
     def __init__(
         self,
-        *,
+        *flowers: object,
         download_density: Schedule = 0.25,
         upload_density: Schedule = 0.25,
         scope: Scope = "global",
@@ -456,7 +450,7 @@ class FLASC(AdditiveStrategy):
         options["server_optimizer"] = options.get("server_optimizer") or TorchOptimizer(
             partial(torch.optim.AdamW, lr=1e-3)
         )
-        super().__init__(**options)
+        super().__init__(*flowers, **options)
         _density("download_density", download_density, 1)
         _density("upload_density", upload_density, 1)
         one_of("scope", scope, get_args(Scope))
@@ -603,7 +597,7 @@ class FLASC(AdditiveStrategy):
 
     def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
         r"""Return :math:`\Delta_k`, of weight 1, or 0 for a client without examples."""
-        key = _key_of(reply, self.arrayrecord_key)
+        key = array_key(reply, self.arrayrecord_key)
         record = reply.array_records.get(key)
         if record is None:
             raise MalformedReply(

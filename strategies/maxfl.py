@@ -255,7 +255,7 @@ class MaxFL(AdditiveStrategy):
         later rounds, and comes back once a model appeals. 0 lets nobody leave; where
         all leave, the model stays as it is. Its reply is the received model: it costs
         as many bytes.
-    **options
+    *flowers, **options
         Server optimizer, sampler, mechanism and Flower's own options, see
         :class:`~flower_ext.options.AdditiveOptions`;
         the paper's global learning rate is the server optimizer's.
@@ -292,7 +292,7 @@ class MaxFL(AdditiveStrategy):
 
     def __init__(
         self,
-        *,
+        *flowers: object,
         temperature: float = 1.0,
         epsilon: float = 1e-5,
         warmup_steps: int = 100,
@@ -301,7 +301,7 @@ class MaxFL(AdditiveStrategy):
         opt_out_from: int = 0,
         **options: Unpack[AdditiveOptions],
     ) -> None:
-        super().__init__(**options)
+        super().__init__(*flowers, **options)
         positive("temperature", temperature)
         at_least("epsilon", epsilon, 0)
         whole("warmup_steps", warmup_steps, 1)

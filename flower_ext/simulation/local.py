@@ -61,6 +61,8 @@ class LocalGrid(OwnGrid):
         run_config: UserConfig | None = None,
     ) -> None:
         whole("num_supernodes", num_supernodes, 1)
+        if not isinstance(client_app, ClientApp):
+            refuse("client_app", client_app, "a ClientApp")
         super().__init__(Run.create_empty(run_id=1))
         self._client_app = client_app
         self._replies: dict[str, Message] = {}
@@ -164,6 +166,8 @@ def run_local(
     Context
         The ServerApp's context after the run.
     """
+    if not isinstance(server_app, ServerApp):
+        refuse("server_app", server_app, "a ServerApp", "the ClientApp comes second")
     config = dict(run_config or {})
     grid = LocalGrid(client_app, num_supernodes, config)
     context = Context(
@@ -175,6 +179,6 @@ def run_local(
 
 def app_config(app_dir: Path | str) -> dict[str, bool | float | int | str]:
     """Return the run config of a Flower app: ``[tool.flwr.app.config]``, flattened."""
-    text = (Path(app_dir) / "pyproject.toml").read_text("utf-8")
+    text = (Path(app_dir).expanduser() / "pyproject.toml").read_text("utf-8")
     nested = tomllib.loads(text)["tool"]["flwr"]["app"].get("config", {})
     return flatten_dict(nested)
