@@ -6,9 +6,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from types import FrameType
 
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.clientapp import ClientApp
 
 from flower_ext._flower import CLIENT_CRASHED, CLIENT_RAISED, ensure_task_identity
 from flower_ext.simulation.jobs import Job, Outcome
@@ -19,6 +21,22 @@ Call = Callable[[Message, Context], Message]
 
 class OverTime(BaseException):
     """Ends a client that took too long; no ``except Exception`` catches it."""
+
+
+def load_client_app(app: object) -> ClientApp:
+    """Return a ClientApp, or import it by ``"package.module:app"``.
+
+    Raises
+    ------
+    TypeError
+        If it is none.
+    """
+    if isinstance(app, str):
+        module, _, name = app.partition(":")
+        app = getattr(import_module(module), name)
+    if not isinstance(app, ClientApp):
+        raise TypeError(f"client_app={app!r} is no ClientApp")
+    return app
 
 
 def client_context(

@@ -32,7 +32,9 @@ from flower_ext._flower import (
 from flower_ext.errors import one_of, positive, refuse, whole
 from flower_ext.partial_sums import Summand
 from flower_ext.simulation.dealing import Workload
+from flower_ext.simulation.direct_transport import DirectTransport
 from flower_ext.simulation.jobs import Outcome, split
+from flower_ext.simulation.local import LocalGrid
 from flower_ext.simulation.message_transport import MessageTransport
 from flower_ext.simulation.own_grid import OwnGrid
 from flower_ext.simulation.ray_transport import RayTransport, Resources
@@ -62,7 +64,8 @@ class PackedGrid(OwnGrid):
     transport : {"auto", "ray", "messages"}
         How clients are reached: in Ray actors of the grid's own, or by Flower's
         messages to its nodes. ``"auto"`` is Ray where there is one, in Flower's
-        simulations and in scripts, and messages elsewhere, in deployments.
+        simulations and in scripts, and messages elsewhere, in deployments. In
+        ``run_local``, clients of a ``client_app`` run in this process.
     run_config : dict, optional
         What clients find in ``context.run_config``; hand on the server's. With
         messages they find their node's.
@@ -136,9 +139,18 @@ class PackedGrid(OwnGrid):
         self._asked: dict[str, Message] = {}  # until they are answered
         self._replies: dict[str, Message] = {}
         self._workload = Workload(num_examples)
-        if transport == "auto":
-            transport = "ray" if grid is None or in_simulation(grid) else "messages"
         self._transport: Transport
+        if transport == "auto":
+            if isinstance(grid, LocalGrid) and client_app is not None:
+                self._transport = DirectTransport(
+                    client_app,
+                    num_clients,
+                    self._run.run_id,
+                    dict(run_config or {}),
+                    client_timeout,
+                )
+                return
+            transport = "ray" if grid is None or in_simulation(grid) else "messages"
         if transport == "ray":
             if client_app is None:
                 refuse("client_app", None, "a ClientApp or its import string")

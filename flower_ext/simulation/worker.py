@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Literal
 
 from flwr.app import Error, RecordDict, UserConfig
@@ -13,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flower_ext._flower import NO_REPLY
 from flower_ext.contribution import Total
 from flower_ext.partial_sums import PackSum, PartialSum, Summand, Summed
-from flower_ext.simulation.clients import client_context, run_client
+from flower_ext.simulation.clients import client_context, load_client_app, run_client
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.records import Record, Wire, from_wire, from_wires, to_wires
 from flower_ext.traffic import Traffic
@@ -199,12 +198,7 @@ class Worker:
             sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
             from ray import cloudpickle
 
-            app = cloudpickle.loads(self._setting.app)
-            if isinstance(app, str):
-                module, _, name = app.partition(":")
-                app = getattr(import_module(module), name)
-            if not isinstance(app, ClientApp):
-                raise TypeError(f"client_app={app!r} is no ClientApp")
+            app = load_client_app(cloudpickle.loads(self._setting.app))
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(self._threads)
             self._app = app

@@ -24,6 +24,7 @@ from flwr.serverapp.strategy import (
 )
 
 from flower_ext.simulation.local import LocalGrid, app_config, run_local
+from flower_ext.simulation.packed_grid import PackedGrid
 
 
 def app_of(function, *, mods=None):
@@ -149,6 +150,30 @@ def test_flowers_own_mods_and_wrappers_work():
     client = app_of(far, mods=[arrays_size_mod, fixedclipping_mod])
     run_local(server, client, num_supernodes=2)
     assert np.linalg.norm(seen["w"]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_app_of_many_packed_clients_runs_in_process(virtual, ask, by_name):
+    server = ServerApp()
+    found = []
+
+    @server.main()
+    def main(grid, context):
+        with PackedGrid(
+            grid,
+            num_clients=7,
+            client_app="virtual:app" if by_name else virtual,
+            run_config=context.run_config,
+        ) as clients:
+            assert list(clients.get_node_ids()) == list(range(7))
+            replies = ask(clients, (5, 2))
+            found.extend(dict(reply.content["metrics"]) for reply in replies)
+
+    run_local(server, ClientApp(), run_config={"x": 3})
+    assert [(m["node"], m["partitions"], m["run-config"]) for m in found] == [
+        (5, 7, 3),
+        (2, 7, 3),
+    ]
 
 
 def test_an_error_of_the_server_reaches_the_caller():

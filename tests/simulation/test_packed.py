@@ -1,4 +1,4 @@
-"""The packed grid, the same over both transports: Flower's messages and Ray actors."""
+"""The packed grid, the same whether messages, Ray actors or calls reach its clients."""
 
 import gc
 import random
@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, QFedAvg
 
 from flower_ext import AdditiveStrategy
@@ -22,13 +23,16 @@ def packed_grid(transport, app, num_clients=CLIENTS, **options):
     if transport == "messages":
         inner = LocalGrid(app, 3, options.pop("run_config", None))
         return PackedGrid(inner, num_clients=num_clients, **options)
+    if transport == "direct":
+        inner = LocalGrid(ClientApp(), 1)
+        return PackedGrid(inner, num_clients=num_clients, client_app=app, **options)
     options = {"num_workers": 2, **options}
     return PackedGrid(num_clients=num_clients, client_app=app, **options)
 
 
 @pytest.fixture(
     scope="module",
-    params=["messages", pytest.param("ray", marks=pytest.mark.slow)],
+    params=["messages", "direct", pytest.param("ray", marks=pytest.mark.slow)],
 )
 def transport(request):
     """Name one transport after the other."""
