@@ -128,6 +128,8 @@ class AdditiveStrategy(FedAvg):
     drop_in: ClassVar[DropIn] = DropIn()
     #: Metrics that the strategy reads itself; averaging them would mean nothing.
     consumed_metrics: tuple[str, ...] = ()
+    #: Keys of array records in a reply that are not its model.
+    other_arrays: ClassVar[tuple[str, ...]] = ()
     #: Under a mechanism, what brings parts and scalars to the size of the others.
     scales: ClassVar[Mapping[str, float]] = {}
 
@@ -259,7 +261,8 @@ class AdditiveStrategy(FedAvg):
 
     def delta(self, reply: RecordDict, sent: Arrays) -> dict[str, Term]:
         """Return the client's model minus the model that it was sent."""
-        new = read_arrays(reply, array_key(reply, self.arrayrecord_key), sent)
+        key = array_key(reply, self.arrayrecord_key, self.other_arrays)
+        new = read_arrays(reply, key, sent)
         return {name: subtract(new[name], sent[name]) for name in sent}
 
     def weight(self, reply: RecordDict) -> float:

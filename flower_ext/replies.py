@@ -29,12 +29,13 @@ def unreadable(error: Exception) -> str:
     return f"reading it raised {type(error).__name__}: {error}"
 
 
-def array_key(reply: RecordDict, key: str) -> str:
+def array_key(reply: RecordDict, key: str, others: Iterable[str] = ()) -> str:
     """Return where a reply's model is: under ``key``, or in its only ArrayRecord.
 
-    Flower's FedAvg takes the only one whatever its key.
+    Flower's FedAvg takes the only one whatever its key. Those in ``others`` are no
+    models.
     """
-    found = list(reply.array_records)
+    found = [name for name in reply.array_records if name not in others]
     return found[0] if key not in found and len(found) == 1 else key
 
 

@@ -294,6 +294,7 @@ class FedFish(AdditiveStrategy):
     """
 
     client_half = FedFishClient
+    other_arrays = (FISHER_KEY,)
     drop_in = DropIn(
         imports="from flower_ext.strategies.fedfish import watch_fisher",
         before="fisher = watch_fisher({model}, batches_per_epoch=len({loader}))",

@@ -188,6 +188,15 @@ def test_of_several_arrays_the_model_needs_its_key():
         start(app=growing(arrays="none", model=None, gradients=None))
 
 
+def test_what_a_strategy_reads_beside_the_model_is_no_model():
+    """FedFish finds the model beside the Fisher, which it does not take for it."""
+    one = ArrayRecord([np.ones(4, np.float32)])
+    result = start(FedFish(damping=1.0), growing(arrays="none", model=None, fisher=one))
+    np.testing.assert_allclose(result.arrays.to_numpy_ndarrays()[0], np.full(4, 2.0))
+    with pytest.raises(Exception, match="no ArrayRecord 'arrays' in the reply"):
+        start(FedFish(), growing(arrays="none", fisher=one))
+
+
 def test_the_models_own_key_comes_first():
     wrong = ArrayRecord([np.full(4, 99, np.float32)])
     result = start(app=growing(more=wrong))

@@ -33,7 +33,12 @@ SHARED = {
     "min_replies": 2,
 }
 OWN = {
-    FedFish: {"damping": 0.7, "estimator": "all-epochs", "barrier": True},
+    FedFish: {
+        "damping": 0.7,
+        "estimator": "all-epochs",
+        "normalization": "client",
+        "barrier": True,
+    },
     MaxFL: {
         "temperature": 0.3,
         "epsilon": 0.1,
@@ -81,5 +86,5 @@ def test_the_table_above_has_every_plain_option():
     named = set(AdditiveOptions.__annotations__) - {"mechanism"}
     assert set(SHARED) == named
     for cls, options in OWN.items():
-        own = set(inspect.signature(cls).parameters) - {"options"}
+        own = set(inspect.signature(cls).parameters) - {"flowers", "options"}
         assert own - {"tiers", "tier_of"} <= set(options), cls
