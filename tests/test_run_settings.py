@@ -44,6 +44,8 @@ OWN = {
         "epsilon": 0.1,
         "warmup_steps": 7,
         "requirement": 0.4,
+        "warmup_rounds": 3,
+        "opt_out_from": 2,
     },
     BoundedGroupLoss: {
         "groups": ["a", "c"],
@@ -53,6 +55,9 @@ OWN = {
         "dual_learning_rate": 0.1,
         "group_counts": [3, 4],
         "average_iterates": False,
+        "multiplier_bound": 2.0,
+        "loss_bound": 7.0,
+        "certificate_radius": 3.0,
     },
     FLASC: {
         "download_density": 0.5,
