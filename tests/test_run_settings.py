@@ -70,6 +70,7 @@ OWN = {
         "error_feedback": True,
         "eval_masked": False,
         "dense": ("bias",),
+        "describe_arrays": True,
     },
 }
 CASES = [
