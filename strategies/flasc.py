@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from logging import WARNING
 from typing import Literal, Unpack, cast, get_args
 
 import numpy as np
@@ -35,6 +36,7 @@ from flwr.common import NDArray
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
+from flower_ext._flower import log
 from flower_ext.additive import AdditiveStrategy
 from flower_ext.arrays import (
     Arrays,
@@ -182,7 +184,8 @@ class FLASCClient(ClientHalf):
         """Keep frozen coordinates where they are."""
         if self._gradient_masks:
             for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
+                # Another name of tied numbers, which travel once, has no mask.
+                if parameter.grad is not None and name in self._gradient_masks:
                     parameter.grad *= self._gradient_masks[name]
 
     def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
@@ -345,9 +348,10 @@ class FLASC(AdditiveStrategy):
         Share of the coordinates that clients return; 1 is the whole change.
     scope : {"global", "tensor"}
         Whether the largest are chosen over all arrays together, as in the paper's code,
-        or in each. Together, arrays compete: a head of large weights leaves little for
-        the adapters, and one of small new weights is masked out, after which no
-        gradient reaches them; name the head in ``dense`` then.
+        or in each. Together, arrays compete: of a new adapter the random ``lora_A``
+        travels and nothing of ``lora_B``, which is zero, until it has grown; a head of
+        small weights is masked out, after which no gradient reaches the adapters. That
+        nothing of an array travels is said once, in the log.
     client_freeze : bool (default: False)
         Clients train only what they received.
     fixed_mask_after : int, optional
@@ -375,9 +379,12 @@ class FLASC(AdditiveStrategy):
     eval_masked : bool (default: True)
         Clients evaluate what they would have received, the new weights under the
         round's mask, as the paper's code does; False sends all weights.
-    dense : sequence of str (default: ("running_mean", "running_var"))
+    dense : sequence of str
         Arrays with one of these words in their name always travel whole, as integers
-        do; a head named here is never masked.
+        do. By default ``running_mean`` and ``running_var``, and ``modules_to_save``,
+        the head of an :class:`~flower_ext.adapters.AdapterModel`. The paper's code
+        masks the head, too: ``dense=()``; so will you if what you save is large, such
+        as embeddings.
     describe_arrays : bool (default: False)
         Names and shapes go along, some hundred bytes a message, for apps that train in
         a loop of their own under the mod :func:`flasc`.
@@ -443,7 +450,7 @@ class FLASC(AdditiveStrategy):
         precision: Precision = "exact",
         error_feedback: bool = False,
         eval_masked: bool = True,
-        dense: Sequence[str] = ("running_mean", "running_var"),
+        dense: Sequence[str] = ("running_mean", "running_var", "modules_to_save"),
         describe_arrays: bool = False,
         **options: Unpack[AdditiveOptions],
     ) -> None:
@@ -485,6 +492,7 @@ class FLASC(AdditiveStrategy):
         # Of every tier: what clients received in this round, None for everything.
         self._masks: dict[int, Masks | None] = {}
         self._fixed: dict[int, Masks] = {}
+        self._warned = False
         self._round = 1
 
     # What travels -----------------------------------------------------------------
@@ -540,9 +548,26 @@ class FLASC(AdditiveStrategy):
         if density >= 1 or (fixed is not None and server_round <= fixed):
             return within
         masks = top_k(arrays, density, self.scope, within)
+        if density > 0 and not self._warned:
+            self._warn_of_empty(masks, server_round)
         if fixed is not None:
             self._fixed[index] = masks
         return masks
+
+    def _warn_of_empty(self, masks: Masks, server_round: int) -> None:
+        empty = [name for name, mask in masks.items() if mask.size and not mask.any()]
+        if empty:
+            self._warned = True
+            log(
+                WARNING,
+                "round %s: nothing of %s of %s arrays is sent, such as %s: clients see "
+                "zeros there until they are among the largest. scope='tensor' sends a "
+                "part of each array, dense=(word, ...) all of those named so",
+                server_round,
+                len(empty),
+                len(masks),
+                empty[0],
+            )
 
     def _share(self, name: str, tier: Tier, server_round: int) -> float:
         own: Schedule | None = getattr(tier, name)

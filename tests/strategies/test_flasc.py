@@ -689,19 +689,32 @@ def test_first_mask_takes_no_b(adapters):
     assert any(x.any() for name, x in delta.items() if "lora_B" in name)
 
 
-def test_global_scope_can_starve_a_head_of_small_weights(adapters):
-    # Of a new head nothing is among the largest here, and through a head of zeros no
+@pytest.mark.parametrize(
+    ("options", "trains"),
+    [({}, True), ({"scope": "tensor", "dense": ()}, True), ({"dense": ()}, False)],
+)
+def test_new_adapter_is_trained_unless_its_head_is_masked_out(
+    adapters, options, trains
+):
+    # Nothing of a new head is among the largest here, and through a head of zeros no
     # gradient reaches the adapters.
     model = adapters()
     app = client_app(adapter_task(model, texts), FLASCClient)
     start = {n: x.numpy() for n, x in model({}).state_dict().items()}
-    moved = {}
-    for scope in ("global", "tensor"):
-        strategy = FLASC(download_density=0.25, scope=scope, **PLAIN)
-        _, up, _ = exchanged(strategy, start, app, 1, {**CONFIG, "local-steps": 1})
-        delta, _ = decode(up[0], start)
-        moved[scope] = any(x.any() for n, x in delta.items() if "lora_B" in n)
-    assert moved == {"global": False, "tensor": True}
+    strategy = FLASC(**options, **PLAIN)
+    _, up, _ = exchanged(strategy, start, app, 1, {**CONFIG, "local-steps": 1})
+    delta, _ = decode(up[0], start)
+    assert trains == any(x.any() for n, x in delta.items() if "lora_B" in n)
+
+
+def test_arrays_of_which_nothing_is_sent_are_named_once(caplog):
+    caplog.set_level("WARNING", logger="flwr")
+    start = {"a": START["a"], "b": np.zeros(4, np.float32)}
+    for scope, times in (("tensor", 0), ("global", 1)):
+        strategy = FLASC(scope=scope, **PLAIN)
+        for server_round in (1, 2):
+            exchanged(strategy, start, server_round=server_round)
+        assert caplog.text.count("nothing of 1 of 2 arrays is sent, such as b") == times
 
 
 @pytest.mark.parametrize(

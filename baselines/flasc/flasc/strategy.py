@@ -65,5 +65,6 @@ def make_strategy(name: str, run_config: UserConfig) -> FLASC:
         sampler=UniformSampler(int(run_config["seed"])),
         fraction_train=float(run_config["fraction-train"]),
         fraction_evaluate=0.0,
+        dense=(),  # the head is masked, too, as in the paper's code
         **settings[name],
     )
