@@ -19,8 +19,10 @@ Sampler = Callable[[nn.Module, list[Tensor], Tensor], Gradients]
 
 # Of the clipping norm, left for the rounding of a float64 sum of 100,000 examples.
 _SLACK = 1e-6
-# Numbers of a layer's gradients per example that are held at a time: 32 MB in float64.
+# Numbers of a layer's gradients per example that are computed at a time: 16 MB.
 _AT_A_TIME = 2**22
+# Of those, numbers that are float64 at a time: what a processor's cache holds.
+_IN_CACHE = 2**17
 
 
 class Part(Protocol):
@@ -44,7 +46,9 @@ class Explicit:
         Examples in the batch.
     of : callable
         ``slice of examples -> {parameter: gradients}``, shapes ``(examples, *shape)``.
-        It may round differently when it is called again.
+    kept : bool (default: False)
+        Whether ``of`` gives the same numbers again. What it computes anew may round
+        differently, and counts with the larger norm.
     """
 
     def __init__(
@@ -52,15 +56,18 @@ class Explicit:
         parameters: Sequence[nn.Parameter],
         size: int,
         of: Callable[[slice], Gradients],
+        *,
+        kept: bool = False,
     ) -> None:
-        self._parameters, self._size, self._of = parameters, size, of
+        self._parameters, self._size = parameters, size
+        self._of, self._kept = of, kept
         self._norms: Gradients = {
             p: torch.zeros(size, dtype=torch.float64, device=p.device)
             for p in parameters
         }
         for rows, found in self._pieces():
             for p, flat in found.items():
-                self._norms[p][rows] = flat.norm(dim=1)
+                self._norms[p][rows] = _norms(flat)
 
     def _pieces(self) -> Iterator[tuple[slice, Gradients]]:
         numbers = sum(p.numel() for p in self._parameters)
@@ -68,10 +75,7 @@ class Explicit:
         for low in range(0, self._size, step):
             rows = slice(low, min(low + step, self._size))
             found = self._of(rows)
-            yield (
-                rows,
-                {p: g.reshape(len(g), p.numel()).double() for p, g in found.items()},
-            )
+            yield rows, {p: g.reshape(len(g), p.numel()) for p, g in found.items()}
 
     def norms(self) -> Gradients:
         """Return each parameter's gradient norms."""
@@ -83,12 +87,34 @@ class Explicit:
         total |= {p: torch.zeros_like(p, dtype=torch.float64) for p in self._parameters}
         for rows, found in self._pieces():
             for p, flat in found.items():
-                now, first = flat.norm(dim=1), self._norms[p][rows]
-                used = weights[rows] * torch.where(now > first, first / now, 1.0)
-                used = torch.where(now.isfinite(), used, 0.0)
-                flat = torch.where((used > 0)[:, None], flat, 0.0)
-                total[p] += (used @ flat).view_as(p)
+                used, first = weights[rows], self._norms[p][rows]
+                if not self._kept:
+                    now = _norms(flat)
+                    used = used * torch.where(now > first, first / now, 1.0)
+                    used = torch.where(now.isfinite(), used, 0.0)
+                total[p] += _weighted_sum(used, flat).view_as(p)
         return total
+
+
+def _blocks(flat: Tensor) -> Iterator[Tensor]:
+    for block in flat.split(max(1, _IN_CACHE // len(flat)), dim=1):  # type: ignore[no-untyped-call]
+        yield block.double()
+
+
+def _norms(flat: Tensor) -> Tensor:
+    squares = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
+    for block in _blocks(flat):
+        squares += block.square().sum(dim=1)
+    return squares.sqrt()
+
+
+def _weighted_sum(weights: Tensor, flat: Tensor) -> Tensor:
+    used = weights > 0
+    if not used.all():  # 0 times infinity is no 0
+        weights, flat = weights[used], flat[used]
+    if not len(flat):
+        return torch.zeros(flat.shape[1], dtype=torch.float64, device=flat.device)
+    return torch.cat([weights @ block for block in _blocks(flat)])
 
 
 class OuterProducts:

@@ -443,7 +443,8 @@ class ExampleLevelDP(ClientHalf):
             found = p.grad_sample  # type: ignore[attr-defined]
             if found is not None:
                 self._require_batch([p], found, size)
-                parts.append(Explicit([p], size, partial(_rows_of, p, found)))
+                of = partial(_rows_of, p, found)
+                parts.append(Explicit([p], size, of, kept=True))
         return parts
 
     def _require_batch(
