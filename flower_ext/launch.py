@@ -52,6 +52,9 @@ START_SECONDS = 60.0  # a SuperLink takes 2 to 3 s to listen on an idle machine
 TAIL_LINES = 20
 
 _ROOT = Path(__file__).resolve().parents[1]
+# What Flower's strategies log of every round.
+_RECEIVED = re.compile(r"aggregate_train: Received (\d+) results and (\d+) failures")
+_REASON = "Received error in reply from node "
 _SETTING = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own grammar
 
 
@@ -129,7 +132,8 @@ def run_app(
     FileNotFoundError
         If this environment has no ``flwr`` or ``flower-superlink``.
     RunFailed
-        If the run failed, its ServerApp raised, or `timeout` passed.
+        If the run failed, its ServerApp raised, every client failed in every round, or
+        `timeout` passed.
     """
     app_dir = Path(app_dir).expanduser().resolve()
     run_config = dict(run_config or {})
@@ -167,6 +171,7 @@ def run_app(
                     print(line, file=log, flush=True)
                     (on_line or print_line)(line)
             status = _completed(flwr, env)
+            _require_a_client(lines)
         except RunFailed as error:
             if not (end := tail(lines)):
                 raise
@@ -510,6 +515,15 @@ def _completed(flwr: str, env: Mapping[str, str]) -> str:
     if status != "finished:completed":
         raise RunFailed(f"the run ended as {status}: {details}")
     return status
+
+
+def _require_a_client(lines: Sequence[str]) -> None:
+    """Count a run of Flower's own strategies as failed in which nobody ever trained."""
+    counts = [m.groups() for m in map(_RECEIVED.search, lines) if m]
+    if counts and all(good == "0" and bad != "0" for good, bad in counts):
+        reasons = (line.partition(_REASON)[2] for line in lines)
+        reason = next(filter(None, reasons), "see the log")
+        raise RunFailed(f"every client failed in every round; the first: node {reason}")
 
 
 def _keep(log: Path) -> Path:

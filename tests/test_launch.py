@@ -100,6 +100,8 @@ else:
     print("\\x1b[91mERROR \\x1b[0m:     what went wrong", flush=True)
     if sys.argv[-1].endswith(".toml"):
         print(open(sys.argv[-1]).read(), end="", flush=True)
+    if lines := os.environ.get("FAKE_LINES"):
+        print(lines, flush=True)
     time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
     sys.exit(int(os.environ.get("FAKE_CODE", "0")))
 """
@@ -188,6 +190,37 @@ def test_failed_run_raises_with_reason_tail_and_log(app, fake_flower, monkeypatc
     assert "what went wrong" in log.read_text()
     assert left_of(home_of(log.read_text())) == []
     log.unlink()
+
+
+FAILURES = "INFO: aggregate_train: Received 0 results and 3 failures"
+SUCCESS = "INFO: aggregate_train: Received 2 results and 1 failures"
+REASON = "INFO: > Received error in reply from node 7: KeyError: 'lr'"
+
+
+def test_a_run_in_which_every_client_failed_is_a_failed_run(
+    app, fake_flower, monkeypatch
+):
+    monkeypatch.setenv("FAKE_LINES", "\n".join([FAILURES, REASON, FAILURES]))
+    text = "every client failed in every round; the first: node 7: KeyError: 'lr'"
+    with pytest.raises(RunFailed, match=text) as caught:
+        run_app(app, on_line=lambda line: None)
+    Path(str(caught.value).rsplit("full log: ")[1]).unlink()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [FAILURES, SUCCESS],
+        [SUCCESS, FAILURES],
+        ["INFO: aggregate_train: Received 0 results and 0 failures"],
+        [FAILURES.replace("train", "evaluate")],
+    ],
+)
+def test_a_run_in_which_some_client_trained_is_complete(
+    app, fake_flower, monkeypatch, lines
+):
+    monkeypatch.setenv("FAKE_LINES", "\n".join(lines))
+    assert run_app(app, on_line=lambda line: None).status == "finished:completed"
 
 
 def test_flwr_that_exits_with_an_error_raises(app, fake_flower, monkeypatch):
@@ -418,6 +451,25 @@ def test_two_real_runs_at_once_one_of_which_fails(app):
     assert f"server imports {flower_ext.__file__}" in completed.log
     assert f"client imports {flower_ext.__file__}" in completed.log
     assert left_of(home_of(completed.log)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["Flower's", "ours"])
+def test_a_real_run_in_which_every_client_fails_returns_1(app, loop):
+    file = app / "tiny" / "app.py"
+    failing = "    raise OSError('no data')\n    arrays = "
+    text = file.read_text().replace("    arrays = ", failing)
+    text = "".join(x for x in text.splitlines(True) if 'print("result' not in x)
+    if loop == "ours":
+        ours = "from flower_ext import AdditiveStrategy as FedAvg"
+        text = text.replace("from flwr.serverapp.strategy import FedAvg", ours)
+    file.write_text(text)
+    command = [sys.executable, "-m", "flower_ext.launch", str(app)]
+    done = subprocess.run(
+        [*command, "--num-supernodes", "2"], capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 1
+    assert "no data" in done.stderr
 
 
 @pytest.mark.slow
