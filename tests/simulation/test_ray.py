@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 
 from flower_ext import AdditiveStrategy
-from flower_ext._flower import CLIENT_CRASHED, NO_REPLY
+from flower_ext._flower import CLIENT_CRASHED, NO_REPLY, InconsistentMessageReplies
 from flower_ext.simulation import LocalGrid, PackedGrid, ray_transport
 
 pytestmark = pytest.mark.slow
@@ -164,12 +164,12 @@ def test_a_strategy_that_cannot_be_pickled_runs_without_sums(make, caplog):
     assert caplog.text.count("without partial sums") == 1
 
 
-def test_what_contribution_raises_ends_the_run(make):
+def test_what_contribution_raises_for_all_ends_the_run_with_the_reason(make):
     class Wrong(AdditiveStrategy):
         def contribution(self, reply, sent):
             raise KeyError("no such thing")
 
-    with pytest.raises(RuntimeError, match="no such thing"):
+    with pytest.raises(InconsistentMessageReplies, match="no such thing"):
         Wrong(fraction_evaluate=0.0).start(make(2), INITIAL, num_rounds=1)
 
 
