@@ -34,9 +34,12 @@ endef
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
-run: $(INSTALLED)  ## compare FedFish with FedAvg on Shakespeare, split by speaker
-	$(PY) -m flower_ext.data fetch shakespeare
-	$(PY) -m flower_ext.launch baselines/fedfish --num-supernodes 373 --progress
+run: $(INSTALLED)  ## compare FedFish with FedAvg on images whose labels differ by client
+	$(PY) -m flower_ext.data fetch fashion-mnist
+	@results=results/fedfish-$$(date +%Y%m%d-%H%M%S); set -ex; \
+	$(PY) -m flower_ext.launch baselines/fedfish --num-supernodes 100 --progress --results $$results; \
+	{ set +x; } 2> /dev/null; echo; \
+	$(PY) baselines/fedfish/fedfish/words.py $$results
 
 RESULTS ?= results
 report: $(INSTALLED)  ## one HTML page of all results, or of those in RESULTS=

@@ -265,7 +265,14 @@ class FedFish(AdditiveStrategy):
         pass; ``all-epochs``, of the whole local training; ``per-example``, the textbook
         empirical Fisher, one extra pass at the trained model; ``sampled``, the same
         with labels drawn from the model, the true Fisher (needs
-        ``Task.sample_labels``).
+        ``Task.sample_labels``). The first two weigh squares by batch size, see
+        :class:`~flower_ext.fisher.SquaredGradients`. :func:`watch_fisher` chooses for
+        itself.
+    normalization : str (default: "none")
+        ``client`` divides each client's Fisher by its own mean, so that clients count
+        by their examples and not by how large their gradients are; see
+        :func:`normalized`. ``none`` leaves them as they are: a client that its data
+        still surprises weighs more.
     barrier : bool (default: False)
         Report the Client-Server Barrier, at the price of one more pass over each
         client's data in training and one in evaluation, see :class:`FedFishClient`.
@@ -275,18 +282,20 @@ class FedFish(AdditiveStrategy):
 
     Notes
     -----
-    Train metric ``fisher-mean`` is :math:`\bar F`; evaluation metric
+    Train metric ``fisher-mean`` is :math:`\bar F`, of normalised Fishers one over the
+    number of coordinates; evaluation metric
     ``client-server-barrier`` is :math:`\sum_k p_k [L(\theta; D_k) - L(\theta_k; D_k)]`
     over clients that trained and evaluated in the same round, with :math:`D_k` and
     :math:`p_k` of their training data.
 
     The paper does not say (in the parts available to us) over which epochs the Fisher
-    is collected, nor whether it is damped; both are options here. A Fisher reveals more
-    of a client's data than its model alone.
+    is collected, nor whether it is damped or normalised; these are options here. A
+    Fisher reveals more of a client's data than its model alone.
 
     Under a mechanism, change, Fisher and their product are clipped together; Fishers
     are squares of gradients and often tiny beside the change: ``scales={"fisher": s,
-    "fisher-delta": s}`` of the mechanism brings them to its size.
+    "fisher-delta": s}`` of the mechanism brings them to its size. Normalised ones have
+    an l2 norm of at most 1, whatever the gradients.
 
     Examples
     --------

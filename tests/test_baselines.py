@@ -1,6 +1,7 @@
 """The baselines: the form that Flower's programme asks for, and their own code."""
 
 import importlib
+import json
 import re
 import sys
 import tomllib
@@ -12,6 +13,7 @@ import torch
 from flwr.serverapp.strategy import QFedAvg
 
 from flower_ext.arrays import to_record
+from flower_ext.report import write_summary
 from flower_ext.sampling import UniformSampler
 from flower_ext.simulation.local import app_config
 
@@ -75,6 +77,47 @@ def test_settings_of_the_readme_are_those_of_the_app(name):
             told = config[key]
             shown = str(told).lower() if isinstance(told, bool) else f"{told}"
             assert shown in values.replace("`", "").replace(",", ""), key
+
+
+@pytest.mark.parametrize("baseline", ["fedfish.words"], indirect=True)
+@pytest.mark.parametrize(
+    ("accuracy", "said"),
+    [
+        (0.725, "72.5 % of all test images rightly, FedAvg's 65.0 %: 7.5 points more"),
+        (0.625, "62.5 % of all test images rightly, FedAvg's 65.0 %: 2.5 points less"),
+    ],
+)
+def test_words_say_what_the_summary_holds(baseline, tmp_path, accuracy, said):
+    runs = {
+        "fedavg": {"accuracy": 0.65, "barrier": 0.5, "up": 2.0},
+        "fedfish": {"accuracy": accuracy, "barrier": 0.25, "up": 4.0},
+    }
+    columns = {
+        "accuracy": "central/accuracy",
+        "barrier": "evaluate/client-server-barrier",
+        "up": "bytes/up",
+    }
+    for name, values in runs.items():
+        (tmp_path / name).mkdir()
+        row = {"round": 1, **{columns[key]: x for key, x in values.items()}}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    write_summary(tmp_path, runs, {x: x for x in columns.values()})
+    words = " ".join(baseline.words(tmp_path).split())
+    assert said in words
+    assert "costs the clients 0.25 nats instead of 0.50" in words
+    assert "2.0 times the bytes up" in words
+    for page in re.findall(r"[\w/]+\.md", words):
+        assert (BASELINES.parent / page).is_file()
+
+
+@pytest.mark.parametrize("baseline", ["fedfish.strategy"], indirect=True)
+def test_fedfish_takes_its_settings(baseline):
+    config = app_config(BASELINES / "fedfish")
+    config |= {"damping": 0.5, "estimator": "all-epochs", "normalization": "client"}
+    fedfish = baseline.make_strategy("fedfish@3", config)
+    told = (fedfish.damping, fedfish.estimator, fedfish.normalization)
+    assert told == (0.5, "all-epochs", "client")
+    assert fedfish.local_epochs == 3
 
 
 @pytest.mark.parametrize("baseline", ["maxfl.strategy"], indirect=True)

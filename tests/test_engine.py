@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ def test_in_process_and_ray_give_the_same_metrics(
     importable: Path, tmp_path: Path
 ) -> None:
     config = {
+        "dataset": "shakespeare",
         "num-server-rounds": 2,
         "fraction-train": 0.5,
         "local-epochs": 2,
@@ -55,6 +57,28 @@ def test_in_process_and_ray_give_the_same_metrics(
                 assert row.pop("seconds/train") and row.pop("seconds/evaluate")
             assert left == pytest.approx(right, rel=1e-5, abs=1e-5)
     assert (ray / "comparison.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("importable", ["fedfish"], indirect=True)
+def test_half_of_the_main_job_shows_what_fedfish_is_for(
+    importable: Path, tmp_path: Path
+) -> None:
+    server = importlib.import_module("fedfish.server_app")
+    client = importlib.import_module("fedfish.client_app")
+    half = {"num-server-rounds": 20, "results": str(tmp_path)}
+    run_local(
+        server.app,
+        client.app,
+        num_supernodes=100,
+        run_config={**app_config(importable), **half},
+    )
+    fedavg, fedfish = (
+        statistics.mean(
+            row["central/loss"] for row in read_metrics(tmp_path / name)[-10:]
+        )
+        for name in ("fedavg", "fedfish")
+    )
+    assert fedfish < fedavg - 0.1
 
 
 @pytest.mark.parametrize("importable", ["fedfish"], indirect=True)

@@ -1,1 +1,1 @@
-"""FedFish and FedAvg on Shakespeare, split by speaker."""
+"""FedFish and FedAvg on images with label skew and on text by speaker."""

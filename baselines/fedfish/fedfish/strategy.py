@@ -47,5 +47,10 @@ def make_strategy(name: str, run_config: UserConfig) -> WithEpochs:
     if kind == "fedavg":
         return FedAvg(**options)
     if kind == "fedfish":
-        return WithEpochs(damping=float(run_config["damping"]), **options)
+        return WithEpochs(
+            damping=float(run_config["damping"]),
+            estimator=run_config["estimator"],
+            normalization=run_config["normalization"],
+            **options,
+        )
     raise ValueError(f"strategies={name!r} must name fedavg or fedfish")
