@@ -17,6 +17,7 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import ClassVar, Unpack, cast
 
+import numpy as np
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -26,6 +27,7 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
+from flwr.common import NDArray
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
@@ -41,8 +43,10 @@ from flower_ext.arrays import (
     all_finite,
     finite_or_unchanged,
     from_record,
+    is_averaged,
     subtract,
     to_record,
+    view,
     zeros_like,
 )
 from flower_ext.client import CLIENT_HALF_KEY, WRONG_HALF, ClientHalf, Metrics
@@ -61,6 +65,7 @@ from flower_ext.replies import (
     log_dropped,
     read_arrays,
     read_scalar,
+    read_ties,
     sort_replies,
     unreadable,
 )
@@ -174,6 +179,7 @@ class AdditiveStrategy(FedAvg):
         self._number = 0  # what the sampler was last told to be the round of training
         self._configured: dict[Purpose, int] = {}  # the last round of each
         self._understood = False  # whether any reply has ever been usable
+        self._tied: dict[str, str] = {}  # further names of a tensor, and its first
 
     def _under(self, mechanism: Mechanism, options: FedAvgOptions) -> PrivateSum:
         """Put the round under a mechanism."""
@@ -260,10 +266,17 @@ class AdditiveStrategy(FedAvg):
         return self._clients[node]
 
     def delta(self, reply: RecordDict, sent: Arrays) -> dict[str, Term]:
-        """Return the client's model minus the model that it was sent."""
+        """Return the client's model minus the model that it was sent.
+
+        A tensor that the client has under several names counts under the first.
+        """
         key = array_key(reply, self.arrayrecord_key, self.other_arrays)
         new = read_arrays(reply, key, sent)
-        return {name: subtract(new[name], sent[name]) for name in sent}
+        tied = read_ties(reply, sent)
+        return {
+            name: subtract(sent[name] if name in tied else new[name], sent[name])
+            for name in sent
+        }
 
     def weight(self, reply: RecordDict) -> float:
         """Return the metric ``weighted_by_key`` of a reply; 1 under a mechanism."""
@@ -481,7 +494,26 @@ class AdditiveStrategy(FedAvg):
         if new is None:
             log(WARNING, "round %s: %s: the model is kept", server_round, _NOT_HELD)
             return None, metrics
+        self._tied = self._agree_on_ties(used, self._sent)
+        new |= {name: new[first] for name, first in self._tied.items()}
         return to_record(new), metrics
+
+    def _agree_on_ties(self, used: list[RecordDict], sent: Arrays) -> dict[str, str]:
+        """Return the ties that most replies tell of; without replies, the known ones.
+
+        Loops of the user's own do not tell. There, arrays that were equal and that all
+        replies return equal are taken for one; under a mechanism this would be to look
+        at data.
+        """
+        if not used:
+            return self._tied
+        told = Counter(
+            tie for content in used for tie in read_ties(content, sent).items()
+        )
+        ties = {name: first for (name, first), n in told.items() if 2 * n > len(used)}
+        if told or self._private:
+            return ties
+        return _equal_in_all(used, self.arrayrecord_key, sent)
 
     def _move(self, sent: Arrays, direction: Arrays) -> Arrays | None:
         """Return the new model, or None if it, or the optimizer, does not stay finite.
@@ -744,6 +776,36 @@ class AdditiveStrategy(FedAvg):
 
 
 _WITHHELD = "their metrics would be withheld; evaluate_fn measures at the server"
+
+
+def _equal_in_all(contents: list[RecordDict], key: str, sent: Arrays) -> dict[str, str]:
+    """Return float arrays that equal an earlier one in the model and in all replies."""
+    ties: dict[str, str] = {}
+    firsts: dict[object, list[str]] = {}
+    for name, array in sent.items():
+        if not is_averaged(array) or array.size < 2:
+            continue
+        alike = firsts.setdefault((array.dtype, array.shape), [])
+        for first in alike:
+            if _equal(array, sent[first]) and all(
+                _equal_in(content, key, name, first) for content in contents
+            ):
+                ties[name] = first
+                break
+        else:
+            alike.append(name)
+    return ties
+
+
+def _equal_in(content: RecordDict, key: str, name: str, first: str) -> bool:
+    record = content.get(key)
+    if not isinstance(record, ArrayRecord) or not {name, first} <= record.keys():
+        return False
+    return _equal(view(record[name]), view(record[first]))
+
+
+def _equal(left: NDArray, right: NDArray) -> bool:
+    return bool(np.array_equal(left, right, equal_nan=True))
 
 
 def _whole_pack(content: Summed, nodes: set[int]) -> PackSum:

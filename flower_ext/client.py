@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from flower_ext._flower import log
 from flower_ext.errors import at_least, positive, refuse, whole
+from flower_ext.replies import TIED_KEY
 from flower_ext.sparse import accept_sparse, unseal
 
 Batch = Mapping[str, Tensor]
@@ -419,6 +420,22 @@ def train(local: Local, half: ClientHalf) -> float:
     return total / steps if steps else math.nan
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Return the further names of tensors that a model has under several.
+
+    An output layer that shares its weight with the embedding gives ``{"head.weight":
+    "embed.weight"}``: each name with the first name of the same tensor.
+    """
+    first: dict[object, str] = {}
+    tied = {}
+    for name, x in model.state_dict().items():
+        if x.numel():
+            place = (x.device, x.data_ptr(), x.dtype, x.shape, x.stride())
+            if first.setdefault(place, name) != name:
+                tied[name] = first[place]
+    return tied
+
+
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -543,6 +560,8 @@ def client_app(task: Task, *halves: HalfFactory, mods: Sequence[Mod] = ()) -> Cl
                 METRICS_KEY: MetricRecord(values),
             }
         )
+        if tied := tied_names(local.model):
+            content[TIED_KEY] = ConfigRecord({**tied})
         return Message(content, reply_to=message)
 
     @app.evaluate()

@@ -7,7 +7,14 @@ from difflib import get_close_matches
 from logging import INFO, WARNING
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
 from flwr.common import NDArray
 
 from flower_ext._flower import log
@@ -15,6 +22,8 @@ from flower_ext.arrays import Arrays, from_record, layout
 
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
+
+TIED_KEY = "tied"
 
 # Larger numbers are of no use to a model in float32, and make sums overflow.
 _LARGEST = float(np.finfo(np.float32).max)
@@ -137,6 +146,28 @@ class Sorted:
     usable: list[Message]
     errors: list[str]
     dropped: Counter[str] = field(default_factory=Counter)
+
+
+def read_ties(
+    reply: RecordDict, like: Mapping[str, NDArray], key: str = TIED_KEY
+) -> dict[str, str]:
+    """Return which arrays a client has as one tensor: each with the first of its names.
+
+    What does not fit ``like``, the model that was sent, is not believed.
+    """
+    record = reply.get(key)
+    if not isinstance(record, ConfigRecord):
+        return {}
+    return {
+        name: first
+        for name, first in record.items()
+        if isinstance(first, str)
+        and name in like
+        and first in like
+        and first not in record
+        and like[name].dtype == like[first].dtype
+        and like[name].shape == like[first].shape
+    }
 
 
 def sort_replies(
