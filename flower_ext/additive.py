@@ -71,7 +71,7 @@ from flower_ext.replies import (
 )
 from flower_ext.rounds import run_rounds
 from flower_ext.sampling import Purpose, Sampler, TooFewClients, UniformSampler
-from flower_ext.server_optimizer import SGD, ServerOptimizer, State
+from flower_ext.server_optimizer import SGD, ServerOptimizer, State, keep_variances
 from flower_ext.tracking import Tracker
 
 Config = Mapping[str, ConfigRecordValues]
@@ -494,6 +494,9 @@ class AdditiveStrategy(FedAvg):
         if new is None:
             log(WARNING, "round %s: %s: the model is kept", server_round, _NOT_HELD)
             return None, metrics
+        # Noise knows no sign; by halves a variance stays one, however often it falls.
+        noisy = self._private is not None and self._private.mechanism.is_private
+        new = keep_variances(new, self._sent, 0.5 if noisy else 0.0)
         self._tied = self._agree_on_ties(used, self._sent)
         new |= {name: new[first] for name, first in self._tied.items()}
         return to_record(new), metrics

@@ -5,6 +5,7 @@ it may be asked for. People who have a loop of their own use the functions that 
 strategies export beside their halves instead.
 """
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache, partial
 from logging import WARNING
+from itertools import pairwise
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -103,7 +105,8 @@ class LocalSettings:
     local_steps : int (default: 0)
         Steps instead of epochs; 0 means epochs.
     batch_size : int (default: 32)
-        Examples a step; the last batch of an epoch may be smaller.
+        Examples a step; the last batch of an epoch may be smaller, or larger by one
+        that BatchNorm could not take alone.
     momentum, weight_decay : float (default: 0.0)
         Of the default optimizer.
     max_gradient_norm : float (default: inf)
@@ -232,16 +235,27 @@ def num_examples(data: Batch) -> int:
 
 
 def batches(
-    data: Batch, batch_size: int, generator: torch.Generator | None = None
+    data: Batch,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    *,
+    join_last: bool = False,
 ) -> Iterator[Batch]:
-    """Cut data into batches, shuffled if there is a generator."""
+    """Cut data into batches, shuffled if there is a generator.
+
+    With ``join_last``, a single example that is left goes into the batch before it.
+    """
     total = num_examples(data)
     order = (
         torch.arange(total)
         if generator is None
         else torch.randperm(total, generator=generator)
     )
-    for chosen in order.split(batch_size) if total else ():  # type: ignore[no-untyped-call]
+    cuts = list(range(0, total, batch_size))
+    if join_last and len(cuts) > 1 and total - cuts[-1] == 1:
+        cuts.pop()
+    for start, stop in pairwise([*cuts, total]):
+        chosen = order[start:stop]
         yield {name: column[chosen] for name, column in data.items()}
 
 
@@ -279,6 +293,8 @@ class Local:
     context: Context
     device: torch.device
     run: ConfigRecord = field(default_factory=ConfigRecord)
+    # Whether the model cannot be trained on a single example.
+    needs_two: bool = False
 
     @property
     def client(self) -> int:
@@ -300,7 +316,9 @@ class Local:
     @property
     def steps_per_epoch(self) -> int:
         """Batches in one pass over the training data."""
-        return math.ceil(num_examples(self.train) / self.settings.batch_size)
+        examples, size = num_examples(self.train), self.settings.batch_size
+        joined = self.needs_two and examples > size > 1 and examples % size == 1
+        return math.ceil(examples / size) - joined
 
     @property
     def num_steps(self) -> int:
@@ -344,7 +362,12 @@ class ClientHalf:
         order = torch.Generator().manual_seed(local.seed())
         steps = 0
         while steps < local.num_steps:
-            for batch in batches(local.train, local.settings.batch_size, order):
+            for batch in batches(
+                local.train,
+                local.settings.batch_size,
+                order,
+                join_last=local.needs_two and local.settings.batch_size > 1,
+            ):
                 yield batch
                 steps += 1
                 if steps == local.num_steps:
@@ -406,10 +429,20 @@ def train(local: Local, half: ClientHalf) -> float:
     -------
     float
         NaN without a step.
+
+    Notes
+    -----
+    BatchNorm has nothing to normalise a single example with. Where it would raise, the
+    last example of an epoch goes into the batch before it, and a client that has one
+    example only trains with the statistics that it received.
     """
+    local.needs_two = _needs_two(local)
     half.begin(local)
     optimizer = half.optimizer(local)
     local.model.train()
+    if local.needs_two and num_examples(local.train) == 1:
+        for layer in _batch_norms(local.model):
+            layer.eval()
     total, steps = 0.0, 0
     # Dropout has no generator of its own: it draws from torch's global one.
     with _same_generators():
@@ -418,6 +451,29 @@ def train(local: Local, half: ClientHalf) -> float:
             total += half.step(local, optimizer, batch)
             steps += 1
     return total / steps if steps else math.nan
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [
+        x for x in model.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)
+    ]
+
+
+@torch.no_grad()
+def _needs_two(local: Local) -> bool:
+    """Whether there is a batch of one, on which the model's BatchNorm raises."""
+    examples, size = num_examples(local.train), local.settings.batch_size
+    alone = examples == 1 or (size > 1 and examples % size == 1)
+    if not alone or not _batch_norms(local.model):
+        return False
+    tried = copy.deepcopy(local.model).train()
+    one = {name: column[:1] for name, column in local.train.items()}
+    with torch.random.fork_rng(devices=[]):
+        try:
+            local.task.loss(tried, one)
+        except ValueError:  # torch: more than 1 value per channel
+            return True
+    return False
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -19,7 +19,8 @@ from flwr.common import NDArray
 from flower_ext.arrays import Arrays, is_averaged
 from flower_ext.errors import at_least, fraction, positive, refuse
 
-_STATISTICS = ("running_mean", "running_var")
+_STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
+_VARIANCES = ("running_var", "moving_variance")
 
 State = dict[str, dict[str, NDArray]]
 
@@ -39,6 +40,20 @@ def apply_direction(sent: NDArray, direction: NDArray) -> NDArray:
         moved = np.where(about > float(ends.max), ends.max, moved)
         moved = np.where(about < float(ends.min), ends.min, moved)
     return np.asarray(moved, sent.dtype)
+
+
+def keep_variances(new: Arrays, sent: Arrays, share: float) -> Arrays:
+    """Return a model whose BatchNorm variances are at least a share of what was sent.
+
+    They are known by their names, ``running_var`` (torch) or ``moving_variance``
+    (Keras), and by being variances when they were sent.
+    """
+    return {
+        name: np.asarray(np.maximum(x, share * sent[name]), x.dtype)
+        if name.endswith(_VARIANCES) and np.all(sent[name] >= 0)
+        else x
+        for name, x in new.items()
+    }
 
 
 class ServerOptimizer(ABC):

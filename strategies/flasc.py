@@ -16,7 +16,7 @@ as they are, and come back once they are among the largest.
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from logging import WARNING
@@ -43,9 +43,17 @@ from flower_ext.arrays import (
     all_finite,
     from_record,
     is_averaged,
+    subtract,
     to_record,
 )
-from flower_ext.client import ARRAYS_KEY, ClientHalf, Local, Metrics, Mod
+from flower_ext.client import (
+    ARRAYS_KEY,
+    ClientHalf,
+    Local,
+    Metrics,
+    Mod,
+    tied_names,
+)
 from flower_ext.contribution import DELTA, Contribution, Total
 from flower_ext.drop_in import DropIn
 from flower_ext.errors import fraction, one_of, refuse, whole
@@ -137,20 +145,23 @@ def _density(name: str, schedule: Schedule, server_round: int) -> float:
 
 
 def _maskable(arrays: Mapping[str, NDArray], dense: Iterable[str]) -> Arrays:
-    """Return the arrays of which a part may travel."""
+    """Return the arrays of which a part may travel.
+
+    One that holds an infinity, as masks of attention do, is no weight: it is whole.
+    """
     words = list(dense)
     return {
         name: x
         for name, x in arrays.items()
-        if is_averaged(x) and not any(word in name for word in words)
+        if is_averaged(x)
+        and not any(word in name for word in words)
+        and all_finite([x])
     }
 
 
 def change(new: NDArray, old: NDArray) -> NDArray:
     """Return ``new - old``: floats in float32 or wider, all else in int64."""
-    if is_averaged(new):
-        return np.subtract(new, old, dtype=np.result_type(new, np.float32))
-    return np.subtract(new.astype(np.int64), old.astype(np.int64))
+    return subtract(new, old).numpy()
 
 
 def _change_like(sent: Mapping[str, NDArray]) -> Arrays:
@@ -192,14 +203,23 @@ class FLASCClient(ClientHalf):
         """Return the largest coordinates of the change, in the place of the model."""
         trained = _state(local.model)
         delta = {n: change(trained[n], x) for n, x in self._received.items()}
-        record = _upload(delta, local.config, local.context.state, self._frozen)
+        tied = tied_names(local.model)
+        record = _upload(delta, local.config, local.context.state, self._frozen, tied)
         return {ARRAYS_KEY: record}, {}
 
 
 def _upload(
-    delta: Arrays, config: ConfigRecord, state: RecordDict, within: Masks | None
+    delta: Arrays,
+    config: ConfigRecord,
+    state: RecordDict,
+    within: Masks | None,
+    tied: Collection[str] = (),
 ) -> ArrayRecord:
-    """Return the largest coordinates of a client's change, as the server asked."""
+    """Return the largest coordinates of a client's change, as the server asked.
+
+    Of a tensor with further names, ``tied``, only what is under the first travels.
+    """
+    delta = delta | {name: np.zeros_like(delta[name]) for name in tied}
     feedback = bool(config.get(FEEDBACK, False))
     if feedback and RESIDUAL in state:
         kept = from_record(state.array_records[RESIDUAL])
@@ -209,7 +229,9 @@ def _upload(
     if density < 1:
         arrays = _maskable(delta, cast(Sequence[str], config.get(DENSE, [])))
         scope = cast(Scope, config.get(SCOPE, "global"))
-        masks = top_k(arrays, density, scope, within)
+        own = {name: x for name, x in arrays.items() if name not in tied}
+        nothing = {name: np.zeros(delta[name].shape, np.bool_) for name in tied}
+        masks = top_k(own, density, scope, within) | nothing
     record = encode(delta, masks, cast(Precision, config.get(PRECISION, "exact")))
     if feedback:
         sent, _ = decode(record, delta)
@@ -541,7 +563,11 @@ class FLASC(AdditiveStrategy):
         if index in self._fixed:
             return self._fixed[index]
         tier = self.tiers[index]
-        arrays = _maskable(weights, self.dense)
+        arrays = {
+            name: x
+            for name, x in _maskable(weights, self.dense).items()
+            if name not in self._tied
+        }
         within = None if tier.rank is None else first_ranks(arrays, tier.rank)
         fixed = self.fixed_mask_after
         density = self._share("download_density", tier, server_round)
@@ -550,6 +576,7 @@ class FLASC(AdditiveStrategy):
         masks = top_k(arrays, density, self.scope, within)
         if density > 0 and not self._warned:
             self._warn_of_empty(masks, server_round)
+        masks |= {k: masks[first] for k, first in self._tied.items() if first in masks}
         if fixed is not None:
             self._fixed[index] = masks
         return masks
