@@ -497,6 +497,8 @@ class AdditiveStrategy(FedAvg):
         # Noise knows no sign; by halves a variance stays one, however often it falls.
         noisy = self._private is not None and self._private.mechanism.is_private
         new = keep_variances(new, self._sent, 0.5 if noisy else 0.0)
+        if noisy:  # a mask with infinities is no weight
+            new |= {name: x for name, x in self._sent.items() if not all_finite([x])}
         self._tied = self._agree_on_ties(used, self._sent)
         new |= {name: new[first] for name, first in self._tied.items()}
         return to_record(new), metrics
