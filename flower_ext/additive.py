@@ -12,7 +12,7 @@ and noise is added to it.
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import ClassVar, Unpack, cast
@@ -518,7 +518,11 @@ class AdditiveStrategy(FedAvg):
         ties = {name: first for (name, first), n in told.items() if 2 * n > len(used)}
         if told or self._private:
             return ties
-        return _equal_in_all(used, self.arrayrecord_key, sent)
+        records = [
+            content.get(array_key(content, self.arrayrecord_key, self.other_arrays))
+            for content in used
+        ]
+        return _equal_in_all(records, sent)
 
     def _move(self, sent: Arrays, direction: Arrays) -> Arrays | None:
         """Return the new model, or None if it, or the optimizer, does not stay finite.
@@ -783,7 +787,7 @@ class AdditiveStrategy(FedAvg):
 _WITHHELD = "their metrics would be withheld; evaluate_fn measures at the server"
 
 
-def _equal_in_all(contents: list[RecordDict], key: str, sent: Arrays) -> dict[str, str]:
+def _equal_in_all(records: Sequence[object], sent: Arrays) -> dict[str, str]:
     """Return float arrays that equal an earlier one in the model and in all replies."""
     ties: dict[str, str] = {}
     firsts: dict[object, list[str]] = {}
@@ -793,7 +797,7 @@ def _equal_in_all(contents: list[RecordDict], key: str, sent: Arrays) -> dict[st
         alike = firsts.setdefault((array.dtype, array.shape), [])
         for first in alike:
             if _equal(array, sent[first]) and all(
-                _equal_in(content, key, name, first) for content in contents
+                _equal_in(record, name, first) for record in records
             ):
                 ties[name] = first
                 break
@@ -802,8 +806,7 @@ def _equal_in_all(contents: list[RecordDict], key: str, sent: Arrays) -> dict[st
     return ties
 
 
-def _equal_in(content: RecordDict, key: str, name: str, first: str) -> bool:
-    record = content.get(key)
+def _equal_in(record: object, name: str, first: str) -> bool:
     if not isinstance(record, ArrayRecord) or not {name, first} <= record.keys():
         return False
     return _equal(view(record[name]), view(record[first]))

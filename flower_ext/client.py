@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache, partial
-from logging import WARNING
 from itertools import pairwise
+from logging import WARNING
 from typing import ClassVar, Protocol
 
 import numpy as np
