@@ -35,7 +35,7 @@ def settings_of(strategy: object, configs: Configs) -> Settings:
     if callable(described):
         found |= {name: _text(value) for name, value in described().items()}
     for config, record in configs.items():
-        found |= {f"{config}[{k!r}]": _guarded(v) for k, v in record.items()}
+        found |= {f"{config}[{k!r}]": v for k, v in readable(record).items()}
     return found
 
 
@@ -64,6 +64,11 @@ def _guarded(value: ConfigRecordValues | None) -> str:
     if all(isinstance(v, int | float | None) for v in values):
         return repr(value)
     return _DIGEST + hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def readable(config: Mapping[str, ConfigRecordValues]) -> Settings:
+    """Return the values of a configuration as texts; of words their digests."""
+    return {key: _guarded(value) for key, value in config.items()}
 
 
 def differences(own: Settings, *saved: Settings) -> list[str]:

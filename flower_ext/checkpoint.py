@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from flwr.app import ArrayRecord, MetricRecord
+from flwr.app import ArrayRecord, MetricRecord, UserConfig
 from flwr.common import NDArray
 from flwr.serverapp.strategy import Result
 from safetensors import SafetensorError
@@ -37,6 +37,7 @@ from flower_ext._run_settings import (
     Settings,
     differences,
     digest,
+    readable,
     settings_of,
 )
 from flower_ext.arrays import Arrays, from_record, layout, to_record
@@ -81,6 +82,9 @@ class Checkpoint:
     configs : Mapping[str, ConfigRecord], optional
         The configurations that the run hands to its strategy, by name. What it changes
         in them is saved and restored, too.
+    run_config : Mapping, optional
+        What clients may find in their run config. Where it is another than that of the
+        saved run, a warning says so: part of it, such as a folder of results, may be.
     releases : bool (default: False)
         Whether rounds are released under a mechanism, each once and for all.
 
@@ -96,6 +100,7 @@ class Checkpoint:
         strategy: object,
         configs: Configs | None = None,
         *,
+        run_config: UserConfig | None = None,
         releases: bool = False,
     ) -> None:
         if not isinstance(strategy, Stateful):
@@ -110,6 +115,7 @@ class Checkpoint:
         self._configs = dict(configs or {})
         self._changes = Changes(self._configs)
         self._begun = settings_of(strategy, self._configs)
+        self._run_config = readable(run_config or {})
         self._initial = ""
         self.releases = releases
         try:
@@ -247,6 +253,7 @@ class Checkpoint:
             self._require_settings(path, begun, now)
             self._require_rounds(path, done, num_rounds)
             self._compare_start(path, str(saved["initial"]), done == num_rounds)
+            self._compare_run_configs(Settings(saved["run-config"]))
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}: {error}); "
@@ -311,6 +318,7 @@ class Checkpoint:
                 "begun": self._begun,
                 "now": settings_of(self.strategy, self._configs),
             },
+            "run-config": self._run_config,
             "initial": self._initial,
             "changes": self._changes.state_dict(),
             "metrics": {
@@ -384,6 +392,15 @@ class Checkpoint:
             "initial_arrays are not those that the saved run began with, and are not "
             "used: the run continues from its own model",
         )
+
+    def _compare_run_configs(self, saved: Settings) -> None:
+        if differ := differences(self._run_config, saved):
+            log(
+                WARNING,
+                "The run config is not that of the saved run: %s. What clients read "
+                "from it changes the result, and needs another folder",
+                "; ".join(differ),
+            )
 
 
 _DELETE = "delete it to continue from the round before"

@@ -149,7 +149,13 @@ def run_rounds(
     saved = None
     if checkpoint is not None:
         releases = mechanism is not None and mechanism.is_private
-        saved = Checkpoint(checkpoint, strategy, configs, releases=releases)
+        saved = Checkpoint(
+            checkpoint,
+            strategy,
+            configs,
+            run_config=getattr(getattr(grid, "run", None), "override_config", None),
+            releases=releases,
+        )
     with saved.locked() if saved else nullcontext():
         return _run(
             strategy,

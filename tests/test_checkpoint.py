@@ -728,6 +728,19 @@ def test_a_finished_run_from_another_initial_model_is_refused(
         start(4, tmp_path, evaluate_fn=pytest.fail, initial_arrays=other)
 
 
+def test_another_run_config_is_warned_of_by_name(initial, clients, tmp_path, caplog):
+    def run(**config):
+        caplog.clear()
+        grid = LocalGrid(clients, 6, config)
+        strategy_with().start(grid, initial, num_rounds=1, checkpoint=tmp_path)
+        return caplog.text
+
+    assert "run config" not in run(lr=0.1, results="a")
+    assert "run config" not in run(lr=0.1, results="a")
+    text = run(lr=0.5, results="b")
+    assert "not that of the saved run: lr was 0.1, is now 0.5; results is ano" in text
+
+
 def test_words_of_a_configuration_are_not_in_the_files(start, tmp_path):
     secret = ConfigRecord({"token": "hunter2", "key": b"hunter3", "all": ["hunter4"]})
     start(1, tmp_path, train_config=secret)

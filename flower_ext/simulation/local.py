@@ -64,6 +64,7 @@ class LocalGrid(OwnGrid):
         if not isinstance(client_app, ClientApp):
             refuse("client_app", client_app, "a ClientApp")
         super().__init__(Run.create_empty(run_id=1))
+        self._run.override_config = dict(run_config or {})
         self._client_app = client_app
         self._replies: dict[str, Message] = {}
         self._contexts = {

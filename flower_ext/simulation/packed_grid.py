@@ -130,6 +130,8 @@ class PackedGrid(OwnGrid):
                 f"one for each of num_clients={num_clients}",
             )
         super().__init__(grid.run if grid else Run.create_empty(run_id=1))
+        if grid is None:
+            self._run.override_config = dict(run_config or {})
         if not isinstance(partial_sums, bool):
             refuse("partial_sums", partial_sums, "True or False")
         self._partial_sums = partial_sums
