@@ -45,7 +45,7 @@ def _options(strategy: object) -> Iterator[tuple[str, object]]:
         if "__init__" in vars(cls) and cls is not object:
             for name in inspect.signature(cls).parameters:
                 value = vars(strategy).get(name, strategy)
-                if name != "seed" and (
+                if "seed" not in name and (
                     isinstance(value, _PLAIN) or inspect.isroutine(value)
                 ):
                     yield name, value

@@ -99,6 +99,13 @@ def test_an_exception_is_one_clients_error(grid, ask):
     assert replies[1].metadata.src_node_id == 11
 
 
+def test_a_client_that_leaves_is_one_clients_error(grid, ask):
+    replies = ask(grid, [10, 11, 12], exit=[11])
+    assert [reply.has_error() for reply in replies] == [False, True, False]
+    reason = replies[1].error.reason
+    assert reason.startswith("SystemExit: client 11 was told to leave")
+
+
 def test_a_client_that_failed_keeps_the_state_it_had(grid, ask):
     assert metrics(ask(grid, [13]))[0]["visits"] == 1
     assert ask(grid, [13], **{"raise-late": [13]})[0].has_error()

@@ -46,6 +46,8 @@ def _eat(mib, killed):
 def _misbehave(client, config):
     if client in _clients(config, "raise"):
         raise ValueError(f"client {client} was told to fail")
+    if client in _clients(config, "exit"):
+        sys.exit(f"client {client} was told to leave")
     if client in _clients(config, "sleep"):
         time.sleep(float(config.get("seconds", 60)))
     if client in _clients(config, "stuck"):
