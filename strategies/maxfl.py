@@ -253,8 +253,8 @@ class MaxFL(AdditiveStrategy):
         :math:`\ge 0`, first round in which a client that does not want the model it
         receives leaves: it does not train it, and has no weight. It is asked again in
         later rounds, and comes back once a model appeals. 0 lets nobody leave; where
-        all leave, the model stays as it is. Its reply is the received model: it costs
-        as many bytes.
+        all leave, the direction is 0. Its reply is the received model: it costs as many
+        bytes.
     *flowers, **options
         Server optimizer, sampler, mechanism and Flower's own options, see
         :class:`~flower_ext.options.AdditiveOptions`;
@@ -358,8 +358,9 @@ class MaxFL(AdditiveStrategy):
         )
 
     def divisor(self, total: Total) -> float:
-        r"""Return :math:`\sum q`."""
-        return float(total.scalars[WEIGHT])
+        r"""Return :math:`\sum q + \epsilon`; no epsilon where all weigh the same."""
+        epsilon = 0.0 if self._equal else self.epsilon
+        return float(total.scalars[WEIGHT]) + epsilon
 
     def update(self, total: Total) -> Arrays:
         r"""Return :math:`\sum q\Delta / (\sum q + \epsilon)`.
@@ -367,13 +368,13 @@ class MaxFL(AdditiveStrategy):
         Under a mechanism the sum of weights counts as no less than the standard
         deviation of its noise.
         """
-        total.weight = max(self.divisor(total), total.noise.get(WEIGHT, 0.0))
-        total.weight += 0.0 if self._equal else self.epsilon
+        least = total.noise.get(WEIGHT, 0.0) - float(total.scalars[WEIGHT])
+        total.weight = self.divisor(total) + max(0.0, least)
         return total.mean()
 
     def report(self, total: Total) -> Metrics:
         """Return the cohort's appeal and the sum of its weights."""
-        metrics: Metrics = {"appeal-weight-sum": self.divisor(total)}
+        metrics: Metrics = {"appeal-weight-sum": float(total.scalars[WEIGHT])}
         if votes := float(total.scalars.get(VOTES, total.count)):
             metrics["gm-appeal"] = float(total.scalars[APPEALED]) / votes
         if self.opt_out_from and OPTED_OUT in total.scalars:

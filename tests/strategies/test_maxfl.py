@@ -209,7 +209,8 @@ def test_client_without_examples_has_no_say(asked, aggregate):
         assert metrics["gm-appeal"] == 1.0
         assert metrics["num-replies"] == 3
     new, metrics = aggregate(MaxFL(), SENT, empty)
-    assert new is None
+    assert np.array_equal(new["w"], SENT["w"])
+    assert "gm-appeal" not in metrics
 
 
 # The objective --------------------------------------------------------------------
@@ -276,8 +277,10 @@ def test_gap_of_ten_thousand(point_task, play, requirement):
     app = client_app(point_task([{"c": [200.0]}, {"c": [-250.0]}]), MaxFLClient)
     run = play(MaxFL(requirement=requirement), app, 2, {"w": 0.0}, config=STEP)
     assert run.models[1] == run.models[0]
-    assert run.train() == {"num-replies": 2, "num-errors": 0, "num-dropped": 0}
-    assert run.evaluate()["gm-appeal"] == (requirement > 0)
+    assert run.train()["num-replies"] == 2
+    assert run.train()["appeal-weight-sum"] == 0
+    for metrics in (run.train(), run.evaluate()):  # all are won, or all are lost
+        assert metrics["gm-appeal"] == (requirement > 0)
 
 
 # The requirement ------------------------------------------------------------------
@@ -422,13 +425,10 @@ def test_own_model_that_diverged_is_dropped_for_its_fresh_start(
     task = point_task([{"c": [1.0]}, {"c": [-1.0]}], start=3.0, metrics=metrics)
     app, calls = spied(client_app(task, MaxFLClient))
     grid = LocalGrid(app, 2, {**STEP, "lr": lr})
-    strategy = MaxFL(warmup_steps=steps, fraction_evaluate=0.0)
-    found = play(strategy, grid, 2, {"w": 0.5}).train()
-    assert requirements(calls) == {(1, 0): 2.0, (1, 1): 8.0}
+    strategy = MaxFL(warmup_steps=steps, fraction_train=0.0)
+    found = play(strategy, grid, 2, {"w": 0.5}).evaluate()
+    assert requirements(calls, "evaluate") == {(1, 0): 2.0, (1, 1): 8.0}
     assert {call.state["maxfl"]["own-w"] for call in calls} == {3.0}
-    assert (found["num-errors"], found["num-dropped"]) == (0, 0)
-    gaps = (0.125 - 2, 1.125 - 8)
-    assert found["appeal-weight-sum"] == pytest.approx(sum(map(appeal_weight, gaps)))
     assert found["gm-appeal"] == 1
 
 
@@ -528,12 +528,11 @@ def test_clients_that_left_come_back_and_the_model_waits_for_them(
 ):
     app = client_app(point_task([{"c": [0.0]}] * 2), MaxFLClient)
     for first, end in ((2, 0.0), (1, 9.0)):
-        strategy = MaxFL(
-            requirement=0.1, opt_out_from=first, temperature=0.1, epsilon=0.0
-        )
+        strategy = MaxFL(requirement=0.1, opt_out_from=first, temperature=0.1)
         run = play(strategy, app, 2, {"w": 9.0}, 3, STEP)
-        assert {float(model["w"]) for model in run.models[1:]} == {end}
-        assert run.train(3).get("num-opted-out") == (0 if end == 0 else None)
+        for model in run.models[1:]:
+            assert float(model["w"]) == pytest.approx(end, abs=0.01)
+        assert run.train(3)["num-opted-out"] == (0 if end == 0 else 2)
 
 
 def test_client_that_diverged_neither_moves_nor_wants_the_model(point_task, play):
