@@ -190,7 +190,11 @@ class Tracker:
         """Begin a file of events; those of the round and later are void."""
         from torch.utils.tensorboard import SummaryWriter
 
+        # Files are read in the order of their names, which tell no more than seconds.
+        while any(self.folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(0.05)
         self._events = SummaryWriter(str(self.folder), purge_step=number)
+        self._events.flush()
 
 
 def _versions() -> dict[str, str]:

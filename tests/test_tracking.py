@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from flwr.app import MetricRecord
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from flower_ext import tracking
 from flower_ext.tracking import (
@@ -342,6 +343,16 @@ def test_tensorboard_shows_the_rounds_of_a_new_run_alone(tmp_path):
     assert events(tmp_path)["train/loss"] == [(1, 5)]
     Tracker(tmp_path, tensorboard=True).begin(3, 0)  # and ends before its first round
     assert events(tmp_path)["train/loss"] == []
+
+
+def test_tensorboard_shows_the_last_of_many_runs_within_a_second(tmp_path):
+    for run in range(3):  # whose files differ in a counter: 9 comes after 10
+        for _ in range(4):
+            SummaryWriter(str(tmp_path / "elsewhere"))
+        tracker = Tracker(tmp_path / "run", tensorboard=True)
+        tracker.begin(1, 0)
+        tracker.round(round_of(1, loss=float(run)))
+    assert events(tmp_path / "run")["train/loss"] == [(1, 2)]
 
 
 def test_tensorboard_of_a_continued_run_has_each_round_once(tmp_path):
