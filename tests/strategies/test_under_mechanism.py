@@ -28,6 +28,7 @@ GROUPS = {"groups": ["a", "b"], "upper_bound": 0.3}
 KINDS = {
     "fedavg": (AdditiveStrategy, {}),
     "fedfish": (FedFish, {}),
+    "normalized fedfish": (FedFish, {"normalization": "client"}),
     "flasc": (FLASC, {"upload_density": 0.5, "download_density": 0.5}),
     "maxfl": (MaxFL, {}),
     "bounded group loss": (BoundedGroupLoss, GROUPS),
