@@ -486,6 +486,7 @@ class AdditiveStrategy(FedAvg):
                 self.consumed_metrics,
             )
         if self._private:
+            self._private.require_number(self._number)
             total = self._private.release(total)
             metrics.update(self._private.metrics())
         metrics.update(self.report(total))
@@ -770,7 +771,7 @@ class AdditiveStrategy(FedAvg):
 
     def settings(self) -> dict[str, object]:
         """Return the settings that :meth:`summary` logs, by name."""
-        seed = self.sampler.settings()["seed"]
+        seed = "secret" if self.sampler.is_secret else self.sampler.seed
         described: dict[str, object] = {
             "Server optimizer": self.server_optimizer,
             "Sampler": f"{type(self.sampler).__name__}(seed={seed})",

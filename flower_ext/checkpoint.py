@@ -406,8 +406,8 @@ class Checkpoint:
 _DELETE = "delete it to continue from the round before"
 _NOT_AGAIN = (
     "to continue from a round before would release another model in its place, and "
-    "count both as one: put the round back from a copy, or start a new run in another "
-    "folder, whose epsilon adds to this one's"
+    "count both as one: put that very round back from a copy of it, or start a new run "
+    "in another folder, whose epsilon adds to this one's"
 )
 
 

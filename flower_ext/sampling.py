@@ -50,6 +50,8 @@ class Sampler(ABC):
     min_separation: int = 1
     #: Most rounds of one client; None is every round.
     max_participations: int | None = None
+    #: Whether its cohorts, and with them its seed, are nobody's to know.
+    is_secret: bool = False
     #: What to do with fewer clients than asked for.
     when_short: WhenShort = "smaller"
 
@@ -58,7 +60,6 @@ class Sampler(ABC):
     ) -> None:
         self._given = seed is not None
         self.seed: int | None = 0 if seed is None else whole("seed", seed, 0)
-        self.is_secret = False
         self.same_for_evaluation = same_for_evaluation
 
     @abstractmethod

@@ -106,8 +106,10 @@ class Mechanism:
         average tells who is in it.
     seed : int, optional
         Secret seed of reproducible noise, for one run; by default noise comes from the
-        operating system's cryptographic generator. One that can be found by trying,
-        below 2**96, is for research: ``settings()`` says that it protects nothing.
+        operating system's cryptographic generator. Any other run with it, be it the
+        same started anew without its checkpoint, repeats the noise, and the difference
+        of the two is without. One that can be found by trying, below 2**96, is for
+        research: ``settings()`` says that it protects nothing.
 
     Notes
     -----
@@ -236,6 +238,7 @@ class Mechanism:
         if seed is not None:
             whole("seed", seed, 0)
         self.seed = seed
+        self._seed_is_taken = False
 
     @property
     def cohort(self) -> int:
@@ -265,6 +268,23 @@ class Mechanism:
     def has_weak_seed(self) -> bool:
         """Whether the noise has a seed that can be found by trying."""
         return self.seed is not None and self.seed < LEAST_SECRET
+
+    def take_seed(self) -> None:
+        """Refuse a second run in this process with a seed that is to protect.
+
+        Raises
+        ------
+        ValueError
+            If another strategy has it.
+        """
+        if self.seed is None or self.has_weak_seed:
+            return
+        if self._seed_is_taken:
+            raise ValueError(
+                "seed must be another one, or left out, for a second strategy: the "
+                "difference of two runs with the same noise is without noise"
+            )
+        self._seed_is_taken = True
 
     def require_clients(self, sampler: Sampler) -> None:
         """Refuse a plan whose rounds must run short of clients, to be noise only.

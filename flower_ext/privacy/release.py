@@ -57,6 +57,7 @@ class PrivateSum:
         self.factorization = mechanism.choose(sampler)
         self.accountant = mechanism.account(self.factorization, sampler)
         mechanism.require_clients(sampler)
+        mechanism.take_seed()
         if mechanism.hides_cohorts:
             sampler.keep_secret()
         # A simulation's few clients cannot keep the promises of the planned many.
@@ -134,6 +135,21 @@ class PrivateSum:
         """Raise ``PrivacyBudgetExhausted`` before a round that may not be released."""
         if self.accountant:
             self.accountant.require_budget()
+
+    def require_number(self, number: int) -> None:
+        """Refuse to release a round that no cohort was drawn for.
+
+        Raises
+        ------
+        ValueError
+            If the cohort was drawn for another release: its clients would be in both.
+        """
+        if self.accountant and number != self._done + 1:
+            raise ValueError(
+                f"release {self._done + 1} needs a cohort of its own, this one was "
+                f"drawn for release {number}: configure_train comes before every "
+                "aggregate_train"
+            )
 
     def require_nodes(self, connected: int) -> None:
         """Refuse a round whose nodes are not those that the accounting counts on.

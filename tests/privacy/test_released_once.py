@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flower_ext import AdditiveStrategy
@@ -136,6 +136,29 @@ def test_limits_hold_over_all_starts(kind):
     for releases in taken.values():
         gaps = [b - a for a, b in pairwise(releases)]
         assert all(gap >= strategy.sampler.min_separation for gap in gaps)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_cohort_is_for_one_release(kind):
+    sampler, changes = SAMPLERS[kind]
+    strategy, grid = make(sampler(), **changes), Asking()
+    shallow = copy.copy(strategy)
+    asked = [
+        list(one.configure_train(1, MODEL, ConfigRecord(), grid))
+        for one in (strategy, shallow)
+    ]
+    replies = [list(grid.send_and_receive(messages)) for messages in asked]
+    strategy.aggregate_train(1, replies[0])
+    for one in (strategy, shallow):
+        with pytest.raises(ValueError, match="release 2 needs a cohort of its own"):
+            one.aggregate_train(1, replies[1])
+    assert strategy._private.accountant.num_releases == 1
+
+
+def test_a_seed_is_for_one_run():
+    mechanism = make(seed=2**127).mechanism
+    with pytest.raises(ValueError, match="seed must be another one"):
+        AdditiveStrategy(mechanism=mechanism, sampler=MinSeparationSampler(4))
 
 
 def test_another_model_needs_another_strategy():
