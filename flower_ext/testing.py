@@ -21,6 +21,7 @@ from flwr.app import (
     Context,
     Error,
     Message,
+    MetricRecord,
     RecordDict,
     UserConfig,
 )
@@ -74,8 +75,9 @@ def check_strategy(
     keep names and shapes, be picklable, and continue from ``state_dict`` if it has one.
     A robust strategy also keeps dtypes, of integer arrays too, accepts extra records,
     and leaves out hostile replies: missing, extra, misshapen, unreadable or non-finite
-    arrays, weights and other metrics it needs that are missing or no numbers, clients
-    that reply twice or were not asked.
+    arrays, weights and other metrics it needs that are missing, no numbers or too large
+    for float32, clients that reply twice or were not asked; finds metrics under
+    whatever key, and stays finite whatever they are.
 
     Parameters
     ----------
@@ -434,13 +436,45 @@ def _evaluates_anything(bench: _Bench) -> None:
         return
     honest = replies[0].content
     for name in {name for record in honest.metric_records.values() for name in record}:
-        for value in (None, float("nan"), float("-inf"), [1.0, 2.0, 3.0]):
+        for value in (None, *_ODD_NUMBERS):
             content = RecordDict({key: record.copy() for key, record in honest.items()})
             _set_metric(content, name, value)
             replies[0].content = content
             bench.strategy.aggregate_evaluate(1, replies)
+    replies[0].content = _under_other_keys(honest)
+    bench.strategy.aggregate_evaluate(1, replies)
     replies[0].content = RecordDict()
     bench.strategy.aggregate_evaluate(1, [*replies, replies[-1]])
+
+
+def _other_metric_keys(bench: _Bench) -> None:
+    """Finds metrics under whatever key."""
+    replies = bench.replies()
+    replies[0].content = _under_other_keys(replies[0].content)
+    _same(bench.aggregate(replies), bench.without(0), "metrics under another key")
+
+
+def _under_other_keys(content: RecordDict) -> RecordDict:
+    """Rename the MetricRecords of a reply."""
+    return RecordDict(
+        {
+            f"odd-{key}" if isinstance(record, MetricRecord) else key: record
+            for key, record in content.items()
+        }
+    )
+
+
+def _odd_numbers(bench: _Bench) -> None:
+    """Stays finite whatever numbers a reply has."""
+    metrics = bench.replies()[0].content.metric_records
+    for name in sorted({name for record in metrics.values() for name in record}):
+        for value in _ODD_NUMBERS:
+            other = _Bench(bench.factory, bench.app)
+            replies = other.replies()
+            _set_metric(replies[0].content, name, value)
+            new = other.aggregate(replies)
+            finite = all(np.all(np.isfinite(x)) for x in new.values())
+            _require(finite, f"{name}={value} made the model not finite")
 
 
 def _set_metric(
@@ -456,6 +490,17 @@ def _set_metric(
                 record[name] = value
     return found
 
+
+_ODD_NUMBERS: tuple[float | list[float], ...] = (
+    float("nan"),
+    float("-inf"),
+    -1,
+    1e300,
+    2**84,
+    10**400,
+    [],
+    [1.0, 2.0, 3.0],
+)
 
 # Changes the content of a reply to a strategy.
 Tamper = Callable[[RecordDict, Strategy], None]
@@ -520,10 +565,15 @@ _ROBUSTNESS = (
         "bytes of no array",
         _with_array(Array("float32", (2, 3), "numpy.ndarray", b"no array")),
     ),
+    _leaves_out("numbers beyond float32", _with_array(Array(np.full((2, 3), 1e300)))),
     _leaves_out("no weight", _with_weight(None)),
     _leaves_out("a negative weight", _with_weight(-1.0)),
     _leaves_out("a weight of NaN", _with_weight(float("nan"))),
     _leaves_out("a list for a weight", _with_weight([1.0, 2.0])),
+    _leaves_out("a weight of 1e300", _with_weight(1e300)),
+    _leaves_out("a weight of 84 bits", _with_weight(2**84)),
+    _other_metric_keys,
+    _odd_numbers,
     _own_metrics,
     _evaluates_anything,
 )

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.clientapp import ClientApp
 from flwr.serverapp.exception import InconsistentMessageReplies
 
 from flower_ext import AdditiveStrategy
@@ -15,6 +16,7 @@ from flower_ext.client import client_app
 from flower_ext.contribution import Total
 from flower_ext.partial_sums import PackSum, PartialSum, Summed, SummingGrid
 from flower_ext.privacy import AdaptiveClipping, Mechanism, PerLayerClipping
+from flower_ext.rounds import EveryClientFailed
 from flower_ext.sampling import MinSeparationSampler
 from flower_ext.server_optimizer import Adam
 from flower_ext.simulation.local import LocalGrid
@@ -260,11 +262,10 @@ def test_a_bad_client_is_left_out_of_its_pack_alone(kind, what, reply, play):
     assert ours[1]["num-replies"] == 6
 
 
-def test_packs_without_a_usable_reply_keep_the_model(reply, play):
+def test_packs_of_errors_only_end_the_run_in_its_first_round(reply, play):
     contents = [RuntimeError("no")] * 4
-    plain, ours = play(no_evaluation, contents)
-    assert plain == ours
-    assert ours[1]["num-errors"] == 4
+    with pytest.raises(EveryClientFailed):
+        play(no_evaluation, contents)
 
 
 def test_a_first_round_of_which_nothing_is_usable_ends_the_run(reply, play):
@@ -307,7 +308,7 @@ def test_a_sum_of_more_than_those_who_count_is_left_out(kind, dropped, reply, pl
 
 def test_one_client_moves_a_partial_sum_by_at_most_the_norm(reply):
     strategy = no_evaluation(mechanism=private(clipping=0.25))
-    grid = LocalGrid(lambda message, context: None, 8)
+    grid = LocalGrid(ClientApp(), 8)
     strategy.configure_train(1, to_record(SENT), ConfigRecord(), grid)
     part = PartialSum(pickle.loads(pickle.dumps(strategy.summand())))
     part.add(reply(model(500, -700), 10))

@@ -18,7 +18,7 @@ from flower_ext.server_optimizer import SGD, Adagrad, Adam, TorchOptimizer, Yogi
 from flower_ext.strategies import BoundedGroupLoss, FedFish, MaxFL
 from flower_ext.testing import ConformanceError, check_strategy
 
-RULES = 31
+RULES = 36
 CONTRACT = {
     "runs two rounds",
     "keeps the model in a round without replies",
@@ -140,7 +140,7 @@ def test_flowers_strategies_with_moments_keep_the_contract(quick_app, kind):
 
 
 def test_robustness_can_be_required_of_any_strategy(quick_app):
-    with pytest.raises(ConformanceError, match=rf"20 of {RULES} rules are broken") as e:
+    with pytest.raises(ConformanceError, match=rf"25 of {RULES} rules are broken") as e:
         check_strategy(FedAvg, quick_app, robust=True)
     assert "- leaves out a reply with a nan: " in str(e.value)
 
@@ -297,6 +297,8 @@ class ForgetsAnArray(FedAvg):
 
 
 ROBUST = {"leaves out a reply with a nan", "leaves out a reply with an infinity"}
+OTHER_KEYS = "finds metrics under whatever key"
+ODD_NUMBERS = "stays finite whatever numbers a reply has"
 EXTRA = "leaves out a reply whose metrics for the strategy itself are not there"
 
 
@@ -315,7 +317,7 @@ EXTRA = "leaves out a reply whose metrics for the strategy itself are not there"
         (TrustsEvaluations, {"takes hostile replies to an evaluation without failing"}),
         (CannotBePickled, {"is picklable"}),
         (LosesItsState, {"continues from its saved state"}),
-        (TakesAnythingForItsMetric, {EXTRA}),
+        (TakesAnythingForItsMetric, {EXTRA, OTHER_KEYS, ODD_NUMBERS}),
         (DoesNothing, {"runs two rounds"}),
     ],
 )
