@@ -201,6 +201,8 @@ class AdditiveStrategy(FedAvg):
                 "whether a round is released must not depend on the replies",
             )
         # Another strategy may have been given the same: each run remembers its own.
+        if mechanism.hides_cohorts:
+            self.sampler.take_seed()
         self.sampler = copy.deepcopy(self.sampler)
         return PrivateSum(mechanism, self.sampler, self.scales)
 

@@ -59,6 +59,7 @@ class Sampler(ABC):
         self, seed: int | None = None, *, same_for_evaluation: bool = False
     ) -> None:
         self._given = seed is not None
+        self._is_taken = False
         self.seed: int | None = 0 if seed is None else whole("seed", seed, 0)
         self.same_for_evaluation = same_for_evaluation
 
@@ -79,6 +80,27 @@ class Sampler(ABC):
     def num_known(self) -> int:
         """How many different clients it has seen, as far as it tells them apart."""
         return 0
+
+    @property
+    def has_own_secret(self) -> bool:
+        """Whether its cohorts are secret and come from a seed that was given."""
+        return self.is_secret and self._given
+
+    def take_seed(self) -> None:
+        """Refuse a second run in this process with secret cohorts of a given seed.
+
+        Raises
+        ------
+        ValueError
+            If another strategy has it.
+        """
+        if self._given and self._is_taken:
+            raise ValueError(
+                "the seed of a sampler must be another one, or left out, for a second "
+                "strategy: epsilons of two runs with the same secret cohorts do not "
+                "add up"
+            )
+        self._is_taken = True
 
     def keep_secret(self) -> None:
         """Draw cohorts that nobody can guess, as amplification needs it.

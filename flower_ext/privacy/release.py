@@ -110,8 +110,18 @@ class PrivateSum:
         Raises
         ------
         ValueError
-            If a round has begun: both would release the next one, and count one.
+            If a round has begun: both would release the next one, and count one. If
+            noise or secret cohorts are those of a given seed: both would have them.
         """
+        plan = self.mechanism
+        if self.accountant and (
+            (plan.seed is not None and not plan.has_weak_seed)
+            or self.sampler.has_own_secret
+        ):
+            raise ValueError(
+                "a strategy with a secret seed cannot be copied or pickled: the seed "
+                "is for one run. Leave it out, then each copy has its own"
+            )
         if self.accountant and (self._shapes or self._done):
             raise ValueError(
                 f"a strategy under a mechanism that has begun, with {self._done} "

@@ -218,6 +218,19 @@ def test_two_runs_draw_other_cohorts(kind, grid):
     assert drawn[0] != drawn[1]
 
 
+@amplified
+def test_a_seed_that_is_given_is_for_one_run(kind):
+    make, needs = SAMPLERS[kind]
+    sampler = make(SECRET)
+    first = AdditiveStrategy(mechanism=plan(**needs), sampler=sampler)
+    with pytest.raises(ValueError, match="another one, or left out, for a second"):
+        AdditiveStrategy(mechanism=plan(**needs), sampler=sampler)
+    for copied in (copy.deepcopy, pickle.dumps):
+        for one in (first, strategy_with(kind, seed=SECRET)):
+            with pytest.raises(ValueError, match="secret seed cannot be copied"):
+                copied(one)
+
+
 def test_copies_that_have_not_begun_draw_other_cohorts(grid):
     first = strategy_with("poisson")
     drawn = []
