@@ -739,6 +739,7 @@ class AdditiveStrategy(FedAvg):
             "sampler": self.sampler.state_dict(),
             "server-optimizer": self.server_optimizer.state_dict(),
             "server-optimizer-kind": self.server_optimizer.kind,
+            "tied": dict(self._tied),
         }
         if self._private:
             state["privacy"] = self._private.state_dict()
@@ -763,6 +764,7 @@ class AdditiveStrategy(FedAvg):
             )
         moments = cast(State, state["server-optimizer"])
         self.server_optimizer.load_state_dict(moments)
+        self._tied = dict(cast("Mapping[str, str]", state["tied"]))
 
     def summary(self) -> None:
         """Log the settings."""

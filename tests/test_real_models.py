@@ -215,6 +215,17 @@ def test_flasc_chooses_its_mask_as_if_a_tensor_had_one_name():
     np.testing.assert_array_equal(three["head.weight"], one["embed.weight"])
 
 
+def test_a_resumed_run_knows_which_names_are_one_tensor(tmp_path):
+    def flasc():
+        return FLASC(download_density=0.4, upload_density=1, server_optimizer=SGD())
+
+    whole = from_record(run(flasc(), Tied, tokens, rounds=3).arrays)
+    run(flasc(), Tied, tokens, rounds=1, checkpoint=tmp_path)
+    resumed = from_record(run(flasc(), Tied, tokens, checkpoint=tmp_path).arrays)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(resumed[name], array)
+
+
 def test_layers_that_only_start_alike_stay_apart():
     """As clones do in ``nn.TransformerEncoder``."""
 
