@@ -13,7 +13,6 @@ nothing after ``strategy.start`` of its ServerApp runs.
 import argparse
 import copy
 import importlib
-import importlib.machinery
 import logging
 import os
 import re
@@ -53,6 +52,7 @@ from flower_ext.drop_in import (
 from flower_ext.errors import refuse
 from flower_ext.launch import ConfigValue, parse_run_config
 from flower_ext.options import FedAvgOptions
+from flower_ext.shadows import require_own
 from flower_ext.simulation.local import LocalGrid, app_config
 from flower_ext.traffic import measure
 
@@ -280,7 +280,11 @@ def _place(folder: Path, report: str) -> str:
 
 def warnings(app: App, num_cpus: int, num_gpus: float) -> list[str]:
     """Return what would go wrong in a simulation, though not in this process."""
-    found = list(_shadows(app))
+    found = []
+    try:
+        require_own(app.folder, [app.server[0], app.client[0]], [Path.cwd()])
+    except ValueError as error:
+        found.append(str(error))
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
     table = tomllib.loads((app.folder / "pyproject.toml").read_text("utf-8"))
     asked = {"the command line": {"num-cpus": num_cpus, "num-gpus": num_gpus}}
@@ -307,26 +311,6 @@ def warnings(app: App, num_cpus: int, num_gpus: float) -> list[str]:
                 "flower_ext.simulation.gpus`"
             )
     return found
-
-
-def _shadows(app: App) -> Iterator[str]:
-    """Tell of packages of the same name that may be imported in place of the app's."""
-    elsewhere = [path for path in sys.path if Path(path or ".").resolve() != app.folder]
-    for package in sorted(
-        {name.partition(".")[0] for name, _ in (app.server, app.client)}
-    ):
-        own = app.folder / package
-        spec = importlib.machinery.PathFinder.find_spec(package, elsewhere)
-        if spec is None:
-            continue
-        places = spec.submodule_search_locations or [str(spec.origin)]
-        for place in places:
-            if Path(place).resolve() not in (own, own.with_suffix(".py")):
-                yield (
-                    f"package {package!r} of the app ({own}) is also at {place}: a "
-                    "process that finds that one first runs other code; rename one, "
-                    "uninstall the copy, or start elsewhere"
-                )
 
 
 # Rounds ---------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_a_folder_or_a_key_that_is_not_there_is_refused(app, tmp_path, capsys):
 def test_a_second_package_of_the_same_name_is_found(app, tmp_path, capsys, monkeypatch):
     other = tmp_path / "elsewhere"
     shutil.copytree(QUICKSTART, other)
-    monkeypatch.syspath_prepend(str(other))
+    monkeypatch.chdir(other)
     code, parts, _ = said(capsys, app)
     assert code == 1
     shown = next(iter(parts.values()))
