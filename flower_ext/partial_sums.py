@@ -19,7 +19,12 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from flower_ext.arrays import Arrays
 from flower_ext.contribution import Contribution, Total
-from flower_ext.replies import MalformedReply, unreadable
+from flower_ext.replies import (
+    LONG_INTEGERS,
+    MalformedReply,
+    has_long_integers,
+    unreadable,
+)
 from flower_ext.traffic import Measured, measure_content
 
 NOT_FINITE = "the contribution is not finite, or beyond what the model can hold"
@@ -132,6 +137,8 @@ class PartialSum:
         )
         rest.traffic = measure_content(reply)
         try:
+            if has_long_integers(rest):  # the server leaves it out whatever its arrays
+                raise MalformedReply(LONG_INTEGERS)
             term = self._summand.term(reply, check=True)
         except MalformedReply as problem:
             rest.problem = str(problem)

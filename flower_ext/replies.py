@@ -24,6 +24,7 @@ Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
 
 TIED_KEY = "tied"
+LONG_INTEGERS = "a number in it has more than 64 bits"
 
 # Larger numbers are of no use to a model in float32, and make sums overflow.
 _LARGEST = float(np.finfo(np.float32).max)
@@ -206,15 +207,15 @@ def sort_replies(
             result.dropped["the client was not asked in this round"] += 1
         elif times[node] > 1:
             result.dropped["the client replied more than once"] += 1
-        elif _has_long_integers(reply.content):
-            result.dropped["a number in it has more than 64 bits"] += 1
+        elif has_long_integers(reply.content):
+            result.dropped[LONG_INTEGERS] += 1
         else:
             result.usable.append(reply)
     result.usable.sort(key=lambda reply: cohort[reply.metadata.src_node_id])
     return result
 
 
-def _has_long_integers(content: RecordDict) -> bool:
+def has_long_integers(content: RecordDict) -> bool:
     """Whether a number cannot travel, which only simulations can do without."""
     return any(
         isinstance(number, int) and number.bit_length() > 63

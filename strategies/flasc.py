@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from logging import WARNING
 from typing import Literal, Unpack, cast, get_args
 
@@ -59,7 +60,7 @@ from flower_ext.drop_in import DropIn
 from flower_ext.errors import fraction, one_of, refuse, whole
 from flower_ext.masks import Masks, Scope, first_ranks, top_k
 from flower_ext.options import AdditiveOptions
-from flower_ext.replies import MalformedReply, array_key, read_arrays
+from flower_ext.replies import TIED_KEY, MalformedReply, array_key, read_arrays
 from flower_ext.server_optimizer import TorchOptimizer
 from flower_ext.sparse import decode, encode, is_sparse, received_masks, seal
 from flower_ext.value_codes import Precision
@@ -329,8 +330,33 @@ def _sparse_reply(
         name: change(trained[name].astype(x.dtype, copy=False), x)
         for name, x in received.items()
     }
-    upload = _upload(delta, config, state, None)
-    return RecordDict({**content, key: upload})
+    tied = _alike(trained, received)
+    for name, first in tied.items():  # the last that was loaded is where it began
+        delta[first] = change(
+            trained[name].astype(received[name].dtype), received[name]
+        )
+    content = RecordDict({**content, key: _upload(delta, config, state, None, tied)})
+    if tied:
+        content[TIED_KEY] = ConfigRecord({**tied})
+    return content
+
+
+def _alike(trained: Arrays, received: Arrays) -> dict[str, str]:
+    """Return names of arrays that came back equal to an earlier one, and changed: ties.
+
+    A mask may have cut the copies of what was sent apart.
+    """
+    groups: dict[object, list[str]] = {}
+    for name, x in trained.items():
+        if is_averaged(x) and x.size > 1:
+            bits = blake2b(x.tobytes()).digest()
+            groups.setdefault((x.dtype, x.shape, bits), []).append(name)
+    return {
+        name: names[0]
+        for names in groups.values()
+        if not all(np.array_equal(trained[n], received[n]) for n in names)
+        for name in names[1:]
+    }
 
 
 def _describe(arrays: Mapping[str, NDArray]) -> bytes:

@@ -306,6 +306,17 @@ def test_a_sum_of_more_than_those_who_count_is_left_out(kind, dropped, reply, pl
     assert (metrics["num-replies"], metrics["num-dropped"]) == (4, dropped)
 
 
+def test_a_number_that_cannot_travel_takes_no_other_reply_of_its_pack_along(
+    reply, play
+):
+    contents = [reply(model(i, 2 * i), 1) for i in range(7)]
+    contents[0]["metrics"]["loss"] = 2**84
+    _, (arrays, metrics) = play(no_evaluation, contents, Summing)
+    expected = np.mean([[i, 2 * i] for i in range(1, 7)], axis=0)
+    np.testing.assert_allclose(arrays["w"].numpy(), expected)
+    assert (metrics["num-replies"], metrics["num-dropped"]) == (6, 1)
+
+
 def test_one_client_moves_a_partial_sum_by_at_most_the_norm(reply):
     strategy = no_evaluation(mechanism=private(clipping=0.25))
     grid = LocalGrid(ClientApp(), 8)

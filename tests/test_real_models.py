@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_ext import AdditiveStrategy, Task, client_app
@@ -25,6 +26,7 @@ from flower_ext.strategies import (
     MaxFL,
     MaxFLClient,
 )
+from flower_ext.strategies.flasc import flasc
 
 HALVES = (FedFishClient, FLASCClient, MaxFLClient, BoundedGroupLossClient)
 
@@ -264,6 +266,41 @@ def test_loops_that_do_not_tell_are_believed_when_all_return_copies(aggregate, r
     )
     assert apart["a"].tolist() == [3, 2]
     assert apart["b"].tolist() == [3.5, 2]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"error_feedback": True}, {"precision": "nf4"}]
+)
+def test_copies_stay_one_under_flascs_mod(options):
+    """In a loop that does not tell, of which only a part of what it returns travels."""
+    app = ClientApp(mods=[flasc()])
+
+    @app.train()
+    def train(message, context):
+        model = Tied()
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        cross_entropy(model, tokens(context)[0]).mean().backward()
+        optimizer.step()
+        metrics = MetricRecord({"num-examples": 24})
+        content = {"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}
+        return Message(RecordDict(content), reply_to=message)
+
+    strategy = FLASC(describe_arrays=True, fraction_evaluate=0.0, **options)
+    grid = LocalGrid(app, 4)
+    arrays = from_record(strategy.start(grid, state(Tied()), num_rounds=3).arrays)
+    assert not np.array_equal(arrays["embed.weight"], Tied().embed.weight.detach())
+    for name in ("head.weight", "again.weight"):
+        np.testing.assert_array_equal(arrays[name], arrays["embed.weight"])
+
+
+@every
+def test_a_continued_run_remembers_ties(strategy, tmp_path):
+    whole = from_record(run(strategy(), Tied, tokens, rounds=3).arrays)
+    for rounds in (2, 3):
+        result = run(strategy(), Tied, tokens, rounds=rounds, checkpoint=tmp_path)
+    for name, array in from_record(result.arrays).items():
+        np.testing.assert_array_equal(array, whole[name])
 
 
 @pytest.mark.parametrize(
