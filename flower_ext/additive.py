@@ -12,12 +12,11 @@ and noise is added to it.
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import ClassVar, Unpack, cast
 
-import numpy as np
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -27,7 +26,6 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.common import NDArray
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
@@ -43,10 +41,8 @@ from flower_ext.arrays import (
     all_finite,
     finite_or_unchanged,
     from_record,
-    is_averaged,
     subtract,
     to_record,
-    view,
     zeros_like,
 )
 from flower_ext.client import CLIENT_HALF_KEY, WRONG_HALF, ClientHalf, Metrics
@@ -65,13 +61,20 @@ from flower_ext.replies import (
     log_dropped,
     read_arrays,
     read_scalar,
-    read_ties,
     sort_replies,
     unreadable,
 )
 from flower_ext.rounds import run_rounds
 from flower_ext.sampling import Purpose, Sampler, TooFewClients, UniformSampler
 from flower_ext.server_optimizer import SGD, ServerOptimizer, State, keep_variances
+from flower_ext.ties import (
+    TIED_KEY,
+    TIED_TO_KEY,
+    Ties,
+    equal_in_all,
+    equal_in_model,
+    read_ties,
+)
 from flower_ext.tracking import Tracker
 
 Config = Mapping[str, ConfigRecordValues]
@@ -179,7 +182,7 @@ class AdditiveStrategy(FedAvg):
         self._number = 0  # what the sampler was last told to be the round of training
         self._configured: dict[Purpose, int] = {}  # the last round of each
         self._understood = False  # whether any reply has ever been usable
-        self._tied: dict[str, str] = {}  # further names of a tensor, and its first
+        self._tied: Ties | None = None  # not known before replies, or a first model
 
     def _under(self, mechanism: Mechanism, options: FedAvgOptions) -> PrivateSum:
         """Put the round under a mechanism."""
@@ -274,7 +277,7 @@ class AdditiveStrategy(FedAvg):
         """
         key = array_key(reply, self.arrayrecord_key, self.other_arrays)
         new = read_arrays(reply, key, sent)
-        tied = read_ties(reply, sent)
+        tied = self._ties if self._private else read_ties(reply, sent)
         return {
             name: subtract(sent[name] if name in tied else new[name], sent[name])
             for name in sent
@@ -309,6 +312,9 @@ class AdditiveStrategy(FedAvg):
                 refuse(f"array {name!r}", array.dtype, "of floats, integers or flags")
         if self._private:
             self._private.open(self.zero(self._sent))
+            if self._tied is None:
+                self._tied = equal_in_model(self._sent)
+                _warn_of_ties(self._tied)
         messages = self._broadcast(server_round, arrays, config, grid, "train")
         asked = [message.metadata.dst_node_id for message in messages]
         self._cohort = {node: self._clients[node] for node in asked}
@@ -397,6 +403,8 @@ class AdditiveStrategy(FedAvg):
         told = ConfigRecord({**config, **self.client_config()})
         if self.client_half is not None:
             told[CLIENT_HALF_KEY] = self.client_half.name
+        if self._private and self._ties:
+            told[TIED_KEY], told[TIED_TO_KEY] = list(self._ties), [*self._ties.values()]
         content = RecordDict(
             {self.arrayrecord_key: arrays, self.configrecord_key: told}
         )
@@ -502,30 +510,32 @@ class AdditiveStrategy(FedAvg):
         new = keep_variances(new, self._sent, 0.5 if noisy else 0.0)
         if noisy:  # a mask with infinities is no weight
             new |= {name: x for name, x in self._sent.items() if not all_finite([x])}
-        self._tied = self._agree_on_ties(used, self._sent)
-        new |= {name: new[first] for name, first in self._tied.items()}
+        if not self._private and used:
+            self._tied = self._agree_on_ties(used, self._sent)
+        new |= {name: new[first] for name, first in self._ties.items()}
         return to_record(new), metrics
 
-    def _agree_on_ties(self, used: list[RecordDict], sent: Arrays) -> dict[str, str]:
-        """Return the ties that most replies tell of; without replies, the known ones.
+    @property
+    def _ties(self) -> Ties:
+        """The further names of tensors, each with the first, as far as known."""
+        return self._tied or {}
+
+    def _agree_on_ties(self, used: list[RecordDict], sent: Arrays) -> Ties:
+        """Return the ties that most replies tell of.
 
         Loops of the user's own do not tell. There, arrays that were equal and that all
-        replies return equal are taken for one; under a mechanism this would be to look
-        at data.
+        replies return equal are taken for one.
         """
-        if not used:
-            return self._tied
         told = Counter(
             tie for content in used for tie in read_ties(content, sent).items()
         )
-        ties = {name: first for (name, first), n in told.items() if 2 * n > len(used)}
-        if told or self._private:
-            return ties
+        if told:
+            return {tie[0]: tie[1] for tie, n in told.items() if 2 * n > len(used)}
         records = [
             content.get(array_key(content, self.arrayrecord_key, self.other_arrays))
             for content in used
         ]
-        return _equal_in_all(records, sent)
+        return equal_in_all(records, sent)
 
     def _move(self, sent: Arrays, direction: Arrays) -> Arrays | None:
         """Return the new model, or None if it, or the optimizer, does not stay finite.
@@ -739,7 +749,7 @@ class AdditiveStrategy(FedAvg):
             "sampler": self.sampler.state_dict(),
             "server-optimizer": self.server_optimizer.state_dict(),
             "server-optimizer-kind": self.server_optimizer.kind,
-            "tied": dict(self._tied),
+            "tied": self._tied,
         }
         if self._private:
             state["privacy"] = self._private.state_dict()
@@ -764,7 +774,7 @@ class AdditiveStrategy(FedAvg):
             )
         moments = cast(State, state["server-optimizer"])
         self.server_optimizer.load_state_dict(moments)
-        self._tied = dict(cast("Mapping[str, str]", state["tied"]))
+        self._tied = cast("Ties | None", state["tied"])
 
     def summary(self) -> None:
         """Log the settings."""
@@ -792,33 +802,15 @@ class AdditiveStrategy(FedAvg):
 _WITHHELD = "their metrics would be withheld; evaluate_fn measures at the server"
 
 
-def _equal_in_all(records: Sequence[object], sent: Arrays) -> dict[str, str]:
-    """Return float arrays that equal an earlier one in the model and in all replies."""
-    ties: dict[str, str] = {}
-    firsts: dict[object, list[str]] = {}
-    for name, array in sent.items():
-        if not is_averaged(array) or array.size < 2:
-            continue
-        alike = firsts.setdefault((array.dtype, array.shape), [])
-        for first in alike:
-            if _equal(array, sent[first]) and all(
-                _equal_in(record, name, first) for record in records
-            ):
-                ties[name] = first
-                break
-        else:
-            alike.append(name)
-    return ties
-
-
-def _equal_in(record: object, name: str, first: str) -> bool:
-    if not isinstance(record, ArrayRecord) or not {name, first} <= record.keys():
-        return False
-    return _equal(view(record[name]), view(record[first]))
-
-
-def _equal(left: NDArray, right: NDArray) -> bool:
-    return bool(np.array_equal(left, right, equal_nan=True))
+def _warn_of_ties(ties: Ties) -> None:
+    for name, first in ties.items():
+        log(
+            WARNING,
+            "arrays %r and %r are equal and taken for one tensor, since under a "
+            "mechanism no reply may tell. If they only start alike, start them apart",
+            first,
+            name,
+        )
 
 
 def _whole_pack(content: Summed, nodes: set[int]) -> PackSum:

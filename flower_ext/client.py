@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from functools import cache, partial
 from itertools import pairwise
 from logging import WARNING
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from flower_ext._flower import log
 from flower_ext.errors import at_least, positive, refuse, whole
-from flower_ext.replies import TIED_KEY
 from flower_ext.sparse import accept_sparse, unseal
+from flower_ext.ties import TIED_KEY, TIED_TO_KEY, Ties
 
 Batch = Mapping[str, Tensor]
 
@@ -476,7 +476,7 @@ def _needs_two(local: Local) -> bool:
     return False
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
+def tied_names(model: nn.Module) -> Ties:
     """Return the further names of tensors that a model has under several.
 
     An output layer that shares its weight with the embedding gives ``{"head.weight":
@@ -490,6 +490,21 @@ def tied_names(model: nn.Module) -> dict[str, str]:
             if first.setdefault(place, name) != name:
                 tied[name] = first[place]
     return tied
+
+
+def _require_told_ties(model: nn.Module, config: ConfigRecord) -> None:
+    """Refuse to be one of a run that takes layers for one which only start alike."""
+    names, firsts = config.get(TIED_KEY, []), config.get(TIED_TO_KEY, [])
+    own = tied_names(model)
+    for name, first in zip(
+        cast("list[str]", names), cast("list[str]", firsts), strict=True
+    ):
+        if own.get(name, name) != own.get(first, first):
+            raise ValueError(
+                f"the server takes {first!r} and {name!r} for one tensor, since they "
+                "are equal in its initial model; here they are two: let them start "
+                "from different values"
+            )
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -601,6 +616,7 @@ def client_app(task: Task, *halves: HalfFactory, mods: Sequence[Mod] = ()) -> Cl
         with _isolated():
             local = _open(task, message, context)
             half = _choose(known, local.config)
+            _require_told_ties(local.model, local.config)
             loss = train(local, half)
             arrays, metrics = half.records(local)
         values: Metrics = {

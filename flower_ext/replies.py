@@ -9,7 +9,6 @@ from logging import INFO, WARNING
 import numpy as np
 from flwr.app import (
     ArrayRecord,
-    ConfigRecord,
     Message,
     MetricRecord,
     MetricRecordValues,
@@ -22,8 +21,6 @@ from flower_ext.arrays import Arrays, from_record, layout
 
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
-
-TIED_KEY = "tied"
 LONG_INTEGERS = "a number in it has more than 64 bits"
 
 # Larger numbers are of no use to a model in float32, and make sums overflow.
@@ -147,28 +144,6 @@ class Sorted:
     usable: list[Message]
     errors: list[str]
     dropped: Counter[str] = field(default_factory=Counter)
-
-
-def read_ties(
-    reply: RecordDict, like: Mapping[str, NDArray], key: str = TIED_KEY
-) -> dict[str, str]:
-    """Return which arrays a client has as one tensor: each with the first of its names.
-
-    What does not fit ``like``, the model that was sent, is not believed.
-    """
-    record = reply.get(key)
-    if not isinstance(record, ConfigRecord):
-        return {}
-    return {
-        name: first
-        for name, first in record.items()
-        if isinstance(first, str)
-        and name in like
-        and first in like
-        and first not in record
-        and like[name].dtype == like[first].dtype
-        and like[name].shape == like[first].shape
-    }
 
 
 def sort_replies(

@@ -60,9 +60,10 @@ from flower_ext.drop_in import DropIn
 from flower_ext.errors import fraction, one_of, refuse, whole
 from flower_ext.masks import Masks, Scope, first_ranks, top_k
 from flower_ext.options import AdditiveOptions
-from flower_ext.replies import TIED_KEY, MalformedReply, array_key, read_arrays
+from flower_ext.replies import MalformedReply, array_key, read_arrays
 from flower_ext.server_optimizer import TorchOptimizer
 from flower_ext.sparse import decode, encode, is_sparse, received_masks, seal
+from flower_ext.ties import TIED_KEY
 from flower_ext.value_codes import Precision
 
 UPLOAD_DENSITY = "upload-density"
@@ -592,7 +593,7 @@ class FLASC(AdditiveStrategy):
         arrays = {
             name: x
             for name, x in _maskable(weights, self.dense).items()
-            if name not in self._tied
+            if name not in self._ties
         }
         within = None if tier.rank is None else first_ranks(arrays, tier.rank)
         fixed = self.fixed_mask_after
@@ -602,7 +603,7 @@ class FLASC(AdditiveStrategy):
         masks = top_k(arrays, density, self.scope, within)
         if density > 0 and not self._warned:
             self._warn_of_empty(masks, server_round)
-        masks |= {k: masks[first] for k, first in self._tied.items() if first in masks}
+        masks |= {k: masks[first] for k, first in self._ties.items() if first in masks}
         if fixed is not None:
             self._fixed[index] = masks
         return masks

@@ -14,6 +14,7 @@ from flower_ext.arrays import from_record, subtract, to_record
 from flower_ext.client import ClientHalf, batches, tied_names
 from flower_ext.contribution import Contribution
 from flower_ext.privacy import Mechanism
+from flower_ext.rounds import EveryClientFailed
 from flower_ext.server_optimizer import SGD, Adam
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies import (
@@ -27,6 +28,7 @@ from flower_ext.strategies import (
     MaxFLClient,
 )
 from flower_ext.strategies.flasc import flasc
+from flower_ext.ties import equal_in_model
 
 HALVES = (FedFishClient, FLASCClient, MaxFLClient, BoundedGroupLossClient)
 
@@ -228,23 +230,72 @@ def test_a_resumed_run_knows_which_names_are_one_tensor(tmp_path):
         np.testing.assert_array_equal(resumed[name], array)
 
 
+class Clones(nn.Module):
+    """Layers that start alike, as those of ``nn.TransformerEncoder`` do."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.load_state_dict(self.a.state_dict())
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
 def test_layers_that_only_start_alike_stay_apart():
-    """As clones do in ``nn.TransformerEncoder``."""
+    for name, strategy in STRATEGIES.items():
+        if name != "noise":
+            arrays = from_record(run(strategy(), Clones, four_columns, rounds=1).arrays)
+            assert not np.array_equal(arrays["a.weight"], arrays["b.weight"])
 
-    class Clones(nn.Module):
-        def __init__(self):
-            super().__init__()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.b.load_state_dict(self.a.state_dict())
 
-        def forward(self, x):
-            return self.b(torch.tanh(self.a(x)))
+def test_under_a_mechanism_layers_that_only_start_alike_are_refused():
+    with pytest.raises(
+        EveryClientFailed, match="'a.weight' and 'b.weight' for one tensor"
+    ):
+        run(noisy(), Clones, four_columns)
 
-    for strategy in STRATEGIES.values():
-        arrays = from_record(run(strategy(), Clones, four_columns, rounds=1).arrays)
-        assert not np.array_equal(arrays["a.weight"], arrays["b.weight"])
+
+@pytest.mark.parametrize("told", [{}, {"b": "a"}, {"c": "a"}])
+def test_under_a_mechanism_no_reply_says_what_is_one_tensor(aggregate, reply, told):
+    """Whatever is told, or whether anybody replies: presence must not show in it."""
+    sent = {
+        "a": np.float32([1, 2]),
+        "b": np.float32([1, 2]),
+        "c": np.float32([3, 4]),
+        "zeros": np.zeros(2, np.float32),
+        "bias": np.zeros(2, np.float32),
+    }
+    content = reply({name: x + 1 for name, x in sent.items()})
+    content["tied"] = ConfigRecord(told)
+    for contents in ([content] * 3, [RuntimeError("lost")] * 3):
+        new, _ = aggregate(noisy(clients=3), sent, contents)
+        np.testing.assert_array_equal(new["a"], new["b"])
+        assert not np.array_equal(new["a"], new["c"])
+        assert not np.array_equal(new["zeros"], new["bias"])
+
+
+def test_a_model_shows_its_ties():
+    x, zero, one = np.float32([1, 2]), np.zeros(2), np.ones((2, 2))
+    layer = {"weight": x, "bias": zero, "norm.scale": one}
+
+    def model(**layers):
+        return {
+            f"{k}.{n}": a for k, arrays in layers.items() for n, a in arrays.items()
+        }
+
+    assert equal_in_model(model(a=layer, b={"weight": 2 * x})) == {}
+    assert equal_in_model(model(a=layer, b=layer)) == {
+        f"b.{name}": f"a.{name}" for name in layer
+    }
+    # A bias of its own, or one that differs: the weight alone is the other's.
+    for own in ({"bias": zero}, {"bias": zero + 1, "norm.scale": one}):
+        tied = equal_in_model(model(a=layer, b={"weight": x, **own, "more": one}))
+        assert tied == {"b.weight": "a.weight"}
+    # All that there is of a layer, be it less than the other one has.
+    assert equal_in_model(model(a=layer, b={"weight": x})) == {"b.weight": "a.weight"}
 
 
 def test_loops_that_do_not_tell_are_believed_when_all_return_copies(aggregate, reply):
