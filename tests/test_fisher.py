@@ -7,6 +7,8 @@ import math
 import weakref
 from functools import partial
 
+import opacus
+import peft
 import pytest
 import torch
 from torch import nn
@@ -743,9 +745,8 @@ def test_names_are_those_of_the_model_inside(wrap):
 
 
 def adapted(**options):
-    peft = pytest.importorskip("peft")
     options = {"r": 2, "target_modules": ["hidden"], **options}
-    return peft, peft.get_peft_model(Net(), peft.LoraConfig(**options))
+    return peft.get_peft_model(Net(), peft.LoraConfig(**options))
 
 
 @pytest.mark.parametrize(
@@ -758,7 +759,7 @@ def adapted(**options):
     ],
 )
 def test_names_of_an_adapter_are_those_that_peft_sends(options):
-    peft, model = adapted(**options)
+    model = adapted(**options)
     sent = peft.get_peft_model_state_dict(model)
     fisher = SquaredGradients(model).watch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -770,7 +771,7 @@ def test_names_of_an_adapter_are_those_that_peft_sends(options):
 
 
 def test_names_of_an_adapter_may_be_the_models_own():
-    _, model = adapted()
+    model = adapted()
     arrays = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert set(SquaredGradients(model).mean(arrays)) == set(arrays)
     with pytest.raises(ValueError, match="must be names with that of parameter"):
@@ -782,7 +783,6 @@ def test_names_of_an_adapter_may_be_the_models_own():
 
 def private_loop(model, watch_at, noise, **options):
     """Train with Opacus; return the Fisher, and what its optimizer released."""
-    opacus = pytest.importorskip("opacus")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     data = torch.utils.data.TensorDataset(100 * NUMBERS, LABELS)
     loader = torch.utils.data.DataLoader(data, batch_size=3)
@@ -832,7 +832,6 @@ def test_under_opacus_the_fisher_is_of_what_is_released(
 
 
 def test_raw_gradients_of_a_private_model_are_refused():
-    pytest.importorskip("opacus")
     model = seeded_net()
     squares = SquaredGradients(model)
     private_loop(model, None, noise=1.0)
