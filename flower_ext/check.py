@@ -13,15 +13,18 @@ nothing after ``strategy.start`` of its ServerApp runs.
 import argparse
 import copy
 import importlib
+import inspect
 import logging
 import os
 import re
 import sys
+import tokenize
 import tomllib
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -37,7 +40,7 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from flower_ext._flower import NodeInfo
 from flower_ext.additive import AdditiveStrategy
@@ -51,7 +54,7 @@ from flower_ext.drop_in import (
 )
 from flower_ext.errors import refuse
 from flower_ext.launch import ConfigValue, parse_run_config
-from flower_ext.options import FedAvgOptions
+from flower_ext.options import AdditiveOptions, FedAvgOptions
 from flower_ext.shadows import require_own
 from flower_ext.simulation.local import LocalGrid, app_config
 from flower_ext.traffic import measure
@@ -94,7 +97,8 @@ class App:
     def source(self, module: str) -> tuple[Path, str]:
         """Return file and text of a module of the app."""
         file = Path(str(sys.modules[module].__file__))
-        return file, file.read_text("utf-8")
+        with tokenize.open(file) as text:  # in the encoding that it states
+            return file, text.read()
 
 
 @dataclass(frozen=True)
@@ -222,12 +226,15 @@ def imported(folder: Path, run_config: Mapping[str, ConfigValue]) -> Iterator[Ap
         server, client = (_split(names[key], key) for key in ("serverapp", "clientapp"))
     except KeyError as missing:
         raise ValueError(f"{file} has no {missing}: not a Flower app") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not that of a Flower app: {error}") from None
     if unknown := sorted(set(run_config) - set(config)):
         raise ValueError(f"run config has no key {unknown}, only {sorted(config)}")
     packages = {name.partition(".")[0] for name, _ in (server, client)}
     others = _take_modules(packages)
-    path = list(sys.path)
+    path, cwd, written = list(sys.path), Path.cwd(), sys.dont_write_bytecode
     sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True  # nothing is left in the app's folder
     importlib.invalidate_caches()
     try:
         server_app = _component(folder, *server)
@@ -240,6 +247,8 @@ def imported(folder: Path, run_config: Mapping[str, ConfigValue]) -> Iterator[Ap
         yield App(folder, server, client, server_app, client_app, settings)
     finally:
         sys.path[:] = path
+        sys.dont_write_bytecode = written
+        os.chdir(cwd)
         _take_modules(packages)
         sys.modules.update(others)
 
@@ -260,7 +269,7 @@ def _split(component: str, key: str) -> tuple[str, str]:
 def _component(folder: Path, module: str, name: str) -> object:
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = _place(folder, "".join(traceback.format_exception(error)))
         raise ValueError(
             f"{module}:{name} cannot be imported: {type(error).__name__}: "
@@ -288,12 +297,15 @@ def warnings(app: App, num_cpus: int, num_gpus: float) -> list[str]:
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
     table = tomllib.loads((app.folder / "pyproject.toml").read_text("utf-8"))
     asked = {"the command line": {"num-cpus": num_cpus, "num-gpus": num_gpus}}
-    federations = table["tool"]["flwr"].get("federations", {})
-    for name, options in federations.items():
-        if isinstance(options, dict):
-            backend = options.get("options", {}).get("backend", {})
-            asked[f"federation {name!r}"] = backend.get("client-resources", {})
+    federations = _table(table["tool"]["flwr"], "federations")
+    for name in federations:
+        backend = _table(_table(_table(federations, name), "options"), "backend")
+        asked[f"federation {name!r}"] = _table(backend, "client-resources")
     for where, resources in asked.items():
+        wrong = {k: x for k, x in resources.items() if not isinstance(x, int | float)}
+        if wrong:
+            found.append(f"{where}: client-resources {wrong} must be numbers")
+            continue
         if resources.get("num-cpus", 1) > cpus:
             found.append(
                 f"{where}: num-cpus={resources['num-cpus']} for each client, the "
@@ -313,7 +325,18 @@ def warnings(app: App, num_cpus: int, num_gpus: float) -> list[str]:
     return found
 
 
+def _table(table: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a table within a table, empty where there is none."""
+    found = table.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 # Rounds ---------------------------------------------------------------------------
+
+
+def _is_own(kind: type[Strategy]) -> bool:
+    """Whether a strategy is the app's, neither Flower's nor of the pack."""
+    return not kind.__module__.startswith(("flwr.", "flower_ext."))
 
 
 def _all(kind: type[Strategy]) -> Iterator[type[Strategy]]:
@@ -327,7 +350,7 @@ def _caught_at_start() -> Iterator[None]:
     """Let every strategy raise :class:`_Caught` at its start.
 
     Where a loop of the app's own, or ``run_rounds``, takes the place of ``start``, at
-    its first round.
+    its first round. A ``start`` of the app's own runs until it calls one of these.
     """
 
     def start(
@@ -358,7 +381,7 @@ def _caught_at_start() -> Iterator[None]:
         (kind, method.__name__): (vars(kind)[method.__name__], method)
         for kind in _all(Strategy)  # type: ignore[type-abstract]
         for method in (start, configure_train)
-        if method.__name__ in vars(kind)
+        if method.__name__ in vars(kind) and (method is not start or not _is_own(kind))
     }
     try:
         for (kind, name), (_, method) in real.items():
@@ -394,7 +417,7 @@ def started(app: App, num_supernodes: int) -> Started:
         raise ValueError(
             "the ServerApp sends messages itself: there is no strategy to replace"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = _place(app.folder, traceback.format_exc())
         raise ValueError(
             f"the ServerApp fails before strategy.start: {type(error).__name__}: "
@@ -413,15 +436,18 @@ def one_round(
 ) -> Outcome:
     """Run one round of the app with a strategy, with clients that are new."""
     grid = _Nodes(client_app, num_supernodes, app.config, most)
+    begin = strategy.start
+    if "initial_arrays" not in inspect.signature(begin).parameters:
+        begin = partial(Strategy.start, strategy)  # its own wants something else
     try:
-        result = strategy.start(
+        result = begin(
             grid=grid,
             initial_arrays=copy.deepcopy(start.arrays),
             num_rounds=1,
             train_config=copy.deepcopy(start.train_config),
             evaluate_config=copy.deepcopy(start.evaluate_config),
         )
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = _first_error(app, grid.seen) or f"{type(error).__name__}: {error}"
         return Outcome(reason.splitlines()[0])
     trained = [
@@ -486,7 +512,7 @@ def check_strategy(
 
     def attempt(client_app: ClientApp) -> Outcome:
         try:
-            strategy = _like(kind, start.strategy, needs.arguments(most))
+            strategy = _like(kind, _inmost(start.strategy), needs.arguments(most))
         except (TypeError, ValueError) as error:
             return Outcome(str(error))
         return one_round(app, client_app, strategy, start, num_supernodes, most)
@@ -510,7 +536,12 @@ def check_strategy(
     if needs.fill_in and WRONG_HALF not in first.problem:
         lines["where only you know"] = needs.fill_in.splitlines()
         return Verdict(kind.__name__, "needs these lines, to be completed", lines)
-    second = attempt(_run_source(app, file, edited))
+    try:
+        client_app = _run_source(app, file, edited)
+    except (Exception, SystemExit) as error:
+        text = f"not tried: {file.name} does not run twice in a process: {error!r}"
+        return Verdict(kind.__name__, text, lines)
+    second = attempt(client_app)
     if second.problem:
         return Verdict(kind.__name__, f"does not fit: {second.problem}", lines)
     text = _fits("drops in with these lines, which were tried", second)
@@ -519,6 +550,13 @@ def check_strategy(
 
 def _fits(text: str, outcome: Outcome) -> str:
     return f"{text} ({outcome.replies} clients, {outcome.bytes_up / 1000:.1f} kB up)"
+
+
+def _inmost(strategy: Strategy) -> Strategy:
+    """Return the strategy in Flower's wrappers, such as those of privacy."""
+    while isinstance(inner := getattr(strategy, "strategy", None), Strategy):
+        strategy = inner
+    return strategy
 
 
 def _like(
@@ -545,10 +583,14 @@ def _server_lines(
     old, new = type(start.strategy).__name__, kind.__name__
     if old == new:
         return {}
+    written = kind.drop_in.written
+    known = set(AdditiveOptions.__annotations__)
+    if "num_sampled_clients" in written:
+        known -= {*_OF_THE_MECHANISM}
     try:
-        edited = replace_strategy(source, old, new, kind.drop_in.written)
+        edited = replace_strategy(source, old, new, written, known)
     except NoPlace:
-        line = f"{new}({kind.drop_in.written}) in place of {old}"
+        line = f"{new}({written}) in place of {old}"
         return {"in the server": [line]}
     return {_name(app, file): changes(source, edited)}
 
@@ -576,7 +618,13 @@ def _run_source(app: App, file: Path, source: str) -> ClientApp:
 def _own_notes(strategy: Strategy) -> Iterator[str]:
     """Say what of the app's own strategy a swap would lose."""
     kind = type(strategy)
-    if kind.__module__.startswith(("flwr.", "flower_ext.")):
+    if kind.__module__.startswith("flwr.") and kind is not FedAvg:
+        yield (
+            f"what {kind.__name__} does besides averaging, the trials below do not. "
+            "Each strategy takes server_optimizer= in place of Flower's optimizers, "
+            "and mechanism= in place of its privacy wrappers"
+        )
+    if not _is_own(kind):
         return
     if own := [name for name in _HOOKS if name in vars(kind)]:
         yield (
@@ -632,16 +680,17 @@ def check(
 def _check(app: App, num_supernodes: int) -> bool:
     """Try the app as it is, then with each strategy; return whether it works."""
     start = started(app, num_supernodes)
-    needed = [getattr(start.strategy, name, 2) for name in _MINIMA]
+    needed = [getattr(_inmost(start.strategy), name, 2) for name in _MINIMA]
     most = max(2, *needed)
     if most > num_supernodes:
         raise ValueError(
             f"the strategy asks for {most} nodes, num_supernodes={num_supernodes} has "
             "fewer: a run would wait for ever"
         )
-    own = copy.deepcopy(start.strategy)
-    name = type(own).__name__
-    outcome = one_round(app, app.client_app, own, start, num_supernodes, most)
+    name = type(start.strategy).__name__
+    outcome = one_round(
+        app, app.client_app, start.strategy, start, num_supernodes, most
+    )
     for note in _own_notes(start.strategy):
         print(f"  note: {note}")
     if outcome.problem:
@@ -702,6 +751,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
     return 0 if works else 1
 
 

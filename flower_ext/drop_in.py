@@ -6,8 +6,10 @@ of Python; :func:`edit` finds the places in the source of a ClientApp where they
 
 import ast
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+
+from flower_ext.options import AdditiveOptions
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -118,7 +120,8 @@ def edit(source: str, app: str, drop_in: DropIn) -> str:
             target = _dict_of(function, "MetricRecord")
             edits.append(_into(source, starts, target, entry))
     if drop_in.imports:
-        edits.append((starts[_after_imports(tree)], drop_in.imports + "\n"))
+        first = source[: min(place for place, _ in edits)].count("\n") + 1
+        edits.append((starts[_after_imports(tree, first)], drop_in.imports + "\n"))
     return _apply(source, edits)
 
 
@@ -138,19 +141,27 @@ def add_half(source: str, app: str, half: str, module: str) -> str:
     last = call.args[-1]
     end = _offset(source, starts, last.end_lineno, last.end_col_offset)
     line = f"from {module} import {half}\n"
-    edits = [(end, f", {half}"), (starts[_after_imports(tree)], line)]
+    at = starts[_after_imports(tree, call.lineno)]
+    edits = [(end, f", {half}"), (at, line)]
     return _apply(source, edits)
 
 
-def replace_strategy(source: str, old: str, new: str, arguments: str) -> str:
+def replace_strategy(
+    source: str,
+    old: str,
+    new: str,
+    arguments: str,
+    known: Collection[str] = tuple(AdditiveOptions.__annotations__),
+) -> str:
     """Return the source of a ServerApp that makes another strategy.
 
-    Arguments of the old one stay, since all strategies take Flower's.
+    Arguments of the old one that are ``known`` to the new one stay.
 
     Raises
     ------
     NoPlace
-        If the module does not make exactly one strategy of that name.
+        If the module does not make exactly one strategy of that name, or makes it of
+        arguments without names that are not those of Flower's FedAvg.
     """
     tree = ast.parse(source)
     starts = _line_starts(source)
@@ -160,9 +171,15 @@ def replace_strategy(source: str, old: str, new: str, arguments: str) -> str:
     call = calls[0]
     begin = _offset(source, starts, call.func.lineno, call.func.col_offset)
     end = _offset(source, starts, call.end_lineno, call.end_col_offset)
+    if call.args and old != "FedAvg":
+        raise NoPlace(f"the arguments of {old}(...) have no names")
+    kept = [k for k in call.keywords if k.arg is None or k.arg in known]
     text = new + source[begin + len(old) : end]
+    if len(kept) < len(call.keywords):
+        left = [ast.get_source_segment(source, x) or "" for x in (*call.args, *kept)]
+        text = f"{new}({', '.join(left)})"
     if arguments:
-        comma = ", " if call.args or call.keywords else ""
+        comma = ", " if call.args or kept else ""
         text = f"{text[:-1].rstrip().rstrip(',')}{comma}{arguments})"
     edited = source[:begin] + text + source[end:]
     home = "flower_ext" if new == "AdditiveStrategy" else "flower_ext.strategies"
@@ -170,7 +187,7 @@ def replace_strategy(source: str, old: str, new: str, arguments: str) -> str:
         if isinstance(node, ast.ImportFrom) and [a.name for a in node.names] == [old]:
             line = ast.get_source_segment(source, node) or ""
             return edited.replace(line, f"from {home} import {new}", 1)
-    at = _line_starts(edited)[_after_imports(tree)]
+    at = _line_starts(edited)[_after_imports(tree, call.lineno)]
     return f"{edited[:at]}from {home} import {new}\n{edited[at:]}"
 
 
@@ -360,7 +377,8 @@ def _mod(source: str, starts: list[int], call: ast.Call, mod: str) -> tuple[int,
     return at, f"mods=[{mod}]"
 
 
-def _after_imports(tree: ast.Module) -> int:
-    """Return the number of the line, from 0, that follows the last import."""
+def _after_imports(tree: ast.Module, line: int) -> int:
+    """Return the line, from 0, after the last import that is above another line."""
     imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
-    return max((n.end_lineno or 0 for n in imports), default=0)
+    ends = (n.end_lineno or 0 for n in imports)
+    return max((end for end in ends if end < line), default=0)

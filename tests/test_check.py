@@ -44,6 +44,9 @@ TASK_SERVER = """
 """
 
 
+STRATEGY = 'FedAvg(fraction_evaluate=context.run_config["fraction-evaluate"])'
+
+
 @pytest.fixture
 def app(tmp_path):
     """Return a copy of the quickstart to be spoilt."""
@@ -159,6 +162,13 @@ def test_an_app_that_does_not_work_is_told_why(app, capsys, file, old, new, says
             "sends messages itself",
         ),
         ("server_app.py", "FedAvg(", "FedAvg(min_available_nodes=11, ", "11 nodes"),
+        ("client_app.py", "app = ", "import sys\nsys.exit(3)\napp = ", "SystemExit: 3"),
+        (
+            "server_app.py",
+            "result = strategy.start(",
+            "raise SystemExit(4)\n    result = dict(",
+            "before strategy.start: SystemExit: 4 (quickstart/server_app.py, line",
+        ),
     ],
 )
 def test_an_app_that_starts_no_strategy_is_refused(app, capsys, file, old, new, says):
@@ -240,3 +250,122 @@ def test_a_start_by_run_rounds_is_found(app, capsys):
 def test_every_strategy_of_the_pack_is_tried():
     names = {kind.__name__ for kind in check.strategies()}
     assert {"AdditiveStrategy", "DPFTRL", "FLASC", "FedFish", "MaxFL"} <= names
+
+
+# Apps as people write them --------------------------------------------------------
+
+
+def test_a_strategy_that_cannot_be_copied_and_starts_its_own_way(app, capsys):
+    rewrite(
+        app,
+        "server_app.py",
+        "@app.main()",
+        "import threading\n\n\nclass Mine(FedAvg):\n"
+        "    def begin(self):\n        self.lock = threading.Lock()\n"
+        "        return self\n\n"
+        "    def start(self, model, **options):\n"
+        "        return super().start(initial_arrays=model, **options)\n\n\n"
+        "@app.main()",
+    )
+    rewrite(app, "server_app.py", STRATEGY, "Mine().begin()")
+    rewrite(app, "server_app.py", "initial_arrays=arrays", "model=arrays")
+    code, parts, _ = said(capsys, app)
+    assert code == 0
+    assert "Mine has its own start" in next(iter(parts.values()))
+    assert "drops in (2 clients" in parts["AdditiveStrategy"]
+
+
+def test_server_and_client_in_one_module_with_imports_throughout(app, capsys):
+    """As a notebook is exported: what is added is imported above its use."""
+    files = [app / "quickstart" / f"{x}.py" for x in ("task", "client_app")]
+    whole = "\ntest_fn, train_fn = test, train\n".join(
+        file.read_text("utf-8") for file in files
+    )
+    lines = (x for x in whole.splitlines() if "from quickstart.task" not in x)
+    files[1].write_text("\n".join(lines) + "\nimport json\n", "utf-8")
+    code, parts, _ = said(capsys, app)
+    assert code == 0
+    for name in ("FedFish", "FLASC"):
+        assert "which were tried (2 clients" in parts[name]
+
+
+def test_a_module_that_runs_once_is_not_tried_again(app, capsys, monkeypatch):
+    monkeypatch.setenv("RAN", "")
+    rewrite(
+        app,
+        "client_app.py",
+        "app = ",
+        "import os\n\nif os.environ['RAN']:\n    raise SystemExit\n"
+        "os.environ['RAN'] = 'yes'\n\napp = ",
+    )
+    code, parts, _ = said(capsys, app)
+    assert code == 0
+    assert "client_app.py does not run twice in a process" in parts["FedFish"]
+
+
+def test_a_source_in_another_encoding_is_read(app, capsys):
+    file = app / "quickstart" / "client_app.py"
+    text = "# coding: latin-1\n# \xe9\n" + file.read_text("utf-8")
+    file.write_bytes(text.encode("latin-1"))
+    code, parts, _ = said(capsys, app)
+    assert code == 0
+    assert "which were tried (2 clients" in parts["FedFish"]
+
+
+@pytest.mark.parametrize(
+    ("made", "left"),
+    [
+        ("FedProx(proximal_mu=0.1)", "AdditiveStrategy()"),
+        (
+            "FedAdam(eta=0.1, fraction_train=0.5)",
+            "AdditiveStrategy(fraction_train=0.5)",
+        ),
+        (
+            "DifferentialPrivacyServerSideFixedClipping(FedAvg(), 1.0, 1.0, 2)",
+            "AdditiveStrategy() in place of DifferentialPrivacyServerSideFixedClipping",
+        ),
+    ],
+)
+def test_lines_have_no_option_that_the_strategy_refuses(app, capsys, made, left):
+    name = made.partition("(")[0]
+    rewrite(app, "server_app.py", "import FedAvg", f"import FedAvg, {name}")
+    rewrite(app, "server_app.py", STRATEGY, made)
+    code, parts, _ = said(capsys, app)
+    assert code == 0
+    assert f"what {name} does besides averaging" in next(iter(parts.values()))
+    assert parts["AdditiveStrategy"].rstrip().endswith(left)
+    assert "DPFTRL(num_rounds=" in parts["DPFTRL"]
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        (
+            "federations.gpu.options.backend.client-resources.num-cpus = '2'",
+            "federation 'gpu': client-resources {'num-cpus': '2'} must be numbers",
+        ),
+        ("federations.gpu.options = 3", ""),
+        ("federations = 'gpu'", ""),
+    ],
+)
+def test_federations_of_any_form_are_read(app, capsys, table, says):
+    (app / "pyproject.toml").open("a").write(f"\n[tool.flwr]\n{table}\n")
+    code, parts, _ = said(capsys, app)
+    assert code == (1 if says else 0)
+    assert says in next(iter(parts.values()))
+
+
+def test_components_that_are_no_table_are_refused(app, capsys):
+    (app / "pyproject.toml").write_text("[tool.flwr.app]\ncomponents = 'x'\n")
+    code, _, err = said(capsys, app)
+    assert code == 2
+    assert "is not that of a Flower app" in err
+
+
+def test_nothing_is_left_in_the_folder_or_the_process(app, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    rewrite(app, "server_app.py", "app = ", "import os\n\nos.chdir('/')\napp = ")
+    before, cwd = sorted(app.rglob("*")), Path.cwd()
+    assert said(capsys, app)[0] == 0
+    assert sorted(app.rglob("*")) == before
+    assert Path.cwd() == cwd

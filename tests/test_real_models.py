@@ -345,15 +345,6 @@ def test_copies_stay_one_under_flascs_mod(options):
         np.testing.assert_array_equal(arrays[name], arrays["embed.weight"])
 
 
-@every
-def test_a_continued_run_remembers_ties(strategy, tmp_path):
-    whole = from_record(run(strategy(), Tied, tokens, rounds=3).arrays)
-    for rounds in (2, 3):
-        result = run(strategy(), Tied, tokens, rounds=rounds, checkpoint=tmp_path)
-    for name, array in from_record(result.arrays).items():
-        np.testing.assert_array_equal(array, whole[name])
-
-
 @pytest.mark.parametrize(
     "claim",
     [
