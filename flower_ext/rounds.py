@@ -246,7 +246,8 @@ def _run(
         )
         if isinstance(strategy, Adopting):
             strategy.adopt("evaluate", current, result.arrays, messages, grid)
-        evaluate = _exchange(grid, messages, timeout)
+        with _silence() if hidden else nullcontext():
+            evaluate = _exchange(grid, messages, timeout)
         if first and (reason := _all_failed(evaluate)):
             if not train.asked:
                 raise EveryClientFailed(_every("evaluate", current, reason))

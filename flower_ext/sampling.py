@@ -40,7 +40,7 @@ class Sampler(ABC):
     ----------
     seed : int, optional
         Same seed, same clients: same cohorts; 0 if not given. Where cohorts must be
-        secret it is best not given, see :meth:`keep_secret`.
+        secret it is best not given, see :meth:`keep_secret`, and is for one run.
     same_for_evaluation : bool (default: False)
         Draw the evaluation's cohort as the training's of the same round: with equal
         fractions, the clients that trained evaluate.

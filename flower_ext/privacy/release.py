@@ -78,8 +78,8 @@ class PrivateSum:
         if isinstance(mechanism.clipping, AdaptiveClipping):
             self._plan_bits(mechanism.clipping)
         self._done = 0
-        # What tells this run's saved state from that of another one.
-        self._run = secrets.token_hex(16)
+        # What tells this run's saved state from that of another one; from round 1 on.
+        self._run = ""
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._silent: dict[str, tuple[int, ...]] = {}
         self._stream: NoiseStream | None = None
@@ -105,7 +105,7 @@ class PrivateSum:
             self.noise_std = split_noise_multiplier(self.noise_std, self._count_std)
 
     def __getstate__(self) -> dict[str, object]:
-        """Refuse to be copied once there is something to repeat.
+        """Refuse to be copied where there is something to repeat.
 
         Raises
         ------
@@ -221,6 +221,7 @@ class PrivateSum:
                     "is planned: make a new strategy for another model"
                 )
             return
+        self._run = self._run or secrets.token_hex(16)
         self._shapes, self._silent = shapes, silent
         if self.noise_std:
             seed = self.mechanism.seed
