@@ -19,6 +19,10 @@ INTERVAL = 1e-3
 # Grid points in one standard deviation of the privacy loss of a round: epsilon is then
 # less than 1% above that of a fine grid.
 _POINTS = 8
+# Grid points of a round's distribution at most: seconds, where its tail is long.
+_MOST_POINTS = 100_000
+# Standard deviations of the noise beyond which dp-accounting cuts the tail off.
+_TAIL = 10.0
 _LEAST_NOISE = 0.5
 
 
@@ -54,10 +58,14 @@ def grid(
 
     The loss is rounded up to the grid in every round anew. Where a round loses little,
     q sqrt(exp((g/z)^2) - 1) as a standard deviation, a grid that is not much finer
-    than that would count far more than was spent.
+    than that would count far more than was spent. Where rates are tiny, the noise is
+    small and the largest losses are thousands of times that, it is coarser: a little
+    more is counted then.
     """
-    exponent = min((group_size / noise_multiplier) ** 2, 50.0)
-    return min(interval, rate * math.sqrt(math.expm1(exponent)) / _POINTS)
+    ratio = group_size / noise_multiplier
+    spread = rate * math.sqrt(math.expm1(min(ratio**2, 50.0)))
+    largest = math.log1p(rate * math.expm1(min(_TAIL * ratio + ratio**2 / 2, 700.0)))
+    return min(interval, max(spread / _POINTS, largest / _MOST_POINTS))
 
 
 @lru_cache(maxsize=64)

@@ -260,7 +260,7 @@ class ExampleLevelDP(ClientHalf):
         """Plan the round, see that it can be trained, and charge its steps."""
         privacy, size = self._privacy, num_examples(local.train)
         kept = account.read()
-        ledger = StepLedger.read(kept, privacy.group_size)
+        ledger = StepLedger.read(kept, privacy)
         self._done, self._steps = ledger.total, local.num_steps
         if not self._steps:
             self._spent = ledger.epsilon(privacy.delta)

@@ -30,7 +30,8 @@ class SampledGaussianAccountant(RoundAccountant):
 
     Every unit enters every round independently with ``sampling_probability``; nothing
     else may decide who takes part. Epsilon is an upper bound, at most about 1% above
-    the value on a fine grid: the grid follows the loss of a round.
+    the value on a fine grid: the grid follows the loss of a round. Small epsilons of
+    q below 1e-4 with a noise multiplier below 1 are some 10% above it.
 
     * DP-FedAvg, and user-level sampling ULS: ``group_size=1``.
     * Example-level sampling ELS with at most G examples per user: ``group_size=G``. The

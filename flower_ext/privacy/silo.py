@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol, cast
 
@@ -65,10 +65,10 @@ class SiloPrivacy:
         File of the silo's own, absolute or under ``~``, to which every round is charged
         before it trains; made if missing. Rounds of all runs and processes that name it
         add up, so that ``max_epsilon`` and ``epsilon`` bound all that is ever released
-        about these people. One file for one silo: in a simulation one for each
-        partition. Losing it is losing the account. Without it the account is that of
-        the run, every run starts from 0, and a silo that cannot prove that it has spent
-        nothing, because its first round is not the run's, is refused.
+        about these people. One file for one silo and one unit: in a simulation one for
+        each partition. Losing it is losing the account. Without it the account is that
+        of the run, every run starts from 0, and a silo that cannot prove that it has
+        spent nothing, because its first round is not the run's, is refused.
     seed : int, optional
         Secret seed >= 0 of batches, noise and dropout, for tests and simulations.
         Without it batches and noise come from the operating system. Whoever knows or
@@ -135,6 +135,11 @@ class SiloPrivacy:
         """Most examples of one privacy unit."""
         return self.max_examples_per_user or 1
 
+    @property
+    def unit(self) -> str:
+        """The column that names the privacy unit; empty where it is one example."""
+        return self.user if self.max_examples_per_user else ""
+
 
 class _Composable(LossDistribution, Protocol):
     def compose(self, other: LossDistribution, /) -> "_Composable":
@@ -151,6 +156,8 @@ class StepLedger:
         Most examples of one user; their number in a batch is Binomial(G, q).
     steps : dict[tuple[float, float], int]
         ``{(sampling probability, noise multiplier): steps}``.
+    unit : str (default: "")
+        The data's column of users; empty where the unit is one example.
 
     Examples
     --------
@@ -161,6 +168,7 @@ class StepLedger:
 
     group_size: int = 1
     steps: Mapping[tuple[float, float], int] = field(default_factory=dict)
+    unit: str = ""
 
     @property
     def total(self) -> int:
@@ -172,9 +180,7 @@ class StepLedger:
         if not count:
             return self
         key = (rate, noise_multiplier)
-        return StepLedger(
-            self.group_size, {**self.steps, key: self.steps.get(key, 0) + count}
-        )
+        return replace(self, steps={**self.steps, key: self.steps.get(key, 0) + count})
 
     def epsilon(self, delta: float) -> float:
         """Return an upper bound of epsilon, tight up to the grid; 0 without steps."""
@@ -194,6 +200,7 @@ class StepLedger:
         """Return the record that stays in ``context.state``, and in the ledger."""
         return ConfigRecord(
             {
+                "unit": self.unit,
                 "group-size": self.group_size,
                 "rates": [rate for rate, _ in self.steps],
                 "noise-multipliers": [noise for _, noise in self.steps],
@@ -203,26 +210,36 @@ class StepLedger:
 
     @classmethod
     def read(
-        cls, record: ConfigRecord | None, group_size: int | None = None
+        cls, record: ConfigRecord | None, privacy: SiloPrivacy | None = None
     ) -> "StepLedger":
-        """Read what :meth:`record` wrote; without it no step has been taken."""
+        """Read what :meth:`record` wrote; without it no step has been taken.
+
+        Raises
+        ------
+        ValueError
+            If ``privacy`` protects another unit than the steps were counted for.
+        """
+        group_size = privacy.group_size if privacy else 1
+        unit = privacy.unit if privacy else ""
         if record is None:
-            return cls(group_size or 1)
-        if group_size is None:
-            group_size = cast(int, record["group-size"])
-        if record["group-size"] != group_size and record["steps"]:
+            return cls(group_size, unit=unit)
+        kept = cast(int, record["group-size"]), cast(str, record["unit"])
+        if privacy and record["steps"] and kept != (group_size, unit):
+            before = f"{kept[0]} of user={kept[1]!r}" if kept[1] else "None"
             refuse(
                 "max_examples_per_user",
-                group_size,
-                f"{record['group-size']!r} as in the rounds before",
+                f"{group_size} of user={unit!r}" if unit else None,
+                f"{before} as in the rounds before",
                 "what is spent on one unit says nothing about another",
             )
+        if privacy is None:
+            group_size, unit = kept
         rates, noises, steps = (
             cast("list[float]", record[key])
             for key in ("rates", "noise-multipliers", "steps")
         )
         keys = zip(rates, noises, strict=True)
-        return cls(group_size, dict(zip(keys, map(int, steps), strict=True)))
+        return cls(group_size, dict(zip(keys, map(int, steps), strict=True)), unit)
 
 
 # Many virtual silos of one simulation, and the rounds of one silo, ask the same.

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from filelock import FileLock
 from flwr.app import ConfigRecord
@@ -59,8 +60,16 @@ class SiloAccount:
     def read(self) -> ConfigRecord | None:
         """Return the record of all steps so far; None if nothing is known."""
         found = None if self._ledger is None else load_record(self._ledger)
+        own = self._state.config_records.get(_STATE)
         if found is None:
-            found = self._state.config_records.get(_STATE)
+            found = own
+        elif own is not None and _steps(found) < _steps(own):
+            refuse(
+                "ledger",
+                str(self._ledger),
+                f"of at least {_steps(own)} steps, not {_steps(found)}",
+                "this run has charged more to it, so that an older copy was put back",
+            )
         if found is None and self._resumed:
             found = _remembered.get(self._key)
         return found
@@ -99,6 +108,10 @@ class SiloAccount:
             _remembered[self._key] = record
 
 
+def _steps(record: ConfigRecord) -> int:
+    return sum(cast("list[int]", record["steps"]))
+
+
 def ledger_path(ledger: str | os.PathLike[str]) -> Path:
     """Return the path of a ledger: absolute, ``~`` and links followed."""
     if not isinstance(ledger, str | os.PathLike) or not os.fspath(ledger):
@@ -125,6 +138,8 @@ def load_record(path: Path) -> ConfigRecord | None:
         if found.pop("format") != FORMAT:
             raise ValueError(f"format must be {FORMAT}")
         whole("group-size", found["group-size"], 1)
+        if not isinstance(found["unit"], str):
+            refuse("unit", found["unit"], "the name of a column, or empty")
         rates, noises = found["rates"], found["noise-multipliers"]
         for rate, noise, steps in zip(rates, noises, found["steps"], strict=True):
             fraction("rates", rate)

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import dp_accounting
 import numpy as np
@@ -316,6 +317,15 @@ def test_epsilon_by_default_is_within_a_hundredth_of_a_fine_grid(
             noise, sampling_prob=rate, value_discretization_interval=1e-3
         )
         assert found <= loss.self_compose(rounds).get_epsilon_for_delta(delta)
+
+
+@pytest.mark.parametrize(("rate", "rounds"), [(1e-5, 1000), (1e-6, 1), (1e-8, 10**6)])
+def test_rare_clients_and_little_noise_cost_no_minutes(rate, rounds):
+    """Their largest losses are far beyond the spread that the grid should resolve."""
+    before = time.process_time()
+    epsilon = epsilon_for(0.5, 1e-6, rounds=rounds, sampling_probability=rate)
+    assert time.process_time() - before < 20
+    assert 0 <= epsilon <= epsilon_for(0.5, 1e-6, rounds=rounds) / 100
 
 
 def test_noise_by_default_is_within_a_hundredth_of_a_fine_grid():

@@ -673,13 +673,36 @@ def test_nothing_is_trained_where_the_ledger_cannot_be_written(tmp_path, monkeyp
 
 
 def test_the_ledger_reads_what_it_wrote():
-    ledger = StepLedger(3).add(0.1, 1.0, 4).add(0.2, 1.0, 5).add(0.1, 1.0, 6)
+    privacy = SiloPrivacy(**NOISY, max_examples_per_user=3, user="who")
+    ledger = StepLedger(3, unit="who")
+    ledger = ledger.add(0.1, 1.0, 4).add(0.2, 1.0, 5).add(0.1, 1.0, 6)
     assert ledger.steps == {(0.1, 1.0): 10, (0.2, 1.0): 5}
-    assert StepLedger.read(ledger.record(), 3) == ledger
+    assert StepLedger.read(ledger.record(), privacy) == ledger
+    assert StepLedger.read(ledger.record()) == ledger
     assert ledger.add(0.5, 1.0, 0) == ledger
-    with pytest.raises(ValueError, match="max_examples_per_user=1 must be 3"):
-        StepLedger.read(ledger.record(), 1)
-    assert StepLedger.read(None, 1).epsilon(1e-5) == 0.0
+    assert StepLedger.read(None, privacy).epsilon(1e-5) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({}, {"max_examples_per_user": 1}),
+        ({"max_examples_per_user": 1}, {}),
+        ({"max_examples_per_user": 3}, {"max_examples_per_user": 1}),
+        (
+            {"max_examples_per_user": 3},
+            {"max_examples_per_user": 3, "user": "ward"},
+        ),
+    ],
+)
+def test_what_was_spent_on_one_unit_is_not_counted_for_another(before, now):
+    """A user with a hundred examples has lost more than one of them."""
+    ledger = StepLedger.read(None, SiloPrivacy(**NOISY, **before)).add(0.1, 1.0, 4)
+    other = SiloPrivacy(**NOISY, **now)
+    with pytest.raises(ValueError, match="max_examples_per_user=.* as in the rounds b"):
+        StepLedger.read(ledger.record(), other)
+    empty = StepLedger().record()
+    assert StepLedger.read(empty, other) == StepLedger.read(None, other)
 
 
 def test_a_target_is_met_at_the_planned_rounds_and_not_before():

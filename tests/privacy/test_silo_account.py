@@ -29,7 +29,7 @@ def local(server_round=1, state=None, **run):
 
 def test_a_ledger_reads_what_it_wrote(tmp_path):
     path = tmp_path / "ledger.json"
-    ledger = StepLedger(3).add(0.1, 1.0, 4).add(1 / 3, 2.5, 5)
+    ledger = StepLedger(3, unit="who").add(0.1, 1.0, 4).add(1 / 3, 2.5, 5)
     ledger.save(path)
     assert StepLedger.load(path) == ledger
     assert StepLedger.load(tmp_path / "other.json") == StepLedger()
@@ -55,6 +55,8 @@ GOOD = StepLedger().add(0.1, 1.0, 4).record()
         json.dumps({"format": 1, **GOOD, "rates": [1.5]}),
         json.dumps({"format": 1, **GOOD, "noise-multipliers": [float("nan")]}),
         json.dumps({"format": 1, **GOOD, "group-size": 0}),
+        json.dumps({"format": 1, **GOOD, "unit": 3}),
+        json.dumps({"format": 1, **{k: x for k, x in GOOD.items() if k != "unit"}}),
     ],
 )
 def test_a_damaged_ledger_is_not_an_empty_one(tmp_path, text):
@@ -125,6 +127,17 @@ def test_the_ledger_counts_before_what_a_run_remembers(tmp_path):
     assert StepLedger.read(account.read()).total == 2
     StepLedger().add(0.1, 1.0, 9).save(path)
     assert StepLedger.read(account.read()).total == 9
+
+
+def test_an_older_copy_of_the_ledger_is_not_what_is_spent(tmp_path):
+    path = tmp_path / "ledger.json"
+    account = SiloAccount(path, local(state=RecordDict()))
+    account.write(StepLedger().add(0.1, 1.0, 2).record())
+    older = path.read_text("utf-8")
+    account.write(StepLedger().add(0.1, 1.0, 4).record())
+    path.write_text(older, "utf-8")
+    with pytest.raises(ValueError, match="at least 4 steps, not 2: this run has"):
+        account.read()
 
 
 def test_a_process_remembers_runs_that_go_on_and_no_others(monkeypatch):
