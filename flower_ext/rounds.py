@@ -207,8 +207,9 @@ def _run(
         log(INFO, "")
         log(INFO, "[ROUND %s/%s]", current, num_rounds)
         try:
-            messages = list(
-                strategy.configure_train(current, result.arrays, train_config, grid)
+            messages = _messages(
+                "configure_train",
+                strategy.configure_train(current, result.arrays, train_config, grid),
             )
         except (PrivacyBudgetExhausted, TooFewClients) as end:
             if current == 1:
@@ -226,7 +227,9 @@ def _run(
             if first and (reason := _all_failed(train)):
                 # Before anything is released: the rounds to come would end as this.
                 raise EveryClientFailed(_every("train", current, reason))
-            arrays, metrics = strategy.aggregate_train(current, train.replies)
+            arrays, metrics = _aggregated(
+                strategy.aggregate_train(current, train.replies)
+            )
         train.replies = []  # free them before the evaluation
         if arrays is not None:
             result.arrays = arrays
@@ -241,8 +244,9 @@ def _run(
             )
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
-        messages = list(
-            strategy.configure_evaluate(current, result.arrays, evaluate_config, grid)
+        messages = _messages(
+            "configure_evaluate",
+            strategy.configure_evaluate(current, result.arrays, evaluate_config, grid),
         )
         if isinstance(strategy, Adopting):
             strategy.adopt("evaluate", current, result.arrays, messages, grid)
@@ -256,7 +260,9 @@ def _run(
                 "%s\nfraction_evaluate=0.0 asks nobody to evaluate.",
                 _every("evaluate", current, reason),
             )
-        metrics = strategy.aggregate_evaluate(current, evaluate.replies)
+        metrics = _metrics(
+            "aggregate_evaluate", strategy.aggregate_evaluate(current, evaluate.replies)
+        )
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             result.evaluate_metrics_clientapp[current] = metrics
@@ -315,18 +321,50 @@ def _central(
     evaluate_fn: EvaluateFn | None, server_round: int, result: Result
 ) -> MetricRecord | None:
     """Return what ``evaluate_fn`` finds, as a record also where it is a dict."""
-    found = evaluate_fn(server_round, result.arrays) if evaluate_fn else None
+    if evaluate_fn is None:
+        return None
+    return _metrics("evaluate_fn", evaluate_fn(server_round, result.arrays))
+
+
+def _metrics(name: str, found: object) -> MetricRecord | None:
+    """Return what a function of the user's own has found, of a dict a record."""
     if found is None or isinstance(found, MetricRecord):
         return found
     try:
-        return MetricRecord(dict(found))
+        return MetricRecord(dict(found))  # type: ignore[call-overload]
     except (TypeError, ValueError):
         refuse(
-            "evaluate_fn's result",
+            f"{name}'s result",
             found,
             "a MetricRecord of numbers and lists of numbers, or None",
             "a tensor or a NumPy value needs .item()",
         )
+
+
+def _messages(name: str, found: object) -> list[Message]:
+    """Return what ``configure_train`` or ``configure_evaluate`` has returned."""
+    cause = "return what super() returns"
+    if not isinstance(found, Iterable):
+        refuse(f"{name}'s result", found, "an iterable of Messages", cause)
+    messages = list(found)
+    for message in messages:
+        if not isinstance(message, Message):
+            refuse(f"{name}'s messages", message, "Messages", cause)
+    return messages
+
+
+def _aggregated(found: object) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    """Return what ``aggregate_train`` has returned."""
+    pair = found if isinstance(found, tuple | list) and len(found) == 2 else (found, 0)
+    arrays, metrics = pair
+    if pair is not found or not isinstance(arrays, ArrayRecord | None):
+        refuse(
+            "aggregate_train's result",
+            type(arrays).__name__,
+            "a pair of ArrayRecord and MetricRecord, each or None",
+            "return arrays, metrics, as super() does",
+        )
+    return arrays, _metrics("aggregate_train", metrics)
 
 
 def _require_nodes(strategy: FedAvg, grid: Grid) -> None:

@@ -387,3 +387,36 @@ def test_a_setting_that_is_nearly_right_is_warned_of_once(caplog):
 def test_a_setting_in_both_spellings_is_read():
     settings = LocalSettings.read({"learning_rate": 9.0, "learning-rate": 0.5})
     assert settings.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("base", [AdditiveStrategy, FedAvg])
+@pytest.mark.parametrize(
+    ("hook", "returned", "text"),
+    [
+        ("configure_train", None, "configure_train's result=None must be an iterable"),
+        ("configure_train", ["node"], "configure_train's messages='node' must be Mes"),
+        ("configure_evaluate", None, "configure_evaluate's result=None must be an"),
+        ("aggregate_train", None, "aggregate_train's result='NoneType' must be a pair"),
+        ("aggregate_train", INITIAL, "'ArrayRecord' must be a pair of ArrayRecord and"),
+        (
+            "aggregate_train",
+            ({}, None),
+            "aggregate_train's result='dict' must be a pair",
+        ),
+        ("aggregate_train", (None, 0.5), "aggregate_train's result=0.5 must be a Met"),
+        ("aggregate_evaluate", 0.5, "aggregate_evaluate's result=0.5 must be a Metric"),
+    ],
+)
+def test_what_a_hook_of_ones_own_returns_is_named(base, hook, returned, text):
+    kind = type("Mine", (base,), {hook: lambda self, *given: returned})
+    with pytest.raises(ValueError, match=text):
+        run_rounds(kind(), LocalGrid(growing(), 2), INITIAL, num_rounds=1)
+
+
+def test_a_dict_of_metrics_of_a_hook_is_a_record():
+    class Mine(FedAvg):
+        def aggregate_evaluate(self, server_round, replies):
+            return {"loss": 0.25}
+
+    result = run_rounds(Mine(), LocalGrid(growing(), 2), INITIAL, num_rounds=1)
+    assert result.evaluate_metrics_clientapp[1] == MetricRecord({"loss": 0.25})
