@@ -135,6 +135,16 @@ def test_flowers_own_loop_does_not_wait_for_ever(monkeypatch, make):
         strategy.start(make(ClientApp()), ArrayRecord([np.zeros(1)]))
 
 
+@pytest.mark.parametrize("make", FEDERATIONS.values(), ids=FEDERATIONS)
+def test_a_loop_that_looks_often_does_not_wait_for_ever(monkeypatch, make):
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: 0.1 * next(clock))
+    grid = make(ClientApp())
+    with pytest.raises(RuntimeError, match="more nodes than the 3 of this federation"):
+        for _ in range(1000):
+            grid.get_node_ids()
+
+
 def test_looking_for_nodes_between_slow_rounds_is_no_waiting(monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))

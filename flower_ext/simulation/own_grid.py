@@ -8,7 +8,8 @@ from flwr.serverapp import Grid
 
 from flower_ext._flower import Run, ensure_task_identity
 
-# Flower's strategies look for nodes every second until there are enough.
+# Flower's strategies look for nodes every second until there are enough, loops of
+# one's own more often: what is sooner than a pause after the last does not count.
 _PAUSE, _MOST_LOOKS = 0.5, 5
 
 
@@ -29,8 +30,9 @@ class OwnGrid(Grid):
 
     def _look(self, nodes: Iterable[int]) -> None:
         now = time.monotonic()
-        self._looks = self._looks + 1 if now - self._looked > _PAUSE else 1
-        self._looked = now
+        if now - self._looked > _PAUSE:
+            self._looks += 1
+            self._looked = now
         if self._looks > _MOST_LOOKS:
             raise RuntimeError(
                 f"the ServerApp waits for more nodes than the {len(list(nodes))} of "
