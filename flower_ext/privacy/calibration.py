@@ -58,14 +58,14 @@ def grid(
 
     The loss is rounded up to the grid in every round anew. Where a round loses little,
     q sqrt(exp((g/z)^2) - 1) as a standard deviation, a grid that is not much finer
-    than that would count far more than was spent. Where rates are tiny, the noise is
-    small and the largest losses are thousands of times that, it is coarser: a little
-    more is counted then.
+    than that would count far more than was spent. Where the noise is small, for a tiny
+    rate or a large group, and the largest losses are thousands of times that, it is
+    coarser, whatever ``interval`` is: a little more is counted then.
     """
     ratio = group_size / noise_multiplier
     spread = rate * math.sqrt(math.expm1(min(ratio**2, 50.0)))
     largest = math.log1p(rate * math.expm1(min(_TAIL * ratio + ratio**2 / 2, 700.0)))
-    return min(interval, max(spread / _POINTS, largest / _MOST_POINTS))
+    return max(min(interval, spread / _POINTS), largest / _MOST_POINTS)
 
 
 @lru_cache(maxsize=64)

@@ -56,7 +56,8 @@ class SampledGaussianAccountant(RoundAccountant):
     cycle : int
         Rounds between two chances of the same client; 1 for no cycle.
     interval : float
-        Coarsest grid of the privacy loss; smaller is tighter and slower.
+        Coarsest grid of the privacy loss; smaller is tighter and slower, up to 100,000
+        points a round.
 
     References
     ----------

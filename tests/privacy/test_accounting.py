@@ -328,6 +328,15 @@ def test_rare_clients_and_little_noise_cost_no_minutes(rate, rounds):
     assert 0 <= epsilon <= epsilon_for(0.5, 1e-6, rounds=rounds) / 100
 
 
+def test_large_groups_and_little_noise_cost_no_minutes():
+    before = time.process_time()
+    options = {"rounds": 200, "sampling_probability": 1e-4, "group_size": 32}
+    epsilon = epsilon_for(0.5, 1e-5, **options)
+    assert time.process_time() - before < 20
+    one = epsilon_for(0.5, 1e-5, **{**options, "group_size": 1})
+    assert one < epsilon < 32 * 50
+
+
 def test_noise_by_default_is_within_a_hundredth_of_a_fine_grid():
     """On a grid of a thousandth it would be 5.5, half as much again as needed."""
     target = {"rounds": 20000, "sampling_probability": 0.002}

@@ -9,7 +9,7 @@ import secrets
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flower_ext import AdditiveStrategy
@@ -149,28 +149,6 @@ def test_all_that_leaves_is_the_same_whoever_is_in_the_cohorts(
     for what, found in left["some"].items():
         assert found == left["all"][what], what
     assert left["some"]["rows"] and left["some"]["log"]
-
-
-@pytest.mark.parametrize("tied", [0, 1, 5, 9])
-def test_a_vote_on_tied_weights_does_not_show_how_many_have_voted(tied):
-    """Colluding clients would count the others, by what majority they lose to."""
-    app = ClientApp()
-
-    @app.train()
-    def train(message, context):
-        content = RecordDict({"arrays": message.content["arrays"]})
-        content["metrics"] = MetricRecord({"num-examples": 1.0})
-        if context.node_config["partition-id"] < tied:
-            content["tied"] = ConfigRecord({"b": "a"})
-        return Message(content, reply_to=message)
-
-    model = {"a": np.zeros(3, np.float32), "b": np.ones(3, np.float32)}
-    strategy = AdditiveStrategy(
-        mechanism=plan(seed=7), sampler=PoissonSampler(probability=1.0)
-    )
-    grid = LocalGrid(app, CLIENTS)
-    new = from_record(strategy.start(grid, to_record(model), num_rounds=1).arrays)
-    assert not np.array_equal(new["a"], new["b"])
 
 
 def test_without_amplification_it_is_counted_and_said(grid, tmp_path, caplog):
