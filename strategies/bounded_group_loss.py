@@ -654,9 +654,14 @@ class BoundedGroupLoss(AdditiveStrategy):
         return missing, excess, overall
 
     def _certify(self, gap: DualityGap, total: Total) -> Metrics:
-        """Return the values of primal and dual, and their difference."""
+        """Return the values of primal and dual, and their difference.
+
+        A round in which no example was counted is left out: it measured nothing.
+        """
         assert self._sent is not None
         counts = total.scalars[COUNTS]
+        if not counts.any():
+            return {}
         share = counts / counts.sum()
         losses = np.where(counts > 0, self._measured(total), self._losses)
         gap.add(

@@ -619,6 +619,25 @@ def test_counts_that_are_given_and_that_are_found(reply, aggregate):
     assert told(counted) == pytest.approx(counted.dual * 20 / np.array([17, 3]))
 
 
+def test_a_round_without_counted_examples_leaves_the_certificate_as_it_is(
+    reply, aggregate
+):
+    def content(sums, counts):
+        made = sums_reply(reply, sums, counts, n=2)
+        made["lagrangian-gradient"] = to_record({"w": np.float32([1.0])})
+        return made
+
+    nobody, all_groups = content([0.0, 0.0], [0.0, 0.0]), content([2.0, 3.0], [1, 1])
+    found = []
+    for first in ([nobody], []):
+        strategy = BoundedGroupLoss(certificate_radius=1.0, **TWO)
+        for server_round, one in enumerate([*first, all_groups], 1):
+            _, metrics = aggregate(strategy, SENT, [one] * 2, server_round)
+            assert ("duality-gap" in metrics) == (one is all_groups)
+        found.append(metrics["duality-gap"])
+    assert found[0] == found[1] and np.isfinite(found[0])
+
+
 def test_group_loss_is_the_sum_over_the_sum_and_not_a_mean_of_means(reply, aggregate):
     strategy = BoundedGroupLoss(**TWO)
     cohort = [
