@@ -128,10 +128,24 @@ class Lazy:
         self._flat = [x if isinstance(x, Lazy) else x.reshape(-1) for x in operands]
 
     def block(self, where: slice) -> NDArray:
-        """Return a part of the flattened array."""
-        return self._function(
-            *(x.block(where) if isinstance(x, Lazy) else x[where] for x in self._flat)
-        )
+        """Return a part of the flattened array.
+
+        Raises
+        ------
+        ValueError
+            If the function is not elementwise: what NumPy stretches later on would be
+            larger than its norm.
+        """
+        parts = [
+            x.block(where) if isinstance(x, Lazy) else x[where] for x in self._flat
+        ]
+        found = self._function(*parts)
+        if found.shape != parts[0].shape:
+            raise ValueError(
+                f"the function made {found.shape} of {parts[0].shape}, it must be "
+                "elementwise"
+            )
+        return found
 
     def numpy(self) -> NDArray:
         """Return the whole array."""
@@ -266,12 +280,13 @@ def _can_move(old: NDArray, change: NDArray) -> bool:
 
 def norm(terms: Iterable[Term]) -> float:
     """Return the l2 norm of all arrays taken as one vector."""
-    squares = (
-        float(np.sum(np.square(block, dtype=np.float64)))
-        for x in terms
-        for block in _blocks(x)
-    )
-    return math.sqrt(sum(squares))
+    with np.errstate(over="ignore"):  # a warning would tell whose contribution it was
+        squares = (
+            float(np.sum(np.square(block, dtype=np.float64)))
+            for x in terms
+            for block in _blocks(x)
+        )
+        return math.sqrt(sum(squares))
 
 
 def _blocks(term: Term) -> Iterator[NDArray]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from flower_ext.arrays import (
+    Lazy,
     accumulate,
     all_finite,
     from_record,
@@ -310,3 +311,17 @@ def test_altered_header_is_read_or_refused(changes):
         data[at] = byte
     with suppress(ValueError, TypeError):
         assert view(Array("float32", (3, 4), "numpy.ndarray", bytes(data))).size <= 48
+
+
+def test_a_function_that_is_not_elementwise_is_refused():
+    """Its one value would count once in the norm, and in every place of the sum."""
+    term = Lazy(lambda x: x.max(keepdims=True), np.ones((3, 4)))
+    with pytest.raises(ValueError, match="must be elementwise"):
+        norm([term])
+    with pytest.raises(ValueError, match="must be elementwise"):
+        Lazy(np.negative, term).numpy()
+
+
+def test_a_norm_beyond_all_numbers_is_infinite_without_a_word(recwarn):
+    assert norm([np.full(3, 1e200)]) == np.inf
+    assert not recwarn.list
