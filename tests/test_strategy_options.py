@@ -308,12 +308,12 @@ class NeedsHalf(AdditiveStrategy):
 
 
 @pytest.mark.parametrize("phase", ["train", "evaluate"])
-def test_the_users_configuration_is_not_changed(scripted, phase):
+def test_the_configuration_gets_the_round_as_from_flower_and_no_more(scripted, phase):
     config = ConfigRecord({"lr": 0.5})
     strategy = NeedsHalf()
     configure = getattr(strategy, f"configure_{phase}")
     configure(3, to_record(SENT), config, scripted([None, None]))
-    assert dict(config) == {"lr": 0.5}
+    assert dict(config) == {"lr": 0.5, "server-round": 3}
 
 
 @pytest.mark.parametrize("phase", ["train", "evaluate"])
