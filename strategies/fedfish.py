@@ -350,11 +350,13 @@ class FedFish(AdditiveStrategy):
                 f"unknown {unknown[:5]}: watch_fisher(...).record(arrays) takes those "
                 "of the reply"
             )
-        fisher = read_arrays(
-            reply,
-            FISHER_KEY,
-            {k: x for k, x in sent.items() if k in record and is_averaged(x)},
-        )
+        # Squares beyond float32 tell nothing, and would overflow in sums of float64.
+        like = {
+            name: np.broadcast_to(np.float32(0), x.shape)
+            for name, x in sent.items()
+            if name in record and is_averaged(x)
+        }
+        fisher = read_arrays(reply, FISHER_KEY, like)
         if not fisher or any(np.min(f, initial=0) < 0 for f in fisher.values()):
             raise MalformedReply(f"ArrayRecord {FISHER_KEY!r} must hold squares, >= 0")
         terms: dict[str, Term] = dict(fisher)
