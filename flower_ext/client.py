@@ -209,7 +209,10 @@ def _same_generators() -> Iterator[None]:
     numpy_state = np.random.get_state()  # noqa: NPY002
     python_state = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]):
+        # A GPU that nobody has used has no state to keep.
+        begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        used = torch.cuda.device_count() if begun else 0
+        with torch.random.fork_rng(devices=range(used)):
             yield
     finally:
         np.random.set_state(numpy_state)  # noqa: NPY002

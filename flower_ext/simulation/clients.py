@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 import traceback
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -17,6 +18,10 @@ from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.records import Record, own_copy
 
 Call = Callable[[Message, Context], Message]
+
+
+# What ends a client and no more: its exit, too, and a task that it has cancelled.
+CLIENTS_OWN = (Exception, SystemExit, CancelledError)
 
 
 class OverTime(BaseException):
@@ -102,7 +107,7 @@ def run_client(
             content = reply.content
     except OverTime:
         error = over_time(limit)
-    except (Exception, SystemExit) as problem:
+    except CLIENTS_OWN as problem:
         reason = f"{type(problem).__name__}: {problem}\n{traceback.format_exc()}"
         error = Error(CLIENT_RAISED, reason)
     return Outcome(job.key, content, error, time.perf_counter() - begun)

@@ -27,6 +27,7 @@ from flower_ext._flower import (
     flatten_dict,
 )
 from flower_ext.errors import refuse, whole
+from flower_ext.simulation.clients import CLIENTS_OWN
 from flower_ext.simulation.own_grid import OwnGrid
 
 _FIRST_NODE = 1000
@@ -126,7 +127,7 @@ class LocalGrid(OwnGrid):
             if not isinstance(reply, Message):
                 raise TypeError(f"a client must return a Message, not {reply!r}")
             return reply
-        except (Exception, SystemExit) as error:
+        except CLIENTS_OWN as error:
             reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
             return Message(Error(CLIENT_RAISED, reason), reply_to=own)
 

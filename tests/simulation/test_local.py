@@ -1,7 +1,7 @@
 """The in-process grid: what a client sees, and what comes back."""
 
 import copy
-import sys
+from asyncio import CancelledError
 
 import numpy as np
 import pytest
@@ -277,12 +277,13 @@ def test_an_exception_becomes_the_clients_error_reply():
     assert replies[1].metadata.src_node_id == list(grid.get_node_ids())[1]
 
 
-def test_a_client_that_ends_its_process_is_an_error_reply():
+@pytest.mark.parametrize("end", [SystemExit, CancelledError])
+def test_a_client_that_ends_its_process_or_its_task_is_an_error_reply(end):
     def leave(content, context):
-        sys.exit("no licence")
+        raise end("no licence")
 
     for reply in ask(LocalGrid(app_of(leave), 2)):
-        assert reply.error.reason.startswith("SystemExit: no licence")
+        assert reply.error.reason.startswith(f"{end.__name__}: no licence")
 
 
 def test_an_interrupt_in_a_client_reaches_the_caller():
