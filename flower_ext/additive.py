@@ -89,6 +89,7 @@ _ON_THE_SERVER = (
     "train_metrics_aggr_fn",
     "evaluate_metrics_aggr_fn",
     "_sent",
+    "_looked_at",
     "_clients",
     "_cohort",
     "_evaluators",
@@ -183,6 +184,8 @@ class AdditiveStrategy(FedAvg):
         self._configured: dict[Purpose, int] = {}  # the last round of each
         self._understood = False  # whether any reply has ever been usable
         self._tied: Ties | None = None  # not known before replies, or a first model
+        self._looked_at: Arrays | None = None  # the model that has, if any, infinities
+        self._infinite: frozenset[str] = frozenset()
 
     def _under(self, mechanism: Mechanism, options: FedAvgOptions) -> PrivateSum:
         """Put the round under a mechanism."""
@@ -278,10 +281,22 @@ class AdditiveStrategy(FedAvg):
         key = array_key(reply, self.arrayrecord_key, self.other_arrays)
         new = read_arrays(reply, key, sent)
         tied = self._ties if self._private else read_ties(reply, sent)
+        infinite = self._infinite_in(sent)
         return {
-            name: subtract(sent[name] if name in tied else new[name], sent[name])
-            for name in sent
+            name: subtract(
+                x if name in tied else new[name], x, finite=name not in infinite
+            )
+            for name, x in sent.items()
         }
+
+    def _infinite_in(self, sent: Arrays) -> frozenset[str]:
+        """Return the arrays of a model with infinities or NaN: looked for once."""
+        if self._looked_at is not sent:
+            self._looked_at = sent
+            self._infinite = frozenset(
+                name for name, x in sent.items() if not all_finite([x])
+            )
+        return self._infinite
 
     def weight(self, reply: RecordDict) -> float:
         """Return the metric ``weighted_by_key`` of a reply; 1 under a mechanism."""

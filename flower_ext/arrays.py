@@ -155,14 +155,17 @@ class Lazy:
 Term = NDArray | Lazy
 
 
-def subtract(new: NDArray, old: NDArray) -> Lazy:
+def subtract(new: NDArray, old: NDArray, *, finite: bool = False) -> Lazy:
     """Return ``new - old``: floats in float32 or wider, integers exactly in int64.
 
-    What is unchanged has not changed, an infinity or a NaN too: 0.
+    What is unchanged has not changed, an infinity or a NaN too: 0. That ``old`` is
+    ``finite`` may be known, and saves a look at every block.
     """
     if not is_averaged(new):
         return Lazy(_subtract_integers, new, old)
     wide = np.result_type(new, old, np.float32)
+    if finite:
+        return Lazy(partial(np.subtract, dtype=wide), new, old)
     return Lazy(partial(_subtract_floats, wide), new, old)
 
 
@@ -264,17 +267,20 @@ def can_move(
     """
     with np.errstate(invalid="ignore", over="ignore"):
         return all(
-            _can_move(old, change * factor)
+            _can_move(old, change, factor)
             for name, x in changes.items()
             if name in sent and is_averaged(sent[name])
             for old, change in zip(_blocks(sent[name]), _blocks(x), strict=True)
         )
 
 
-def _can_move(old: NDArray, change: NDArray) -> bool:
-    if not np.all(np.abs(change) <= _LARGEST_CHANGE):
+def _can_move(old: NDArray, change: NDArray, factor: float) -> bool:
+    most = _LARGEST_CHANGE / factor if factor else math.inf
+    if not -most <= change.min() <= change.max() <= most:
         return False
-    moved = np.add(old, change, dtype=np.float64).astype(old.dtype)
+    if np.finfo(old.dtype).max > 1e30:  # so large that no such change is seen there
+        return True
+    moved = np.add(old, change * factor, dtype=np.float64).astype(old.dtype)
     return _is_finite(moved) or bool(np.all(np.isfinite(moved) | ~np.isfinite(old)))
 
 
