@@ -89,7 +89,10 @@ class Summand:
             if check and not term.can_move(self.sent):
                 raise MalformedReply(NOT_FINITE)
             return term
-        clipped = self.clip(term)
+        try:
+            clipped = self.clip(term)
+        except TypeError as error:  # complex numbers, objects
+            raise MalformedReply(unreadable(error)) from error
         if clipped is None:
             raise MalformedReply(NOT_FINITE)
         return clipped

@@ -355,6 +355,23 @@ def test_a_contribution_that_numpy_would_stretch_is_no_contribution(
         assert metrics["num-dropped"] == 1
 
 
+@pytest.mark.parametrize("kind", [np.complex64, object])
+def test_a_contribution_of_no_real_numbers_is_no_contribution(cohort, aggregate, kind):
+    class Odd(AdditiveStrategy):
+        def contribution(self, reply, sent):
+            term = super().contribution(reply, sent)
+            if float(reply["arrays"]["b"].numpy()) < 5:
+                return term
+            odd = {
+                name: x.numpy().astype(kind) for name, x in term.arrays[DELTA].items()
+            }
+            odd["b"] = np.full((), None if kind is object else 1j)
+            return Contribution({DELTA: odd})
+
+    _, metrics = aggregate(Odd(mechanism=plan()), SENT, cohort(1.0, 9.0, 2.0))
+    assert metrics["num-dropped"] == 1
+
+
 # Accounting -----------------------------------------------------------------------
 
 
