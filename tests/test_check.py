@@ -1,4 +1,5 @@
 import shutil
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -369,3 +370,14 @@ def test_nothing_is_left_in_the_folder_or_the_process(app, capsys, monkeypatch):
     assert said(capsys, app)[0] == 0
     assert sorted(app.rglob("*")) == before
     assert Path.cwd() == cwd
+
+
+def test_a_reader_that_leaves_ends_it_quietly():
+    command = [sys.executable, "-u", "-m", "flower_ext.check", str(QUICKSTART)]
+    checks = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert checks.stdout.readline().startswith("Checking")
+    checks.stdout.close()
+    assert checks.stderr.read() == ""
+    assert checks.wait() == 1
