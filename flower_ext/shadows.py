@@ -5,6 +5,11 @@ import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
+from threading import Lock
+
+# Python 3.11 counts the depth of a syntax tree for all threads together, and may raise
+# SystemError where two build one (https://github.com/python/cpython/issues/106905).
+_ONE_AT_A_TIME = Lock()
 
 
 def require_own(folder: Path, modules: Iterable[str], before: Sequence[Path]) -> None:
@@ -60,7 +65,8 @@ def _imports(file: Path, name: str) -> Iterator[str]:
     """Yield the names that a module imports, which may be modules or what is in one."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     try:
-        tree = ast.parse(file.read_bytes())
+        with _ONE_AT_A_TIME:
+            tree = ast.parse(file.read_bytes())
     except SyntaxError:  # which the run will report
         return
     for node in ast.walk(tree):

@@ -1,7 +1,10 @@
 """Modules of an app that another folder hides."""
 
+import ast
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -97,3 +100,27 @@ def test_workers_look_where_the_driver_looks(tmp_path):
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == str(new / "demo.py")
+
+
+def test_threads_parse_one_after_the_other(app, tmp_path, monkeypatch):
+    parse, inside, most = ast.parse, [], []
+
+    def watched(source):
+        inside.append(source)
+        time.sleep(0.001)  # to let the others in, if they can
+        most.append(len(inside))
+        try:
+            return parse(source)
+        finally:
+            inside.remove(source)
+
+    monkeypatch.setattr(ast, "parse", watched)
+    threads = [
+        threading.Thread(target=require_own, args=(app, ["demo.client_app"], []))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1 and len(most) >= 4
