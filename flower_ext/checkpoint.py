@@ -253,7 +253,7 @@ class Checkpoint:
             self._require_settings(path, begun, now)
             self._require_rounds(path, done, num_rounds)
             self._compare_start(path, str(saved["initial"]), done == num_rounds)
-            self._compare_run_configs(Settings(saved["run-config"]))
+            self._compare_run_configs(Settings(saved["run-config"]), num_rounds)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}: {error}); "
@@ -268,7 +268,8 @@ class Checkpoint:
         result.arrays = arrays
         for field in _METRICS:
             getattr(result, field).update(metrics[field])
-        log(INFO, "Continuing after round %s, saved in %s", done, path)
+        if done != num_rounds:
+            log(INFO, "Continuing after round %s, saved in %s", done, path)
         return done
 
     def _note_release(self, server_round: int) -> None:
@@ -393,8 +394,14 @@ class Checkpoint:
             "used: the run continues from its own model",
         )
 
-    def _compare_run_configs(self, saved: Settings) -> None:
-        if differ := differences(self._run_config, saved):
+    def _compare_run_configs(self, saved: Settings, num_rounds: int | None) -> None:
+        # More rounds are what a run is continued for, whatever the app calls them.
+        grown = {
+            name: saved[name]
+            for name, value in self._run_config.items()
+            if "rounds" in name and value == str(num_rounds) and name in saved
+        }
+        if differ := differences(Settings({**self._run_config, **grown}), saved):
             log(
                 WARNING,
                 "The run config is not that of the saved run: %s. What clients read "

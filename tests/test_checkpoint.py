@@ -729,15 +729,20 @@ def test_a_finished_run_from_another_initial_model_is_refused(
 
 
 def test_another_run_config_is_warned_of_by_name(initial, clients, tmp_path, caplog):
-    def run(**config):
+    def run(rounds=1, **config):
         caplog.clear()
+        config["num-server-rounds"] = rounds
         grid = LocalGrid(clients, 6, config)
-        strategy_with().start(grid, initial, num_rounds=1, checkpoint=tmp_path)
+        strategy_with().start(grid, initial, num_rounds=rounds, checkpoint=tmp_path)
         return caplog.text
 
     assert "run config" not in run(lr=0.1, results="a")
-    assert "run config" not in run(lr=0.1, results="a")
-    text = run(lr=0.5, results="b")
+    again = run(lr=0.1, results="a")
+    assert "run config" not in again and "already complete" in again
+    assert "Continuing" not in again
+    more = run(2, lr=0.1, results="a")  # more rounds are no other run
+    assert "run config" not in more and "Continuing after round 1" in more
+    text = run(2, lr=0.5, results="b")
     assert "not that of the saved run: lr was 0.1, is now 0.5; results is ano" in text
 
 
