@@ -37,13 +37,13 @@ help:  ## list the targets
 run: $(INSTALLED)  ## compare FedFish with FedAvg on images whose labels differ by client
 	$(PY) -m flower_ext.data fetch fashion-mnist
 	@results=results/fedfish-$$(date +%Y%m%d-%H%M%S); set -ex; \
-	$(PY) -m flower_ext.launch baselines/fedfish --num-supernodes 100 --progress --results $$results; \
+	$(PY) -m flower_ext.runs.launch baselines/fedfish --num-supernodes 100 --progress --results $$results; \
 	{ set +x; } 2> /dev/null; echo; \
 	$(PY) baselines/fedfish/fedfish/words.py $$results
 
 RESULTS ?= results
 report: $(INSTALLED)  ## one HTML page of all results, or of those in RESULTS=
-	$(PY) -m flower_ext.report $(RESULTS)
+	$(PY) -m flower_ext.runs.report $(RESULTS)
 
 docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet

@@ -19,13 +19,13 @@ from flwr.app import ArrayRecord, Context, MetricRecord, UserConfig
 from torch import Tensor, nn
 
 from flower_ext import Tracker, client_app
-from flower_ext.adapters import AdapterModel, adapter_task, load_tokenizer
-from flower_ext.client import evaluate
+from flower_ext.client.adapters import AdapterModel, adapter_task, load_tokenizer
+from flower_ext.client.app import evaluate
 from flower_ext.data import load, model_folder
-from flower_ext.server_optimizer import Adam
+from flower_ext.server.optimizers import Adam
+from flower_ext.server.tracking import read_metrics
 from flower_ext.simulation import LocalGrid
 from flower_ext.strategies import FLASC, FLASCClient
-from flower_ext.tracking import read_metrics
 
 CLIENTS = 5
 ROLES = 4

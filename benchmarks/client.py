@@ -8,7 +8,7 @@ from _timing import medians, report
 from flwr.app import ConfigRecord, Context, RecordDict, UserConfig
 from torch import Tensor, nn
 
-from flower_ext.client import Batch, ClientHalf, Local, LocalSettings, Task, train
+from flower_ext.client.app import Batch, ClientHalf, Local, LocalSettings, Task, train
 from flower_ext.strategies import FedFishClient
 
 LIMIT = 1.15

@@ -28,10 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flower_ext import AdditiveStrategy
-from flower_ext.server_optimizer import SGD
+from flower_ext.server.optimizers import SGD
 from flower_ext.simulation import LocalGrid, PackedGrid
 from flower_ext.simulation.gpus import CUDA_MIB, plan
-from flower_ext.simulation.needs import Machine
+from flower_ext.simulation.machines import Machine
 from flower_ext.strategies import FLASC, FedFish, MaxFL
 
 BEGUN = time.monotonic()

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 
 from flower_ext import AdditiveStrategy, LocalGrid
-from flower_ext.arrays import view
+from flower_ext.core.arrays import view
 
 PARAMETERS = 10_000_000
 REPLIES = 100

@@ -9,10 +9,10 @@ import torch
 from _timing import medians, report
 from flwr.app import RecordDict
 
-from flower_ext.mask_codes import MASK_CODES, entropy_bytes
-from flower_ext.masks import largest
-from flower_ext.sparse import PAYLOAD, decode, encode, mask_codes
-from flower_ext.traffic import serialized_bytes
+from flower_ext.wire.mask_codes import MASK_CODES, entropy_bytes
+from flower_ext.wire.masks import largest
+from flower_ext.wire.sparse import PAYLOAD, decode, encode, mask_codes
+from flower_ext.wire.traffic import serialized_bytes
 
 SIZE, DENSITY, LIMIT = 10_000_000, 1 / 16, 3.0
 DENSITIES = (1 / 2, 1 / 4, 1 / 16, 1 / 64, 1 / 1024)

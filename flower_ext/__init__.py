@@ -9,25 +9,25 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flower_ext.additive import AdditiveStrategy as AdditiveStrategy
-    from flower_ext.client import ClientHalf as ClientHalf
-    from flower_ext.client import Task as Task
-    from flower_ext.client import client_app as client_app
+    from flower_ext.client.app import ClientHalf as ClientHalf
+    from flower_ext.client.app import Task as Task
+    from flower_ext.client.app import client_app as client_app
+    from flower_ext.server.additive import AdditiveStrategy as AdditiveStrategy
+    from flower_ext.server.tracking import Tracker as Tracker
     from flower_ext.simulation.local import LocalGrid as LocalGrid
     from flower_ext.simulation.local import run_local as run_local
     from flower_ext.simulation.packed_grid import PackedGrid as PackedGrid
-    from flower_ext.tracking import Tracker as Tracker
 
 __version__ = version("flower-ext")
 
 _HOME = {
-    "AdditiveStrategy": "additive",
-    "ClientHalf": "client",
+    "AdditiveStrategy": "server.additive",
+    "ClientHalf": "client.app",
     "LocalGrid": "simulation.local",
     "PackedGrid": "simulation.packed_grid",
-    "Task": "client",
-    "Tracker": "tracking",
-    "client_app": "client",
+    "Task": "client.app",
+    "Tracker": "server.tracking",
+    "client_app": "client.app",
     "run_local": "simulation.local",
 }
 

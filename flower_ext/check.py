@@ -43,21 +43,21 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from flower_ext._flower import NodeInfo
-from flower_ext.additive import AdditiveStrategy
-from flower_ext.client import WRONG_HALF
-from flower_ext.drop_in import (
+from flower_ext.core.errors import refuse
+from flower_ext.core.protocol import WRONG_HALF
+from flower_ext.runs.launch import ConfigValue, parse_run_config
+from flower_ext.runs.shadows import require_own
+from flower_ext.server.additive import AdditiveStrategy
+from flower_ext.server.drop_in import (
     NoPlace,
     add_half,
     changes,
     edit,
     replace_strategy,
 )
-from flower_ext.errors import refuse
-from flower_ext.launch import ConfigValue, parse_run_config
-from flower_ext.options import AdditiveOptions, FedAvgOptions
-from flower_ext.shadows import require_own
+from flower_ext.server.options import AdditiveOptions, FedAvgOptions
 from flower_ext.simulation.local import LocalGrid, app_config
-from flower_ext.traffic import measure
+from flower_ext.wire.traffic import measure
 
 # What the mechanism of a private strategy says in their place.
 _OF_THE_MECHANISM = ("fraction_train", "min_train_nodes")

@@ -30,10 +30,11 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
 from flower_ext._flower import CLIENT_RAISED
-from flower_ext.additive import AdditiveStrategy
-from flower_ext.arrays import Arrays, from_record, layout
-from flower_ext.checkpoint import Stateful
-from flower_ext.client import ARRAYS_KEY, Batch, Task, client_app, seed_torch
+from flower_ext.client.app import Batch, Task, client_app, seed_torch
+from flower_ext.core.arrays import Arrays, from_record, layout
+from flower_ext.core.protocol import ARRAYS_KEY
+from flower_ext.server.additive import AdditiveStrategy
+from flower_ext.server.checkpoint import Stateful
 from flower_ext.simulation.local import LocalGrid
 
 CLIENTS = 3

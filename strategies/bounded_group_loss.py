@@ -28,15 +28,27 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from flower_ext._flower import log
-from flower_ext.additive import AdditiveStrategy, Config
-from flower_ext.arrays import Arrays, accumulate, is_averaged, to_record, zeros_like
-from flower_ext.client import Batch, ClientHalf, Local, Metrics, batches, num_examples
-from flower_ext.contribution import DELTA, Contribution, Total
-from flower_ext.drop_in import DropIn
-from flower_ext.errors import at_least, positive, refuse
-from flower_ext.options import AdditiveOptions
-from flower_ext.replies import MalformedReply, read_arrays, read_scalar, read_vector
-from flower_ext.server_optimizer import apply_direction
+from flower_ext.client.app import Batch, ClientHalf, Local, batches, num_examples
+from flower_ext.core.arrays import (
+    Arrays,
+    accumulate,
+    is_averaged,
+    to_record,
+    zeros_like,
+)
+from flower_ext.core.contribution import DELTA, Contribution, Total
+from flower_ext.core.errors import at_least, positive, refuse
+from flower_ext.core.protocol import Metrics
+from flower_ext.core.replies import (
+    MalformedReply,
+    read_arrays,
+    read_scalar,
+    read_vector,
+)
+from flower_ext.server.additive import AdditiveStrategy, Config
+from flower_ext.server.drop_in import DropIn
+from flower_ext.server.optimizers import apply_direction
+from flower_ext.server.options import AdditiveOptions
 
 LOSS_SUMS = "group-loss-sums"
 COUNTS = "group-counts"
@@ -336,7 +348,7 @@ class BoundedGroupLoss(AdditiveStrategy):
         :class:`DualityGap`. Not with a mechanism.
     *flowers, **options
         Server optimizer, sampler, mechanism and Flower's own options, see
-        :class:`~flower_ext.options.AdditiveOptions`.
+        :class:`~flower_ext.server.options.AdditiveOptions`.
 
     Attributes
     ----------

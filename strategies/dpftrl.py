@@ -12,16 +12,16 @@ comes from limiting how often clients take part instead of from secret sampling.
 
 from typing import Unpack
 
-from flower_ext.additive import AdditiveStrategy
-from flower_ext.drop_in import DropIn
-from flower_ext.errors import refuse
-from flower_ext.options import FedAvgOptions
+from flower_ext.core.errors import refuse
+from flower_ext.core.sampling import MinSeparationSampler, Sampler
 from flower_ext.privacy.clipping import Clipping
-from flower_ext.privacy.factorizations import Factorization
+from flower_ext.privacy.factorizations.factorization import Factorization
+from flower_ext.privacy.factorizations.trees import TreeAggregation
 from flower_ext.privacy.mechanism import FactorizationName, Mechanism
-from flower_ext.privacy.trees import TreeAggregation
-from flower_ext.sampling import MinSeparationSampler, Sampler
-from flower_ext.server_optimizer import SGD, ServerOptimizer
+from flower_ext.server.additive import AdditiveStrategy
+from flower_ext.server.drop_in import DropIn
+from flower_ext.server.optimizers import SGD, ServerOptimizer
+from flower_ext.server.options import FedAvgOptions
 
 
 class DPFTRL(AdditiveStrategy):
@@ -61,7 +61,7 @@ class DPFTRL(AdditiveStrategy):
     server_optimizer : ServerOptimizer, optional
         By default ``SGD(1.0, momentum=0.9)``.
     **options
-        Flower's own options, see :class:`~flower_ext.options.FedAvgOptions`.
+        Flower's own options, see :class:`~flower_ext.server.options.FedAvgOptions`.
 
     Notes
     -----

@@ -24,15 +24,23 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flower_ext.additive import AdditiveStrategy, Config
-from flower_ext.arrays import Arrays, Term, is_averaged, multiply, scale, zeros_like
-from flower_ext.client import ClientHalf, Local, Metrics, batches, num_examples
-from flower_ext.contribution import DELTA, Contribution, Total
-from flower_ext.drop_in import DropIn
-from flower_ext.errors import refuse
-from flower_ext.fisher import Batch, SquaredGradients, per_example, tensor_record
-from flower_ext.options import AdditiveOptions
-from flower_ext.replies import MalformedReply, read_arrays, read_scalar
+from flower_ext.client.app import ClientHalf, Local, batches, num_examples
+from flower_ext.client.fisher import Batch, SquaredGradients, per_example, tensor_record
+from flower_ext.core.arrays import (
+    Arrays,
+    Term,
+    is_averaged,
+    multiply,
+    scale,
+    zeros_like,
+)
+from flower_ext.core.contribution import DELTA, Contribution, Total
+from flower_ext.core.errors import refuse
+from flower_ext.core.protocol import Metrics
+from flower_ext.core.replies import MalformedReply, read_arrays, read_scalar
+from flower_ext.server.additive import AdditiveStrategy, Config
+from flower_ext.server.drop_in import DropIn
+from flower_ext.server.options import AdditiveOptions
 
 FISHER_KEY = "fisher"
 FISHER_DELTA = "fisher-delta"
@@ -227,13 +235,13 @@ def watch_fisher(
         without it.
     optimizer, batch_size
         Whose steps count, and how many examples a step has, where that cannot be seen:
-        see :meth:`flower_ext.fisher.SquaredGradients.watch`.
+        see :meth:`flower_ext.client.fisher.SquaredGradients.watch`.
 
     Returns
     -------
     SquaredGradients
-        Its :meth:`~flower_ext.fisher.SquaredGradients.record` goes into the reply,
-        under the names of the reply's arrays.
+        Its :meth:`~flower_ext.client.fisher.SquaredGradients.record` goes into the
+        reply, under the names of the reply's arrays.
 
     Notes
     -----
@@ -266,8 +274,8 @@ class FedFish(AdditiveStrategy):
         empirical Fisher, one extra pass at the trained model; ``sampled``, the same
         with labels drawn from the model, the true Fisher (needs
         ``Task.sample_labels``). The first two weigh squares by batch size, see
-        :class:`~flower_ext.fisher.SquaredGradients`. :func:`watch_fisher` chooses for
-        itself.
+        :class:`~flower_ext.client.fisher.SquaredGradients`. :func:`watch_fisher`
+        chooses for itself.
     normalization : str (default: "none")
         ``client`` divides each client's Fisher by its own mean, so that clients count
         by their examples and not by how large their gradients are; see
@@ -278,7 +286,7 @@ class FedFish(AdditiveStrategy):
         client's data in training and one in evaluation, see :class:`FedFishClient`.
     *flowers, **options
         Server optimizer, sampler, mechanism and Flower's own options, see
-        :class:`~flower_ext.options.AdditiveOptions`.
+        :class:`~flower_ext.server.options.AdditiveOptions`.
 
     Notes
     -----

@@ -38,8 +38,8 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from flower_ext._flower import log
-from flower_ext.additive import AdditiveStrategy
-from flower_ext.arrays import (
+from flower_ext.client.app import ClientHalf, Local, Mod, tied_names
+from flower_ext.core.arrays import (
     Arrays,
     all_finite,
     from_record,
@@ -47,24 +47,18 @@ from flower_ext.arrays import (
     subtract,
     to_record,
 )
-from flower_ext.client import (
-    ARRAYS_KEY,
-    ClientHalf,
-    Local,
-    Metrics,
-    Mod,
-    tied_names,
-)
-from flower_ext.contribution import DELTA, Contribution, Total
-from flower_ext.drop_in import DropIn
-from flower_ext.errors import fraction, one_of, refuse, whole
-from flower_ext.masks import Masks, Scope, first_ranks, top_k
-from flower_ext.options import AdditiveOptions
-from flower_ext.replies import MalformedReply, array_key, read_arrays
-from flower_ext.server_optimizer import TorchOptimizer
-from flower_ext.sparse import decode, encode, is_sparse, received_masks, seal
-from flower_ext.ties import TIED_KEY
-from flower_ext.value_codes import Precision
+from flower_ext.core.contribution import DELTA, Contribution, Total
+from flower_ext.core.errors import fraction, one_of, refuse, whole
+from flower_ext.core.protocol import ARRAYS_KEY, Metrics
+from flower_ext.core.replies import MalformedReply, array_key, read_arrays
+from flower_ext.core.ties import TIED_KEY
+from flower_ext.server.additive import AdditiveStrategy
+from flower_ext.server.drop_in import DropIn
+from flower_ext.server.optimizers import TorchOptimizer
+from flower_ext.server.options import AdditiveOptions
+from flower_ext.wire.masks import Masks, Scope, first_ranks, top_k
+from flower_ext.wire.sparse import decode, encode, is_sparse, received_masks, seal
+from flower_ext.wire.value_codes import Precision
 
 UPLOAD_DENSITY = "upload-density"
 SCOPE = "mask-scope"
@@ -384,7 +378,7 @@ class FLASC(AdditiveStrategy):
     Against FedAvg: clients receive the part of the weights largest in magnitude, and
     return the part of their change largest in magnitude, counted from what they
     received. All clients that have examples weigh the same. Made for adapters
-    (:class:`~flower_ext.adapters.AdapterModel`), whose untouched coordinates are
+    (:class:`~flower_ext.client.adapters.AdapterModel`), whose untouched coordinates are
     nearly zero; a whole network loses most of its weights to the mask.
 
     Parameters
@@ -431,9 +425,9 @@ class FLASC(AdditiveStrategy):
     dense : sequence of str
         Arrays with one of these words in their name always travel whole, as integers
         do. By default ``running_mean`` and ``running_var``, and ``modules_to_save``,
-        the head of an :class:`~flower_ext.adapters.AdapterModel`. The paper's code
-        masks the head, too: ``dense=()``; so will you if what you save is large, such
-        as embeddings.
+        the head of an :class:`~flower_ext.client.adapters.AdapterModel`. The paper's
+        code masks the head, too: ``dense=()``; so will you if what you save is large,
+        such as embeddings.
     describe_arrays : bool (default: False)
         Names and shapes go along, some hundred bytes a message, for apps that train in
         a loop of their own under the mod :func:`flasc`.
@@ -442,9 +436,9 @@ class FLASC(AdditiveStrategy):
         all else as torch has it, a weight decay of 0.01 among it.
     *flowers, **options
         Sampler, mechanism and Flower's own options, see
-        :class:`~flower_ext.options.AdditiveOptions`. Under a mechanism the change is
-        clipped as it arrives, after its coordinates were chosen, and the noise is
-        dense; the masks sent down are post-processing.
+        :class:`~flower_ext.server.options.AdditiveOptions`. Under a mechanism the
+        change is clipped as it arrives, after its coordinates were chosen, and the
+        noise is dense; the masks sent down are post-processing.
 
     Notes
     -----

@@ -26,24 +26,24 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from flower_ext._flower import log
-from flower_ext.additive import AdditiveStrategy, Config
-from flower_ext.arrays import Arrays, scale, zeros_like
-from flower_ext.client import (
+from flower_ext.client.app import (
     Batch,
     ClientHalf,
     Local,
-    Metrics,
     evaluate,
     num_examples,
     random_seed,
     seed_torch,
     train,
 )
-from flower_ext.contribution import DELTA, Contribution, Total
-from flower_ext.drop_in import DropIn
-from flower_ext.errors import at_least, positive, refuse, whole
-from flower_ext.options import AdditiveOptions
-from flower_ext.replies import MalformedReply, read_scalar
+from flower_ext.core.arrays import Arrays, scale, zeros_like
+from flower_ext.core.contribution import DELTA, Contribution, Total
+from flower_ext.core.errors import at_least, positive, refuse, whole
+from flower_ext.core.protocol import Metrics
+from flower_ext.core.replies import MalformedReply, read_scalar
+from flower_ext.server.additive import AdditiveStrategy, Config
+from flower_ext.server.drop_in import DropIn
+from flower_ext.server.options import AdditiveOptions
 
 WEIGHT = "appeal-weight"
 APPEALED = "appealed"
@@ -257,7 +257,7 @@ class MaxFL(AdditiveStrategy):
         bytes.
     *flowers, **options
         Server optimizer, sampler, mechanism and Flower's own options, see
-        :class:`~flower_ext.options.AdditiveOptions`;
+        :class:`~flower_ext.server.options.AdditiveOptions`;
         the paper's global learning rate is the server optimizer's.
 
     Notes

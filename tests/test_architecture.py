@@ -12,6 +12,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(flower_ext.__file__).parent
 STRATEGIES = Path(flower_ext.strategies.__file__).parent
 BASELINES = ROOT / "baselines"
+# A room imports from those of lower and of its own level only.
+LEVELS = {
+    "core": 0,
+    "wire": 1,
+    "data": 1,
+    "privacy": 2,
+    "client": 3,
+    "server": 4,
+    "simulation": 5,
+    "audit": 6,
+    "runs": 7,
+}
 PUBLIC_FLWR = {
     "flwr.app",
     "flwr.clientapp",
@@ -105,10 +117,34 @@ def package_of(relative):
 
 def test_shared_code_knows_no_strategy():
     files = shared_files()
-    assert "additive.py" in files and "simulation/local.py" in files
+    assert "server/additive.py" in files and "simulation/local.py" in files
     for relative, file in files.items():
         found = strategies_imported(file.read_text("utf-8"), package_of(relative))
         assert not found, f"{relative} imports {found}"
+
+
+def upward(room, source, package):
+    """Return what a module imports from rooms above its own, or from beside them."""
+    return {
+        pair
+        for pair in imported(source, package)
+        for other in LEVELS
+        if under(*pair, f"flower_ext.{other}") and LEVELS[other] > LEVELS[room]
+    }
+
+
+def test_every_folder_is_a_room():
+    rooms = {Path(relative).parts[0] for relative in shared_files() if "/" in relative}
+    assert rooms == set(LEVELS)
+
+
+def test_imports_go_down():
+    for relative, file in shared_files().items():
+        room = Path(relative).parts[0]
+        if room in LEVELS:
+            source, package = file.read_text("utf-8"), package_of(relative)
+            found = upward(room, source, package)
+            assert not found, f"{relative} imports {found}"
 
 
 def test_no_strategy_imports_another():
@@ -149,6 +185,12 @@ def test_strategies_are_imported_by_their_public_name():
 # The rules can be broken ----------------------------------------------------------
 
 
+def test_import_of_a_room_above_is_seen():
+    source = "def f():\n    from flower_ext.server.rounds import run_rounds"
+    assert upward("privacy", source, "flower_ext.privacy")
+    assert not upward("audit", source, "flower_ext.audit")
+
+
 @pytest.mark.parametrize(
     ("source", "package"),
     [
@@ -185,7 +227,7 @@ def test_other_imports_are_not_of_a_strategy(source):
 @pytest.mark.parametrize(
     ("source", "private"),
     [
-        ("from flower_ext.additive import _x", True),
+        ("from flower_ext.server.additive import _x", True),
         ("from flower_ext._flower import log", True),
         ("import flower_ext._flower", True),
         ("import _thread", True),

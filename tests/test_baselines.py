@@ -12,9 +12,9 @@ import pytest
 import torch
 from flwr.serverapp.strategy import QFedAvg
 
-from flower_ext.arrays import to_record
-from flower_ext.report import write_summary
-from flower_ext.sampling import UniformSampler
+from flower_ext.core.arrays import to_record
+from flower_ext.core.sampling import UniformSampler
+from flower_ext.runs.report import write_summary
 from flower_ext.simulation.local import app_config
 
 BASELINES = Path(__file__).parents[1] / "baselines"

@@ -241,7 +241,8 @@ def test_a_start_by_run_rounds_is_found(app, capsys):
         app,
         "server_app.py",
         "from quickstart.task import Net",
-        "from flower_ext.rounds import run_rounds\nfrom quickstart.task import Net",
+        "from flower_ext.server.rounds import run_rounds\n"
+        "from quickstart.task import Net",
     )
     code, parts, _ = said(capsys, app)
     assert code == 0

@@ -22,7 +22,8 @@ from flwr.app import ArrayRecord, UserConfig
 from torch import nn
 
 import flower_ext
-from flower_ext import LocalGrid, Task, client_app, report, strategies
+from flower_ext import LocalGrid, Task, client_app, strategies
+from flower_ext.runs import report
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

@@ -23,4 +23,7 @@ def test_examples(name, tmp_path, monkeypatch):
 
 
 def test_every_module_is_looked_at():
-    assert {"flower_ext.strategies.fedfish", "flower_ext.privacy.blt"} <= set(MODULES)
+    assert {
+        "flower_ext.strategies.fedfish",
+        "flower_ext.privacy.factorizations.blt",
+    } <= set(MODULES)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from flwr.app import ArrayRecord
 
-from flower_ext.launch import run_app
-from flower_ext.report import SUMMARY_FILE, table
+from flower_ext.runs.launch import run_app
+from flower_ext.runs.report import SUMMARY_FILE, table
+from flower_ext.server.tracking import read_metrics
 from flower_ext.simulation.local import app_config, run_local
-from flower_ext.tracking import read_metrics
 
 BASELINES = Path(__file__).parents[1] / "baselines"
 pytestmark = pytest.mark.slow

@@ -18,11 +18,11 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
-from flower_ext.additive import AdditiveStrategy
-from flower_ext.arrays import to_record
-from flower_ext.client import LocalSettings, Task, client_app
-from flower_ext.rounds import EveryClientFailed, run_rounds
-from flower_ext.server_optimizer import SGD
+from flower_ext.client.app import LocalSettings, Task, client_app
+from flower_ext.core.arrays import to_record
+from flower_ext.server.additive import AdditiveStrategy
+from flower_ext.server.optimizers import SGD
+from flower_ext.server.rounds import EveryClientFailed, run_rounds
 from flower_ext.simulation.local import LocalGrid, run_local
 from flower_ext.strategies import DPFTRL, FLASC, BoundedGroupLoss, FedFish, MaxFL
 

@@ -35,7 +35,7 @@ def test_the_package_costs_nothing():
 def test_what_is_seldom_used_is_imported_late():
     packages = ["", ".data", ".privacy", ".simulation", ".strategies"]
     statements = [f"from flower_ext{package} import *" for package in packages]
-    statements.append("import flower_ext.adapters, flower_ext.report")
+    statements.append("import flower_ext.client.adapters, flower_ext.runs.report")
     found = loaded("; ".join(statements))
     assert {"flower_ext", "torch"} <= found
     assert not found & SELDOM

@@ -10,12 +10,13 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_ext import AdditiveStrategy, Task, client_app
-from flower_ext.arrays import from_record, subtract, to_record
-from flower_ext.client import ClientHalf, batches, tied_names
-from flower_ext.contribution import Contribution
+from flower_ext.client.app import ClientHalf, batches, tied_names
+from flower_ext.core.arrays import from_record, subtract, to_record
+from flower_ext.core.contribution import Contribution
+from flower_ext.core.ties import equal_in_model
 from flower_ext.privacy import Mechanism
-from flower_ext.rounds import EveryClientFailed
-from flower_ext.server_optimizer import SGD, Adam
+from flower_ext.server.optimizers import SGD, Adam
+from flower_ext.server.rounds import EveryClientFailed
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies import (
     FLASC,
@@ -28,7 +29,6 @@ from flower_ext.strategies import (
     MaxFLClient,
 )
 from flower_ext.strategies.flasc import flasc
-from flower_ext.ties import equal_in_model
 
 HALVES = (FedFishClient, FLASCClient, MaxFLClient, BoundedGroupLossClient)
 

@@ -12,9 +12,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi
 
 from flower_ext import AdditiveStrategy
-from flower_ext.arrays import from_record, to_record
-from flower_ext.contribution import Contribution
-from flower_ext.server_optimizer import SGD, Adagrad, Adam, TorchOptimizer, Yogi
+from flower_ext.core.arrays import from_record, to_record
+from flower_ext.core.contribution import Contribution
+from flower_ext.server.optimizers import SGD, Adagrad, Adam, TorchOptimizer, Yogi
 from flower_ext.strategies import BoundedGroupLoss, FedFish, MaxFL
 from flower_ext.testing import ConformanceError, check_strategy
 

@@ -14,10 +14,10 @@ from email.utils import parseaddr, parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flower_ext.core.errors import whole
 from flower_ext.data.errors import DataError
 from flower_ext.data.fetch import Package, package_file
 from flower_ext.data.metadata import describe
-from flower_ext.errors import whole
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

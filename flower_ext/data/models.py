@@ -132,7 +132,7 @@ def model_folder(name: str, *, cache_dir: str | os.PathLike[str] | None = None) 
     Returns
     -------
     pathlib.Path
-        For `flower_ext.adapters.AdapterModel`, or any ``from_pretrained``.
+        For `flower_ext.client.adapters.AdapterModel`, or any ``from_pretrained``.
 
     Raises
     ------

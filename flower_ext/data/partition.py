@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from flower_ext.core.errors import whole
 from flower_ext.data.metadata import natural_ids
-from flower_ext.errors import whole
 
 if TYPE_CHECKING:
     from datasets import Dataset

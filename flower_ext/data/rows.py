@@ -12,7 +12,7 @@ from datasets import Dataset
 from flwr_datasets.partitioner import Partitioner
 from numpy.typing import NDArray
 
-from flower_ext.errors import refuse
+from flower_ext.core.errors import refuse
 
 _ROW = "__row__"
 

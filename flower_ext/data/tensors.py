@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flower_ext.errors import whole
+from flower_ext.core.errors import whole
 
 if TYPE_CHECKING:
     from datasets import Dataset

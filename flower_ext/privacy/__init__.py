@@ -9,10 +9,23 @@ strategy takes as an argument. :class:`ExampleLevelDP` is privacy inside every s
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from flower_ext.privacy.accounting import GaussianAccountant, RoundAccountant
-from flower_ext.privacy.banded import BandedToeplitz
-from flower_ext.privacy.blt import BufferedToeplitz
-from flower_ext.privacy.calibration import epsilon_for, noise_multiplier_for
+from flower_ext.privacy.accounting.accountants import (
+    GaussianAccountant,
+    RoundAccountant,
+)
+from flower_ext.privacy.accounting.calibration import epsilon_for, noise_multiplier_for
+from flower_ext.privacy.accounting.gaussian import (
+    gaussian_delta,
+    gaussian_epsilon,
+    gaussian_mu,
+    rdp_epsilon,
+    zcdp_epsilon,
+    zcdp_rho,
+)
+from flower_ext.privacy.accounting.sampled import (
+    SampledGaussianAccountant,
+    WithoutReplacementAccountant,
+)
 from flower_ext.privacy.clipping import (
     AdaptiveClipping,
     Clipping,
@@ -23,46 +36,36 @@ from flower_ext.privacy.clipping import (
     split_noise_multiplier,
     update_clipping_norm,
 )
-from flower_ext.privacy.dense import DenseFactorization
-from flower_ext.privacy.factorizations import Factorization, Identity
-from flower_ext.privacy.gaussian import (
-    gaussian_delta,
-    gaussian_epsilon,
-    gaussian_mu,
-    rdp_epsilon,
-    zcdp_epsilon,
-    zcdp_rho,
+from flower_ext.privacy.factorizations.banded import BandedToeplitz
+from flower_ext.privacy.factorizations.blt import BufferedToeplitz
+from flower_ext.privacy.factorizations.dense import DenseFactorization
+from flower_ext.privacy.factorizations.factorization import Factorization, Identity
+from flower_ext.privacy.factorizations.participation import Sensitivity
+from flower_ext.privacy.factorizations.selection import (
+    Choice,
+    Comparison,
+    best_mechanism,
 )
+from flower_ext.privacy.factorizations.toeplitz import SquareRootToeplitz, Toeplitz
+from flower_ext.privacy.factorizations.trees import TreeAggregation
 from flower_ext.privacy.noise import NoiseStream
-from flower_ext.privacy.participation import Sensitivity
-from flower_ext.privacy.sampled import (
-    SampledGaussianAccountant,
-    WithoutReplacementAccountant,
-)
-from flower_ext.privacy.selection import Choice, Comparison, best_mechanism
-from flower_ext.privacy.toeplitz import SquareRootToeplitz, Toeplitz
-from flower_ext.privacy.trees import TreeAggregation
 
 if TYPE_CHECKING:
-    from flower_ext.privacy.example_level import ExampleLevelDP as ExampleLevelDP
-    from flower_ext.privacy.example_level import keep_per_user as keep_per_user
-    from flower_ext.privacy.example_level import worst_silo as worst_silo
     from flower_ext.privacy.mechanism import Mechanism as Mechanism
-    from flower_ext.privacy.release import PrivateSum as PrivateSum
-    from flower_ext.privacy.silo import SiloBudgetExhausted as SiloBudgetExhausted
-    from flower_ext.privacy.silo import SiloPrivacy as SiloPrivacy
-    from flower_ext.privacy.silo import StepLedger as StepLedger
+    from flower_ext.privacy.private_sum import PrivateSum as PrivateSum
+    from flower_ext.privacy.silo_budget import (
+        SiloBudgetExhausted as SiloBudgetExhausted,
+    )
+    from flower_ext.privacy.silo_budget import SiloPrivacy as SiloPrivacy
+    from flower_ext.privacy.silo_budget import StepLedger as StepLedger
 
 # They need torch or Flower, the numbers above do not: imported when first used.
 _HOME = {
-    "ExampleLevelDP": "example_level",
     "Mechanism": "mechanism",
-    "PrivateSum": "release",
-    "SiloBudgetExhausted": "silo",
-    "SiloPrivacy": "silo",
-    "StepLedger": "silo",
-    "keep_per_user": "example_level",
-    "worst_silo": "example_level",
+    "PrivateSum": "private_sum",
+    "SiloBudgetExhausted": "silo_budget",
+    "SiloPrivacy": "silo_budget",
+    "StepLedger": "silo_budget",
 }
 
 __all__ = [

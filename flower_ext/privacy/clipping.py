@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flower_ext.errors import at_least, open_unit, positive, refuse
+from flower_ext.core.errors import at_least, open_unit, positive, refuse
 
 # Rounding in a sum of float64 must not exceed the bound.
 _MARGIN = 1 - 1e-12

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from flwr.serverapp import NeighboringRelation, PrivacyConfig, SamplingMethod
 
 from flower_ext._flower import log
-from flower_ext.errors import (
+from flower_ext.core.errors import (
     at_least,
     one_of,
     open_unit,
@@ -19,27 +19,30 @@ from flower_ext.errors import (
     refuse,
     whole,
 )
-from flower_ext.privacy.accounting import GaussianAccountant, RoundAccountant
-from flower_ext.privacy.banded import BandedToeplitz
-from flower_ext.privacy.calibration import (
-    noise_multiplier_for,
-    noise_multiplier_without_replacement,
-)
-from flower_ext.privacy.clipping import Clipping, FlatClipping
-from flower_ext.privacy.factorizations import Factorization, Identity
-from flower_ext.privacy.sampled import (
-    SampledGaussianAccountant,
-    WithoutReplacementAccountant,
-)
-from flower_ext.privacy.selection import Choice, best_mechanism
-from flower_ext.privacy.trees import TreeAggregation
-from flower_ext.sampling import (
+from flower_ext.core.sampling import (
     LEAST_SECRET,
     CyclicPoissonSampler,
     PoissonSampler,
     Sampler,
     UniformSampler,
 )
+from flower_ext.privacy.accounting.accountants import (
+    GaussianAccountant,
+    RoundAccountant,
+)
+from flower_ext.privacy.accounting.calibration import (
+    noise_multiplier_for,
+    noise_multiplier_without_replacement,
+)
+from flower_ext.privacy.accounting.sampled import (
+    SampledGaussianAccountant,
+    WithoutReplacementAccountant,
+)
+from flower_ext.privacy.clipping import Clipping, FlatClipping
+from flower_ext.privacy.factorizations.banded import BandedToeplitz
+from flower_ext.privacy.factorizations.factorization import Factorization, Identity
+from flower_ext.privacy.factorizations.selection import Choice, best_mechanism
+from flower_ext.privacy.factorizations.trees import TreeAggregation
 
 FactorizationName = Literal["best", "identity", "tree"]
 
@@ -82,11 +85,11 @@ class Mechanism:
         Model-sized buffers that the server can spare, for ``best``.
     amplified : bool (default: False)
         Count on the cohorts being secret. Needs independent noise and a
-        :class:`~flower_ext.sampling.PoissonSampler` with a probability or a
-        :class:`~flower_ext.sampling.UniformSampler` (then all clients must be connected
-        in every round), or a banded mechanism and a
-        :class:`~flower_ext.sampling.CyclicPoissonSampler`; without a seed, which then
-        comes from the operating system. See :attr:`hides_cohorts`.
+        :class:`~flower_ext.core.sampling.PoissonSampler` with a probability or a
+        :class:`~flower_ext.core.sampling.UniformSampler` (then all clients must be
+        connected in every round), or a banded mechanism and a
+        :class:`~flower_ext.core.sampling.CyclicPoissonSampler`; without a seed, which
+        then comes from the operating system. See :attr:`hides_cohorts`.
     simulated_cohort : int, optional
         For research: clients really drawn in a round, fewer than planned. The noise of
         the planned cohort is scaled down by ``simulated_cohort / num_sampled_clients``
@@ -139,7 +142,7 @@ class Mechanism:
 
     The first t rounds of an unamplified mechanism are themselves a Gaussian release,
     and epsilon is exact, or, where the sensitivity is bounded (trees), an upper bound;
-    see :mod:`flower_ext.privacy.accounting`.
+    see :mod:`flower_ext.privacy.accounting.accountants`.
 
     References
     ----------

@@ -7,12 +7,12 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_ext.errors import (
+from flower_ext.core.errors import (
     at_least,
     one_of,
     whole,
 )
-from flower_ext.privacy.factorizations import Factorization
+from flower_ext.privacy.factorizations.factorization import Factorization
 
 Floats = NDArray[np.float64]
 Array = NDArray[np.float32] | NDArray[np.float64]

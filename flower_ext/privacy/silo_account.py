@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import cast
 
 from filelock import FileLock
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, RecordDict
 
-from flower_ext.client import RUN_NAME, RUN_RESUMED, Local
-from flower_ext.errors import fraction, refuse, whole
+from flower_ext.core.errors import fraction, refuse, whole
+from flower_ext.core.protocol import RUN_NAME, RUN_RESUMED
 
 FORMAT = 1
 
@@ -31,15 +31,27 @@ class SiloAccount:
     ----------
     ledger : Path, optional
         The silo's file.
-    local : Local
-        The client at work.
+    state : RecordDict
+        The client's ``context.state``.
+    client, server_round : int
+        Whose account it is, and when.
+    run : ConfigRecord
+        What the server says of a run that it saves.
     """
 
-    def __init__(self, ledger: Path | None, local: Local) -> None:
-        self._ledger, self._state = ledger, local.context.state
-        self._round = local.server_round
-        self._resumed = RUN_RESUMED in local.run
-        self._key = (str(local.run.get(RUN_NAME, "")), local.client)
+    def __init__(
+        self,
+        ledger: Path | None,
+        state: RecordDict,
+        *,
+        client: int,
+        server_round: int,
+        run: ConfigRecord,
+    ) -> None:
+        self._ledger, self._state = ledger, state
+        self._round = server_round
+        self._resumed = RUN_RESUMED in run
+        self._key = (str(run.get(RUN_NAME, "")), client)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

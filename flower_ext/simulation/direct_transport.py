@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from flwr.app import RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 
-from flower_ext.partial_sums import Summand
+from flower_ext.server.partial_sums import Summand
 from flower_ext.simulation.clients import client_context, load_client_app, run_client
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.records import Record, own_copies

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import ERROR
 
-from flower_ext.errors import positive, refuse, whole
-from flower_ext.simulation.needs import Machine, Need, ray_machines, require_room
+from flower_ext.core.errors import positive, refuse, whole
+from flower_ext.simulation.machines import Machine, Need, ray_machines, require_room
 
 #: MiB that CUDA takes in every process, beside what a model takes.
 CUDA_MIB = 500.0

@@ -26,9 +26,9 @@ from flower_ext._flower import (
     Run,
     flatten_dict,
 )
-from flower_ext.errors import refuse, whole
+from flower_ext.core.errors import refuse, whole
+from flower_ext.simulation.base_grid import OwnGrid
 from flower_ext.simulation.clients import CLIENTS_OWN
-from flower_ext.simulation.own_grid import OwnGrid
 
 _FIRST_NODE = 1000
 

@@ -13,10 +13,10 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flower_ext._flower import NO_REPLY, log
-from flower_ext.partial_sums import Summand
-from flower_ext.simulation.dealing import Workload, deal
+from flower_ext.server.partial_sums import Summand
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.mods import HOSTED_KEY, PACK_KEY, Pack, hear
+from flower_ext.simulation.packing import Workload, deal
 from flower_ext.simulation.records import Record
 from flower_ext.simulation.transport import Transport
 

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flower_ext._flower import log
 from flower_ext.simulation.clients import Call, client_context, run_client
 from flower_ext.simulation.jobs import Job
-from flower_ext.simulation.needs import (
+from flower_ext.simulation.machines import (
     Machine,
     Need,
     ResourcesFunction,

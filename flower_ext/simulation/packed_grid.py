@@ -29,14 +29,14 @@ from flower_ext._flower import (
     Run,
     in_simulation,
 )
-from flower_ext.errors import one_of, positive, refuse, whole
-from flower_ext.partial_sums import Summand
-from flower_ext.simulation.dealing import Workload
+from flower_ext.core.errors import one_of, positive, refuse, whole
+from flower_ext.server.partial_sums import Summand
+from flower_ext.simulation.base_grid import OwnGrid
 from flower_ext.simulation.direct_transport import DirectTransport
 from flower_ext.simulation.jobs import Outcome, split
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.simulation.message_transport import MessageTransport
-from flower_ext.simulation.own_grid import OwnGrid
+from flower_ext.simulation.packing import Workload
 from flower_ext.simulation.ray_transport import RayTransport, Resources
 from flower_ext.simulation.transport import Transport
 

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from flower_ext.simulation.needs import Machine, Need, ray_machines
+from flower_ext.simulation.machines import Machine, Need, ray_machines
 from flower_ext.simulation.worker import Setting, Worker
 
 

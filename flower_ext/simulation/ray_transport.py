@@ -19,11 +19,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from flower_ext._flower import CLIENT_CRASHED, in_simulation, log
-from flower_ext.partial_sums import PackSum, Summand
+from flower_ext.server.partial_sums import PackSum, Summand
 from flower_ext.simulation.clients import over_time
-from flower_ext.simulation.dealing import Workload
 from flower_ext.simulation.jobs import Job, Outcome
-from flower_ext.simulation.needs import Need, ResourcesFunction, require_room
+from flower_ext.simulation.machines import Need, ResourcesFunction, require_room
+from flower_ext.simulation.packing import Workload
 from flower_ext.simulation.ray_pool import Hired, Pool
 from flower_ext.simulation.records import Record, to_wire, to_wires
 from flower_ext.simulation.transport import Transport

@@ -11,7 +11,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common import NDArray
 
-from flower_ext.arrays import npy_layout
+from flower_ext.core.arrays import npy_layout
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 

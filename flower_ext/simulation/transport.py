@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
-from flower_ext.partial_sums import Summand
+from flower_ext.server.partial_sums import Summand
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.records import Record
 

@@ -10,12 +10,12 @@ from flwr.app import Error, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 
 from flower_ext._flower import NO_REPLY
-from flower_ext.contribution import Total
-from flower_ext.partial_sums import PackSum, PartialSum, Summand, Summed
+from flower_ext.core.contribution import Total
+from flower_ext.server.partial_sums import PackSum, PartialSum, Summand, Summed
 from flower_ext.simulation.clients import client_context, load_client_app, run_client
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.records import Record, Wire, from_wire, from_wires, to_wires
-from flower_ext.traffic import Traffic
+from flower_ext.wire.traffic import Traffic
 
 
 @dataclass(frozen=True)

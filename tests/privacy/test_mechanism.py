@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 
 from flower_ext import AdditiveStrategy
 from flower_ext._flower import InconsistentMessageReplies, PrivacyBudgetExhausted
-from flower_ext.arrays import from_record, to_record
-from flower_ext.contribution import DELTA, Contribution
+from flower_ext.core.arrays import from_record, to_record
+from flower_ext.core.contribution import DELTA, Contribution
+from flower_ext.core.replies import MalformedReply
+from flower_ext.core.sampling import (
+    AllClients,
+    CyclicPoissonSampler,
+    HeldOutSampler,
+    MinSeparationSampler,
+    PoissonSampler,
+    UniformSampler,
+)
 from flower_ext.privacy import (
     AdaptiveClipping,
     BandedToeplitz,
@@ -23,16 +32,7 @@ from flower_ext.privacy import (
     TreeAggregation,
     gaussian_epsilon,
 )
-from flower_ext.replies import MalformedReply
-from flower_ext.sampling import (
-    AllClients,
-    CyclicPoissonSampler,
-    HeldOutSampler,
-    MinSeparationSampler,
-    PoissonSampler,
-    UniformSampler,
-)
-from flower_ext.server_optimizer import SGD
+from flower_ext.server.optimizers import SGD
 
 SENT = {"w": np.float32([1.0, -1.0, 0.5]), "b": np.float32(2.0)}
 ROUNDS = 6

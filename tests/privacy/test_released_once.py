@@ -18,19 +18,19 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flower_ext import AdditiveStrategy
-from flower_ext import checkpoint as module
 from flower_ext._flower import PrivacyBudgetExhausted
-from flower_ext.arrays import from_record, to_record
-from flower_ext.checkpoint import CheckpointError
-from flower_ext.privacy import BandedToeplitz, Mechanism, gaussian_epsilon
-from flower_ext.sampling import (
+from flower_ext.core.arrays import from_record, to_record
+from flower_ext.core.sampling import (
     CyclicPoissonSampler,
     MinSeparationSampler,
     PoissonSampler,
     UniformSampler,
 )
+from flower_ext.privacy import BandedToeplitz, Mechanism, gaussian_epsilon
+from flower_ext.server import checkpoint as module
+from flower_ext.server.checkpoint import CheckpointError
+from flower_ext.server.tracking import Tracker
 from flower_ext.simulation.local import LocalGrid
-from flower_ext.tracking import Tracker
 
 ROUNDS, CLIENTS, COHORT = 8, 12, 3
 MODEL = to_record({"w": np.zeros(4, np.float32)})

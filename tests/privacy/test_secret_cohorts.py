@@ -14,17 +14,17 @@ from flwr.clientapp import ClientApp
 
 from flower_ext import AdditiveStrategy
 from flower_ext._flower import log
-from flower_ext.arrays import from_record, to_record
-from flower_ext.privacy import BandedToeplitz, Mechanism
-from flower_ext.report import main as report
-from flower_ext.sampling import (
+from flower_ext.core.arrays import from_record, to_record
+from flower_ext.core.sampling import (
     CyclicPoissonSampler,
     MinSeparationSampler,
     PoissonSampler,
     UniformSampler,
 )
+from flower_ext.privacy import BandedToeplitz, Mechanism
+from flower_ext.runs.report import main as report
+from flower_ext.server.tracking import Tracker
 from flower_ext.simulation.local import LocalGrid
-from flower_ext.tracking import Tracker
 
 ROUNDS, CLIENTS = 6, 12
 MODEL = {"w": np.zeros(3, np.float32)}

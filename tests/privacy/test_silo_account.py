@@ -6,23 +6,18 @@ import time
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
-from flower_ext.client import Local
 from flower_ext.privacy import SiloPrivacy, StepLedger, silo_account
 from flower_ext.privacy.silo_account import SiloAccount, ledger_path
 
 
-def local(server_round=1, state=None, **run):
-    return Local(
-        task=None,
-        model=None,
-        train={},
-        test={},
-        settings=None,
-        config=ConfigRecord({"server-round": server_round}),
-        context=Context(1, 7, {}, state or RecordDict(), {}),
-        device=None,
+def opened(path, server_round=1, state=None, **run):
+    return SiloAccount(
+        path,
+        state or RecordDict(),
+        client=7,
+        server_round=server_round,
         run=ConfigRecord({k.replace("_", "-"): v for k, v in run.items()}),
     )
 
@@ -94,7 +89,7 @@ def test_the_home_and_links_lead_to_one_file(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_not_there_is_no_empty_account(tmp_path):
-    account = SiloAccount(tmp_path / "unmounted" / "ledger.json", local())
+    account = opened(tmp_path / "unmounted" / "ledger.json")
     with (
         pytest.raises(ValueError, match="must be in a folder that is there"),
         account.locked(),
@@ -106,7 +101,7 @@ def test_rounds_at_the_same_time_are_all_charged(tmp_path):
     path = tmp_path / "ledger.json"
 
     def charge():
-        account = SiloAccount(path, local())
+        account = opened(path)
         with account.locked():
             ledger = StepLedger.read(account.read())
             time.sleep(0.02)
@@ -123,7 +118,7 @@ def test_rounds_at_the_same_time_are_all_charged(tmp_path):
 def test_the_ledger_counts_before_what_a_run_remembers(tmp_path):
     path: Path = tmp_path / "ledger.json"
     state = RecordDict({"example-level-dp": StepLedger().add(0.1, 1.0, 2).record()})
-    account = SiloAccount(path, local(state=state))
+    account = opened(path, state=state)
     assert StepLedger.read(account.read()).total == 2
     StepLedger().add(0.1, 1.0, 9).save(path)
     assert StepLedger.read(account.read()).total == 9
@@ -131,7 +126,7 @@ def test_the_ledger_counts_before_what_a_run_remembers(tmp_path):
 
 def test_an_older_copy_of_the_ledger_is_not_what_is_spent(tmp_path):
     path = tmp_path / "ledger.json"
-    account = SiloAccount(path, local(state=RecordDict()))
+    account = opened(path)
     account.write(StepLedger().add(0.1, 1.0, 2).record())
     older = path.read_text("utf-8")
     account.write(StepLedger().add(0.1, 1.0, 4).record())
@@ -143,11 +138,11 @@ def test_an_older_copy_of_the_ledger_is_not_what_is_spent(tmp_path):
 def test_a_process_remembers_runs_that_go_on_and_no_others(monkeypatch):
     monkeypatch.setattr(silo_account, "_remembered", {})
     record = StepLedger().add(0.1, 1.0, 2).record()
-    SiloAccount(None, local(name="a")).write(record)
-    SiloAccount(None, local()).write(record)
+    opened(None, name="a").write(record)
+    opened(None).write(record)
 
     def known(**run):
-        return SiloAccount(None, local(2, **run)).read() is not None
+        return opened(None, 2, **run).read() is not None
 
     assert known(name="a", resumed_after=1)
     assert not known(name="b", resumed_after=1)

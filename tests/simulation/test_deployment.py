@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from flower_ext.tracking import read_metrics
+from flower_ext.server.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]
 APP = Path(__file__).parent / "flower_app"

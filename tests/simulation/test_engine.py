@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flower_ext.launch import run_app
+from flower_ext.runs.launch import run_app
 
 APP = Path(__file__).parent / "flower_app"
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flower_ext.simulation import LocalGrid, PackedGrid, resources
 from flower_ext.simulation.gpus import CUDA_MIB, main, plan
-from flower_ext.simulation.needs import Machine, Need
+from flower_ext.simulation.machines import Machine, Need
 
 
 @pytest.fixture(scope="module")

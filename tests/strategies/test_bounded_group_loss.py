@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flower_ext.additive import AdditiveStrategy
-from flower_ext.arrays import from_record, to_record
-from flower_ext.client import Task, client_app
-from flower_ext.sampling import UniformSampler
-from flower_ext.server_optimizer import SGD
+from flower_ext.client.app import Task, client_app
+from flower_ext.core.arrays import from_record, to_record
+from flower_ext.core.sampling import UniformSampler
+from flower_ext.server.additive import AdditiveStrategy
+from flower_ext.server.optimizers import SGD
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies import bounded_group_loss
 from flower_ext.strategies.bounded_group_loss import (

@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 
-from flower_ext.client import client_app
+from flower_ext.client.app import client_app
+from flower_ext.core.sampling import MinSeparationSampler
 from flower_ext.privacy import AdaptiveClipping, BandedToeplitz, gaussian_epsilon
-from flower_ext.sampling import MinSeparationSampler
-from flower_ext.server_optimizer import SGD
+from flower_ext.server.optimizers import SGD
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies import DPFTRL
 from flower_ext.testing import check_strategy

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flower_ext._flower import InconsistentMessageReplies
-from flower_ext.additive import AdditiveStrategy
-from flower_ext.arrays import Lazy, from_record, to_record
-from flower_ext.client import Task, client_app, random_seed
-from flower_ext.server_optimizer import SGD, Adam
+from flower_ext.client.app import Task, client_app, random_seed
+from flower_ext.core.arrays import Lazy, from_record, to_record
+from flower_ext.server.additive import AdditiveStrategy
+from flower_ext.server.optimizers import SGD, Adam
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies import fedfish
 from flower_ext.strategies.fedfish import (

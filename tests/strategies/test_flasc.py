@@ -15,21 +15,21 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from flower_ext.adapters import AdapterModel, adapter_task, causal_lm_loss
-from flower_ext.additive import AdditiveStrategy
-from flower_ext.arrays import from_record, to_record
-from flower_ext.client import Task, client_app
-from flower_ext.contribution import DELTA, Contribution
+from flower_ext.client.adapters import AdapterModel, adapter_task, causal_lm_loss
+from flower_ext.client.app import Task, client_app
+from flower_ext.core.arrays import from_record, to_record
+from flower_ext.core.contribution import DELTA, Contribution
 from flower_ext.privacy import Mechanism
-from flower_ext.rounds import EveryClientFailed
-from flower_ext.server_optimizer import SGD, Adam, TorchOptimizer
+from flower_ext.server.additive import AdditiveStrategy
+from flower_ext.server.optimizers import SGD, Adam, TorchOptimizer
+from flower_ext.server.rounds import EveryClientFailed
+from flower_ext.server.tracking import Tracker, read_metrics
 from flower_ext.simulation import LocalGrid, PackedGrid, packed
-from flower_ext.sparse import PAYLOAD, accept_sparse, decode, encode, num_values
 from flower_ext.strategies import flasc
 from flower_ext.strategies.flasc import FLASC, Decay, FLASCClient, Tier
 from flower_ext.testing import check_strategy
-from flower_ext.tracking import Tracker, read_metrics
-from flower_ext.traffic import serialized_bytes
+from flower_ext.wire.sparse import PAYLOAD, accept_sparse, decode, encode, num_values
+from flower_ext.wire.traffic import serialized_bytes
 
 ANY = {"min_train_nodes": 0, "min_evaluate_nodes": 0, "min_available_nodes": 0}
 PLAIN = {"server_optimizer": SGD(1.0), "fraction_evaluate": 0.0, **ANY}

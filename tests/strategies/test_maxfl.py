@@ -13,11 +13,11 @@ from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flower_ext.additive import AdditiveStrategy
-from flower_ext.arrays import to_record
-from flower_ext.client import client_app
-from flower_ext.sampling import UniformSampler
-from flower_ext.server_optimizer import SGD, Adam
+from flower_ext.client.app import client_app
+from flower_ext.core.arrays import to_record
+from flower_ext.core.sampling import UniformSampler
+from flower_ext.server.additive import AdditiveStrategy
+from flower_ext.server.optimizers import SGD, Adam
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies import maxfl
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient, appeal, appeal_weight

@@ -7,10 +7,10 @@ import pytest
 from flwr.app import ConfigRecord
 
 from flower_ext import AdditiveStrategy, client_app
-from flower_ext.arrays import Lazy, from_record, to_record
-from flower_ext.contribution import Contribution
+from flower_ext.core.arrays import Lazy, from_record, to_record
+from flower_ext.core.contribution import Contribution
 from flower_ext.privacy import Mechanism
-from flower_ext.server_optimizer import SGD
+from flower_ext.server.optimizers import SGD
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies import (
     FLASC,

@@ -13,13 +13,14 @@ from typing import Unpack
 
 from flwr.app import ArrayRecord, RecordDict
 
-from flower_ext.additive import AdditiveStrategy, Config
-from flower_ext.arrays import Arrays, scale, zeros_like
-from flower_ext.client import ClientHalf, Local, Metrics
-from flower_ext.contribution import DELTA, Contribution, Total
-from flower_ext.errors import at_least
-from flower_ext.options import AdditiveOptions
-from flower_ext.replies import read_scalar
+from flower_ext.server.additive import AdditiveStrategy, Config
+from flower_ext.core.arrays import Arrays, scale, zeros_like
+from flower_ext.client.app import ClientHalf, Local
+from flower_ext.core.protocol import Metrics
+from flower_ext.core.contribution import DELTA, Contribution, Total
+from flower_ext.core.errors import at_least
+from flower_ext.server.options import AdditiveOptions
+from flower_ext.core.replies import read_scalar
 
 STRENGTH_KEY = "template-strength"
 WEIGHT = "template-weight"
@@ -75,7 +76,7 @@ class Template(AdditiveStrategy):
         :math:`s \ge 0`; 0 is FedAvg with equal weights.
     **options
         Server optimizer, sampler, mechanism and Flower's own options, see
-        :class:`~flower_ext.options.AdditiveOptions`.
+        :class:`~flower_ext.server.options.AdditiveOptions`.
 
     Notes
     -----

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from flower_ext.client import client_app
+from flower_ext.client.app import client_app
 from flower_ext.privacy import Mechanism
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies.template import WEIGHT, Template, TemplateClient

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from bounded_group_loss.model import make_model
 from bounded_group_loss.strategy import make_strategies
 from bounded_group_loss.utils import PANELS, columns, fairness, plot_frontier
-from flower_ext.comparison import compare
+from flower_ext.runs.comparison import compare
 
 app = ServerApp()
 

@@ -3,7 +3,7 @@
 from flwr.app import UserConfig
 
 from bounded_group_loss.dataset import SOURCES, group_names
-from flower_ext.sampling import UniformSampler
+from flower_ext.core.sampling import UniformSampler
 from flower_ext.strategies import BoundedGroupLoss
 
 

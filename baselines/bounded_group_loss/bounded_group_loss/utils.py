@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, log_loss
 
 from bounded_group_loss.dataset import people
 from bounded_group_loss.model import make_model
-from flower_ext.report import read_summary
+from flower_ext.runs.report import read_summary
 
 PANELS = ["central/worst-group-loss", "central/accuracy"]
 COLUMNS = {

@@ -11,8 +11,8 @@ from dpftrl.dataset import central_data
 from dpftrl.model import make_model
 from dpftrl.strategy import make_strategy
 from dpftrl.utils import COLUMNS, PANELS, plot_epsilons
-from flower_ext.comparison import COMPARISON_FILE, central_evaluation, compare
-from flower_ext.tracking import plot
+from flower_ext.runs.comparison import COMPARISON_FILE, central_evaluation, compare
+from flower_ext.server.tracking import plot
 
 app = ServerApp()
 

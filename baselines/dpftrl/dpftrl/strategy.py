@@ -2,6 +2,7 @@
 
 from flwr.app import UserConfig
 
+from flower_ext.core.sampling import PoissonSampler
 from flower_ext.privacy import (
     BandedToeplitz,
     BufferedToeplitz,
@@ -9,8 +10,7 @@ from flower_ext.privacy import (
     Identity,
     TreeAggregation,
 )
-from flower_ext.sampling import PoissonSampler
-from flower_ext.server_optimizer import SGD
+from flower_ext.server.optimizers import SGD
 from flower_ext.strategies import DPFTRL
 
 NAMES = ("none", "dp-fedavg", "amplified", "tree", "banded", "blt")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from flower_ext.report import read_summary
+from flower_ext.runs.report import read_summary
 
 COLUMNS = {
     "central/accuracy": "accuracy",

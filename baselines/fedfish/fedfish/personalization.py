@@ -17,9 +17,10 @@ from flwr.app import (
 
 from fedfish.client_app import task
 from fedfish.dataset import client_data, num_clients
-from flower_ext.client import Local, LocalSettings, Metrics, evaluate, num_examples
-from flower_ext.comparison import Evaluate
-from flower_ext.personalization import evaluate_fine_tuned
+from flower_ext.client.app import Local, LocalSettings, evaluate, num_examples
+from flower_ext.client.personalization import evaluate_fine_tuned
+from flower_ext.core.protocol import Metrics
+from flower_ext.runs.comparison import Evaluate
 
 MOST_CLIENTS = 40  # of each kind
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from flower_ext.report import read_summary
+from flower_ext.runs.report import read_summary
 
 PANELS = {
     "central/accuracy": "accuracy",

@@ -10,7 +10,7 @@ from fedfish.model import make_model
 from fedfish.personalization import evaluation
 from fedfish.strategy import make_strategy
 from fedfish.utils import PANELS, columns
-from flower_ext.comparison import central_evaluation, compare
+from flower_ext.runs.comparison import central_evaluation, compare
 
 app = ServerApp()
 

@@ -4,8 +4,8 @@ from flwr.app import UserConfig
 
 from fedfish.client_app import BarrierClient
 from flower_ext import AdditiveStrategy
-from flower_ext.additive import Config
-from flower_ext.sampling import HeldOutSampler
+from flower_ext.core.sampling import HeldOutSampler
+from flower_ext.server.additive import Config
 from flower_ext.strategies import FedFish
 
 

@@ -6,7 +6,7 @@ from flwr.clientapp import ClientApp
 from flasc.dataset import client_data
 from flasc.model import make_model
 from flower_ext import client_app
-from flower_ext.adapters import adapter_task
+from flower_ext.client.adapters import adapter_task
 from flower_ext.strategies import FLASCClient
 
 METHOD = "method"

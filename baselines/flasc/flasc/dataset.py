@@ -6,7 +6,7 @@ import torch
 from flwr.app import Context
 from torch import Tensor
 
-from flower_ext.adapters import load_tokenizer
+from flower_ext.client.adapters import load_tokenizer
 from flower_ext.data import load, model_folder, partitioner
 
 Columns = dict[str, Tensor]

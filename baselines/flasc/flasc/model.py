@@ -3,7 +3,7 @@
 from flwr.app import UserConfig
 from peft import LoraConfig
 
-from flower_ext.adapters import AdapterModel
+from flower_ext.client.adapters import AdapterModel
 from flower_ext.data import model_folder
 
 TOPICS = 6

@@ -13,9 +13,9 @@ from flasc.model import make_model
 from flasc.strategy import make_strategy
 from flasc.utils import COLUMNS, plot_bytes
 from flower_ext import Tracker
-from flower_ext.adapters import AdapterModel, adapter_task
-from flower_ext.client import evaluate
-from flower_ext.report import write_summary
+from flower_ext.client.adapters import AdapterModel, adapter_task
+from flower_ext.client.app import evaluate
+from flower_ext.runs.report import write_summary
 from flower_ext.strategies import FLASC
 
 app = ServerApp()

@@ -2,8 +2,8 @@
 
 from flwr.app import UserConfig
 
-from flower_ext.sampling import UniformSampler
-from flower_ext.server_optimizer import Adam
+from flower_ext.core.sampling import UniformSampler
+from flower_ext.server.optimizers import Adam
 from flower_ext.strategies.flasc import FLASC, Decay, Tier
 
 DENSE = {"download_density": 1.0, "upload_density": 1.0}

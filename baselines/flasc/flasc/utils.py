@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from flower_ext.tracking import read_metrics
+from flower_ext.server.tracking import read_metrics
 
 COLUMNS = {
     "central/loss": "loss",

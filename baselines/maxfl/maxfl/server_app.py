@@ -4,7 +4,7 @@ import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from flower_ext.comparison import compare
+from flower_ext.runs.comparison import compare
 from maxfl.model import make_model
 from maxfl.strategy import make_strategy
 from maxfl.utils import COLUMNS, PANELS

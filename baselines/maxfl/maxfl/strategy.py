@@ -3,11 +3,11 @@
 from flwr.app import RecordDict, UserConfig
 
 from flower_ext import AdditiveStrategy
-from flower_ext.arrays import Arrays, norm, scale, zeros_like
-from flower_ext.client import Metrics
-from flower_ext.contribution import DELTA, Contribution, Total
-from flower_ext.replies import read_scalar
-from flower_ext.sampling import HeldOutSampler
+from flower_ext.core.arrays import Arrays, norm, scale, zeros_like
+from flower_ext.core.contribution import DELTA, Contribution, Total
+from flower_ext.core.protocol import Metrics
+from flower_ext.core.replies import read_scalar
+from flower_ext.core.sampling import HeldOutSampler
 from flower_ext.strategies import MaxFL
 from maxfl.client_app import LOSS, PROXIMAL_MU
 

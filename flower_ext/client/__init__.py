@@ -1,0 +1,1 @@
+"""The client: the task, what a strategy adds to its training, and the ClientApp."""

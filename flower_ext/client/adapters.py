@@ -1,0 +1,614 @@
+"""Hugging Face models as tasks: only what is trained is sent, the rest is shared.
+
+:class:`AdapterModel` makes the model of a :class:`~flower_ext.Task` from a folder on
+disk. Its ``state_dict`` and ``load_state_dict`` know the trained parameters only, those
+of an adapter and of the task's head, so that clients and strategies work with it as
+with any other model. The base is read once in a process; the models of all virtual
+clients share its frozen tensors. Nothing is ever asked of a hub.
+
+Needs the packages transformers and peft: ``pip install "flower-ext[lora]"``.
+"""
+
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from flwr.app import ArrayRecord, Context, UserConfig
+from torch import Tensor, nn
+
+from flower_ext.client.app import Batch, MakeOptimizer, Task
+from flower_ext.core.errors import one_of, refuse, whole
+from flower_ext.wire.sparse import accept_sparse
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["classification", "causal-lm"]
+
+_AUTO_CLASSES = {
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+_IGNORED = -100  # label of a token that is not predicted, as in transformers
+
+# What a process has read: bases, and models ready to be copied for a client.
+_bases: dict[str, "_Base"] = {}
+_models: dict[str, "_Template"] = {}
+
+
+@dataclass
+class _Base:
+    """A model as it is on disk, and the parameters that the disk does not have.
+
+    Those are drawn at random; ``random_state`` is torch's behind them, from which an
+    adapter goes on, whether the base was read for it or before.
+    """
+
+    model: nn.Module
+    new: set[str]
+    random_state: Tensor
+
+
+@dataclass(frozen=True)
+class AdapterModel:
+    """A pretrained model of which a part is trained: what ``Task.model`` takes.
+
+    Every call returns a model of its own whose frozen tensors are those of the base. An
+    adapter that changes weights of the base (OLoRA, PiSSA) has its own of these. Do not
+    merge an adapter into such a model, which would change the base of the others: save
+    it, and merge what peft loads.
+
+    Parameters
+    ----------
+    folder : path
+        A model as transformers saves it: ``config.json`` and the weights.
+    trains : PeftConfig, path, "head" or "all"
+        What is trained and sent: the adapter that a peft configuration describes, such
+        as ``LoraConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS")``
+        (with that ``task_type`` the head too, otherwise the ``modules_to_save``); an
+        adapter that peft saved in a folder; the task's head alone (a linear probe); or
+        everything (full fine-tuning). Of P-tuning, and of prefixes with a projection,
+        peft saves the prompts alone: they cannot be trained further.
+    kind : {"classification", "causal-lm"}
+        Which head the model has.
+    num_labels : int (default: 2)
+        Classes, for classification.
+    frozen : tuple of str
+        Parameters with one of these words between the dots of their name are not
+        trained and not sent: ``("lora_A",)`` is FFA-LoRA (Sun, Li, Li and Ding 2024).
+    seed : int (default: 0)
+        Of what is new in the model: adapter and head are the same in every process.
+
+    Raises
+    ------
+    ValueError
+        When called: if the folder is incomplete; the target modules match nothing;
+        nothing is trained; weights that are not in the folder, and therefore random,
+        would stay as they are; the model does not run with the prompts of the adapter;
+        or the adapter changes the base at random, as ``pissa_niter_4`` does.
+    ImportError
+        Without transformers or peft.
+
+    Examples
+    --------
+    >>> from peft import LoraConfig  # doctest: +SKIP
+    >>> model = AdapterModel(
+    ...     "minilm", LoraConfig(r=8, target_modules=["query"], task_type="SEQ_CLS")
+    ... )  # doctest: +SKIP
+    >>> strategy.start(grid, ArrayRecord(model({}).state_dict()))  # doctest: +SKIP
+    """
+
+    folder: Path | str
+    trains: "PeftConfig | Path | str"
+    kind: Kind = "classification"
+    num_labels: int = 2
+    frozen: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("kind", self.kind, tuple(_AUTO_CLASSES))
+        whole("num_labels", self.num_labels, 1)
+        whole("seed", self.seed, 0)
+        if isinstance(self.frozen, str):
+            refuse("frozen", self.frozen, "a tuple of words", "write ('lora_A',)")
+
+    def __call__(self, run_config: UserConfig) -> nn.Module:
+        """Return a new model, with the parameters of the beginning."""
+        key = self._key()
+        if key not in _models:
+            _models[key] = _Template(self._build(), buffers=self.trains == "all")
+        return _models[key].copy()
+
+    def save(self, arrays: ArrayRecord, folder: Path | str) -> None:
+        """Save a trained model: what plain peft, or transformers, loads again.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The result of a run.
+        folder : path
+            Receives the adapter and head, or the whole model if no adapter is trained.
+        """
+        model = self({})
+        model.load_state_dict(arrays.to_torch_state_dict())
+        # What layers share, peft looks for under the name of any of them.
+        parameters = model.named_parameters(remove_duplicate=False)
+        state = {name: p.detach() for name, p in parameters}
+        state |= dict(model.named_buffers(remove_duplicate=False))
+        options = {"state_dict": state} if self._adapter is not None else {}
+        if self._adapter is None:
+            model = self._without_hooks(state)
+        model.save_pretrained(str(folder), **options)  # type: ignore[operator]
+
+    @property
+    def _adapter(self) -> "PeftConfig | Path | str | None":
+        return None if self.trains in ("head", "all") else self.trains
+
+    def _key(self) -> str:
+        adapter: object = self.trains
+        if not isinstance(adapter, Path | str):
+            adapter = self.trains.to_dict()  # type: ignore[union-attr]
+        elif self._adapter is not None:
+            adapter = _stamp(Path(adapter).expanduser())
+        plain = (adapter, self.frozen, self.seed)
+        return self._base_key() + json.dumps(plain, default=_sorted, sort_keys=True)
+
+    def _base_key(self) -> str:
+        folder = _stamp(Path(self.folder).expanduser())
+        return json.dumps([folder, self.kind, self.num_labels, self.seed])
+
+    def _base(self) -> _Base:
+        key = self._base_key()
+        if key not in _bases:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                _bases[key] = _load(
+                    Path(self.folder).expanduser(), self.kind, self.num_labels
+                )
+        return _bases[key]
+
+    def _without_hooks(self, state: Mapping[str, Tensor]) -> nn.Module:
+        model = deepcopy(self._base().model)
+        model.load_state_dict(state, strict=False)
+        return model
+
+    def _build(self) -> nn.Module:
+        base = self._base()
+        if self._adapter is not None:
+            model = self._adapted(base, self._adapter)
+        else:
+            model = _alias(base.model)
+        if self.trains == "head":
+            body = f"{base.model.base_model_prefix}."
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = not name.startswith(body)
+        for name, parameter in model.named_parameters():
+            if not set(self.frozen).isdisjoint(name.split(".")):
+                parameter.requires_grad = False
+        self._check(model, base.new)
+        return model
+
+    def _adapted(self, base: _Base, adapter: "PeftConfig | Path | str") -> nn.Module:
+        """Put an adapter on a copy of the base: OLoRA and PiSSA change its weights."""
+        model, changed = _with_adapter(base, adapter, base.random_state)
+        if changed:
+            other = torch.Generator().manual_seed(self.seed + 1).get_state()
+            again = _with_adapter(base, adapter, other)[1]
+            same = [torch.allclose(x, again[k], 0, 1e-5) for k, x in changed.items()]
+            if not all(same):
+                refuse(
+                    "trains",
+                    _short(adapter),
+                    "an adapter that changes the base always alike, or not at all",
+                    f"it begins with {min(changed)} changed at random, which peft "
+                    "cannot repeat when it loads what was trained",
+                )
+        return model
+
+    def _check(self, model: nn.Module, new: set[str]) -> None:
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        if not names:
+            refuse("trains", self.trains, "something that leaves parameters to train")
+        trained = [_plain(name) for name in names]
+        random = {n for n in new if not any(t.endswith(f".{n}") for t in trained)}
+        if random:
+            raise ValueError(
+                f"{sorted(random)[:4]} are not in {self.folder} and would stay random: "
+                "add their module to modules_to_save, or train 'all'"
+            )
+
+
+def adapter_task(
+    model: AdapterModel,
+    data: Callable[[Context], tuple[Batch, Batch]],
+    *,
+    optimizer: MakeOptimizer | None = None,
+) -> Task:
+    """Return the task of fine-tuning a model: what ``client_app`` takes.
+
+    Parameters
+    ----------
+    model : AdapterModel
+        The loss is the cross-entropy of its kind; ``accuracy`` is the metric.
+    data : callable
+        ``Context -> (train, test)``, each a dict of ``input_ids`` and
+        ``attention_mask`` (and ``token_type_ids``), ``(examples, tokens)``, and for
+        classification ``labels``, ``(examples,)``.
+    optimizer : callable, optional
+        See :class:`~flower_ext.Task`.
+    """
+    loss, metrics = _LOSSES[model.kind]
+    return Task(model, data, loss, metrics, optimizer)
+
+
+def load_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model's folder.
+
+    Raises
+    ------
+    ValueError
+        If the folder has none, or one with more tokens than the model knows.
+    """
+    transformers = _imported("transformers")
+    folder = Path(folder).expanduser()
+    _require_files(folder, ("config.json",), _TOKENIZERS)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True
+        )
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read: {error}"
+        ) from error
+    known = json.loads((folder / "config.json").read_text("utf-8")).get("vocab_size")
+    if known is not None and len(tokenizer) > known:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, its model knows "
+            f"{known}: they are not of the same model, or tokens were added"
+        )
+    found: PreTrainedTokenizerBase = tokenizer
+    return found
+
+
+# Losses ---------------------------------------------------------------------------
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    inputs = {name: column for name, column in batch.items() if name != "labels"}
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return each example's cross-entropy, in nats."""
+    return nn.functional.cross_entropy(
+        _logits(model, batch), batch["labels"], reduction="none"
+    )
+
+
+def classification_metrics(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return whether each example is classified right."""
+    hits = _logits(model, batch).argmax(-1) == batch["labels"]
+    return {"accuracy": hits.float()}
+
+
+def _next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits ``(examples, tokens, time)``, targets, and how many count."""
+    targets = batch["input_ids"][:, 1:]
+    if "attention_mask" in batch:
+        targets = targets.masked_fill(batch["attention_mask"][:, 1:] == 0, _IGNORED)
+    # Prompts that are trained stand before the text, and have logits, too.
+    logits = _logits(model, batch)[:, -batch["input_ids"].shape[1] : -1]
+    logits = logits.transpose(1, 2)
+    return logits, targets, (targets != _IGNORED).sum(1).clamp(min=1)
+
+
+def causal_lm_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return each text's mean cross-entropy of the next token, in nats."""
+    logits, targets, count = _next_tokens(model, batch)
+    losses = nn.functional.cross_entropy(
+        logits, targets, reduction="none", ignore_index=_IGNORED
+    )
+    return losses.sum(1) / count
+
+
+def causal_lm_metrics(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return each text's share of tokens predicted right."""
+    logits, targets, count = _next_tokens(model, batch)
+    return {"accuracy": (logits.argmax(1) == targets).sum(1) / count}
+
+
+_LOSSES = {
+    "classification": (classification_loss, classification_metrics),
+    "causal-lm": (causal_lm_loss, causal_lm_metrics),
+}
+
+# Loading --------------------------------------------------------------------------
+
+
+def _imported(name: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"Hugging Face models need the package {name}: "
+            'pip install "flower-ext[lora]"'
+        ) from error
+
+
+def _stamp(folder: Path) -> list[object]:
+    """Tell a folder from another, and from what it was before it was written to."""
+    files = sorted(folder.glob("*.*")) if folder.is_dir() else []
+    times = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return [str(folder.resolve()), times]
+
+
+def _require_files(folder: Path, *groups: Iterable[str]) -> None:
+    """Require one file of each group."""
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+    for group in map(tuple, groups):
+        if present is None or present.isdisjoint(group):
+            refuse(
+                "folder",
+                str(folder),
+                f"a folder with {' or '.join(group)}",
+                "no such folder" if present is None else f"it has {sorted(present)}",
+            )
+
+
+def _load(folder: Path, kind: Kind, num_labels: int) -> _Base:
+    transformers = _imported("transformers")
+    _require_files(folder, ("config.json",), _WEIGHTS)
+    options = {"num_labels": num_labels} if kind == "classification" else {}
+    try:
+        with _quiet(transformers):
+            model, report = getattr(transformers, _AUTO_CLASSES[kind]).from_pretrained(
+                str(folder),
+                local_files_only=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                **options,
+            )
+    except Exception as error:
+        raise ValueError(f"the model in {folder} cannot be read: {error}") from error
+    return _Base(model, set(report["missing_keys"]), torch.get_rng_state())
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without a bar, or a report of the new weights, in every worker's log."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _with_adapter(
+    base: _Base, adapter: "PeftConfig | Path | str", random_state: Tensor
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Put an adapter on a copy of a base, of which what is unchanged is shared again.
+
+    Returns
+    -------
+    tuple of torch.nn.Module and dict[str, Tensor]
+        The adapted model, and the base's parameters that the adapter changed.
+    """
+    copies = {
+        name: (p, nn.Parameter(p.detach().clone(), p.requires_grad))
+        for name, p in base.model.named_parameters()
+    }
+    model = deepcopy(base.model, {id(p): own for p, own in copies.values()})
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(random_state)
+        if isinstance(adapter, Path | str):
+            adapted = _with_saved_adapter(model, Path(adapter).expanduser())
+        else:
+            adapted = _with_new_adapter(model, deepcopy(adapter))
+    changed = {}
+    for name, (p, own) in copies.items():
+        if torch.equal(own, p):
+            own.data = p.data
+        else:
+            changed[name] = own.detach()
+    return adapted, changed
+
+
+def _short(adapter: "PeftConfig | Path | str") -> str:
+    named = isinstance(adapter, Path | str)
+    return str(adapter) if named else type(adapter).__name__
+
+
+def _with_saved_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    peft = _imported("peft")
+    _require_files(
+        folder,
+        ("adapter_config.json",),
+        ("adapter_model.safetensors", "adapter_model.bin"),
+    )
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    adapted: nn.Module
+    if not config.is_prompt_learning:
+        adapted = peft.PeftModel.from_pretrained(
+            model, str(folder), is_trainable=True, local_files_only=True
+        )
+        return adapted
+    # What computes the prompts is not saved, and peft trains no saved prompts itself.
+    if config.peft_type == "P_TUNING" or getattr(config, "prefix_projection", False):
+        refuse(
+            "trains",
+            str(folder),
+            "an adapter that can be trained further",
+            "of P-tuning, and prefixes with a projection, only the prompts are saved",
+        )
+    config.inference_mode = False
+    adapted = peft.get_peft_model(model, config)
+    weights = peft.load_peft_weights(str(folder), device="cpu")
+    peft.set_peft_model_state_dict(adapted, weights)
+    return adapted
+
+
+def _with_new_adapter(model: nn.Module, config: "PeftConfig") -> nn.Module:
+    leaves = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d)
+    }
+    try:
+        adapted: nn.Module = _imported("peft").get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(
+            f"the adapter does not fit the model, which has modules of the names "
+            f"{sorted(leaves)}: {error}"
+        ) from error
+    if config.is_prompt_learning:
+        _require_run(adapted, config)
+    return adapted
+
+
+@torch.no_grad()
+def _require_run(model: nn.Module, config: "PeftConfig") -> None:
+    """Run a model with prompts once: not every model takes them."""
+    batch = {"input_ids": torch.ones(1, 2), "attention_mask": torch.ones(1, 2)}
+    if hasattr(config, "num_tasks"):
+        batch["task_ids"] = torch.zeros(1)
+    try:
+        model(**{name: x.long() for name, x in batch.items()})
+    except Exception as error:
+        refuse(
+            "trains",
+            _short(config),
+            "an adapter with which the model runs",
+            f"it failed with {error!r}",
+        )
+
+
+def _sorted(value: object) -> object:
+    """Write what JSON has not: sets in order, all else as it prints itself."""
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def _plain(name: str) -> str:
+    """Return a parameter's name as it was before peft wrapped its module."""
+    parts = name.split(".")
+    while "modules_to_save" in parts:
+        at = parts.index("modules_to_save")
+        del parts[at : at + 2]  # the name of the adapter follows
+    return "." + ".".join(parts)
+
+
+# Copies ---------------------------------------------------------------------------
+
+
+def _alias(model: nn.Module) -> nn.Module:
+    """Copy a model, but not its tensors; what is trained is the copy's own matter."""
+    return deepcopy(
+        model, {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
+    )
+
+
+class _Template:
+    """A model that is copied for every client; what is frozen is the same in all.
+
+    It is kept as pickle writes it, without its tensors: a ``deepcopy``, which looks at
+    a thousand empty dictionaries of hooks, takes about five times as long.
+    """
+
+    def __init__(self, model: nn.Module, *, buffers: bool) -> None:
+        named = dict(model.named_buffers())
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        # Parameters that are the same numbers, as of tied adapters, are sent once.
+        numbers = {(p.data_ptr(), p.numel()): n for n, p in reversed(trained.items())}
+        self._sent = set(numbers.values())
+        if buffers:
+            self._sent |= set(named)
+        self._tensors = [*model.parameters(), *named.values()]
+        file = BytesIO()
+        _WithoutTensors(file, self._tensors).dump(model)
+        self._model = file.getvalue()
+
+    def copy(self) -> nn.Module:
+        """Return a model of its own."""
+        storages: dict[int, Tensor] = {}
+        tensors = [
+            x
+            if isinstance(x, nn.Parameter) and not x.requires_grad
+            else _clone(x, storages)
+            for x in self._tensors
+        ]
+        return _sending(_WithTensors(BytesIO(self._model), tensors).load(), self._sent)
+
+
+class _WithoutTensors(pickle.Pickler):
+    """Writes the places of some tensors in a list instead of them."""
+
+    def __init__(self, file: BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._places = {id(x): i for i, x in enumerate(tensors)}
+
+    def persistent_id(self, value: object) -> int | None:
+        """Return the place of a tensor, None for all else."""
+        return self._places.get(id(value))
+
+
+class _WithTensors(pickle.Unpickler):
+    """Reads what :class:`_WithoutTensors` wrote, with these tensors in the places."""
+
+    def __init__(self, file: BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, place: int) -> Tensor:
+        """Return the tensor of a place."""
+        return self._tensors[place]
+
+
+def _clone(x: Tensor, storages: dict[int, Tensor]) -> Tensor:
+    """Copy a tensor; one that is another's numbers in another shape remains so."""
+    own = x.detach()
+    storage = own.untyped_storage()
+    if storage.nbytes() != own.nbytes:
+        own = own.clone()
+    else:
+        flat = own.as_strided((own.numel(),), (1,), 0)
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = flat.clone()
+        own = storages[storage.data_ptr()].as_strided(own.shape, own.stride(), 0)
+    return nn.Parameter(own) if isinstance(x, nn.Parameter) else own
+
+
+def _sending(model: nn.Module, sent: set[str]) -> nn.Module:
+    """Let the state of a model be what is trained, and ``load_state_dict`` take it."""
+
+    def only_sent(_: nn.Module, state: dict[str, Tensor], prefix: str, __: Any) -> None:
+        for name in [n for n in state if n.removeprefix(prefix) not in sent]:
+            del state[name]
+
+    def expect_sent(_: nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name in sent]
+
+    model.register_state_dict_post_hook(only_sent)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_post_hook(expect_sent)  # type: ignore[no-untyped-call]
+    return accept_sparse(model)

@@ -1,0 +1,1 @@
+"""What everything rests on: arrays, contributions, replies, samplers, errors."""

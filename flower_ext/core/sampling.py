@@ -1,0 +1,484 @@
+"""Cohort samplers: which of the available clients take part in a round.
+
+How many is Flower's own option (``fraction_train``, ``min_train_nodes``); how they are
+drawn is the sampler. Each draws from a generator of its own, derived from its seed,
+the round and the purpose, so that a cohort depends on nothing else: not on earlier
+rounds, not on the global random state, not on whether the run was resumed. Samplers
+that limit how often a client takes part also remember who did. Under a mechanism the
+round is the number of the release, which goes on where a strategy is started again.
+
+For privacy accounting a sampler says what it promises of every client:
+``min_separation`` and ``max_participations``. What it promises, it enforces.
+"""
+
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast, get_args
+
+import numpy as np
+
+from flower_ext.core.errors import one_of, probability, refuse, whole
+from flower_ext.core.nodes import NodeRegistry
+
+Purpose = Literal["train", "evaluate"]
+WhenShort = Literal["smaller", "wait", "stop"]
+_STREAM: dict[Purpose, int] = {"train": 0, "evaluate": 1}
+_SECRET_BITS = 128
+# Seeds below can be found by trying. Of 128 random bits one in 2**32 numbers is below.
+LEAST_SECRET = 2**96
+
+
+def _require_probability(value: float) -> None:
+    probability("probability", value, "of one client in one round")
+
+
+class Sampler(ABC):
+    """Draws the cohort of a round.
+
+    Parameters
+    ----------
+    seed : int, optional
+        Same seed, same clients: same cohorts; 0 if not given. Where cohorts must be
+        secret it is best not given, see :meth:`keep_secret`, and is for one run.
+    same_for_evaluation : bool (default: False)
+        Draw the evaluation's cohort as the training's of the same round: with equal
+        fractions, the clients that trained evaluate.
+    """
+
+    #: Least difference of the numbers of two rounds with the same client.
+    min_separation: int = 1
+    #: Most rounds of one client; None is every round.
+    max_participations: int | None = None
+    #: Whether its cohorts, and with them its seed, are nobody's to know.
+    is_secret: bool = False
+    #: What to do with fewer clients than asked for.
+    when_short: WhenShort = "smaller"
+
+    def __init__(
+        self, seed: int | None = None, *, same_for_evaluation: bool = False
+    ) -> None:
+        self._given = seed is not None
+        self._is_taken = False
+        self.seed: int | None = 0 if seed is None else whole("seed", seed, 0)
+        self.same_for_evaluation = same_for_evaluation
+
+    @abstractmethod
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Draw about ``size`` of ``clients`` and return them in their given order."""
+
+    def expected_size(self, size: int, population: int) -> float:
+        """Return how many clients a round has if all of ``population`` are there.
+
+        It is the mean over many rounds; ``size`` is how many are asked for.
+        """
+        return min(size, population / self.min_separation)
+
+    @property
+    def num_known(self) -> int:
+        """How many different clients it has seen, as far as it tells them apart."""
+        return 0
+
+    @property
+    def has_own_secret(self) -> bool:
+        """Whether its cohorts are secret and come from a seed that was given."""
+        return self.is_secret and self._given
+
+    def take_seed(self) -> None:
+        """Refuse a second run in this process with secret cohorts of a given seed.
+
+        Raises
+        ------
+        ValueError
+            If another strategy has it.
+        """
+        if self._given and self._is_taken:
+            raise ValueError(
+                "the seed of a sampler must be another one, or left out, for a second "
+                "strategy: epsilons of two runs with the same secret cohorts do not "
+                "add up"
+            )
+        self._is_taken = True
+
+    def keep_secret(self) -> None:
+        """Draw cohorts that nobody can guess, as amplification needs it.
+
+        A seed that was not given is drawn from the operating system, with 128 bits,
+        when the first cohort is. It is in :meth:`state_dict` and nowhere else.
+
+        Raises
+        ------
+        ValueError
+            If a seed was given that can be found by trying.
+        """
+        if not self._given:
+            self.seed = None
+        elif self.seed is None or self.seed < LEAST_SECRET:
+            refuse(
+                "sampler.seed",
+                self.seed,
+                "left out with amplified=True, or secrets.randbits(128)",
+                "cohorts must be secret, and whoever tries all seeds finds this one",
+            )
+        self.is_secret = True
+
+    def generator(self, server_round: int, purpose: Purpose) -> np.random.Generator:
+        """Return the random stream of one round and purpose."""
+        if self.seed is None:
+            self.seed = secrets.randbits(_SECRET_BITS)
+        stream = 0 if self.same_for_evaluation else _STREAM[purpose]
+        return np.random.default_rng([self.seed, server_round, stream])
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Return what a resumed run must have in common with the saved one."""
+        return {
+            "kind": type(self).__name__,
+            "seed": "secret" if self.seed is None or self.is_secret else self.seed,
+            "same-for-evaluation": self.same_for_evaluation,
+        }
+
+    def state_dict(self) -> dict[str, object]:
+        """Return settings and memory; a secret seed is part of it."""
+        state: dict[str, object] = {**self.settings()}
+        if self.is_secret and self.seed is not None:
+            state["secret-seed"] = [str(self.seed)]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Check that a saved run drew its cohorts as this sampler does."""
+        own = self.settings()
+        saved = {k: v for k, v in state.items() if isinstance(v, str | int | float)}
+        if saved != own:
+            raise ValueError(
+                f"the saved run sampled with {saved}, this one with {own}: a resumed "
+                "run needs the same sampler"
+            )
+        if self.is_secret:
+            seeds = cast("list[str]", state.get("secret-seed", []))
+            seed = int(seeds[0]) if seeds else None
+            if self._given and seed != self.seed:
+                raise ValueError(
+                    "the saved run sampled with another secret seed: leave it out to "
+                    "go on with the saved one"
+                )
+            self.seed = seed
+
+
+class UniformSampler(Sampler):
+    """``size`` clients, or all if there are fewer, uniformly without replacement."""
+
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Draw ``size`` clients."""
+        chosen = self.generator(server_round, purpose).choice(
+            len(clients), min(size, len(clients)), replace=False
+        )
+        return [clients[i] for i in sorted(chosen.tolist())]
+
+
+class HeldOutSampler(UniformSampler):
+    """Trains the first clients only, to measure what the model is worth to others.
+
+    Parameters
+    ----------
+    seed, same_for_evaluation
+        See :class:`Sampler`; evaluation draws from all clients unless it is the same.
+    num_training_clients : int
+        How many, in the order of the clients.
+    """
+
+    def __init__(
+        self,
+        seed: int | None = None,
+        *,
+        num_training_clients: int,
+        same_for_evaluation: bool = False,
+    ) -> None:
+        super().__init__(seed, same_for_evaluation=same_for_evaluation)
+        self.num_training_clients = whole(
+            "num_training_clients", num_training_clients, 1
+        )
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Return what a resumed run must have in common with the saved one."""
+        number = {"num-training-clients": self.num_training_clients}
+        return {**super().settings(), **number}
+
+    def expected_size(self, size: int, population: int) -> float:
+        """Return the training clients, where they are fewer."""
+        return min(size, population, self.num_training_clients)
+
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Draw ``size`` clients."""
+        if purpose == "train" or self.same_for_evaluation:
+            clients = clients[: self.num_training_clients]
+        return super().sample(clients, size, server_round, purpose)
+
+
+class PoissonSampler(Sampler):
+    """Every client on its own with the same probability.
+
+    The cohort varies in size and may be empty; without privacy, a round of nobody
+    keeps the model. This is the sampling that privacy amplification by Poisson
+    sampling assumes: then give the probability, and no seed.
+
+    Parameters
+    ----------
+    seed, same_for_evaluation
+        See :class:`Sampler`.
+    probability : float, optional
+        In (0, 1], whatever the number of clients that are connected; by default
+        ``size / len(clients)``.
+    """
+
+    def __init__(
+        self,
+        seed: int | None = None,
+        *,
+        probability: float | None = None,
+        same_for_evaluation: bool = False,
+    ) -> None:
+        super().__init__(seed, same_for_evaluation=same_for_evaluation)
+        if probability is not None:
+            _require_probability(probability)
+        self.probability = probability
+
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Toss one coin per client."""
+        draws = self.generator(server_round, purpose).random(len(clients))
+        if self.probability is None or purpose == "evaluate":
+            chosen = draws * len(clients) < size
+        else:
+            chosen = draws < self.probability
+        return [client for client, take in zip(clients, chosen, strict=True) if take]
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Add the probability."""
+        return {**super().settings(), "probability": self.probability or "size"}
+
+    def expected_size(self, size: int, population: int) -> float:
+        """Return probability times population."""
+        return size if self.probability is None else self.probability * population
+
+
+class CyclicPoissonSampler(Sampler):
+    """Clients take turns in groups; in its turn each is sampled on its own.
+
+    A client belongs to one of ``cycle`` groups for the whole run, by the order in
+    which clients were first seen; round t samples from group t mod ``cycle``, each
+    client with the same probability (Choquette-Choo et al. 2023, arXiv 2306.08153).
+
+    Parameters
+    ----------
+    probability : float
+        In (0, 1], of a client in its turn.
+    cycle : int
+        Number of groups; at least the number of bands of the mechanism.
+    seed, same_for_evaluation
+        See :class:`Sampler`.
+    """
+
+    def __init__(
+        self,
+        probability: float,
+        cycle: int,
+        seed: int | None = None,
+        *,
+        same_for_evaluation: bool = False,
+    ) -> None:
+        super().__init__(seed, same_for_evaluation=same_for_evaluation)
+        _require_probability(probability)
+        self.probability = probability
+        self.cycle = self.min_separation = whole("cycle", cycle, 1)
+        self._registry = NodeRegistry()
+
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Toss one coin for each client whose turn it is."""
+        numbers = self._registry.number(clients)
+        draws = self.generator(server_round, purpose).random(len(clients))
+        if purpose == "evaluate":
+            chosen = [d * len(clients) < size for d in draws]
+        else:
+            turn = server_round % self.cycle
+            chosen = [
+                numbers[client] % self.cycle == turn and d < self.probability
+                for client, d in zip(clients, draws, strict=True)
+            ]
+        return [client for client, take in zip(clients, chosen, strict=True) if take]
+
+    def expected_size(self, size: int, population: int) -> float:
+        """Return the probability times a group of the population."""
+        return self.probability * population / self.cycle
+
+    @property
+    def num_known(self) -> int:
+        """How many different clients it has seen."""
+        return len(self._registry)
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Add probability and cycle."""
+        return {
+            **super().settings(),
+            "probability": self.probability,
+            "cycle": self.cycle,
+        }
+
+    def state_dict(self) -> dict[str, object]:
+        """Add who is in which group."""
+        return {**super().state_dict(), **self._registry.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take over who is in which group."""
+        super().load_state_dict(state)
+        self._registry.load_state_dict(state)
+
+
+class AllClients(Sampler):
+    """Every available client, whatever the size asked for."""
+
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Return all clients."""
+        return list(clients)
+
+
+class TooFewClients(RuntimeError):
+    """Fewer clients may take part in a round than were asked for."""
+
+
+class MinSeparationSampler(Sampler):
+    """Uniform, but no client too often, and none too soon again.
+
+    A client that took part in round t is not drawn again before round
+    t + ``min_separation``, and never more than ``max_participations`` times. This is
+    what correlated noise is calibrated for. Being drawn counts, whether or not the
+    client replies.
+
+    Parameters
+    ----------
+    min_separation : int
+        Least difference of the numbers of two rounds with the same client; 1 allows
+        every round. At most population / cohort, or rounds run short of clients, which
+        a mechanism refuses.
+    max_participations : int, optional
+        Most rounds of one client; by default what the separation allows. Where it is
+        hardly more than rounds x cohort / population, the last rounds may be short.
+    seed, same_for_evaluation
+        See :class:`Sampler`.
+    when_short : str (default: "smaller")
+        With fewer eligible clients than asked for: ``smaller`` takes those that there
+        are, be it nobody; ``wait`` waits until others connect; ``stop`` ends the run.
+
+    Notes
+    -----
+    Clients are nodes, recognised by their id, in a simulation by their partition: see
+    :class:`~flower_ext.core.nodes.NodeRegistry`. A person behind several nodes is not
+    recognised, and a node that comes back under a new id counts as a new client.
+    """
+
+    def __init__(
+        self,
+        min_separation: int,
+        max_participations: int | None = None,
+        seed: int | None = None,
+        *,
+        when_short: WhenShort = "smaller",
+        same_for_evaluation: bool = False,
+    ) -> None:
+        super().__init__(seed, same_for_evaluation=same_for_evaluation)
+        self.min_separation = whole("min_separation", min_separation, 1)
+        if max_participations is not None:
+            whole("max_participations", max_participations, 1)
+        self.max_participations = max_participations
+        one_of("when_short", when_short, get_args(WhenShort))
+        self.when_short = when_short
+        self._registry = NodeRegistry()
+        self._last: dict[int, int] = {}
+        self._times: dict[int, int] = {}
+
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Draw ``size`` of the eligible clients, and remember them.
+
+        Raises
+        ------
+        TooFewClients
+            If there are fewer and ``when_short`` is not ``smaller``.
+        """
+        if purpose == "evaluate":
+            eligible = list(clients)
+        else:
+            latest = max(self._last.values(), default=0)
+            if server_round < latest:
+                refuse(
+                    "server_round",
+                    server_round,
+                    f">= {latest}, for which clients were drawn before",
+                    "a sampler that limits participation is for one run: make another",
+                )
+            numbers = self._registry.number(clients)
+            eligible = [c for c in clients if self._may(numbers[c], server_round)]
+            if len(eligible) < size and self.when_short != "smaller":
+                raise TooFewClients(
+                    f"round {server_round} needs {size} clients, {len(eligible)} of "
+                    f"the {len(clients)} connected may take part: the others did so "
+                    f"less than min_separation={self.min_separation} rounds ago, or "
+                    f"max_participations={self.max_participations} times"
+                )
+        drawn = self.generator(server_round, purpose).choice(
+            len(eligible), min(size, len(eligible)), replace=False
+        )
+        cohort = [eligible[i] for i in sorted(drawn.tolist())]
+        if purpose == "train":
+            for client in cohort:
+                number = numbers[client]
+                self._last[number] = server_round
+                self._times[number] = self._times.get(number, 0) + 1
+        return cohort
+
+    def _may(self, number: int, server_round: int) -> bool:
+        last = self._last.get(number)
+        rested = last is None or server_round - last >= self.min_separation
+        most = self.max_participations
+        return rested and (most is None or self._times.get(number, 0) < most)
+
+    @property
+    def num_known(self) -> int:
+        """How many different clients it has seen."""
+        return len(self._registry)
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Add the limits."""
+        return {
+            **super().settings(),
+            "min-separation": self.min_separation,
+            "max-participations": self.max_participations or "any",
+        }
+
+    def state_dict(self) -> dict[str, object]:
+        """Add who took part, when last and how often."""
+        return {
+            **super().state_dict(),
+            **self._registry.state_dict(),
+            "last": [[k, v] for k, v in self._last.items()],
+            "times": [[k, v] for k, v in self._times.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take over who took part."""
+        super().load_state_dict(state)
+        self._registry.load_state_dict(state)
+        pairs = cast("Mapping[str, list[tuple[int, int]]]", state)
+        self._last = dict(pairs["last"])
+        self._times = dict(pairs["times"])

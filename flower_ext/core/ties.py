@@ -1,0 +1,105 @@
+"""Tensors that a model has under several names: one tensor, whatever is done to it.
+
+An output layer whose weight is the embedding's is in a state_dict twice. Summed,
+masked or noised apart, the copies would part, and a client loads one of them. A tie
+gives a further name of a tensor, with the first of its names.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.common import NDArray
+
+from flower_ext.core.arrays import is_averaged, view
+
+# A record of replies by this key holds a client's ties. Under a mechanism the server
+# has them from the model, and tells clients: names, and the first name of each.
+TIED_KEY = "tied"
+TIED_TO_KEY = "tied-to"
+
+Ties = dict[str, str]
+
+
+def read_ties(reply: RecordDict, like: Mapping[str, NDArray]) -> Ties:
+    """Return which arrays a client has as one tensor: each with the first of its names.
+
+    What does not fit ``like``, the model that was sent, is not believed.
+    """
+    record = reply.get(TIED_KEY)
+    if not isinstance(record, ConfigRecord):
+        return {}
+    return {
+        name: first
+        for name, first in record.items()
+        if isinstance(first, str)
+        and name in like
+        and first in like
+        and first not in record
+        and like[name].dtype == like[first].dtype
+        and like[name].shape == like[first].shape
+    }
+
+
+def equal_in_all(records: Sequence[object], sent: Mapping[str, NDArray]) -> Ties:
+    """Return float arrays that equal an earlier one in the model and in all replies."""
+    ties: Ties = {}
+    firsts: dict[object, list[str]] = {}
+    for name, array in sent.items():
+        if not is_averaged(array) or array.size < 2:
+            continue
+        # Layers of one shape are many, and all but copies differ from the beginning.
+        begin = array.flat[:16].tobytes()
+        alike = firsts.setdefault((array.dtype, array.shape, begin), [])
+        for first in alike:
+            if _equal(array, sent[first]) and all(
+                _equal_in(record, name, first) for record in records
+            ):
+                ties[name] = first
+                break
+        else:
+            alike.append(name)
+    return ties
+
+
+def equal_in_model(sent: Mapping[str, NDArray]) -> Ties:
+    """Return the ties that a model shows by itself, for lack of anybody to ask.
+
+    Arrays that are equal, but not those of one value throughout, as biases are at
+    first, unless all of their layer equals another one.
+    """
+    equal = equal_in_all([], sent)
+    sure = {
+        name: first
+        for name, first in equal.items()
+        if not _equal(sent[name], np.broadcast_to(sent[name].flat[0], sent[name].shape))
+    }
+    for name, first in list(sure.items()):
+        layer, _, part = name.rpartition(".")
+        other, _, twin = first.rpartition(".")
+        if part == twin:  # the same part of two layers, of which all may be one
+            sure |= _whole_layer(sent, f"{layer}.", f"{other}.", equal)
+    return sure
+
+
+def _whole_layer(
+    sent: Mapping[str, NDArray], layer: str, other: str, equal: Ties
+) -> Ties:
+    """Return the ties of one layer to another one, if they are equal throughout."""
+    own = [name for name in sent if name.startswith(layer)]
+    twins = {name: other + name.removeprefix(layer) for name in own}
+    alike = all(
+        twin in sent and equal.get(name) in (twin, equal.get(twin))
+        for name, twin in twins.items()
+    )
+    return {name: equal[name] for name in own} if alike else {}
+
+
+def _equal_in(record: object, name: str, first: str) -> bool:
+    if not isinstance(record, ArrayRecord) or not {name, first} <= record.keys():
+        return False
+    return _equal(view(record[name]), view(record[first]))
+
+
+def _equal(left: NDArray, right: NDArray) -> bool:
+    return bool(np.array_equal(left, right, equal_nan=True))

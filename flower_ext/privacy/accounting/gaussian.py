@@ -1,0 +1,143 @@
+"""Exact and approximate (epsilon, delta) of one Gaussian release.
+
+mu is the sensitivity of the release over the standard deviation of its noise. A matrix
+mechanism is ONE Gaussian release over all its rounds, so these formulas are all that
+its accounting needs. Neighbouring relation: one client's contributions become zero.
+"""
+
+import math
+
+from flower_ext.core.errors import (
+    at_least,
+    open_unit,
+    positive,
+)
+
+
+def _log_ndtr(value: float) -> float:
+    """Return the log of the standard normal distribution function."""
+    from scipy.special import log_ndtr  # type: ignore[import-untyped]
+
+    return float(log_ndtr(value))
+
+
+def gaussian_delta(mu: float, epsilon: float) -> float:
+    """Return the smallest delta of a Gaussian release.
+
+        delta = Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu)
+
+    Parameters
+    ----------
+    mu : float
+        Sensitivity over noise, >= 0; 0 releases nothing.
+    epsilon : float
+        >= 0.
+
+    References
+    ----------
+    Balle and Wang 2018, arXiv 1805.06530, Theorem 8.
+    """
+    at_least("mu", mu, 0)
+    at_least("epsilon", epsilon, 0)
+    if mu == 0:
+        return 0.0
+    upper = _log_ndtr(mu / 2 - epsilon / mu)
+    lower = epsilon + _log_ndtr(-mu / 2 - epsilon / mu)
+    return max(0.0, -math.exp(upper) * math.expm1(min(0.0, lower - upper)))
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Return the smallest epsilon of a Gaussian release, rounded up at 1e-12.
+
+    Parameters
+    ----------
+    mu : float
+        Sensitivity over noise, >= 0.
+    delta : float
+        In (0, 1).
+
+    Examples
+    --------
+    >>> round(gaussian_epsilon(mu=1.0, delta=1e-6), 5)
+    4.88655
+    """
+    open_unit("delta", delta)
+    if gaussian_delta(mu, 0.0) <= delta:
+        return 0.0
+    low, high = 0.0, 1.0
+    while gaussian_delta(mu, high) > delta:
+        low, high = high, 2 * high
+    while high - low > 1e-12 * max(1.0, high):
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        if gaussian_delta(mu, middle) > delta:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """Return the largest mu that is (epsilon, delta)-private, rounded down."""
+    positive("epsilon", epsilon)
+    open_unit("delta", delta)
+    low, high = 0.0, 1.0
+    while gaussian_delta(high, epsilon) <= delta:
+        low, high = high, 2 * high
+    while high - low > 1e-13 * high:
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        if gaussian_delta(middle, epsilon) <= delta:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def zcdp_rho(mu: float) -> float:
+    """Return rho of zero-concentrated privacy, mu^2 / 2; it adds up over releases."""
+    return at_least("mu", mu, 0) ** 2 / 2
+
+
+def zcdp_epsilon(rho: float, delta: float) -> float:
+    """Return rho + 2 sqrt(rho log(1/delta)), the textbook bound from zCDP.
+
+    References
+    ----------
+    Bun and Steinke 2016, arXiv 1605.02065, Proposition 1.3.
+    """
+    open_unit("delta", delta)
+    return at_least("rho", rho, 0) + 2 * math.sqrt(rho * math.log(1 / delta))
+
+
+def rdp_epsilon(rho: float, delta: float) -> float:
+    """Return the bound from Renyi privacy, epsilon_alpha = rho alpha for all alpha.
+
+        min over alpha > 1 of rho alpha + log((alpha-1)/alpha)
+                              - (log delta + log alpha) / (alpha - 1)
+
+    Looser than `gaussian_epsilon`; shown because many papers report it.
+
+    References
+    ----------
+    Canonne, Kamath, Steinke 2020, arXiv 2004.00010, Proposition 12.
+    """
+    open_unit("delta", delta)
+    if at_least("rho", rho, 0) == 0:
+        return 0.0
+    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
+
+    def bound(log_gap: float) -> float:
+        gap = math.exp(log_gap)
+        alpha = 1 + gap
+        return (
+            rho * alpha
+            + math.log(gap / alpha)
+            - (math.log(delta) + math.log(alpha)) / gap
+        )
+
+    guess = 0.5 * math.log(math.log(1 / delta) / rho)
+    found = minimize_scalar(bound, bounds=(guess - 8, guess + 8), method="bounded")
+    return max(0.0, float(found.fun))

@@ -1,0 +1,1 @@
+"""How noise is correlated over rounds, and what that costs."""

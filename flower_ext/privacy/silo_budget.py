@@ -1,0 +1,279 @@
+"""What a silo promises to the people in its data, and what it has spent of it."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Protocol, cast
+
+from flwr.app import ConfigRecord
+
+from flower_ext.core.errors import open_unit, positive, refuse, whole
+from flower_ext.privacy.accounting.calibration import (
+    INTERVAL,
+    LossDistribution,
+    loss_distribution,
+    noise_multiplier_for,
+    sampled_epsilon,
+)
+from flower_ext.privacy.silo_account import ledger_path, load_record, save_record
+
+# Below it epsilon is in the hundreds and its grid does not fit into memory.
+_LEAST_NOISE = 0.1
+# Squares of smaller numbers vanish in float64.
+_LEAST_CLIPPING = 1e-100
+
+
+class SiloBudgetExhausted(RuntimeError):
+    """The next round would spend more than the silo's ``max_epsilon``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiloPrivacy:
+    r"""What one silo promises to the people in its data.
+
+    Exactly one of ``noise_multiplier`` and ``epsilon`` is given.
+
+    Parameters
+    ----------
+    clipping_norm : float
+        C, the largest l2 norm of one example's gradient over all trained parameters.
+        Infinity, no clipping, is allowed without noise only.
+    delta : float
+        In (0, 1); should be well below 1 / examples.
+    noise_multiplier : float, optional
+        :math:`\sigma`: the noise on the *sum* of clipped gradients has standard
+        deviation :math:`\sigma C`. At least 0.1; 0 is no noise, no privacy and an
+        infinite epsilon.
+    epsilon : float, optional
+        Target after ``num_rounds`` rounds in which the silo trains; the noise
+        multiplier is the smallest that meets it. It is sought once, for the batch size
+        and steps of the silo's first round, and kept.
+    num_rounds : int, optional
+        With ``epsilon`` only.
+    max_epsilon : float, optional
+        A round that would exceed it is refused; nothing is trained then. With
+        ``epsilon`` it is that unless given. Without it the server decides, by the
+        rounds and steps it asks for, how much is spent.
+    max_examples_per_user : int, optional
+        G: protect a user with all examples in this silo, of which the first G in the
+        order of the data are used, instead of one example.
+    user : str (default: "user")
+        Integer column of the data that says whose example it is.
+    ledger : path, optional
+        File of the silo's own, absolute or under ``~``, to which every round is charged
+        before it trains; made if missing. Rounds of all runs and processes that name it
+        add up, so that ``max_epsilon`` and ``epsilon`` bound all that is ever released
+        about these people. One file for one silo and one unit: in a simulation one for
+        each partition. Losing it is losing the account. Without it the account is that
+        of the run, every run starts from 0, and a silo that cannot prove that it has
+        spent nothing, because its first round is not the run's, is refused.
+    seed : int, optional
+        Secret seed >= 0 of batches, noise and dropout, for tests and simulations.
+        Without it batches and noise come from the operating system. Whoever knows or
+        guesses it can remove the noise: it must not be in anything that a server sees,
+        and small ones are guessed.
+    """
+
+    clipping_norm: float
+    delta: float
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    num_rounds: int | None = None
+    max_epsilon: float | None = None
+    max_examples_per_user: int | None = None
+    user: str = "user"
+    ledger: str | os.PathLike[str] | None = None
+    seed: int | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        positive("clipping_norm", self.clipping_norm, allow_inf=True)
+        if self.clipping_norm < _LEAST_CLIPPING:
+            refuse("clipping_norm", self.clipping_norm, f">= {_LEAST_CLIPPING}")
+        open_unit("delta", self.delta)
+        if (self.noise_multiplier is None) == (self.epsilon is None):
+            raise ValueError(
+                f"noise_multiplier={self.noise_multiplier} with epsilon="
+                f"{self.epsilon}: give one of them, the other follows"
+            )
+        if (self.epsilon is None) != (self.num_rounds is None):
+            raise ValueError(
+                f"epsilon={self.epsilon} with num_rounds={self.num_rounds}: a target "
+                "is for a planned number of rounds"
+            )
+        if self.epsilon is not None:
+            positive("epsilon", self.epsilon)
+            whole("num_rounds", self.num_rounds, 1)
+        noise = self.noise_multiplier
+        if noise != 0 and noise is not None:
+            positive("noise_multiplier", noise)
+            if noise < _LEAST_NOISE:
+                refuse("noise_multiplier", noise, f"0 or >= {_LEAST_NOISE}")
+        if math.isinf(self.clipping_norm) and noise != 0:
+            refuse(
+                "clipping_norm", self.clipping_norm, "finite", "noise scales with it"
+            )
+        if self.max_epsilon is not None:
+            positive("max_epsilon", self.max_epsilon)
+            if self.epsilon is not None and self.max_epsilon < self.epsilon:
+                refuse("max_epsilon", self.max_epsilon, f">= epsilon={self.epsilon}")
+        if self.max_examples_per_user is not None:
+            whole("max_examples_per_user", self.max_examples_per_user, 1)
+        if self.ledger is not None:
+            ledger_path(self.ledger)
+        if self.seed is not None:
+            whole("seed", self.seed, 0)
+
+    @property
+    def limit(self) -> float | None:
+        """The epsilon that is never exceeded."""
+        return self.epsilon if self.max_epsilon is None else self.max_epsilon
+
+    @property
+    def group_size(self) -> int:
+        """Most examples of one privacy unit."""
+        return self.max_examples_per_user or 1
+
+    @property
+    def unit(self) -> str:
+        """The column that names the privacy unit; empty where it is one example."""
+        return self.user if self.max_examples_per_user else ""
+
+
+class _Composable(LossDistribution, Protocol):
+    def compose(self, other: LossDistribution, /) -> "_Composable":
+        """Return the distribution of both."""
+
+
+@dataclass(frozen=True)
+class StepLedger:
+    r"""Noisy steps that a silo has taken, by sampling rate and noise multiplier.
+
+    Parameters
+    ----------
+    group_size : int (default: 1)
+        Most examples of one user; their number in a batch is Binomial(G, q).
+    steps : dict[tuple[float, float], int]
+        ``{(sampling probability, noise multiplier): steps}``.
+    unit : str (default: "")
+        The data's column of users; empty where the unit is one example.
+
+    Examples
+    --------
+    >>> ledger = StepLedger().add(0.1, 2.0, 30)
+    >>> round(ledger.add(0.1, 2.0, 70).epsilon(delta=1e-5), 4)
+    2.3375
+    """
+
+    group_size: int = 1
+    steps: Mapping[tuple[float, float], int] = field(default_factory=dict)
+    unit: str = ""
+
+    @property
+    def total(self) -> int:
+        """Number of steps."""
+        return sum(self.steps.values())
+
+    def add(self, rate: float, noise_multiplier: float, count: int) -> "StepLedger":
+        """Return the ledger after ``count`` more steps."""
+        if not count:
+            return self
+        key = (rate, noise_multiplier)
+        return replace(self, steps={**self.steps, key: self.steps.get(key, 0) + count})
+
+    def epsilon(self, delta: float) -> float:
+        """Return an upper bound of epsilon, tight up to the grid; 0 without steps."""
+        return _spent(tuple(self.steps.items()), self.group_size, delta)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "StepLedger":
+        """Read a silo's ledger; one that is not there has no steps."""
+        record = load_record(ledger_path(path))
+        return cls() if record is None else cls.read(record)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a silo's ledger, in place of the one that is there."""
+        save_record(ledger_path(path), self.record())
+
+    def record(self) -> ConfigRecord:
+        """Return the record that stays in ``context.state``, and in the ledger."""
+        return ConfigRecord(
+            {
+                "unit": self.unit,
+                "group-size": self.group_size,
+                "rates": [rate for rate, _ in self.steps],
+                "noise-multipliers": [noise for _, noise in self.steps],
+                "steps": list(self.steps.values()),
+            }
+        )
+
+    @classmethod
+    def read(
+        cls, record: ConfigRecord | None, privacy: SiloPrivacy | None = None
+    ) -> "StepLedger":
+        """Read what :meth:`record` wrote; without it no step has been taken.
+
+        Raises
+        ------
+        ValueError
+            If ``privacy`` protects another unit than the steps were counted for.
+        """
+        group_size = privacy.group_size if privacy else 1
+        unit = privacy.unit if privacy else ""
+        if record is None:
+            return cls(group_size, unit=unit)
+        kept = cast(int, record["group-size"]), cast(str, record["unit"])
+        if privacy and record["steps"] and kept != (group_size, unit):
+            before = f"{kept[0]} of user={kept[1]!r}" if kept[1] else "None"
+            refuse(
+                "max_examples_per_user",
+                f"{group_size} of user={unit!r}" if unit else None,
+                f"{before} as in the rounds before",
+                "what is spent on one unit says nothing about another",
+            )
+        if privacy is None:
+            group_size, unit = kept
+        rates, noises, steps = (
+            cast("list[float]", record[key])
+            for key in ("rates", "noise-multipliers", "steps")
+        )
+        keys = zip(rates, noises, strict=True)
+        return cls(group_size, dict(zip(keys, map(int, steps), strict=True)), unit)
+
+
+# Many virtual silos of one simulation, and the rounds of one silo, ask the same.
+@lru_cache(maxsize=1024)
+def _spent(
+    steps: tuple[tuple[tuple[float, float], int], ...], group_size: int, delta: float
+) -> float:
+    if not steps:
+        return 0.0
+    if any(noise == 0 for (_, noise), _ in steps):
+        return math.inf
+    if len(steps) == 1:
+        [((rate, noise), count)] = steps
+        return sampled_epsilon(count, delta, noise, rate, group_size, INTERVAL)
+    composed: _Composable | None = None
+    for (rate, noise), count in steps:
+        loss = loss_distribution(noise, rate, group_size, INTERVAL).self_compose(count)
+        composed = cast(
+            _Composable, loss if composed is None else composed.compose(loss)
+        )
+    assert composed is not None
+    return float(composed.get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=256)
+def noise_for_steps(
+    epsilon: float, delta: float, steps: int, rate: float, group_size: int
+) -> float:
+    """Return the least noise multiplier for a target after so many steps."""
+    found = noise_multiplier_for(
+        epsilon,
+        delta,
+        rounds=steps,
+        sampling_probability=rate,
+        group_size=group_size,
+    )
+    return max(found, _LEAST_NOISE)

@@ -1,0 +1,1 @@
+"""Whole runs: launching, comparing and reporting them."""

@@ -1,0 +1,1 @@
+"""The server: the rounds, the sum, the server optimizer, checkpoints and tracking."""

@@ -1,0 +1,168 @@
+"""Partial sums: replies are added up where they are made, and never travel.
+
+::
+
+    worker:  reply -> term -> clipped term \
+             reply -> term -> clipped term  > Total  --+
+                                                       +-> merged in client order
+    worker:  reply -> term -> clipped term  > Total  --+
+
+What travels is one sum a pack, and every client's metrics. The server's memory is then
+that of a few models, whatever the cohort.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+
+from flower_ext.core.arrays import Arrays
+from flower_ext.core.contribution import Contribution, Total
+from flower_ext.core.replies import (
+    LONG_INTEGERS,
+    MalformedReply,
+    has_long_integers,
+    unreadable,
+)
+from flower_ext.wire.traffic import Measured, measure_content
+
+NOT_FINITE = "the contribution is not finite, or beyond what the model can hold"
+
+
+@dataclass(frozen=True)
+class Summand:
+    """Makes the terms of replies: all that a worker needs to add them up.
+
+    Attributes
+    ----------
+    sent : dict[str, ndarray]
+        The model that was broadcast.
+    weigh : callable
+        ``reply -> weight`` that its metrics are averaged with; must not raise.
+    contribution : callable
+        ``(reply, sent) -> Contribution``.
+    shapes : dict[str, tuple]
+        Of a contribution's arrays and scalars, as far as the strategy names them.
+    clip : callable or None
+        Under a mechanism: ``Contribution -> Contribution``, or None if it is not
+        finite.
+    """
+
+    sent: Arrays
+    weigh: Callable[[RecordDict], float]
+    contribution: Callable[[RecordDict, Arrays], Contribution]
+    shapes: Mapping[str, tuple[int, ...]]
+    clip: Callable[[Contribution], Contribution | None] | None
+
+    def term(self, reply: RecordDict, *, check: bool) -> Contribution:
+        """Return the clipped term of a reply.
+
+        Parameters
+        ----------
+        reply : RecordDict
+            Of one client.
+        check : bool
+            Whether to look for values that would spoil the model; where terms are
+            clipped, none can.
+
+        Raises
+        ------
+        MalformedReply
+            If the reply is to be left out.
+        """
+        try:
+            self.weigh(reply)
+            term = self.contribution(reply, self.sent)
+            shapes = term.shapes()
+        except MalformedReply:
+            raise
+        except Exception as error:  # no reply ends a run
+            raise MalformedReply(unreadable(error)) from error
+        for key in shapes.keys() & self.shapes.keys():
+            if shapes[key] != self.shapes[key]:
+                raise MalformedReply(
+                    f"{key!r} of the contribution has shape {shapes[key]}, in the "
+                    f"strategy's zero() it has {self.shapes[key]}"
+                )
+        if self.clip is None:
+            if check and not term.can_move(self.sent):
+                raise MalformedReply(NOT_FINITE)
+            return term
+        try:
+            clipped = self.clip(term)
+        except TypeError as error:  # complex numbers, objects
+            raise MalformedReply(unreadable(error)) from error
+        if clipped is None:
+            raise MalformedReply(NOT_FINITE)
+        return clipped
+
+
+@dataclass(frozen=True, eq=False)
+class PackSum:
+    """The sum of the terms of some clients, by their nodes."""
+
+    total: Total
+    clients: frozenset[int]
+
+
+class Summed(Measured):
+    """What is left of a reply once its arrays are in a sum.
+
+    Attributes
+    ----------
+    problem : str
+        Why it is in no sum, or empty.
+    pack : PackSum or None
+        The sum that it is in.
+    """
+
+    problem: str = ""
+    pack: PackSum | None = None
+
+    @property
+    def metric_records(self) -> dict[str, MetricRecord]:  # type: ignore[override]
+        """MetricRecords by key; Flower's own checks each again, for every client."""
+        return {k: x for k, x in self.items() if isinstance(x, MetricRecord)}
+
+
+class PartialSum:
+    """Adds up the replies of a pack, one after the other."""
+
+    def __init__(self, summand: Summand) -> None:
+        self._summand = summand
+        self.total = Total()
+
+    def add(self, reply: RecordDict) -> Summed:
+        """Add a reply's term to the sum, unless it is unusable; return what is left."""
+        rest = Summed(
+            {k: x for k, x in reply.items() if not isinstance(x, ArrayRecord)}
+        )
+        rest.traffic = measure_content(reply)
+        try:
+            if has_long_integers(rest):  # the server leaves it out whatever its arrays
+                raise MalformedReply(LONG_INTEGERS)
+            term = self._summand.term(reply, check=True)
+        except MalformedReply as problem:
+            rest.problem = str(problem)
+        else:
+            self.total.add(term)
+        return rest
+
+
+@runtime_checkable
+class Summable(Protocol):
+    """A strategy whose replies may be added up elsewhere."""
+
+    def summand(self) -> Summand | None:
+        """Return what makes the terms of the round that was just configured."""
+
+
+@runtime_checkable
+class SummingGrid(Protocol):
+    """A grid that can add replies up where they are made."""
+
+    def send_and_sum(
+        self, messages: Iterable[Message], summand: Summand, *, timeout: float | None
+    ) -> Iterable[Message]:
+        """Do as ``send_and_receive``; contents of replies may be :class:`Summed`."""

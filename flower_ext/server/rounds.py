@@ -1,0 +1,450 @@
+"""The rounds of a run: Flower's loop, with checkpoints and tracking."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from hashlib import sha256
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
+
+from flower_ext._flower import (
+    InconsistentMessageReplies,
+    PrivacyBudgetExhausted,
+    in_simulation,
+    log,
+    log_strategy_start_info,
+)
+from flower_ext.core.errors import positive, refuse, whole
+from flower_ext.core.nodes import is_fixed, wait_for_nodes
+from flower_ext.core.protocol import RUN_KEY, RUN_NAME, RUN_RESUMED
+from flower_ext.core.sampling import Purpose, TooFewClients
+from flower_ext.server.checkpoint import Checkpoint, CheckpointError
+from flower_ext.server.partial_sums import Summable, Summand, SummingGrid
+from flower_ext.server.tracking import Round, Tracker
+from flower_ext.wire.sparse import CANNOT_READ, SEALED
+from flower_ext.wire.traffic import Traffic, measure
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class EveryClientFailed(InconsistentMessageReplies):
+    """No client that was asked in the first round did its work."""
+
+
+# The error of a silo whose privacy budget is spent: an end, and no failure of the run.
+_SPENT = "SiloBudgetExhausted"
+
+
+@runtime_checkable
+class Adopting(Protocol):
+    """A strategy that must know who was asked what, whoever chose them."""
+
+    def adopt(
+        self,
+        purpose: Purpose,
+        server_round: int,
+        arrays: ArrayRecord,
+        messages: list[Message],
+        grid: Grid,
+    ) -> None:
+        """Learn what ``configure_train`` or ``configure_evaluate`` has returned."""
+
+
+@dataclass
+class _Phase:
+    """What one phase of a round cost."""
+
+    down: Traffic
+    asked: int = 0
+    up: Traffic = field(default_factory=Traffic)
+    seconds: float = 0.0
+    replies: list[Message] = field(default_factory=list)
+
+
+def run_rounds(
+    strategy: Strategy,
+    grid: Grid,
+    initial_arrays: ArrayRecord,
+    *,
+    num_rounds: int = 3,
+    timeout: float = 3600,
+    train_config: ConfigRecord | None = None,
+    evaluate_config: ConfigRecord | None = None,
+    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    checkpoint: Path | str | None = None,
+    tracker: Tracker | None = None,
+) -> Result:
+    """Run any Flower strategy, ours or Flower's own.
+
+    Does what :meth:`flwr.serverapp.strategy.Strategy.start` does, in the same order.
+    Beside it, ``checkpoint`` names a folder: the run is saved there after each round,
+    and continued from there if it was saved before; ``tracker`` is told of every round.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        With ``checkpoint`` it must have ``state_dict`` and ``load_state_dict``.
+    grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config,
+    evaluate_fn
+        As in :meth:`flwr.serverapp.strategy.Strategy.start`. Each configuration is
+        copied once for the whole run: what ``configure_train`` changes in it, such as a
+        learning rate that decays, stays changed, also in a run that is continued.
+    checkpoint : path, optional
+        Folder of the saved rounds; made if missing. A relative one is below the folder
+        in which the process of the ServerApp was started, which under ``flwr run`` is
+        that of the SuperLink; the log says the whole path.
+    tracker : Tracker, optional
+        Writes the metrics of each round.
+
+    Returns
+    -------
+    Result
+        Of all rounds, those before an interruption included; of fewer than
+        ``num_rounds`` if the privacy budget or the eligible clients end sooner.
+
+    Raises
+    ------
+    EveryClientFailed
+        If in the first round of this run, or of its continuation, every client that was
+        asked to train failed, or did not answer in time. Nothing of that round is
+        aggregated or released. Where cohorts are secret no reply ends a run.
+    CheckpointError
+        Before the first round, if the folder cannot be written or holds a run of
+        another strategy or model. A round that cannot be saved later, for want of
+        space, is reported in the log and the run goes on; under a mechanism with noise
+        the run stops, and nothing of that round is released.
+    """
+    _require_types(strategy, grid, initial_arrays, evaluate_fn, tracker)
+    whole("num_rounds", num_rounds, 0)
+    positive("timeout", timeout)
+    mechanism = getattr(strategy, "mechanism", None)
+    if mechanism and num_rounds > mechanism.num_rounds:
+        refuse(
+            "num_rounds",
+            num_rounds,
+            f"<= {mechanism.num_rounds}",
+            "the mechanism's noise is planned for no more",
+        )
+    # One record each for the whole run, as in Flower's loop: a strategy changes it from
+    # round to round.
+    train_config = _record("train_config", train_config)
+    evaluate_config = _record("evaluate_config", evaluate_config)
+    if isinstance(strategy, FedAvg):
+        _require_nodes(strategy, grid)
+    log(INFO, "Starting %s strategy:", type(strategy).__name__)
+    if num_rounds == 0:
+        log(WARNING, "num_rounds=0 trains nothing: the initial model is returned")
+    log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
+    strategy.summary()
+    log(INFO, "")
+
+    configs = {"train_config": train_config, "evaluate_config": evaluate_config}
+    saved = None
+    if checkpoint is not None:
+        releases = mechanism is not None and mechanism.is_private
+        saved = Checkpoint(
+            checkpoint,
+            strategy,
+            configs,
+            run_config=getattr(getattr(grid, "run", None), "override_config", None),
+            releases=releases,
+        )
+    with saved.locked() if saved else nullcontext():
+        return _run(
+            strategy,
+            grid,
+            Result(arrays=initial_arrays),
+            num_rounds,
+            timeout,
+            train_config,
+            evaluate_config,
+            evaluate_fn,
+            saved,
+            tracker,
+        )
+
+
+def _run(
+    strategy: Strategy,
+    grid: Grid,
+    result: Result,
+    num_rounds: int,
+    timeout: float,
+    train_config: ConfigRecord,
+    evaluate_config: ConfigRecord,
+    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+    saved: Checkpoint | None,
+    tracker: Tracker | None,
+) -> Result:
+    mechanism = getattr(strategy, "mechanism", None)
+    releases = mechanism is not None and mechanism.is_private
+    hidden = mechanism is not None and mechanism.hides_cohorts
+    done = 0
+    if saved:
+        log(INFO, "Rounds are saved in %s", saved.folder)
+        done = saved.restore(result, num_rounds)
+    if done == num_rounds > 0:
+        log(INFO, "The run is already complete: its result is returned")
+    elif done:
+        log(WARNING, "Clients start anew: their states are not in a checkpoint")
+    if tracker:
+        about: dict[str, object] = {"strategy": type(strategy).__name__}
+        if hasattr(strategy, "settings"):
+            about["settings"] = strategy.settings()
+        tracker.begin(num_rounds, done, about)
+    begun = time.monotonic()
+    if done == 0 and (res := _central(evaluate_fn, 0, result)) is not None:
+        log(INFO, "Initial global evaluation results: %s", res)
+        result.evaluate_metrics_serverapp[0] = res
+    for current in range(done + 1, num_rounds + 1):
+        log(INFO, "")
+        log(INFO, "[ROUND %s/%s]", current, num_rounds)
+        try:
+            messages = _messages(
+                "configure_train",
+                strategy.configure_train(current, result.arrays, train_config, grid),
+            )
+        except (PrivacyBudgetExhausted, TooFewClients) as end:
+            if current == 1:
+                raise
+            log(WARNING, "The run ends after round %s: %s", current - 1, end)
+            break
+        if isinstance(strategy, Adopting):
+            strategy.adopt("train", current, result.arrays, messages, grid)
+        if saved:
+            messages = _tell_run(messages, saved.folder, done)
+        summand = strategy.summand() if isinstance(strategy, Summable) else None
+        with _silence() if hidden else nullcontext():
+            train = _exchange(grid, messages, timeout, summand)
+            first = current == done + 1 and not hidden
+            if first and (reason := _all_failed(train)):
+                # Before anything is released: the rounds to come would end as this.
+                raise EveryClientFailed(_every("train", current, reason))
+            arrays, metrics = _aggregated(
+                strategy.aggregate_train(current, train.replies)
+            )
+        train.replies = []  # free them before the evaluation
+        if arrays is not None:
+            result.arrays = arrays
+        if metrics is not None:
+            result.train_metrics_clientapp[current] = metrics
+        if saved and releases and not saved.save(current, result):
+            # Nobody has seen the round: what is repeated is no second release.
+            raise CheckpointError(
+                f"round {current} could not be saved and was not released: a run "
+                "under a mechanism that goes on unsaved would release it again when "
+                "it is resumed. Make room and start again, it continues"
+            )
+        if metrics is not None:
+            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
+        messages = _messages(
+            "configure_evaluate",
+            strategy.configure_evaluate(current, result.arrays, evaluate_config, grid),
+        )
+        if isinstance(strategy, Adopting):
+            strategy.adopt("evaluate", current, result.arrays, messages, grid)
+        with _silence() if hidden else nullcontext():
+            evaluate = _exchange(grid, messages, timeout)
+        if first and (reason := _all_failed(evaluate)):
+            if not train.asked:
+                raise EveryClientFailed(_every("evaluate", current, reason))
+            log(
+                WARNING,
+                "%s\nfraction_evaluate=0.0 asks nobody to evaluate.",
+                _every("evaluate", current, reason),
+            )
+        metrics = _metrics(
+            "aggregate_evaluate", strategy.aggregate_evaluate(current, evaluate.replies)
+        )
+        if metrics is not None:
+            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
+            result.evaluate_metrics_clientapp[current] = metrics
+        if (res := _central(evaluate_fn, current, result)) is not None:
+            log(INFO, "Global evaluation\n\t└──> MetricRecord: %s", res)
+            result.evaluate_metrics_serverapp[current] = res
+        if tracker:
+            tracker.round(
+                Round(
+                    current,
+                    train=result.train_metrics_clientapp.get(current),
+                    evaluate=result.evaluate_metrics_clientapp.get(current),
+                    central=result.evaluate_metrics_serverapp.get(current),
+                    seconds_train=None if hidden else train.seconds,
+                    seconds_evaluate=None if hidden else evaluate.seconds,
+                    down=None if hidden else train.down + evaluate.down,
+                    up=None if hidden else train.up + evaluate.up,
+                )
+            )
+        if saved:
+            saved.save(current, result)
+    log(INFO, "")
+    spent = "" if hidden else f" in {time.monotonic() - begun:.2f}s"
+    log(INFO, "Strategy execution finished%s", spent)
+    log(INFO, "")
+    log(INFO, "Final results:")
+    log(INFO, "")
+    for line in str(result).splitlines():
+        log(INFO, "\t%s", line)
+    log(INFO, "")
+    return result
+
+
+def _require_types(
+    strategy: object,
+    grid: object,
+    initial_arrays: object,
+    evaluate_fn: object,
+    tracker: object,
+) -> None:
+    """Refuse what is commonly mistaken for the right thing."""
+    if not isinstance(strategy, Strategy):
+        refuse("strategy", strategy, "a Strategy", "an instance, not the class")
+    if not hasattr(grid, "send_and_receive"):
+        refuse("grid", grid, "a Grid", "the one that Flower hands to the ServerApp")
+    if not isinstance(initial_arrays, ArrayRecord):
+        cause = "ArrayRecord(model.state_dict()), or ArrayRecord([array, ...])"
+        refuse("initial_arrays", type(initial_arrays), "an ArrayRecord", cause)
+    if not callable(evaluate_fn) and evaluate_fn is not None:
+        refuse("evaluate_fn", evaluate_fn, "a function (server_round, arrays)")
+    if not hasattr(tracker, "begin") and tracker is not None:
+        refuse("tracker", tracker, "a Tracker", "Tracker('results/run-1')")
+
+
+def _central(
+    evaluate_fn: EvaluateFn | None, server_round: int, result: Result
+) -> MetricRecord | None:
+    """Return what ``evaluate_fn`` finds, as a record also where it is a dict."""
+    if evaluate_fn is None:
+        return None
+    return _metrics("evaluate_fn", evaluate_fn(server_round, result.arrays))
+
+
+def _metrics(name: str, found: object) -> MetricRecord | None:
+    """Return what a function of the user's own has found, of a dict a record."""
+    if found is None or isinstance(found, MetricRecord):
+        return found
+    try:
+        return MetricRecord(dict(found))  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        refuse(
+            f"{name}'s result",
+            found,
+            "a MetricRecord of numbers and lists of numbers, or None",
+            "a tensor or a NumPy value needs .item()",
+        )
+
+
+def _messages(name: str, found: object) -> list[Message]:
+    """Return what ``configure_train`` or ``configure_evaluate`` has returned."""
+    cause = "return what super() returns"
+    if not isinstance(found, Iterable):
+        refuse(f"{name}'s result", found, "an iterable of Messages", cause)
+    messages = list(found)
+    for message in messages:
+        if not isinstance(message, Message):
+            refuse(f"{name}'s messages", message, "Messages", cause)
+    return messages
+
+
+def _aggregated(found: object) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    """Return what ``aggregate_train`` has returned."""
+    pair = found if isinstance(found, tuple | list) and len(found) == 2 else (found, 0)
+    arrays, metrics = pair
+    if pair is not found or not isinstance(arrays, ArrayRecord | None):
+        refuse(
+            "aggregate_train's result",
+            type(arrays).__name__,
+            "a pair of ArrayRecord and MetricRecord, each or None",
+            "return arrays, metrics, as super() does",
+        )
+    return arrays, _metrics("aggregate_train", metrics)
+
+
+def _require_nodes(strategy: FedAvg, grid: Grid) -> None:
+    """Refuse to wait for nodes that cannot come, before the first round trains."""
+    if is_fixed(grid) or in_simulation(grid):
+        needed = {"min_available_nodes": strategy.min_available_nodes}
+        if strategy.fraction_train:
+            needed["min_train_nodes"] = strategy.min_train_nodes
+        if strategy.fraction_evaluate:
+            needed["min_evaluate_nodes"] = strategy.min_evaluate_nodes
+        if len(needed) > 1:
+            wait_for_nodes(grid, **needed)
+
+
+def _all_failed(phase: _Phase) -> str:
+    """Return the first reason if every client failed; nobody asked is no failure."""
+    if not phase.asked or not all(reply.has_error() for reply in phase.replies):
+        return ""
+    reasons = [reply.error.reason or "" for reply in phase.replies]
+    if reasons and all(_SPENT in reason for reason in reasons):
+        return ""
+    for reply in phase.replies:
+        node, why = reply.metadata.src_node_id, reply.error.reason
+        log(INFO, "\t> Received error in reply from node %d: %s", node, why)
+    reason = next(filter(None, reasons), "no reply in time")
+    return f"{CANNOT_READ}\n{reason}" if SEALED in reason else reason
+
+
+def _every(what: str, server_round: int, reason: str) -> str:
+    return (
+        f"every client that was asked to {what} in round {server_round} failed. The "
+        f"first one's reason: {reason}"
+    )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Log nothing of an exchange: a grid names the clients that are slow or fail."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _tell_run(messages: Iterable[Message], folder: Path, done: int) -> list[Message]:
+    """Name the run to its clients, and say that it was resumed: some keep accounts."""
+    about = ConfigRecord({RUN_NAME: sha256(bytes(folder)).hexdigest()[:32]})
+    if done:
+        about[RUN_RESUMED] = done
+    messages = list(messages)
+    for message in messages:
+        message.content[RUN_KEY] = about
+    return messages
+
+
+def _record(name: str, config: ConfigRecord | None) -> ConfigRecord:
+    """Return a copy for this run: its changes are none of the next run's."""
+    if not isinstance(config, Mapping | None):
+        refuse(name, config, "a ConfigRecord, or None", "ConfigRecord({'lr': 0.1})")
+    return ConfigRecord(dict(config or {}))
+
+
+def _exchange(
+    grid: Grid,
+    messages: Iterable[Message],
+    timeout: float,
+    summand: Summand | None = None,
+) -> _Phase:
+    """Send messages, wait for the replies, and count the bytes of both."""
+    begun = time.monotonic()
+    messages = list(messages)
+    phase = _Phase(measure(messages), len(messages))
+    if summand is not None and isinstance(grid, SummingGrid):
+        replies = grid.send_and_sum(messages, summand, timeout=timeout)
+    else:
+        replies = grid.send_and_receive(messages, timeout=timeout)
+    phase.replies = list(replies)
+    phase.up = measure(phase.replies)
+    phase.seconds = time.monotonic() - begun
+    return phase

@@ -1,0 +1,94 @@
+"""Packs: longest first, about equal, as many as are worth sending."""
+
+import numpy as np
+import pytest
+
+from flower_ext.simulation.jobs import Job
+from flower_ext.simulation.packing import Workload, deal
+
+
+def jobs(clients, kind="train"):
+    return [Job(i, client, kind, "", {}, {}) for i, client in enumerate(clients)]
+
+
+def clients(packs):
+    return [[job.client for job in pack] for pack in packs]
+
+
+def test_every_item_is_dealt_once():
+    sizes = np.random.default_rng(0).random(50)
+    dealt = deal(sizes, [0.0] * 7)
+    assert sorted(i for pack in dealt for i in pack) == list(range(50))
+
+
+def test_longest_first_is_within_a_third_of_the_best():
+    # Graham's bound: at most 4/3 of the optimum, which is at least the mean.
+    sizes = np.random.default_rng(1).exponential(size=40)
+    totals = [sum(sizes[i] for i in pack) for pack in deal(sizes, [0.0] * 4)]
+    assert max(totals) <= 4 / 3 * max(sizes.sum() / 4, sizes.max())
+
+
+def test_the_longest_starts_each_pack():
+    dealt = deal([1, 9, 2, 8, 3], [0, 0])
+    assert [pack[0] for pack in dealt] == [1, 3]
+
+
+def test_what_is_there_already_counts():
+    assert deal([1, 1], [5.0, 0.0]) == [[], [0, 1]]
+    assert deal([], []) == []
+
+
+def test_unknown_sizes_are_dealt_evenly_into_more_packs_than_workers():
+    packs = Workload().packs(jobs(range(80)), 2)
+    assert len(packs) == 8
+    assert {len(pack) for pack in packs} == {10}
+
+
+def test_known_sizes_put_the_longest_first():
+    packs = Workload([1, 100, 1, 1]).packs(jobs(range(4)), 2)
+    assert clients(packs)[0] == [1]
+
+
+def test_reported_sizes_put_the_longest_first():
+    workload = Workload()
+    for client, size in enumerate([1, 1, 50, 1]):
+        workload.learn_size(client, size)
+    assert clients(workload.packs(jobs(range(4)), 1))[0] == [2]
+
+
+def test_a_client_that_never_replied_counts_as_the_mean():
+    workload = Workload()
+    workload.learn_size(0, 10)
+    workload.learn_size(1, 30)
+    assert workload.size(7) == 20
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_an_impossible_size_is_not_learned(bad):
+    workload = Workload([5, 5])
+    workload.learn_size(0, bad)
+    assert workload.size(0) == 5
+
+
+def test_tiny_clients_share_a_pack_and_long_ones_have_their_own():
+    tiny, long = Workload(), Workload()
+    tiny.learn_pace("train", [(i, 1e-5) for i in range(100)])
+    long.learn_pace("train", [(i, 1.0) for i in range(100)])
+    assert len(tiny.packs(jobs(range(100)), 2)) == 2
+    assert len(long.packs(jobs(range(100)), 2)) == 100
+
+
+def test_each_worker_gets_as_many_packs():
+    workload = Workload()
+    workload.learn_pace("train", [(i, 0.01) for i in range(100)])
+    assert len(workload.packs(jobs(range(100)), 3)) % 3 == 0
+
+
+def test_the_pace_is_of_a_kind_of_message():
+    workload = Workload()
+    workload.learn_pace("train", [(i, 1.0) for i in range(100)])
+    assert len(workload.packs(jobs(range(100), "evaluate"), 2)) == 8
+
+
+def test_nobody_is_no_pack():
+    assert Workload().packs([], 2) == []

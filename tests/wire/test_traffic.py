@@ -1,0 +1,48 @@
+"""What messages cost, of any record: dense, sparse, or no array at all."""
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+from flower_ext._flower import ensure_task_identity, recorddict_to_proto
+from flower_ext.core.arrays import to_record
+from flower_ext.wire.sparse import PAYLOAD, encode
+from flower_ext.wire.traffic import Traffic, measure
+
+ensure_task_identity()
+
+
+def message(content):
+    return Message(content, dst_node_id=1, message_type="train")
+
+
+def test_dense_and_sparse_records():
+    w = np.zeros((40, 5), np.float32)
+    mask = np.zeros(w.shape, bool)
+    mask[:2] = True
+    dense = RecordDict({"arrays": to_record({"w": w}), "m": MetricRecord({"a": 1})})
+    sparse = RecordDict({"arrays": encode({"w": w}, {"w": mask})})
+    size = sparse["arrays"][PAYLOAD].shape[0]
+    expected = [(800, 200, dense), (size, 10, sparse)]
+    for encoded, parameters, content in expected:
+        serialized = recorddict_to_proto(content).ByteSize()
+        found = measure([message(content)])
+        assert found == Traffic(serialized, encoded, parameters, 1)
+    both = measure([message(dense), message(sparse), message(dense)])
+    assert (both.parameters, both.messages) == (410, 3)
+    assert both.serialized == sum(
+        recorddict_to_proto(x).ByteSize() for x in (dense, sparse, dense)
+    )
+
+
+def test_hostile_records_are_measured_all_the_same():
+    for data in (b"", b"no array", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\xff\xff"):
+        for name in ("w", PAYLOAD):
+            record = ArrayRecord({name: Array("nonsense", (3, 2), "other", data)})
+            content = RecordDict({"arrays": record})
+            found = measure([message(content)])
+            assert found.serialized == recorddict_to_proto(content).ByteSize()
+            assert found.encoded <= len(data)
+
+
+def test_nothing_costs_nothing():
+    assert measure([]) == Traffic() == Traffic() + Traffic()
