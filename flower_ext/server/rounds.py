@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from logging import INFO, WARNING
@@ -27,6 +27,7 @@ from flower_ext.core.protocol import RUN_KEY, RUN_NAME, RUN_RESUMED
 from flower_ext.core.sampling import Purpose, TooFewClients
 from flower_ext.server.checkpoint import Checkpoint, CheckpointError
 from flower_ext.server.partial_sums import Summable, Summand, SummingGrid
+from flower_ext.server.returned import messages_of, metrics_of, trained
 from flower_ext.server.tracking import Round, Tracker
 from flower_ext.wire.sparse import CANNOT_READ, SEALED
 from flower_ext.wire.traffic import Traffic, measure
@@ -77,7 +78,7 @@ def run_rounds(
     timeout: float = 3600,
     train_config: ConfigRecord | None = None,
     evaluate_config: ConfigRecord | None = None,
-    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    evaluate_fn: EvaluateFn | None = None,
     checkpoint: Path | str | None = None,
     tracker: Tracker | None = None,
 ) -> Result:
@@ -146,154 +147,220 @@ def run_rounds(
     log(INFO, "")
 
     configs = {"train_config": train_config, "evaluate_config": evaluate_config}
-    saved = None
-    if checkpoint is not None:
-        releases = mechanism is not None and mechanism.is_private
-        saved = Checkpoint(
-            checkpoint,
-            strategy,
-            configs,
-            run_config=getattr(getattr(grid, "run", None), "override_config", None),
-            releases=releases,
-        )
-    with saved.locked() if saved else nullcontext():
-        return _run(
-            strategy,
-            grid,
-            Result(arrays=initial_arrays),
-            num_rounds,
-            timeout,
-            train_config,
-            evaluate_config,
-            evaluate_fn,
-            saved,
-            tracker,
-        )
+    run = _Run(
+        strategy,
+        grid,
+        Result(arrays=initial_arrays),
+        num_rounds,
+        timeout,
+        configs,
+        evaluate_fn,
+        tracker,
+    )
+    if checkpoint is None:
+        return run.play()
+    run.saved = Checkpoint(
+        checkpoint,
+        strategy,
+        configs,
+        run_config=getattr(getattr(grid, "run", None), "override_config", None),
+        releases=run.releases,
+    )
+    with run.saved.locked():
+        return run.play()
 
 
-def _run(
-    strategy: Strategy,
-    grid: Grid,
-    result: Result,
-    num_rounds: int,
-    timeout: float,
-    train_config: ConfigRecord,
-    evaluate_config: ConfigRecord,
-    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
-    saved: Checkpoint | None,
-    tracker: Tracker | None,
-) -> Result:
-    mechanism = getattr(strategy, "mechanism", None)
-    releases = mechanism is not None and mechanism.is_private
-    hidden = mechanism is not None and mechanism.hides_cohorts
-    done = 0
-    if saved:
-        log(INFO, "Rounds are saved in %s", saved.folder)
-        done = saved.restore(result, num_rounds)
-    if done == num_rounds > 0:
-        log(INFO, "The run is already complete: its result is returned")
-    elif done:
-        log(WARNING, "Clients start anew: their states are not in a checkpoint")
-    if tracker:
-        about: dict[str, object] = {"strategy": type(strategy).__name__}
-        if hasattr(strategy, "settings"):
-            about["settings"] = strategy.settings()
-        tracker.begin(num_rounds, done, about)
-    begun = time.monotonic()
-    if done == 0 and (res := _central(evaluate_fn, 0, result)) is not None:
-        log(INFO, "Initial global evaluation results: %s", res)
-        result.evaluate_metrics_serverapp[0] = res
-    for current in range(done + 1, num_rounds + 1):
+class _Run:
+    """One run: who takes part, and what it has come to so far."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        grid: Grid,
+        result: Result,
+        num_rounds: int,
+        timeout: float,
+        configs: Mapping[str, ConfigRecord],
+        evaluate_fn: EvaluateFn | None,
+        tracker: Tracker | None,
+    ) -> None:
+        self.strategy = strategy
+        self.grid = grid
+        self.result = result
+        self.num_rounds = num_rounds
+        self.timeout = timeout
+        self.configs = configs
+        self.evaluate_fn = evaluate_fn
+        self.tracker = tracker
+        self.saved: Checkpoint | None = None
+        self.done = 0  # rounds that the checkpoint had
+        mechanism = getattr(strategy, "mechanism", None)
+        self.releases = mechanism is not None and mechanism.is_private
+        self.hidden = mechanism is not None and mechanism.hides_cohorts
+
+    def play(self) -> Result:
+        """Play the rounds that are left."""
+        self._restore()
+        self._begin()
+        begun = time.monotonic()
+        if self.done == 0:
+            self._evaluate_centrally(0)
+        for current in range(self.done + 1, self.num_rounds + 1):
+            if not self._round(current):
+                break
+        self._conclude(time.monotonic() - begun)
+        return self.result
+
+    def _restore(self) -> None:
+        """Take over the last saved round, if there is one."""
+        if self.saved:
+            log(INFO, "Rounds are saved in %s", self.saved.folder)
+            self.done = self.saved.restore(self.result, self.num_rounds)
+        if self.done == self.num_rounds > 0:
+            log(INFO, "The run is already complete: its result is returned")
+        elif self.done:
+            log(WARNING, "Clients start anew: their states are not in a checkpoint")
+
+    def _begin(self) -> None:
+        if self.tracker:
+            about: dict[str, object] = {"strategy": type(self.strategy).__name__}
+            if hasattr(self.strategy, "settings"):
+                about["settings"] = self.strategy.settings()
+            self.tracker.begin(self.num_rounds, self.done, about)
+
+    def _round(self, current: int) -> bool:
+        """Play one round; return whether there may be another."""
         log(INFO, "")
-        log(INFO, "[ROUND %s/%s]", current, num_rounds)
+        log(INFO, "[ROUND %s/%s]", current, self.num_rounds)
         try:
-            messages = _messages(
-                "configure_train",
-                strategy.configure_train(current, result.arrays, train_config, grid),
-            )
+            messages = self._ask_to_train(current)
         except (PrivacyBudgetExhausted, TooFewClients) as end:
             if current == 1:
                 raise
             log(WARNING, "The run ends after round %s: %s", current - 1, end)
-            break
-        if isinstance(strategy, Adopting):
-            strategy.adopt("train", current, result.arrays, messages, grid)
-        if saved:
-            messages = _tell_run(messages, saved.folder, done)
+            return False
+        train = self._train(current, messages)
+        if self.saved and self.releases:
+            # Nobody has seen the round: what is repeated is no second release.
+            self._save_or_stop(self.saved, current)
+        if (metrics := self.result.train_metrics_clientapp.get(current)) is not None:
+            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
+        evaluate = self._evaluate(current, train)
+        self._evaluate_centrally(current)
+        if self.tracker:
+            self.tracker.round(self._finished(current, train, evaluate))
+        if self.saved:
+            self.saved.save(current, self.result)
+        return True
+
+    def _ask_to_train(self, current: int) -> list[Message]:
+        """Return the messages that ask clients to train."""
+        found = self.strategy.configure_train(
+            current, self.result.arrays, self.configs["train_config"], self.grid
+        )
+        messages = messages_of("configure_train", found)
+        self._adopt("train", current, messages)
+        if self.saved:
+            _tell_run(messages, self.saved.folder, self.done)
+        return messages
+
+    def _adopt(self, purpose: Purpose, current: int, messages: list[Message]) -> None:
+        """Tell the strategy whom it has asked, if it must know."""
+        if isinstance(self.strategy, Adopting):
+            arrays = self.result.arrays
+            self.strategy.adopt(purpose, current, arrays, messages, self.grid)
+
+    def _train(self, current: int, messages: list[Message]) -> _Phase:
+        """Let clients train, and take over the model that comes of it."""
+        strategy = self.strategy
         summand = strategy.summand() if isinstance(strategy, Summable) else None
-        with _silence() if hidden else nullcontext():
-            train = _exchange(grid, messages, timeout, summand)
-            first = current == done + 1 and not hidden
-            if first and (reason := _all_failed(train)):
+        with self._discretion():
+            train = _exchange(self.grid, messages, self.timeout, summand)
+            if self._is_first(current) and (reason := _all_failed(train)):
                 # Before anything is released: the rounds to come would end as this.
                 raise EveryClientFailed(_every("train", current, reason))
-            arrays, metrics = _aggregated(
-                strategy.aggregate_train(current, train.replies)
-            )
+            arrays, metrics = trained(strategy.aggregate_train(current, train.replies))
         train.replies = []  # free them before the evaluation
         if arrays is not None:
-            result.arrays = arrays
+            self.result.arrays = arrays
         if metrics is not None:
-            result.train_metrics_clientapp[current] = metrics
-        if saved and releases and not saved.save(current, result):
-            # Nobody has seen the round: what is repeated is no second release.
+            self.result.train_metrics_clientapp[current] = metrics
+        return train
+
+    def _save_or_stop(self, saved: Checkpoint, current: int) -> None:
+        if not saved.save(current, self.result):
             raise CheckpointError(
                 f"round {current} could not be saved and was not released: a run "
                 "under a mechanism that goes on unsaved would release it again when "
                 "it is resumed. Make room and start again, it continues"
             )
-        if metrics is not None:
-            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
-        messages = _messages(
-            "configure_evaluate",
-            strategy.configure_evaluate(current, result.arrays, evaluate_config, grid),
-        )
-        if isinstance(strategy, Adopting):
-            strategy.adopt("evaluate", current, result.arrays, messages, grid)
-        with _silence() if hidden else nullcontext():
-            evaluate = _exchange(grid, messages, timeout)
-        if first and (reason := _all_failed(evaluate)):
+
+    def _evaluate(self, current: int, train: _Phase) -> _Phase:
+        """Let clients evaluate the new model."""
+        strategy, arrays = self.strategy, self.result.arrays
+        config = self.configs["evaluate_config"]
+        found = strategy.configure_evaluate(current, arrays, config, self.grid)
+        messages = messages_of("configure_evaluate", found)
+        self._adopt("evaluate", current, messages)
+        with self._discretion():
+            evaluate = _exchange(self.grid, messages, self.timeout)
+        if self._is_first(current) and (reason := _all_failed(evaluate)):
+            text = _every("evaluate", current, reason)
             if not train.asked:
-                raise EveryClientFailed(_every("evaluate", current, reason))
-            log(
-                WARNING,
-                "%s\nfraction_evaluate=0.0 asks nobody to evaluate.",
-                _every("evaluate", current, reason),
-            )
-        metrics = _metrics(
+                raise EveryClientFailed(text)
+            log(WARNING, "%s\nfraction_evaluate=0.0 asks nobody to evaluate.", text)
+        metrics = metrics_of(
             "aggregate_evaluate", strategy.aggregate_evaluate(current, evaluate.replies)
         )
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
-            result.evaluate_metrics_clientapp[current] = metrics
-        if (res := _central(evaluate_fn, current, result)) is not None:
-            log(INFO, "Global evaluation\n\t└──> MetricRecord: %s", res)
-            result.evaluate_metrics_serverapp[current] = res
-        if tracker:
-            tracker.round(
-                Round(
-                    current,
-                    train=result.train_metrics_clientapp.get(current),
-                    evaluate=result.evaluate_metrics_clientapp.get(current),
-                    central=result.evaluate_metrics_serverapp.get(current),
-                    seconds_train=None if hidden else train.seconds,
-                    seconds_evaluate=None if hidden else evaluate.seconds,
-                    down=None if hidden else train.down + evaluate.down,
-                    up=None if hidden else train.up + evaluate.up,
-                )
-            )
-        if saved:
-            saved.save(current, result)
-    log(INFO, "")
-    spent = "" if hidden else f" in {time.monotonic() - begun:.2f}s"
-    log(INFO, "Strategy execution finished%s", spent)
-    log(INFO, "")
-    log(INFO, "Final results:")
-    log(INFO, "")
-    for line in str(result).splitlines():
-        log(INFO, "\t%s", line)
-    log(INFO, "")
-    return result
+            self.result.evaluate_metrics_clientapp[current] = metrics
+        return evaluate
+
+    def _evaluate_centrally(self, current: int) -> None:
+        """Evaluate the model at the server, if the user has said how."""
+        if self.evaluate_fn is None:
+            return
+        found = self.evaluate_fn(current, self.result.arrays)
+        if (metrics := metrics_of("evaluate_fn", found)) is not None:
+            self.result.evaluate_metrics_serverapp[current] = metrics
+            if current:
+                log(INFO, "Global evaluation\n\t└──> MetricRecord: %s", metrics)
+            else:
+                log(INFO, "Initial global evaluation results: %s", metrics)
+
+    def _finished(self, current: int, train: _Phase, evaluate: _Phase) -> Round:
+        """Describe a round; what tells a secret cohort is withheld."""
+        result, hidden = self.result, self.hidden
+        return Round(
+            current,
+            train=result.train_metrics_clientapp.get(current),
+            evaluate=result.evaluate_metrics_clientapp.get(current),
+            central=result.evaluate_metrics_serverapp.get(current),
+            seconds_train=None if hidden else train.seconds,
+            seconds_evaluate=None if hidden else evaluate.seconds,
+            down=None if hidden else train.down + evaluate.down,
+            up=None if hidden else train.up + evaluate.up,
+        )
+
+    def _conclude(self, seconds: float) -> None:
+        log(INFO, "")
+        spent = "" if self.hidden else f" in {seconds:.2f}s"
+        log(INFO, "Strategy execution finished%s", spent)
+        log(INFO, "")
+        log(INFO, "Final results:")
+        log(INFO, "")
+        for line in str(self.result).splitlines():
+            log(INFO, "\t%s", line)
+        log(INFO, "")
+
+    def _is_first(self, current: int) -> bool:
+        """Whether failures of every client end the run: where they may show at all."""
+        return current == self.done + 1 and not self.hidden
+
+    def _discretion(self) -> AbstractContextManager[None]:
+        """Return what keeps a secret cohort out of the log."""
+        return _silence() if self.hidden else nullcontext()
 
 
 def _require_types(
@@ -315,56 +382,6 @@ def _require_types(
         refuse("evaluate_fn", evaluate_fn, "a function (server_round, arrays)")
     if not hasattr(tracker, "begin") and tracker is not None:
         refuse("tracker", tracker, "a Tracker", "Tracker('results/run-1')")
-
-
-def _central(
-    evaluate_fn: EvaluateFn | None, server_round: int, result: Result
-) -> MetricRecord | None:
-    """Return what ``evaluate_fn`` finds, as a record also where it is a dict."""
-    if evaluate_fn is None:
-        return None
-    return _metrics("evaluate_fn", evaluate_fn(server_round, result.arrays))
-
-
-def _metrics(name: str, found: object) -> MetricRecord | None:
-    """Return what a function of the user's own has found, of a dict a record."""
-    if found is None or isinstance(found, MetricRecord):
-        return found
-    try:
-        return MetricRecord(dict(found))  # type: ignore[call-overload]
-    except (TypeError, ValueError):
-        refuse(
-            f"{name}'s result",
-            found,
-            "a MetricRecord of numbers and lists of numbers, or None",
-            "a tensor or a NumPy value needs .item()",
-        )
-
-
-def _messages(name: str, found: object) -> list[Message]:
-    """Return what ``configure_train`` or ``configure_evaluate`` has returned."""
-    cause = "return what super() returns"
-    if not isinstance(found, Iterable):
-        refuse(f"{name}'s result", found, "an iterable of Messages", cause)
-    messages = list(found)
-    for message in messages:
-        if not isinstance(message, Message):
-            refuse(f"{name}'s messages", message, "Messages", cause)
-    return messages
-
-
-def _aggregated(found: object) -> tuple[ArrayRecord | None, MetricRecord | None]:
-    """Return what ``aggregate_train`` has returned."""
-    pair = found if isinstance(found, tuple | list) and len(found) == 2 else (found, 0)
-    arrays, metrics = pair
-    if pair is not found or not isinstance(arrays, ArrayRecord | None):
-        refuse(
-            "aggregate_train's result",
-            type(arrays).__name__,
-            "a pair of ArrayRecord and MetricRecord, each or None",
-            "return arrays, metrics, as super() does",
-        )
-    return arrays, _metrics("aggregate_train", metrics)
 
 
 def _require_nodes(strategy: FedAvg, grid: Grid) -> None:
@@ -412,15 +429,13 @@ def _silence() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _tell_run(messages: Iterable[Message], folder: Path, done: int) -> list[Message]:
+def _tell_run(messages: Iterable[Message], folder: Path, done: int) -> None:
     """Name the run to its clients, and say that it was resumed: some keep accounts."""
     about = ConfigRecord({RUN_NAME: sha256(bytes(folder)).hexdigest()[:32]})
     if done:
         about[RUN_RESUMED] = done
-    messages = list(messages)
     for message in messages:
         message.content[RUN_KEY] = about
-    return messages
 
 
 def _record(name: str, config: ConfigRecord | None) -> ConfigRecord:
