@@ -11,14 +11,7 @@ from typing import Literal, get_args
 from flwr.serverapp import NeighboringRelation, PrivacyConfig, SamplingMethod
 
 from flower_ext._flower import log
-from flower_ext.core.errors import (
-    at_least,
-    one_of,
-    open_unit,
-    positive,
-    refuse,
-    whole,
-)
+from flower_ext.core.errors import at_least, one_of, open_unit, positive, refuse, whole
 from flower_ext.core.sampling import (
     LEAST_SECRET,
     CyclicPoissonSampler,

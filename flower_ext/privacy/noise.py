@@ -5,18 +5,12 @@ from collections.abc import Mapping
 from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flower_ext.core.errors import (
-    at_least,
-    one_of,
-    whole,
-)
+from flower_ext.core.errors import at_least, one_of, whole
+from flower_ext.core.typing import AnyFloats, Floats
 from flower_ext.privacy.factorizations.factorization import Factorization
 
-Floats = NDArray[np.float64]
-Array = NDArray[np.float32] | NDArray[np.float64]
-State = dict[str, str | int | float | bool | Array]
+State = dict[str, str | int | float | bool | AnyFloats]
 
 _SCHEMA = 1
 
@@ -95,7 +89,7 @@ class NoiseStream:
         self._chunk = whole("chunk", chunk, 1)
         self._round = 0
         self._standard_deviation = 0.0
-        self._buffers: Array = np.zeros(
+        self._buffers: AnyFloats = np.zeros(
             (self._recurrence.buffers, self._size), self._dtype
         )
 
@@ -109,7 +103,7 @@ class NoiseStream:
         """Rounds whose noise has been given out."""
         return self._round
 
-    def next(self, standard_deviation: float = 1.0) -> dict[str, Array]:
+    def next(self, standard_deviation: float = 1.0) -> dict[str, AnyFloats]:
         """Return the noise of the next round.
 
         Parameters
@@ -140,18 +134,18 @@ class NoiseStream:
             )
         flat = self._draw(scale)
         self._round += 1
-        noise: dict[str, Array] = {}
+        noise: dict[str, AnyFloats] = {}
         low = 0
         for (name, shape), size in zip(self._shapes.items(), self._sizes, strict=True):
             noise[name] = flat[low : low + size].reshape(shape)
             low += size
         return noise
 
-    def _draw(self, scale: float) -> Array:
+    def _draw(self, scale: float) -> AnyFloats:
         """Run the recurrence over the model, chunk by chunk."""
         recurrence, step = self._recurrence, self._round
         sources = [self._source(step, i) for i in range(recurrence.draws(step))]
-        flat: Array = np.empty(self._size, self._dtype)
+        flat: AnyFloats = np.empty(self._size, self._dtype)
         if scale == 0:
             flat.fill(0)
             return flat

@@ -19,10 +19,7 @@ import warnings
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from flower_ext.core.errors import (
-    positive,
-    whole,
-)
+from flower_ext.core.errors import positive, whole
 from flower_ext.privacy.accounting.gaussian import (
     gaussian_delta,
     gaussian_epsilon,

@@ -7,12 +7,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Protocol, cast
 
-from flower_ext.core.errors import (
-    open_unit,
-    positive,
-    probability,
-    whole,
-)
+from flower_ext.core.errors import open_unit, positive, probability, whole
 from flower_ext.privacy.accounting.gaussian import gaussian_epsilon, gaussian_mu
 
 INTERVAL = 1e-3

@@ -7,11 +7,7 @@ its accounting needs. Neighbouring relation: one client's contributions become z
 
 import math
 
-from flower_ext.core.errors import (
-    at_least,
-    open_unit,
-    positive,
-)
+from flower_ext.core.errors import at_least, open_unit, positive
 
 
 def _log_ndtr(value: float) -> float:

@@ -1,12 +1,9 @@
 """Banded Toeplitz factorizations, tuned by gradient descent on the coefficients."""
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flower_ext.core.errors import (
-    one_of,
-    whole,
-)
+from flower_ext.core.errors import one_of, whole
+from flower_ext.core.typing import Floats
 from flower_ext.privacy.factorizations.factorization import Factorization
 from flower_ext.privacy.factorizations.participation import (
     Sensitivity,
@@ -21,8 +18,6 @@ from flower_ext.privacy.factorizations.toeplitz import (
     toeplitz_matrix,
     toeplitz_sensitivity,
 )
-
-Floats = NDArray[np.float64]
 
 _GRAM_ROUNDS = 2048
 

@@ -15,8 +15,8 @@ a sum of positive terms only: its geometric series lose no digits.
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from flower_ext.core.typing import Floats
 from flower_ext.privacy.factorizations.blt_optimizer import optimize_buffers
 from flower_ext.privacy.factorizations.factorization import Factorization
 from flower_ext.privacy.factorizations.participation import Sensitivity
@@ -25,8 +25,6 @@ from flower_ext.privacy.factorizations.toeplitz import (
     toeplitz_matrix,
     toeplitz_sensitivity,
 )
-
-Floats = NDArray[np.float64]
 
 
 class BufferedToeplitz(Factorization):

@@ -6,13 +6,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from flower_ext.core.errors import (
-    one_of,
-    whole,
-)
+from flower_ext.core.errors import one_of, whole
+from flower_ext.core.typing import Floats
 from flower_ext.privacy.factorizations.participation import effective_participations
 
-Floats = NDArray[np.float64]
 Complexes = NDArray[np.complex128]
 
 MAX_BUFFERS = 8

@@ -4,21 +4,15 @@ from collections.abc import Callable
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flower_ext.core.errors import (
-    one_of,
-    whole,
-)
+from flower_ext.core.errors import one_of, whole
+from flower_ext.core.typing import Floats
 from flower_ext.privacy.factorizations.factorization import Factorization
 from flower_ext.privacy.factorizations.participation import (
     Sensitivity,
     gram_sensitivity,
 )
 from flower_ext.privacy.factorizations.recurrences import HistoryRecurrence, Recurrence
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 
 class DenseFactorization(Factorization):

@@ -19,11 +19,9 @@ from abc import ABC, abstractmethod
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flower_ext.core.errors import (
-    whole,
-)
+from flower_ext.core.errors import whole
+from flower_ext.core.typing import Floats
 from flower_ext.privacy.factorizations.participation import (
     Sensitivity,
     effective_participations,
@@ -32,8 +30,6 @@ from flower_ext.privacy.factorizations.recurrences import (
     IndependentRecurrence,
     Recurrence,
 )
-
-Floats = NDArray[np.float64]
 
 
 class Factorization(ABC):

@@ -12,11 +12,9 @@ separation ``b`` and at most ``k`` participations, the allowed patterns are
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flower_ext.core.errors import (
-    whole,
-)
+from flower_ext.core.errors import whole
+from flower_ext.core.typing import Floats
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,8 @@ def effective_participations(
 
 
 def heaviest_pattern(
-    values: NDArray[np.float64], min_separation: int, max_participations: int
-) -> NDArray[np.float64]:
+    values: Floats, min_separation: int, max_participations: int
+) -> Floats:
     """Maximise a sum of non-negative values over all patterns.
 
     F_j(i) = max(x_i + F_{j-1}(i + b), F_j(i + 1)), one pass per participation.
@@ -82,7 +80,7 @@ def heaviest_pattern(
 
 
 def gram_sensitivity(
-    gram: NDArray[np.float64], min_separation: int, max_participations: int
+    gram: Floats, min_separation: int, max_participations: int
 ) -> Sensitivity:
     """Bound the sensitivity of C from G = C^T C.
 

@@ -8,10 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Storage = NDArray[np.float64] | NDArray[np.float32]
+from flower_ext.core.typing import AnyFloats, Floats
 
 
 class Recurrence(ABC):
@@ -32,7 +30,7 @@ class Recurrence(ABC):
         return 1
 
     @abstractmethod
-    def advance(self, step: int, fresh: Floats, state: Storage) -> Storage:
+    def advance(self, step: int, fresh: Floats, state: AnyFloats) -> AnyFloats:
         """Return the noise of round ``step`` and update ``state`` in place.
 
         Parameters
@@ -57,7 +55,7 @@ class IndependentRecurrence(Recurrence):
     def __init__(self) -> None:
         super().__init__(0)
 
-    def advance(self, step: int, fresh: Floats, state: Storage) -> Storage:
+    def advance(self, step: int, fresh: Floats, state: AnyFloats) -> AnyFloats:
         """Return the fresh noise itself."""
         del step, state
         return np.asarray(fresh[0])
@@ -80,7 +78,7 @@ class HistoryRecurrence(Recurrence):
         super().__init__(history)
         self._row = row
 
-    def advance(self, step: int, fresh: Floats, state: Storage) -> Storage:
+    def advance(self, step: int, fresh: Floats, state: AnyFloats) -> AnyFloats:
         """Solve one row of C zhat = z; a ring buffer holds the past outputs."""
         row = self._row(step)
         out: Floats = fresh[0]
@@ -124,10 +122,10 @@ class BufferRecurrence(Recurrence):
         self._gap = [float(1 - value) for value in decay]
         self._scale = [float(value) for value in scale]
 
-    def advance(self, step: int, fresh: Floats, state: Storage) -> Storage:
+    def advance(self, step: int, fresh: Floats, state: AnyFloats) -> AnyFloats:
         """Subtract the buffers' prediction, then let them decay."""
         del step
-        out: Storage = fresh[0].astype(state.dtype, copy=False)
+        out: AnyFloats = fresh[0].astype(state.dtype, copy=False)
         change = np.empty_like(out)
         for buffer, scale in zip(state, self._scale, strict=True):
             np.multiply(buffer, scale, out=change)
@@ -170,7 +168,7 @@ class TreeRecurrence(Recurrence):
         """Return one vector per node that round ``step`` completes and that is read."""
         return 1 + (_completed(step % self._period) if self._joins else 0)
 
-    def advance(self, step: int, fresh: Floats, state: Storage) -> Storage:
+    def advance(self, step: int, fresh: Floats, state: AnyFloats) -> AnyFloats:
         """Complete the nodes that end in this round."""
         step %= self._period
         height = _completed(step)

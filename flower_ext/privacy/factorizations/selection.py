@@ -4,10 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flower_ext.core.errors import (
-    one_of,
-    whole,
-)
+from flower_ext.core.errors import one_of, whole
 from flower_ext.privacy.factorizations.banded import BandedToeplitz
 from flower_ext.privacy.factorizations.blt import BufferedToeplitz
 from flower_ext.privacy.factorizations.blt_optimizer import grow_buffers

@@ -9,19 +9,15 @@ C = | c1 c0          |         B(x) = 1 / ((1 - x) C(x))
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flower_ext.core.errors import (
-    whole,
-)
+from flower_ext.core.errors import whole
+from flower_ext.core.typing import Floats
 from flower_ext.privacy.factorizations.factorization import Factorization
 from flower_ext.privacy.factorizations.participation import (
     Sensitivity,
     effective_participations,
 )
 from flower_ext.privacy.factorizations.recurrences import HistoryRecurrence, Recurrence
-
-Floats = NDArray[np.float64]
 
 
 def toeplitz_matrix(coefficients: Floats, rounds: int) -> Floats:

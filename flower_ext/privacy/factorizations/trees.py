@@ -12,20 +12,15 @@ from functools import lru_cache
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flower_ext.core.errors import (
-    one_of,
-    whole,
-)
+from flower_ext.core.errors import one_of, whole
+from flower_ext.core.typing import Floats
 from flower_ext.privacy.factorizations.factorization import Factorization
 from flower_ext.privacy.factorizations.participation import (
     Sensitivity,
     effective_participations,
 )
 from flower_ext.privacy.factorizations.recurrences import Recurrence, TreeRecurrence
-
-Floats = NDArray[np.float64]
 
 
 class TreeAggregation(Factorization):
