@@ -7,13 +7,14 @@ rounds, not on the global random state, not on whether the run was resumed. Samp
 that limit how often a client takes part also remember who did. Under a mechanism the
 round is the number of the release, which goes on where a strategy is started again.
 
-For privacy accounting a sampler says what it promises of every client:
-``min_separation`` and ``max_participations``. What it promises, it enforces.
+For privacy accounting a sampler states what it guarantees of every client, see
+:class:`Guarantee`. What it states, it enforces.
 """
 
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -23,6 +24,9 @@ from flower_ext.core.nodes import NodeRegistry
 
 Purpose = Literal["train", "evaluate"]
 WhenShort = Literal["smaller", "wait", "stop"]
+SamplingKind = Literal[
+    "fixed-size", "poisson", "cyclic-poisson", "limited", "all", "unstated"
+]
 _STREAM: dict[Purpose, int] = {"train": 0, "evaluate": 1}
 _SECRET_BITS = 128
 # Seeds below can be found by trying. Of 128 random bits one in 2**32 numbers is below.
@@ -33,8 +37,60 @@ def _require_probability(value: float) -> None:
     probability("probability", value, "of one client in one round")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Guarantee:
+    """What a sampler guarantees of how every client is drawn for training.
+
+    Accountants count on this and on nothing else of a sampler. The default states
+    nothing: any client in any round, and no amplification.
+
+    Parameters
+    ----------
+    kind : str (default: "unstated")
+        ``fixed-size``: exactly as many as asked for, uniformly without replacement from
+        all clients. ``poisson``: each client on its own with ``probability``.
+        ``cyclic-poisson``: the same, for the one of ``min_separation`` fixed groups
+        whose turn it is. ``limited``: any draw within the limits below. ``all``: every
+        client in every round. ``unstated``: any draw at all.
+    probability : float, optional
+        In (0, 1], of a client in one round (of its turn); None where it is not fixed.
+    min_separation : int (default: 1)
+        Least difference of the numbers of two rounds with the same client.
+    max_participations : int, optional
+        Most rounds of one client; None is every round that the separation allows.
+    can_be_secret : bool (default: False)
+        Whether all chance comes from :meth:`Sampler.generator`, so that nobody without
+        the seed knows who is drawn. Amplification needs it.
+    """
+
+    kind: SamplingKind = "unstated"
+    probability: float | None = None
+    min_separation: int = 1
+    max_participations: int | None = None
+    can_be_secret: bool = False
+
+    def __post_init__(self) -> None:
+        kind = one_of("kind", self.kind, get_args(SamplingKind))
+        if self.probability is not None:
+            _require_probability(self.probability)
+            if kind not in ("poisson", "cyclic-poisson"):
+                refuse("probability", self.probability, f"None for kind={kind!r}")
+        elif kind == "cyclic-poisson":
+            refuse("probability", None, f"given for kind={kind!r}")
+        whole("min_separation", self.min_separation, 1)
+        if self.max_participations is not None:
+            whole("max_participations", self.max_participations, 1)
+        is_limited = self.min_separation > 1 or self.max_participations is not None
+        if is_limited and kind not in ("limited", "cyclic-poisson"):
+            refuse("kind", kind, "'limited' where participation is")
+
+
 class Sampler(ABC):
     """Draws the cohort of a round.
+
+    A subclass that draws in its own way overrides :meth:`sample`, and
+    :meth:`guarantee` where a mechanism may count on how it does. What a class
+    guarantees is not inherited: a subclass may draw otherwise, and states its own.
 
     Parameters
     ----------
@@ -46,10 +102,6 @@ class Sampler(ABC):
         fractions, the clients that trained evaluate.
     """
 
-    #: Least difference of the numbers of two rounds with the same client.
-    min_separation: int = 1
-    #: Most rounds of one client; None is every round.
-    max_participations: int | None = None
     #: Whether its cohorts, and with them its seed, are nobody's to know.
     is_secret: bool = False
     #: What to do with fewer clients than asked for.
@@ -63,18 +115,36 @@ class Sampler(ABC):
         self.seed: int | None = 0 if seed is None else whole("seed", seed, 0)
         self.same_for_evaluation = same_for_evaluation
 
+    def __init_subclass__(cls) -> None:
+        """Take back the guarantee of the class above, unless this one states its own.
+
+        It cannot be seen from outside whether a method that was overridden, here or in
+        a mixin, still draws as was guaranteed.
+        """
+        super().__init_subclass__()
+        if "guarantee" not in vars(cls):
+            cls.guarantee = Sampler.guarantee  # type: ignore[method-assign]
+
     @abstractmethod
     def sample(
         self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
     ) -> list[int]:
         """Draw about ``size`` of ``clients`` and return them in their given order."""
 
+    def guarantee(self) -> Guarantee:
+        """Return what accountants may count on; here nothing.
+
+        Where a subclass draws as the class above it, it says so:
+        ``return super().guarantee()``.
+        """
+        return Guarantee()
+
     def expected_size(self, size: int, population: int) -> float:
         """Return how many clients a round has if all of ``population`` are there.
 
         It is the mean over many rounds; ``size`` is how many are asked for.
         """
-        return min(size, population / self.min_separation)
+        return min(size, population / self.guarantee().min_separation)
 
     @property
     def num_known(self) -> int:
@@ -178,9 +248,15 @@ class UniformSampler(Sampler):
         )
         return [clients[i] for i in sorted(chosen.tolist())]
 
+    def guarantee(self) -> Guarantee:
+        """Return that cohorts have a fixed size."""
+        return Guarantee(kind="fixed-size", can_be_secret=True)
+
 
 class HeldOutSampler(UniformSampler):
     """Trains the first clients only, to measure what the model is worth to others.
+
+    It guarantees nothing: amplification is by cohorts of all clients.
 
     Parameters
     ----------
@@ -259,6 +335,12 @@ class PoissonSampler(Sampler):
             chosen = draws < self.probability
         return [client for client, take in zip(clients, chosen, strict=True) if take]
 
+    def guarantee(self) -> Guarantee:
+        """Return the probability, if it is given."""
+        return Guarantee(
+            kind="poisson", probability=self.probability, can_be_secret=True
+        )
+
     def settings(self) -> dict[str, str | int | float]:
         """Add the probability."""
         return {**super().settings(), "probability": self.probability or "size"}
@@ -296,7 +378,7 @@ class CyclicPoissonSampler(Sampler):
         super().__init__(seed, same_for_evaluation=same_for_evaluation)
         _require_probability(probability)
         self.probability = probability
-        self.cycle = self.min_separation = whole("cycle", cycle, 1)
+        self.cycle = whole("cycle", cycle, 1)
         self._registry = NodeRegistry()
 
     def sample(
@@ -314,6 +396,15 @@ class CyclicPoissonSampler(Sampler):
                 for client, d in zip(clients, draws, strict=True)
             ]
         return [client for client, take in zip(clients, chosen, strict=True) if take]
+
+    def guarantee(self) -> Guarantee:
+        """Return the probability of a client in its turn, and how rare turns are."""
+        return Guarantee(
+            kind="cyclic-poisson",
+            probability=self.probability,
+            min_separation=self.cycle,
+            can_be_secret=True,
+        )
 
     def expected_size(self, size: int, population: int) -> float:
         """Return the probability times a group of the population."""
@@ -350,6 +441,10 @@ class AllClients(Sampler):
     ) -> list[int]:
         """Return all clients."""
         return list(clients)
+
+    def guarantee(self) -> Guarantee:
+        """Return that nobody is left out."""
+        return Guarantee(kind="all")
 
 
 class TooFewClients(RuntimeError):
@@ -446,6 +541,14 @@ class MinSeparationSampler(Sampler):
                 self._last[number] = server_round
                 self._times[number] = self._times.get(number, 0) + 1
         return cohort
+
+    def guarantee(self) -> Guarantee:
+        """Return the limits."""
+        return Guarantee(
+            kind="limited",
+            min_separation=self.min_separation,
+            max_participations=self.max_participations,
+        )
 
     def _may(self, number: int, server_round: int) -> bool:
         last = self._last.get(number)

@@ -12,13 +12,7 @@ from flwr.serverapp import NeighboringRelation, PrivacyConfig, SamplingMethod
 
 from flower_ext._flower import log
 from flower_ext.core.errors import at_least, one_of, open_unit, positive, refuse, whole
-from flower_ext.core.sampling import (
-    LEAST_SECRET,
-    CyclicPoissonSampler,
-    PoissonSampler,
-    Sampler,
-    UniformSampler,
-)
+from flower_ext.core.sampling import LEAST_SECRET, Guarantee, Sampler
 from flower_ext.privacy.accounting.accountants import (
     GaussianAccountant,
     RoundAccountant,
@@ -291,11 +285,11 @@ class Mechanism:
             If the sampler's limits, or its probability, leave fewer clients of the
             population for a round than are planned.
         """
-        cohort, population = self.num_sampled_clients, self.population_size
-        if isinstance(sampler, UniformSampler):
-            cohort = self.cohort  # it draws in a simulation, too
+        guarantee, population = sampler.guarantee(), self.population_size
+        draws = self.keeps_in_simulation(sampler)
+        cohort = self.cohort if draws else self.num_sampled_clients
         expected = sampler.expected_size(cohort, population)
-        if isinstance(sampler, PoissonSampler | CyclicPoissonSampler):
+        if guarantee.kind in ("poisson", "cyclic-poisson"):
             expected *= 2  # cohorts vary, and a mean too large by half is no mistake
         if expected < cohort:
             refuse(
@@ -303,10 +297,10 @@ class Mechanism:
                 cohort,
                 f"at most {expected:.4g}",
                 f"that is what {type(sampler).__name__} with min_separation="
-                f"{sampler.min_separation} finds in a round among population_size="
+                f"{guarantee.min_separation} finds in a round among population_size="
                 f"{population} clients; the rest would be noise",
             )
-        most = sampler.max_participations
+        most = guarantee.max_participations
         if most is not None and most * population < self.num_rounds * cohort:
             refuse(
                 "max_participations",
@@ -315,6 +309,19 @@ class Mechanism:
                 f"{self.num_rounds} rounds of {cohort} of population_size="
                 f"{population} clients; later rounds would be noise",
             )
+
+    def keeps_in_simulation(self, sampler: Sampler) -> bool:
+        """Return whether a sampler also draws the small cohorts of a simulation.
+
+        The few clients there cannot keep the limits of the planned many, and a
+        probability is that of the planned population.
+        """
+        return sampler.guarantee().kind in ("fixed-size", "unstated")
+
+    def needs_all_nodes(self, sampler: Sampler) -> bool:
+        """Return whether every client must be connected in every round."""
+        fixed_size = sampler.guarantee().kind == "fixed-size"
+        return self.amplified and self.simulated_cohort is None and fixed_size
 
     def choose(self, sampler: Sampler) -> Factorization:
         """Return the factorization for what a sampler promises."""
@@ -339,8 +346,9 @@ class Mechanism:
         return best.factorization
 
     def participation(self, sampler: Sampler) -> tuple[int, int]:
-        """Return (minimum separation, most participations) that a sampler promises."""
-        separation, most = sampler.min_separation, sampler.max_participations
+        """Return the least separation and most participations that are guaranteed."""
+        guarantee = sampler.guarantee()
+        separation, most = guarantee.min_separation, guarantee.max_participations
         possible = -(-self.num_rounds // separation)
         return separation, possible if most is None else min(most, possible)
 
@@ -368,55 +376,56 @@ class Mechanism:
     def _amplified(
         self, factorization: Factorization, sampler: Sampler
     ) -> RoundAccountant:
-        rounds = factorization.rounds
-        # Exactly these: a subclass may draw otherwise than the accounting counts on.
-        if type(sampler) is CyclicPoissonSampler:
-            if not isinstance(factorization, BandedToeplitz):
-                refuse("factorization", factorization, "a BandedToeplitz", _CYCLIC)
-            calibrate = partial(
+        guarantee = sampler.guarantee()
+        cyclic = guarantee.kind == "cyclic-poisson"
+        if not isinstance(factorization, BandedToeplitz if cyclic else Identity):
+            wanted = "a BandedToeplitz" if cyclic else "identity"
+            refuse("factorization", factorization, wanted, _CYCLIC)
+        if guarantee.can_be_secret and guarantee.kind == "fixed-size":
+            return self._without_replacement()
+        if guarantee.can_be_secret and guarantee.probability:
+            return self._poisson(factorization, guarantee, guarantee.probability)
+        raise ValueError(
+            "amplified=True needs a sampler whose guarantee() says how it draws, not "
+            f"{type(sampler).__name__}: PoissonSampler(probability=...), "
+            "UniformSampler or CyclicPoissonSampler"
+        )
+
+    def _poisson(
+        self, factorization: Factorization, guarantee: Guarantee, probability: float
+    ) -> RoundAccountant:
+        cycle = guarantee.min_separation
+        noise = self._noise(
+            partial(
                 noise_multiplier_for,
-                rounds=rounds,
-                sampling_probability=sampler.probability,
-                cycle=sampler.cycle,
+                rounds=self.num_rounds,
+                sampling_probability=probability,
+                cycle=cycle,
             )
-            return SampledGaussianAccountant.cyclic(
-                factorization,
-                self._noise(calibrate),
-                sampler.probability * (self.population_size // sampler.cycle),
-                self._config(SamplingMethod.POISSON),
-                cycle=sampler.cycle,
-            )
-        if not isinstance(factorization, Identity):
-            refuse("factorization", factorization, "identity", _CYCLIC)
-        if type(sampler) is PoissonSampler and sampler.probability:
-            calibrate = partial(
-                noise_multiplier_for,
-                rounds=rounds,
-                sampling_probability=sampler.probability,
-            )
+        )
+        config = self._config(SamplingMethod.POISSON)
+        if not isinstance(factorization, BandedToeplitz):
             return SampledGaussianAccountant(
-                self._noise(calibrate),
-                rounds,
-                sampler.probability,
-                self._config(SamplingMethod.POISSON),
+                noise, self.num_rounds, probability, config
             )
-        if type(sampler) is not UniformSampler:
-            raise ValueError(
-                "amplified=True needs a sampler that says how it draws, not "
-                f"{type(sampler).__name__}: PoissonSampler(probability=...), "
-                "UniformSampler or CyclicPoissonSampler"
+        cohort = probability * (self.population_size // cycle)
+        return SampledGaussianAccountant.cyclic(
+            factorization, noise, cohort, config, cycle=cycle
+        )
+
+    def _without_replacement(self) -> RoundAccountant:
+        noise = self._noise(
+            partial(
+                noise_multiplier_without_replacement,
+                rounds=self.num_rounds,
+                population=self.population_size,
+                cohort=self.num_sampled_clients,
             )
-        cohort = self.num_sampled_clients
-        calibrate = partial(
-            noise_multiplier_without_replacement,
-            rounds=rounds,
-            population=self.population_size,
-            cohort=cohort,
         )
         return WithoutReplacementAccountant(
-            self._noise(calibrate),
-            rounds,
-            cohort,
+            noise,
+            self.num_rounds,
+            self.num_sampled_clients,
             self._config(SamplingMethod.WITHOUT_REPLACEMENT),
         )
 

@@ -15,6 +15,7 @@ from flower_ext import AdditiveStrategy
 from flower_ext.audit.run import audit
 from flower_ext.core.sampling import (
     CyclicPoissonSampler,
+    Guarantee,
     MinSeparationSampler,
     PoissonSampler,
     UniformSampler,
@@ -134,7 +135,10 @@ def test_repeated_noise_shows(kind, monkeypatch):
 class TooOften(UniformSampler):
     """Promises two participations, and draws whom it likes."""
 
-    min_separation, max_participations = SEPARATION, 2
+    def guarantee(self):
+        return Guarantee(
+            kind="limited", min_separation=SEPARATION, max_participations=2
+        )
 
 
 class TooSoon(MinSeparationSampler):
@@ -142,6 +146,9 @@ class TooSoon(MinSeparationSampler):
 
     def sample(self, clients, size, server_round, purpose):
         return list(clients) if server_round in (3, 4) else []
+
+    def guarantee(self):
+        return super().guarantee()
 
     def expected_size(self, size, population):
         return size

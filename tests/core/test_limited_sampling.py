@@ -171,7 +171,7 @@ def test_clients_take_turns_in_groups():
     for number, client in enumerate(CLIENTS):
         assert all(r % 4 == number % 4 for r in taken[client])
         assert len(taken[client]) == 3
-    assert CyclicPoissonSampler(1.0, 4).min_separation == 4
+    assert CyclicPoissonSampler(1.0, 4).guarantee().min_separation == 4
 
 
 def test_a_fixed_probability_does_not_look_at_the_size():

@@ -135,7 +135,7 @@ def test_limits_hold_over_all_starts(kind):
     assert len(taken) == CLIENTS
     for releases in taken.values():
         gaps = [b - a for a, b in pairwise(releases)]
-        assert all(gap >= strategy.sampler.min_separation for gap in gaps)
+        assert all(gap >= strategy.sampler.guarantee().min_separation for gap in gaps)
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
