@@ -14,6 +14,14 @@ def refuse(name: str, value: object, bound: str, cause: str = "") -> NoReturn:
     raise ValueError(f"{name}={value!r} must be {bound}" + (f": {cause}" * bool(cause)))
 
 
+def finite(name: str, value: object, cause: str = "") -> float:
+    """Require a finite number."""
+    number = _number(value)
+    if not math.isfinite(number):
+        refuse(name, value, "a finite number", cause)
+    return number
+
+
 def at_least(name: str, value: object, low: float, cause: str = "") -> float:
     """Require a finite number ``value >= low``."""
     number = _number(value)

@@ -7,6 +7,7 @@ import pytest
 
 from flower_ext.core.errors import (
     at_least,
+    finite,
     fraction,
     one_of,
     open_unit,
@@ -99,4 +100,16 @@ def test_one_of_accepts_the_words_only():
     assert one_of("x", "a", ["a", "b"]) == "a"
     assert refused(one_of, "x", "c", ["a", "b"], "why") == (
         "x='c' must be one of ('a', 'b'): why"
+    )
+
+
+@pytest.mark.parametrize("value", [-1e300, 0, np.float32(2.5), np.int64(-2)])
+def test_finite_accepts_every_number_of_finite_size(value):
+    assert same(finite("x", value), value)
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf, *NO_NUMBERS])
+def test_finite_refuses(value):
+    assert refused(finite, "x", value, "why") == (
+        f"x={value!r} must be a finite number: why"
     )
