@@ -1,4 +1,4 @@
-"""The work of the GPU benchmark: random images, a ClientApp that says where it ran.
+"""The clients of the GPU benchmark: random images, a ClientApp that says where it ran.
 
 Workers import this module.
 """
@@ -50,6 +50,7 @@ def _data(context: Context) -> tuple[Batch, Batch]:
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    # Where the computation takes place, not where the client was told to compute.
     devices = {batch["x"].device, *(p.device for p in model.parameters())}
     _devices.update(map(str, devices))
     return nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")

@@ -1,4 +1,4 @@
-"""The work of the simulation benchmark in Apple's pfl; run by a Python that has it.
+"""The clients of the simulation benchmark in Apple's pfl; run by a Python that has it.
 
 ``PYTHON _pfl.py MODEL CLIENTS COHORT ROUNDS WARM``, or by ``torchrun`` for two.
 """
@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 
+# Before the imports, since the start of a run is measured with them.
 BEGUN = time.perf_counter()
 
 import numpy as np  # noqa: E402
@@ -101,6 +102,7 @@ def main():
         model_eval_params=None,
         callbacks=[clock],
     )
+    # The first rounds allocate memory and initialise libraries: they are left out.
     steps = np.diff(clock.times)[warm:]
     found = {
         "seconds": float(np.median(steps)),

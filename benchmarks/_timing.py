@@ -1,4 +1,4 @@
-"""Timing and weighing things against each other, fairly, in one process."""
+"""Time and memory of functions, measured side by side in one process."""
 
 import gc
 import statistics
@@ -14,6 +14,7 @@ def medians(*functions: Callable[[], object], repeats: int = 7) -> list[float]:
 
     Garbage is collected before each call and not during it.
     """
+    # In turns, so that a machine that grows slower or busier is so for all of them.
     seconds: list[list[float]] = [[] for _ in functions]
     for function in functions:
         function()

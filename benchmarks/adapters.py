@@ -1,10 +1,10 @@
 """Pretrained models: start of 10 clients on 2 workers, and a round of a language model.
 
-Of the start are shown the time until each client has its model, and what it adds to
-the memory of its worker, beside loading the model anew with transformers and peft. Then
-SmolLM2 (135 M parameters) learns to speak as four roles of Shakespeare's for one round,
-once by dense LoRA, once by FLASC. The first time the model is fetched and converted,
-for which the package gguf must be installed.
+For the start it shows how long each client waits for its model, and how much memory the
+model adds to the worker, compared with loading it anew with transformers and peft. Then
+SmolLM2 (135 M parameters) is trained for one round on four roles of Shakespeare, once
+by dense LoRA, once by FLASC. The first time the model is fetched and converted, for
+which the package gguf must be installed.
 """
 
 import multiprocessing
@@ -70,9 +70,8 @@ def worker(name: str) -> list[tuple[float, float]]:
     for _ in range(CLIENTS):
         before, begun = process.memory_info().rss, time.perf_counter()
         model = make({})
-        sum(
-            float(p.detach().sum()) for p in model.parameters()
-        )  # touch all of the memory
+        # Weights are memory-mapped: only what has been read counts as memory in use.
+        sum(float(p.detach().sum()) for p in model.parameters())
         kept.append(model)
         seconds = time.perf_counter() - begun
         found.append((seconds, (process.memory_info().rss - before) / 1e6))
@@ -119,7 +118,7 @@ def language_model() -> None:
     print(f"\nSmolLM2: loaded in {seconds:.1f} s, {size:,} parameters are trained")
 
     def central(_: int, arrays: ArrayRecord) -> MetricRecord:
-        # All weights: the mask of the first round knows no B, which was zero.
+        # Unmasked: the first round's mask leaves out LoRA's B, which was all zeros.
         trained = model({})
         trained.load_state_dict(arrays.to_torch_state_dict())
         return MetricRecord(dict(evaluate(task, trained, test)))

@@ -1,6 +1,6 @@
 """Local training with FedFish's client half against plain local training.
 
-Limit: 1.15 times, for an LSTM and for a CNN, with the last epoch's Fisher.
+Limit: 1.15 times, for an LSTM and for a CNN, with the Fisher of the last epoch.
 """
 
 import torch

@@ -43,8 +43,8 @@ STRATEGIES = {
     "FLASC": lambda **options: FLASC(server_optimizer=SGD(1.0), **options),
     "MaxFL": MaxFL,
 }
-# Of the change that a round makes. Sums are added in another order on a GPU; FLASC's
-# masks may hold another one of two coordinates that are nearly as large.
+# Largest differences, as parts of the change that a round makes. A GPU adds in another
+# order; and of two coordinates of nearly the same size FLASC's mask may hold the other.
 TOLERANCES = {"FedAvg": 1e-3, "FedFish": 5e-3, "FLASC": 2e-2, "MaxFL": 1e-3}
 
 
@@ -200,6 +200,7 @@ def workers(size: Size, device: torch.device, bare: dict[str, float]) -> list[st
 
 def rounds_of_all(size: Size) -> dict[str, Tensor]:
     """Return the model after a round of each strategy, by strategy and name."""
+    # TF32 has a mantissa of 10 bits, which would hide every other difference.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     model = size.models[-1]
     grid = LocalGrid(app, size.clients, settings(size, model))
@@ -212,6 +213,7 @@ def rounds_of_all(size: Size) -> dict[str, Tensor]:
 
 def equality(size: Size, small: bool) -> list[str]:
     """Compare a round of each strategy with that on the CPU; return what differs."""
+    # A process of its own: CUDA cannot be hidden from one that has used it.
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "reference.safetensors")
         command = [sys.executable, __file__, "--device", "cpu", "--reference", file]

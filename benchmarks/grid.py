@@ -1,8 +1,9 @@
-"""What a round of the in-process grid costs beside the bare loop.
+"""What a round of the in-process grid costs compared with a bare loop.
 
-Per client: two messages and their records. Per megabyte: turning a model into records
-and back, both ways, and adding it up. The peer is the loop that a person would write
-without Flower; the figures to read are the differences.
+Each client costs two messages and their records; each megabyte of a model is turned
+into records and back, both ways, and added up. The bare loop is what a person would
+write without Flower. The costs are differences between runs of two sizes, so that what
+is the same in both cancels out.
 """
 
 import logging

@@ -137,6 +137,7 @@ def noise() -> None:
         1,
         "MiB",
     )
+    # The same generator as the stream's, so that only the recurrence differs.
     generator = np.random.Generator(np.random.SFC64(0))
     model = np.empty(size)
     ours, draw = medians(stream.next, partial(generator.standard_normal, out=model))
@@ -177,6 +178,7 @@ def round_cost(factorization: Factorization) -> float:
     recurrence = factorization.recurrence()
     generator = np.random.Generator(np.random.SFC64(0))
     state = np.zeros((recurrence.buffers, SLICE), np.float32)
+    # A tree needs more draws in some rounds than in others: a sample of all rounds.
     steps = generator.integers(0, factorization.rounds, 64)
 
     def run() -> None:

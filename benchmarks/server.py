@@ -33,6 +33,7 @@ def main() -> None:
         )
         for _ in range(DISTINCT)
     ]
+    # A round as the strategy runs it, without clients: messages are answered by hand.
     strategy = AdditiveStrategy(min_train_nodes=REPLIES, min_available_nodes=REPLIES)
     grid = LocalGrid(ClientApp(), REPLIES)
     messages = list(strategy.configure_train(1, model, ConfigRecord(), grid))

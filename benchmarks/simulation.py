@@ -1,10 +1,11 @@
 """Seconds of a simulated round: ours, stock Flower, a bare loop, and pfl.
 
-FedAvg over images: one epoch of 50 images of 28x28 a client in batches of 10, one torch
-thread a process, two processes. Cases and systems take turns, each run in a process of
-its own; medians of the runs, and targets. ``--only`` and ``--cases`` choose, ``--pfl
-PYTHON`` or the variable ``PFL`` adds pfl 0.6 from an environment of its own (``pip
-install pfl torch``). Needs 16 GB of memory and half an hour; Linux.
+FedAvg over images: each client trains for one epoch on 50 images of 28x28 in batches of
+10; two processes with one torch thread each. Cases and systems take turns, each run in
+a process of its own; printed are the medians of the runs, and the targets. ``--only``
+and ``--cases`` choose, ``--pfl PYTHON`` or the variable ``PFL`` adds pfl 0.6 from an
+environment of its own (``pip install pfl torch``). Needs Linux, 16 GB of memory and
+half an hour.
 """
 
 import argparse
@@ -32,7 +33,7 @@ WORKERS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """What is run: model, clients, cohort, rounds of which the first are not timed."""
+    """What is run: model, clients, cohort, rounds; the first ``warm`` are not timed."""
 
     model: str
     clients: int
@@ -42,7 +43,8 @@ class Case:
     systems: tuple[str, ...]
 
 
-# Ours as it is by default, with replies that are not added up, and over messages.
+# Ours by default (workers add up), with all replies sent to the server, and over
+# Flower's messages.
 SUMS, OURS = "packed-sums", ("packed-sums", "packed-replies", "packed-messages")
 ALL = ("bare-1", "bare-2", *OURS, "flower", "pfl-1", "pfl-2")
 CASES = {
@@ -60,7 +62,7 @@ Rows = dict[tuple[str, str], dict[str, float]]
 
 @dataclass(frozen=True)
 class Target:
-    """The most that ours, by default, may be of the best of its peers.
+    """The most that ours by default may take, as a multiple of the best peer's.
 
     A peer is a case and a system, or a number.
     """
@@ -89,7 +91,7 @@ TARGETS = (
 
 
 class Clock:
-    """Notes the begin of rounds, and the CPU seconds of this process and its own."""
+    """Notes when rounds begin, and the CPU seconds of this process and its children."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -97,7 +99,8 @@ class Clock:
         self.cpu: list[float] = []
 
     def tick(self) -> None:
-        """Note the begin of a round, or the end of the last."""
+        """Note that a round begins, or that the last one has ended."""
+        # CPU time is read twice only: it asks every process, which takes time itself.
         self.times.append(time.perf_counter())
         if len(self.times) in (self.case.warm + 1, self.case.rounds + 1):
             self.cpu.append(_cpu_seconds())
@@ -135,7 +138,7 @@ def _cpu_seconds() -> float:
 
 
 def _peak_mib() -> float:
-    """Sum the peak resident memory of this process and its own (Linux)."""
+    """Sum the peak resident memory of this process and its children (Linux)."""
     total = 0.0
     for pid in _processes():
         try:
@@ -181,6 +184,7 @@ def bare(case: Case, clock: Clock, processes: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # Not by file descriptors, of which a process may have few.
     torch.multiprocessing.set_sharing_strategy("file_system")
     state = _initial(case)
     draw = random.Random(0)
@@ -276,7 +280,7 @@ def engine(case: Case, clock: Clock, wrap: Callable[[object], object] | None) ->
 
 def run_here(system: str, case: Case) -> None:
     """Run one system and print what was measured."""
-    import flwr.app  # noqa: F401  it sets the level of its logger
+    import flwr.app  # noqa: F401  sets the level of its logger, which is raised below
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     sys.path.insert(0, str(HERE))
@@ -325,7 +329,7 @@ def run_apart(system: str, name: str, pfl: str | None) -> dict[str, float] | Non
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
-    # Two processes may write into one line.
+    # One row from each process of torchrun; two may be written into one line.
     rows = [json.loads(x) for x in re.findall(r"\{[^{}]*\}", done.stdout)]
     if not rows:
         print(f"{system} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
@@ -369,7 +373,7 @@ def print_tables(rows: Rows, runs: int) -> None:
 
 
 def print_targets(rows: Rows) -> None:
-    """Compare ours with what was set out, as far as both were measured."""
+    """Compare ours with the targets whose peers were measured."""
     print()
     for target in TARGETS:
         ours = rows.get((target.case, SUMS))

@@ -1,7 +1,8 @@
 """Sparse payloads: time against torch.topk, bytes against the entropy of the mask.
 
 Limit: encoding and decoding a 10-million-parameter update at density 1/16 takes at most
-3 times as long as ``torch.topk`` on it. The choice of the coordinates is timed beside.
+3 times as long as ``torch.topk`` on it. The time with the choice of the coordinates is
+shown as well.
 """
 
 import numpy as np

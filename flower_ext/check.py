@@ -59,7 +59,7 @@ from flower_ext.server.options import AdditiveOptions, FedAvgOptions
 from flower_ext.simulation.local import LocalGrid, app_config
 from flower_ext.wire.traffic import measure
 
-# What the mechanism of a private strategy says in their place.
+# Options of FedAvg that a private strategy does not take: its mechanism sets them.
 _OF_THE_MECHANISM = ("fraction_train", "min_train_nodes")
 _MINIMA = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
 _HOOKS = (
@@ -154,7 +154,10 @@ class Verdict:
 
 
 class _Caught(BaseException):
-    """The ServerApp has come to its start; an ``except Exception`` lets it pass."""
+    """Ends the ServerApp where it starts its strategy.
+
+    No ``Exception``, so that an ``except Exception`` of the app does not stop it.
+    """
 
     def __init__(self, started: Started) -> None:
         super().__init__()
@@ -162,13 +165,14 @@ class _Caught(BaseException):
 
 
 class _OwnLoop(BaseException):
-    """The ServerApp sends messages without a strategy."""
+    """The ServerApp sends messages without a strategy; see :class:`_Caught`."""
 
 
 class _Nodes(LocalGrid):
-    """The first clients of a federation, whose replies are looked at.
+    """The first clients of a federation, whose replies are kept.
 
-    Few take part, but each has the share of the data that it has among all.
+    Only a few take part, so that a check is quick. The app is still told the number of
+    all clients, so that each has the share of the data that it has in a run.
     """
 
     def __init__(
@@ -230,6 +234,7 @@ def imported(folder: Path, run_config: Mapping[str, ConfigValue]) -> Iterator[Ap
         raise ValueError(f"{file} is not that of a Flower app: {error}") from None
     if unknown := sorted(set(run_config) - set(config)):
         raise ValueError(f"run config has no key {unknown}, only {sorted(config)}")
+    # Another app checked in this process may have modules of the same names.
     packages = {name.partition(".")[0] for name, _ in (server, client)}
     others = _take_modules(packages)
     path, cwd, written = list(sys.path), Path.cwd(), sys.dont_write_bytecode
@@ -349,8 +354,9 @@ def _all(kind: type[Strategy]) -> Iterator[type[Strategy]]:
 def _caught_at_start() -> Iterator[None]:
     """Let every strategy raise :class:`_Caught` at its start.
 
-    Where a loop of the app's own, or ``run_rounds``, takes the place of ``start``, at
-    its first round. A ``start`` of the app's own runs until it calls one of these.
+    Where a loop of the app, or ``run_rounds``, takes the place of ``start``, the
+    strategy raises at its first round. A ``start`` that the app defines itself runs
+    until it calls one of these.
     """
 
     def start(
@@ -377,6 +383,7 @@ def _caught_at_start() -> Iterator[None]:
     ) -> None:
         raise _Caught(Started(self, grid, arrays, config, None))
 
+    # In every class that defines one: a subclass' method would hide its parent's.
     real = {
         (kind, method.__name__): (vars(kind)[method.__name__], method)
         for kind in _all(Strategy)  # type: ignore[type-abstract]
@@ -435,6 +442,7 @@ def one_round(
     most: int,
 ) -> Outcome:
     """Run one round of the app with a strategy, with clients that are new."""
+    # A strategy may write into what it was given: every trial gets copies.
     grid = _Nodes(client_app, num_supernodes, app.config, most)
     begin = strategy.start
     if "initial_arrays" not in inspect.signature(begin).parameters:
@@ -448,6 +456,7 @@ def one_round(
             evaluate_config=copy.deepcopy(start.evaluate_config),
         )
     except (Exception, SystemExit) as error:
+        # Where clients failed, the strategy's own error only says that none is left.
         reason = _first_error(app, grid.seen) or f"{type(error).__name__}: {error}"
         return Outcome(reason.splitlines()[0])
     trained = [
@@ -517,9 +526,12 @@ def check_strategy(
             return Outcome(str(error))
         return one_round(app, client_app, strategy, start, num_supernodes, most)
 
+    # The clients as they are: a strategy that asks nothing of them ends here.
     first = attempt(app.client_app)
     if not first.problem:
         return Verdict(kind.__name__, _fits("drops in", first), server, fits=True)
+    # An app of client_app(task, ...) says so when it lacks the half, and needs its name
+    # only. In any other app the strategy's lines go into the train function.
     file, source = app.source(app.client[0])
     half = kind.client_half
     try:
@@ -553,7 +565,7 @@ def _fits(text: str, outcome: Outcome) -> str:
 
 
 def _inmost(strategy: Strategy) -> Strategy:
-    """Return the strategy in Flower's wrappers, such as those of privacy."""
+    """Return the strategy inside Flower's wrappers, such as those for privacy."""
     while isinstance(inner := getattr(strategy, "strategy", None), Strategy):
         strategy = inner
     return strategy
@@ -564,7 +576,7 @@ def _like(
     strategy: Strategy,
     arguments: Mapping[str, object],
 ) -> AdditiveStrategy:
-    """Make a strategy with Flower's options of another."""
+    """Make a strategy with the Flower options that another one has."""
     options = {
         name: getattr(strategy, name)
         for name in FedAvgOptions.__annotations__
@@ -606,6 +618,8 @@ def _run_source(app: App, file: Path, source: str) -> ClientApp:
     name, attribute = app.client
     module = ModuleType(name)
     module.__file__, module.__package__ = str(file), name.rpartition(".")[0]
+    # In the module's place while it runs: a dataclass, for one, looks for its module
+    # there. The rest of the app gets the real one back.
     real = sys.modules[name]
     sys.modules[name] = module
     try:
@@ -616,7 +630,7 @@ def _run_source(app: App, file: Path, source: str) -> ClientApp:
 
 
 def _own_notes(strategy: Strategy) -> Iterator[str]:
-    """Say what of the app's own strategy a swap would lose."""
+    """Say what the app's own strategy does that a replacement would not do."""
     kind = type(strategy)
     if kind.__module__.startswith("flwr.") and kind is not FedAvg:
         yield (
@@ -713,7 +727,7 @@ def _show(verdict: Verdict) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the rounds' log back: what matters of it is in the verdicts."""
+    """Suppress the log of the trial rounds; the verdicts say what matters."""
     log, threads = logging.getLogger("flwr"), torch.get_num_threads()
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -755,6 +769,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads, `head` for one, has seen enough
+        # Python flushes at exit, and would fail there once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0 if works else 1

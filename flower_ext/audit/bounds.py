@@ -1,4 +1,4 @@
-r"""What an attack proves: lower bounds on epsilon from what it got right.
+r"""Lower bounds on epsilon: what the right guesses of an attack prove.
 
 An attack gives every canary a score, high when it believes that the canary was in the
 run. *Seen* canaries were, *unseen* ones were held out. If the run is
@@ -22,8 +22,9 @@ from flower_ext.core.errors import at_least, one_of, open_unit, refuse, whole
 
 Floats = NDArray[np.float64]
 
-_GRID = 1000  # points of the quantile rule for one-dimensional expectations
-_THRESHOLDS = 100
+# An expectation over a distribution is a mean over so many of its quantiles.
+_GRID = 1000
+_THRESHOLDS = 100  # candidates, at quantiles of all scores
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Counts:
         """
         from scipy.special import betaincinv  # type: ignore[import-untyped]
 
+        # The bounds are quantiles of beta distributions; with no success, or no
+        # failure, nothing better than 0 or 1 can be said.
         half = (1 - open_unit("confidence", confidence)) / 2
         least, greatest = 0.0, 1.0
         if self.true_positives:
@@ -87,8 +90,8 @@ class Counts:
         delta : float
             In [0, 1).
         confidence : float
-            The bound holds with at least this probability over the canaries' scores,
-            which must be independent.
+            The bound holds with at least this probability. The canaries' scores must be
+            independent.
         method : str
             ``clopper-pearson`` is a confidence bound. ``bayesian`` is the quantile of
             the posterior of that maximum under Jeffreys priors: it is higher, and a
@@ -121,7 +124,9 @@ class Counts:
         """Return the epsilon that the posterior exceeds with the confidence."""
         from scipy.special import betainc, betaincinv
 
-        half = 0.5  # Jeffreys
+        # Under Jeffreys' prior the rates are Beta(1/2 + right, 1/2 + wrong), the false
+        # positive rate apart from the false negative rate.
+        half = 0.5
         middle = (np.arange(_GRID) + 0.5) / _GRID
         wrong = betaincinv(
             half + self.false_positives, half + self.true_negatives, middle
@@ -129,6 +134,8 @@ class Counts:
 
         def below(epsilon: float) -> float:
             """Return the probability that epsilon allows the rates."""
+            # For each false positive rate, the least false negative rate that both
+            # inequalities of (epsilon, delta) allow.
             missed = np.maximum(
                 1 - delta - math.exp(epsilon) * wrong,
                 (1 - delta - wrong) * math.exp(-epsilon),
@@ -168,6 +175,7 @@ class Counts:
         confidence : float
             A true claim is refuted with at most the remaining probability.
         """
+        # At every epsilon: TPR <= e^eps FPR + delta, and TNR <= e^eps FNR + delta.
         least, greatest = self.rates(confidence)
         allowed = np.minimum(1, np.exp(epsilons) * greatest + deltas)
         kept = np.minimum(1, np.exp(epsilons) * (1 - least) + deltas)
@@ -202,12 +210,14 @@ def refuted_noise(
         Within 2% above the least noise multiplier refuted; infinity if 16 times the
         claim is not.
     """
+    # One set of rates serves all epsilons: the confidence is not shared among them.
     epsilons = np.linspace(0, 12, 25)
 
     def refuted(noise: float) -> bool:
         return counts.refutes(epsilons, profile(noise, epsilons), confidence)
 
     low, high = claimed / 16, 16 * claimed
+    # Less noise is easier to refute, so that bisection finds where it ends.
     if not refuted(high):
         return math.inf
     while high / low > 1.02:
@@ -242,6 +252,7 @@ def choose_threshold(
     seen: Floats, unseen: Floats, value: Callable[[Counts], float]
 ) -> float:
     """Return the threshold of greatest ``value``; the scores must not be used again."""
+    # Scores themselves: between two neighbours all thresholds count the same.
     scores = np.concatenate([seen, unseen])
     levels = np.linspace(0, 1, _THRESHOLDS + 1)
     candidates = np.unique(np.quantile(scores, levels, method="nearest"))
@@ -355,6 +366,7 @@ def _one_run_p_value(
     """Bound the probability of so many correct guesses under (epsilon, delta)."""
     from scipy.special import bdtr, bdtrc
 
+    # Theorem 5.2: the tail of Binomial(guesses, right), and what delta adds to it.
     right = 1 / (1 + math.exp(-epsilon))
     if not correct:
         return 1.0
@@ -375,15 +387,16 @@ def one_run_guesses(scores: Floats, included: NDArray[np.bool_], guesses: int) -
     Parameters
     ----------
     scores : NDArray
-        Shape ``(canaries,)``; guesses may depend on them in any way.
+        Shape ``(canaries,)``; they may depend on each other in any way.
     included : NDArray
-        The coins.
+        Whether the coin put each canary into the run.
     guesses : int
-        At most the number of canaries; fewer are surer.
+        At most the number of canaries. The fewer, the surer each guess.
     """
     if whole("guesses", guesses, 1) > len(scores):
         refuse("guesses", guesses, f"<= {len(scores)} canaries")
     order = np.argsort(scores, kind="stable")
+    # Guesses may be left out: the scores in the middle are hardly better than coins.
     low, high = guesses // 2, guesses - guesses // 2
     chosen = included[order]
     return int((~chosen[:low]).sum() + chosen[len(chosen) - high :].sum())
@@ -434,6 +447,8 @@ def shift_ratio(scores: Floats, strengths: Floats, confidence: float = 0.95) -> 
         return 0.0
     if noise <= 1e-12 * signal:
         return math.inf
+    # P(T >= t) = E Phi(shift - t sqrt(V / f)), V chi-squared with f degrees of freedom,
+    # of which ``spread`` has the quantiles of sqrt(V / f).
     statistic = signal * math.sqrt(energy) / noise
     middle = (np.arange(_GRID) + 0.5) / _GRID
     spread = np.sqrt(gammaincinv(freedom / 2, middle) * 2 / freedom)

@@ -1,12 +1,12 @@
-r"""Canaries: known vectors that an audit puts into a run, and how they are found again.
+r"""Canaries: known vectors that an audit puts into a run, and the test for them.
 
-A canary is a client whose contribution is a direction of its own, as long as the
-mechanism lets it be. In units of the clipping norm the release is
+A canary is a client whose contribution is a direction of its own, with the clipping
+norm as its length. In units of the clipping norm the release is
 
     x_t + s (C^-1 Z)_t,   and a canary in the rounds P adds u in each of them.
 
-Multiplied by C the noise is white, and the canary is the matrix (C e_P) u^T. The best
-test for a known signal in white noise is the inner product with it,
+Multiplied by C the noise is white, and the canary is the matrix (C e_P) u^T. The most
+powerful test for a known signal in white noise is the inner product with it,
 
     score = <C x, (C e_P) u^T> / (s ||C e_P||)  ~  N(mu_P, 1),  mu_P = ||C e_P|| / s,
 
@@ -31,13 +31,13 @@ class Canaries:
     """Random orthogonal directions, cheap at any size.
 
     Every parameter belongs to one canary, drawn at random, with a random sign; a
-    direction has unit norm. Directions do not overlap, so that canaries of one run do
-    not disturb each other, and all of them are projected on in one pass.
+    direction has unit norm. Directions do not overlap, so that the canaries of a run do
+    not disturb each other, and one pass over a vector projects it on all of them.
 
     Parameters
     ----------
     shapes : Mapping[str, tuple[int, ...]]
-        The contribution.
+        Names and shapes of the contribution's arrays.
     count : int
         Number of canaries, at most that of the parameters.
     seed : int
@@ -59,6 +59,8 @@ class Canaries:
         if count > size:
             refuse("count", count, f"<= {size} parameters", "directions are orthogonal")
         generator = np.random.default_rng([whole("seed", seed, 0), 0])
+        # Shares as equal as can be; every entry of a direction is +-1 / sqrt(its
+        # share).
         owner = np.arange(size, dtype=np.int32) % count
         generator.shuffle(owner)
         self._owner = owner
@@ -103,6 +105,7 @@ def whitening(factorization: Factorization, noise_std: float) -> Floats:
     strategy = factorization.strategy_matrix()
     if strategy.shape[0] == strategy.shape[1]:
         return strategy / noise_std
+    # One release is the difference of two estimates of the running sum.
     differences = np.diff(factorization.decoder_matrix(), axis=0, prepend=0.0)
     return _inverse_root(noise_std**2 * differences @ differences.T)
 
@@ -116,6 +119,8 @@ def learned_whitening(noise: Floats) -> Floats:
         Projections of all rounds on directions that nobody sent, shape ``(rounds,
         directions)``, with several times as many directions as rounds.
     """
+    # Far below the noise; it keeps the root defined if the rounds are linearly
+    # dependent.
     covariance = noise @ noise.T / noise.shape[1]
     ridge = 1e-9 * float(np.trace(covariance)) / len(covariance)
     return _inverse_root(covariance + ridge * np.eye(len(covariance)))
@@ -148,6 +153,7 @@ def matched_scores(
     """
     if took_part.shape != projections.shape:
         refuse("took_part.shape", took_part.shape, f"{projections.shape}")
+    # C e_P of each canary over s, and its norm mu_P, see the module.
     signal = whiten @ took_part.astype(np.float64)
     norms = np.linalg.norm(signal, axis=0)
     products = (signal * (whiten @ projections)).sum(axis=0)
@@ -179,9 +185,10 @@ def sampled_scores(
         Whether held-out canaries send the opposite instead of nothing, the attack on
         replace-one: then it is l_t(score_t) - l_t(-score_t).
     """
+    # As if each round were the canary's only one: its column of C is the whole signal.
     strength = np.linalg.norm(whiten, axis=0)[:, None]
     single = (whiten.T @ whiten @ projections) / strength
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore"):  # the log of a chance of 0 is -inf, as it should
         away, there = np.log1p(-chance), np.log(chance)
 
     def log_ratio(values: Floats) -> Floats:

@@ -46,17 +46,17 @@ _WEIGHTS = (
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 _IGNORED = -100  # label of a token that is not predicted, as in transformers
 
-# What a process has read: bases, and models ready to be copied for a client.
+# What this process has read already: bases, and models ready to be copied for a client.
 _bases: dict[str, "_Base"] = {}
 _models: dict[str, "_Template"] = {}
 
 
 @dataclass
 class _Base:
-    """A model as it is on disk, and the parameters that the disk does not have.
+    """A model as it is on disk, and the names of parameters that are not on disk.
 
-    Those are drawn at random; ``random_state`` is torch's behind them, from which an
-    adapter goes on, whether the base was read for it or before.
+    These are drawn at random. ``random_state`` is torch's state after that: an adapter
+    is drawn from it, and so is the same whether the base was just read or long before.
     """
 
     model: nn.Module
@@ -68,10 +68,10 @@ class _Base:
 class AdapterModel:
     """A pretrained model of which a part is trained: what ``Task.model`` takes.
 
-    Every call returns a model of its own whose frozen tensors are those of the base. An
-    adapter that changes weights of the base (OLoRA, PiSSA) has its own of these. Do not
-    merge an adapter into such a model, which would change the base of the others: save
-    it, and merge what peft loads.
+    Every call returns a new model whose frozen tensors are those of the base. An
+    adapter that changes weights of the base (OLoRA, PiSSA) has its own copies of these.
+    Do not merge an adapter into such a model, which would change the base of all
+    others: save it, and merge it into what peft loads.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ class AdapterModel:
         Parameters with one of these words between the dots of their name are not
         trained and not sent: ``("lora_A",)`` is FFA-LoRA (Sun, Li, Li and Ding 2024).
     seed : int (default: 0)
-        Of what is new in the model: adapter and head are the same in every process.
+        Adapter and head are drawn with it, and so are the same in every process.
 
     Raises
     ------
@@ -128,7 +128,7 @@ class AdapterModel:
             refuse("frozen", self.frozen, "a tuple of words", "write ('lora_A',)")
 
     def __call__(self, run_config: UserConfig) -> nn.Module:
-        """Return a new model, with the parameters of the beginning."""
+        """Return a new model with the initial parameters."""
         key = self._key()
         if key not in _models:
             _models[key] = _Template(self._build(), buffers=self.trains == "all")
@@ -146,7 +146,7 @@ class AdapterModel:
         """
         model = self({})
         model.load_state_dict(arrays.to_torch_state_dict())
-        # What layers share, peft looks for under the name of any of them.
+        # Tied parameters under all of their names: peft may look for any of them.
         parameters = model.named_parameters(remove_duplicate=False)
         state = {name: p.detach() for name, p in parameters}
         state |= dict(model.named_buffers(remove_duplicate=False))
@@ -160,6 +160,9 @@ class AdapterModel:
         return None if self.trains in ("head", "all") else self.trains
 
     def _key(self) -> str:
+        # All that the model is made from: equal keys share one template. A saved
+        # adapter counts by its files, since it may be trained and saved again in its
+        # folder.
         adapter: object = self.trains
         if not isinstance(adapter, Path | str):
             adapter = self.trains.to_dict()  # type: ignore[union-attr]
@@ -193,6 +196,7 @@ class AdapterModel:
             model = self._adapted(base, self._adapter)
         else:
             model = _alias(base.model)
+        # transformers names the module below the head; all else is the head.
         if self.trains == "head":
             body = f"{base.model.base_model_prefix}."
             for name, parameter in model.named_parameters():
@@ -205,6 +209,8 @@ class AdapterModel:
 
     def _adapted(self, base: _Base, adapter: "PeftConfig | Path | str") -> nn.Module:
         """Put an adapter on a copy of the base: OLoRA and PiSSA change its weights."""
+        # Made a second time from another random state. A base that comes out
+        # differently could not be restored when peft loads the trained adapter.
         model, changed = _with_adapter(base, adapter, base.random_state)
         if changed:
             other = torch.Generator().manual_seed(self.seed + 1).get_state()
@@ -224,6 +230,7 @@ class AdapterModel:
         names = {name for name, p in model.named_parameters() if p.requires_grad}
         if not names:
             refuse("trains", self.trains, "something that leaves parameters to train")
+        # What the folder lacks is random, and must be trained to be of any use.
         trained = [_plain(name) for name in names]
         random = {n for n in new if not any(t.endswith(f".{n}") for t in trained)}
         if random:
@@ -309,10 +316,11 @@ def classification_metrics(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 def _next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits ``(examples, tokens, time)``, targets, and how many count."""
+    # The logits at each token predict the one after it.
     targets = batch["input_ids"][:, 1:]
     if "attention_mask" in batch:
         targets = targets.masked_fill(batch["attention_mask"][:, 1:] == 0, _IGNORED)
-    # Prompts that are trained stand before the text, and have logits, too.
+    # Trained prompts stand before the text and have logits as well: count from the end.
     logits = _logits(model, batch)[:, -batch["input_ids"].shape[1] : -1]
     logits = logits.transpose(1, 2)
     return logits, targets, (targets != _IGNORED).sum(1).clamp(min=1)
@@ -354,7 +362,7 @@ def _imported(name: str) -> Any:
 
 
 def _stamp(folder: Path) -> list[object]:
-    """Tell a folder from another, and from what it was before it was written to."""
+    """Identify a folder and its contents, by the files' sizes and times."""
     files = sorted(folder.glob("*.*")) if folder.is_dir() else []
     times = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return [str(folder.resolve()), times]
@@ -393,7 +401,7 @@ def _load(folder: Path, kind: Kind, num_labels: int) -> _Base:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without a bar, or a report of the new weights, in every worker's log."""
+    """Suppress transformers' progress bar and its report of new weights."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -409,13 +417,15 @@ def _quiet(transformers: Any) -> Iterator[None]:
 def _with_adapter(
     base: _Base, adapter: "PeftConfig | Path | str", random_state: Tensor
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Put an adapter on a copy of a base, of which what is unchanged is shared again.
+    """Put an adapter on a copy of a base; unchanged parameters are shared again.
 
     Returns
     -------
     tuple of torch.nn.Module and dict[str, Tensor]
         The adapted model, and the base's parameters that the adapter changed.
     """
+    # Every parameter is copied, since an adapter may change it. Those that it left
+    # alone point to the base's numbers again, and their copies are freed.
     copies = {
         name: (p, nn.Parameter(p.detach().clone(), p.requires_grad))
         for name, p in base.model.named_parameters()
@@ -455,7 +465,8 @@ def _with_saved_adapter(model: nn.Module, folder: Path) -> nn.Module:
             model, str(folder), is_trainable=True, local_files_only=True
         )
         return adapted
-    # What computes the prompts is not saved, and peft trains no saved prompts itself.
+    # peft saves the prompts but not the network that computes them, and does not make
+    # loaded prompts trainable itself.
     if config.peft_type == "P_TUNING" or getattr(config, "prefix_projection", False):
         refuse(
             "trains",
@@ -491,6 +502,7 @@ def _with_new_adapter(model: nn.Module, config: "PeftConfig") -> nn.Module:
 @torch.no_grad()
 def _require_run(model: nn.Module, config: "PeftConfig") -> None:
     """Run a model with prompts once: not every model takes them."""
+    # Here, where the adapter can be named, and not in some client's first batch.
     batch = {"input_ids": torch.ones(1, 2), "attention_mask": torch.ones(1, 2)}
     if hasattr(config, "num_tasks"):
         batch["task_ids"] = torch.zeros(1)
@@ -523,23 +535,25 @@ def _plain(name: str) -> str:
 
 
 def _alias(model: nn.Module) -> nn.Module:
-    """Copy a model, but not its tensors; what is trained is the copy's own matter."""
+    """Copy a model that shares its parameters' numbers, but not their requires_grad."""
+    # deepcopy uses what its memo has: there every parameter is one on the same storage.
     return deepcopy(
         model, {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
     )
 
 
 class _Template:
-    """A model that is copied for every client; what is frozen is the same in all.
+    """A model that is copied for every client; the copies share what is frozen.
 
-    It is kept as pickle writes it, without its tensors: a ``deepcopy``, which looks at
-    a thousand empty dictionaries of hooks, takes about five times as long.
+    It is kept pickled, without its tensors. A ``deepcopy`` takes about five times as
+    long, most of it for a thousand empty dictionaries of hooks.
     """
 
     def __init__(self, model: nn.Module, *, buffers: bool) -> None:
         named = dict(model.named_buffers())
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        # Parameters that are the same numbers, as of tied adapters, are sent once.
+        # Parameters on the same storage, such as those of tied adapters, are sent once,
+        # under the first of their names.
         numbers = {(p.data_ptr(), p.numel()): n for n, p in reversed(trained.items())}
         self._sent = set(numbers.values())
         if buffers:
@@ -562,31 +576,33 @@ class _Template:
 
 
 class _WithoutTensors(pickle.Pickler):
-    """Writes the places of some tensors in a list instead of them."""
+    """Writes the indices of some tensors in a list instead of the tensors."""
 
     def __init__(self, file: BytesIO, tensors: Sequence[Tensor]) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self._places = {id(x): i for i, x in enumerate(tensors)}
 
     def persistent_id(self, value: object) -> int | None:
-        """Return the place of a tensor, None for all else."""
+        """Return the index of a tensor, None for all else."""
         return self._places.get(id(value))
 
 
 class _WithTensors(pickle.Unpickler):
-    """Reads what :class:`_WithoutTensors` wrote, with these tensors in the places."""
+    """Reads what :class:`_WithoutTensors` wrote, with tensors of another list."""
 
     def __init__(self, file: BytesIO, tensors: Sequence[Tensor]) -> None:
         super().__init__(file)
         self._tensors = tensors
 
     def persistent_load(self, place: int) -> Tensor:
-        """Return the tensor of a place."""
+        """Return the tensor of an index."""
         return self._tensors[place]
 
 
 def _clone(x: Tensor, storages: dict[int, Tensor]) -> Tensor:
-    """Copy a tensor; one that is another's numbers in another shape remains so."""
+    """Copy a tensor; tensors on one storage are on one storage in the copy, too."""
+    # A part of a larger storage is copied alone. A whole storage is copied once, and
+    # all views of it are made on that copy: tied and transposed weights stay tied.
     own = x.detach()
     storage = own.untyped_storage()
     if storage.nbytes() != own.nbytes:
@@ -600,7 +616,7 @@ def _clone(x: Tensor, storages: dict[int, Tensor]) -> Tensor:
 
 
 def _sending(model: nn.Module, sent: set[str]) -> nn.Module:
-    """Let the state of a model be what is trained, and ``load_state_dict`` take it."""
+    """Make a model's state_dict hold, and load, only what is trained."""
 
     def only_sent(_: nn.Module, state: dict[str, Tensor], prefix: str, __: Any) -> None:
         for name in [n for n in state if n.removeprefix(prefix) not in sent]:

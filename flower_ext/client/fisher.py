@@ -31,7 +31,7 @@ StepArguments = tuple[tuple[object, ...], dict[str, object]]
 
 @dataclass
 class _Sum:
-    """Squares of a parameter's gradients; ``steps`` starts at minus those to skip."""
+    """Squares of a parameter's gradients; ``steps`` starts at ``-skip``."""
 
     name: str
     parameter: nn.Parameter
@@ -41,6 +41,7 @@ class _Sum:
 
     def take(self, examples: int, window: int | None, unscale: float = 1.0) -> None:
         """Take in the gradient of one step."""
+        # A new window begins with this step: what was summed in the last one goes.
         if window and self.steps >= 0 and self.steps % window == 0:
             self.examples, self.squares = 0, None
         self.steps += 1
@@ -52,7 +53,7 @@ class _Sum:
         gradient = self.parameter.grad.detach().float()
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        weight = (examples * unscale) ** 2
+        weight = (examples * unscale) ** 2  # b_t^2 of the estimator, see the class
         if self.squares is None:
             self.squares = gradient.square().mul_(weight)
         else:
@@ -127,9 +128,9 @@ class SquaredGradients:
         self._optimizer: Optimizer | None = None
         self._batch_size: int | None = None
         self._hooks: list[RemovableHandle] = []
-        self._examples = 0  # whose gradients are in the parameters
-        self._stepping: Optimizer | None = None
-        self._missed = ""  # why the sums are not those of the training
+        self._examples = 0  # examples whose gradients the parameters hold now
+        self._stepping: Optimizer | None = None  # whose step is being taken
+        self._missed = ""  # why the sums cannot be those of the training
 
     def add(self, examples: int) -> None:
         """Take in the gradients of one backward pass over so many examples.
@@ -148,20 +149,20 @@ class SquaredGradients:
     ) -> "SquaredGradients":
         """Take in the gradients of an optimizer's steps from now on; returns itself.
 
-        What counts is the gradient that the optimizer takes its step with: unscaled,
+        The gradient that counts is the one the optimizer takes its step with: unscaled,
         accumulated over backward passes, clipped if the loop clips. A step that a
-        ``GradScaler`` leaves out does not count. Under Opacus it is the clipped and
-        noised gradient, which the trained model reveals anyway, and all steps weigh the
-        same: how many examples a Poisson batch holds is secret.
+        ``GradScaler`` skips does not count. Under Opacus it is the clipped and noised
+        gradient, which the trained model reveals anyway, and all steps have the same
+        weight: how many examples a Poisson batch holds is secret.
 
         Parameters
         ----------
         optimizer : torch.optim.Optimizer, optional
             By default every optimizer of this process that has parameters of the model.
         batch_size : int, optional
-            Examples of every step. By default they are counted: the first axis of the
-            first tensor given to the model, over the calls that backward passes came
-            back to since gradients were zero.
+            Examples of every step. By default they are counted: the length of the first
+            tensor given to the model, in those calls whose output a backward pass went
+            through since the gradients were last zero.
         """
         if not isinstance(optimizer, Optimizer | None):
             refuse("optimizer", optimizer, "a torch.optim.Optimizer, or left out")
@@ -172,8 +173,8 @@ class SquaredGradients:
         self._hooks.append(
             self._model.register_forward_hook(self._on_forward, with_kwargs=True)
         )
-        # The hooks of all optimizers outlive a client that fails: they must not keep
-        # its model.
+        # Hooks on all optimizers stay when a client fails: a weak reference, so that
+        # they do not keep its model in memory.
         me = weakref.ref(self)
 
         def before(
@@ -198,6 +199,8 @@ class SquaredGradients:
     def _on_forward(
         self, _: nn.Module, args: object, kwargs: object, output: object
     ) -> None:
+        # A call counts when a backward pass comes to its output: calls in an evaluation
+        # never do. Several outputs of one call are one batch.
         given = next((x for x in _tensors((args, kwargs)) if x.ndim), None)
         size = 0 if given is None else len(given)
         counted = False
@@ -214,7 +217,7 @@ class SquaredGradients:
                 tensor.register_hook(on_backward)  # type: ignore[no-untyped-call]
 
     def _holds_gradients(self) -> bool:
-        """Whether a pass adds to gradients, also those of a step that was left out."""
+        """Whether there are gradients that a backward pass will add to."""
         gradients = (s.parameter.grad for s in self._sums.values())
         return any(g is not None and bool(g.any()) for g in gradients)
 
@@ -229,6 +232,9 @@ class SquaredGradients:
         if self._stepping is optimizer:  # a step that calls the step of its base class
             return None
         self._stepping = optimizer
+        # With a closure the gradients are there only once it was evaluated, the first
+        # time at the parameters of the step (LBFGS evaluates it again along its
+        # search).
         closures = [x for x in (*args[1:], kwargs.get("closure")) if callable(x)]
         if not closures:
             self._take(optimizer)
@@ -372,6 +378,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _adapter_names(model: nn.Module, own: list[str]) -> list[str]:
     """Return peft's names of an adapter's parameters, the model's own elsewhere."""
+    # peft renames what it is given: empty tensors go through, and tell by their
+    # identity which name became which.
     state = model.state_dict()
     if not hasattr(model, "peft_config") or set(state) == set(own):
         return own
@@ -445,6 +453,7 @@ def per_example(
     sums = {
         name: torch.zeros_like(p, dtype=torch.float32) for name, p in trainable.items()
     }
+    # One example as a batch of one: the loss is written for batches.
     wrapped = _Loss(model, loss)
 
     def example_loss(
@@ -473,6 +482,7 @@ def per_example(
             )
         for gradients in found:
             for name, g in gradients.items():
+                # Vectorised gradients have a leading axis of examples, which is summed.
                 sums[name] += g.float().square().sum_to_size(sums[name].shape)
         count += size
     model.train(was_training)

@@ -13,10 +13,12 @@ from flwr.common import NDArray
 
 Arrays = dict[str, NDArray]
 
-# Elements added at a time: a block of float64 that stays in the cache.
+# Elements processed at a time: 128 KiB of float64, which stay in a core's cache.
 _BLOCK = 1 << 14
-# That of a plain array takes 128 bytes.
+# NumPy pads the header of a plain array to 128 bytes. It is parsed as Python, so that
+# a long one, which only a hostile client would send, is not looked at.
 _LONGEST_HEADER = 4096
+# Squared it is still a float32, as the second moments of server optimizers are.
 _LARGEST_CHANGE = 1e18
 
 
@@ -58,6 +60,7 @@ def npy_layout(
     ValueError
         If the bytes are not those of a plain NumPy array.
     """
+    # The length of the header has 2 bytes in version 1 of the format, 4 in later ones.
     if len(data) < 12 or data[6] == 1:
         start = 10 + int.from_bytes(data[8:10], "little")
     else:
@@ -67,7 +70,8 @@ def npy_layout(
     return (*_read_header(bytes(data[:start])), start)
 
 
-# Every client sends the same headers, and reading one takes longer than a small array.
+# Every client sends the same headers, and parsing one takes longer than adding up a
+# small array.
 @lru_cache(maxsize=4096)
 def _read_header(
     header: bytes,
@@ -99,7 +103,7 @@ def to_record(arrays: Mapping[str, NDArray]) -> ArrayRecord:
 
 
 def is_averaged(array: NDArray) -> bool:
-    """Whether an array holds real numbers; counters and flags do not."""
+    """Whether an array holds real numbers, which are averaged; not counters, flags."""
     return array.dtype.kind == "f"
 
 
@@ -133,8 +137,8 @@ class Lazy:
         Raises
         ------
         ValueError
-            If the function is not elementwise: what NumPy stretches later on would be
-            larger than its norm.
+            If the function is not elementwise. NumPy would broadcast its result into
+            the sum, which would then hold more than the norm that was clipped.
         """
         parts = [
             x.block(where) if isinstance(x, Lazy) else x[where] for x in self._flat
@@ -158,8 +162,8 @@ Term = NDArray | Lazy
 def subtract(new: NDArray, old: NDArray, *, finite: bool = False) -> Lazy:
     """Return ``new - old``: floats in float32 or wider, integers exactly in int64.
 
-    What is unchanged has not changed, an infinity or a NaN too: 0. That ``old`` is
-    ``finite`` may be known, and saves a look at every block.
+    An entry that is unchanged gives 0, also where it is an infinity or a NaN. Where
+    ``old`` is known to be ``finite``, no block is searched for these.
     """
     if not is_averaged(new):
         return Lazy(_subtract_integers, new, old)
@@ -172,6 +176,7 @@ def subtract(new: NDArray, old: NDArray, *, finite: bool = False) -> Lazy:
 def _subtract_floats(wide: npt.DTypeLike, new: NDArray, old: NDArray) -> NDArray:
     with np.errstate(invalid="ignore", over="ignore"):
         change = np.subtract(new, old, dtype=wide)
+    # An attention mask holds infinities: inf - inf is NaN, which would spoil the reply.
     if not _is_finite(change):
         change[_unchanged(new, old)] = 0
     return change
@@ -188,6 +193,7 @@ def _subtract_integers(new: NDArray, old: NDArray) -> NDArray:
 
 def zeros_like(arrays: Mapping[str, NDArray]) -> Arrays:
     """Return zeros of the same names, shapes and dtypes that take no memory."""
+    # Broadcast, every entry is the same single zero; the arrays are read-only.
     return {
         name: np.broadcast_to(np.zeros((), x.dtype), x.shape)
         for name, x in arrays.items()
@@ -195,12 +201,12 @@ def zeros_like(arrays: Mapping[str, NDArray]) -> Arrays:
 
 
 def multiply(left: Term, right: Term) -> Lazy:
-    """Return the elementwise product, float64: two small float32 may underflow."""
+    """Return the elementwise product in float64; in float32 it might underflow."""
     return Lazy(partial(np.multiply, dtype=np.float64), left, right)
 
 
 def scale(term: Term, factor: float) -> Term:
-    """Return the array times a number, float64; the array itself for 1."""
+    """Return the array times a number, in float64; for 1 the array itself."""
     if factor == 1:
         return term
     return Lazy(partial(np.multiply, factor, dtype=np.float64), term)
@@ -242,7 +248,8 @@ def all_finite(terms: Iterable[Term]) -> bool:
 
 
 def _is_finite(block: NDArray) -> bool:
-    # A sum is quick, and finite only if all its terms are. It may overflow, too.
+    # A NaN or an infinity spoils the sum, which is faster to compute than a test of
+    # every entry. The sum of finite entries may overflow: only then are they tested.
     with np.errstate(invalid="ignore", over="ignore"):
         return bool(np.isfinite(block.sum()) or np.isfinite(block).all())
 
@@ -262,8 +269,8 @@ def can_move(
 ) -> bool:
     """Whether a model can be moved by changes times a factor, in its own precision.
 
-    No change may exceed 1e18 in size: its square is still a float32, as the moments of
-    server optimizers are.
+    No change may exceed 1e18 in size: the second moments of server optimizers hold its
+    square, often as a float32.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         return all(
@@ -276,9 +283,11 @@ def can_move(
 
 def _can_move(old: NDArray, change: NDArray, factor: float) -> bool:
     most = _LARGEST_CHANGE / factor if factor else math.inf
-    if not -most <= change.min() <= change.max() <= most:
+    if not -most <= change.min() <= change.max() <= most:  # false for a NaN, too
         return False
-    if np.finfo(old.dtype).max > 1e30:  # so large that no such change is seen there
+    # Beside the largest float32 such a change is less than its last digit: only half
+    # precision can overflow.
+    if np.finfo(old.dtype).max > 1e30:
         return True
     moved = np.add(old, change * factor, dtype=np.float64).astype(old.dtype)
     return _is_finite(moved) or bool(np.all(np.isfinite(moved) | ~np.isfinite(old)))

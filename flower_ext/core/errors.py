@@ -80,6 +80,8 @@ def one_of(name: str, value: str, choices: Sequence[str], cause: str = "") -> st
 
 def _number(value: object) -> float:
     """Return a real number as a float, anything else as NaN."""
+    # Every comparison with NaN is false, so that all checks refuse it. A bool is an
+    # integer to Python, but a mistake where a number is meant.
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
     return float(value)

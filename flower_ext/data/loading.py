@@ -106,6 +106,7 @@ def _all_options(entry: Entry, given: dict[str, object]) -> dict[str, object]:
                 f"{option}={value!r} is not an option of {entry.name!r}: it has "
                 f"{', '.join(known) or 'no options'}"
             )
+        # Values are in the folder's name: 500 and 500.0 would be prepared apart.
         if type(value) is not type(known[option]):
             raise ValueError(
                 f"{option}={value!r} must be of type {type(known[option]).__name__}"
@@ -123,7 +124,7 @@ def _load_from_hub(
     where = None if cache_dir is None else str(cache_root(cache_dir))
     try:
         data = load_dataset(name, cache_dir=where, **options)
-    # No network shows as one of several OSErrors; a missing data set too.
+    # Without a network several kinds of OSError are raised, and so for a missing name.
     except OSError as error:
         raise DataError(
             f"{name!r} could not be loaded from the Hugging Face Hub: {error}. "

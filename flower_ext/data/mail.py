@@ -29,7 +29,7 @@ PACKAGE = Package(
     "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
     registry="npm",
 )
-# First part of the List-Id and the topic: labels are the topics' numbers.
+# The topic by the first part of the List-Id header; some topics have two lists.
 _TOPICS = {
     "exmh-users": "exmh",
     "exmh-workers": "exmh",
@@ -41,6 +41,8 @@ _TOPICS = {
     "spamassassin-talk": "spamassassin",
 }
 TOPICS = sorted(set(_TOPICS.values()))
+# What is kept of an archive, and what is cut out of a message, see `clean`: everything
+# that would name the list, and words that are not the sender's.
 _MEMBER = re.compile(r"package/data/(easy|hard)-ham-\d/\d+\.\w+\.txt")
 _LIST_ID = re.compile(r"<([^.>]+)")
 _TAG = re.compile(r"\[[^\]]*\]|\b(?:re|fwd?|aw)\s*:", re.IGNORECASE)
@@ -72,9 +74,9 @@ def spam_assassin(root: Path, *, min_mails: int = 5) -> DatasetDict:
     (Irish Linux users), razor and spamassassin (filters of spam; the latter two
     lists), rpm (packages for Red Hat).
 
-    What would tell the list is taken out of the text: tags in the subject, footers of
-    the list, signatures; and so is what others wrote, addresses, and links. All other
-    headers are dropped. The people are real, and their names may still be in the text.
+    Whatever would name the list is removed from the text: tags in the subject, the
+    list's footer, signatures. So are quotations, addresses and links. All other headers
+    are dropped. The people are real, and their names may still be in the text.
 
     Sizes: 130 senders with at least 5 messages, 2,012 in all; the median sender has 10,
     the largest 81. Half of the messages are to fork.
@@ -108,6 +110,7 @@ def spam_assassin(root: Path, *, min_mails: int = 5) -> DatasetDict:
     senders: dict[str, dict[str, _Mail]] = defaultdict(dict)
     for mail in _mails(package_file(PACKAGE, root)):
         senders[mail.sender].setdefault(mail.text, mail)  # some were sent twice
+    # The text decides where dates are equal: the order never depends on the archive.
     kept = {
         sender: sorted(mails.values(), key=lambda mail: (mail.when, mail.text))
         for sender, mails in sorted(senders.items())
@@ -122,7 +125,7 @@ def spam_assassin(root: Path, *, min_mails: int = 5) -> DatasetDict:
 
 
 def clean(subject: str, body: str) -> str:
-    r"""Return what a message says itself, on one line.
+    r"""Return a message's own words on one line.
 
     >>> clean("Re: [ILUG] Fonts", "Ann wrote:\n> how?\nSee http://a.b\n-- \nBob")
     'Fonts See'
@@ -138,7 +141,7 @@ def clean(subject: str, body: str) -> str:
 
 
 def pseudonym(address: str) -> str:
-    """Return what an address is called in the data."""
+    """Return the name that stands for a sender's address in the data."""
     return hashlib.sha256(f"spam-assassin/{address}".encode()).hexdigest()[:12]
 
 
@@ -172,6 +175,7 @@ def _body(message: Message) -> str:
         if part.get_content_type() == "text/plain":
             payload = part.get_payload(decode=True)
             if isinstance(payload, bytes):
+                # Latin-1 decodes any bytes; the stated character set is often wrong.
                 return payload.decode("latin-1")
     return ""
 
@@ -180,7 +184,7 @@ def _date(message: Message) -> float:
     try:
         return parsedate_to_datetime(str(message.get("Date"))).timestamp()
     except (ValueError, TypeError, OverflowError):
-        return 0.0
+        return 0.0  # counts as the sender's oldest, which is for training
 
 
 def _to_splits(senders: dict[str, list[_Mail]]) -> DatasetDict:

@@ -27,6 +27,7 @@ def describe(
         column: sorted({v for split in data.values() for v in split.unique(column)})
         for column in natural_columns
     }
+    # The description is free text, and is saved with every split.
     text = json.dumps({"natural_ids": ids, "feature_names": list(feature_names)})
     for split in data.values():
         split.info.description = text
@@ -71,6 +72,6 @@ def natural_ids(dataset: Dataset) -> dict[str, list[str]]:
 def _recorded(dataset: Dataset) -> dict[str, object]:
     try:
         found = json.loads(dataset.info.description or "{}")
-    except ValueError:
+    except ValueError:  # a data set from elsewhere, whose description is prose
         return {}
     return found if isinstance(found, dict) else {}

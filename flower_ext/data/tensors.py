@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CHARACTERS = 96  # newline, then the printable ASCII characters
+# The id of every ASCII code: newline 0, "space" to "~" 1 to 95, all others that of "?".
 _UNKNOWN = ord("?") - 31
 _ID = [code - 31 if 32 <= code < 127 else _UNKNOWN for code in range(128)]
 _ID[ord("\n")] = 0

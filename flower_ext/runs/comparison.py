@@ -25,7 +25,7 @@ def central_evaluation(task: Task, data: Batch, run_config: UserConfig) -> Evalu
     Parameters
     ----------
     task : Task
-        Model, loss and metrics; those of the clients.
+        Model, loss and metrics: the clients' own task.
     data : Mapping[str, Tensor]
         All test examples, as the task's losses take them.
     run_config : UserConfig
@@ -52,7 +52,7 @@ def compare(
     config: Mapping[str, object] | None = None,
     evaluate_fn: Evaluate | None = None,
 ) -> None:
-    """Run all strategies from the same start; keep metrics, models, table and plot.
+    """Run all strategies from the same model; keep metrics, models, table and plot.
 
     Parameters
     ----------

@@ -150,6 +150,8 @@ def run_app(
     lines: list[str] = []
     begin = time.monotonic()
     processes: list[subprocess.Popen[bytes]] = []
+    # Signals that would end this process at once, so that nothing would be cleaned up.
+    # Those that nohup or the caller handle stay as they are.
     fatal = [n for n in (signal.SIGTERM, signal.SIGHUP) if kills(n)]
     with signals(exit_on_signal, *fatal):
         try:
@@ -173,11 +175,13 @@ def run_app(
             status = _completed(flwr, env)
             _require_a_client(lines)
         except RunFailed as error:
+            # The home goes, and the log in it: a copy is left where a user can look.
             if not (end := tail(lines)):
                 raise
             kept = _keep(log_path) if log_file is None else log_path
             raise RunFailed(f"{error}\n{end}\nfull log: {kept}") from None
         finally:
+            # A second Ctrl-C now would leave processes behind.
             with signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 stop_all(home)
                 for process in processes:  # reaped already: this takes note of it
@@ -309,6 +313,7 @@ def _results_folder(
     app_dir: Path, asked: Path | None, run_config: dict[str, ConfigValue]
 ) -> Path | None:
     """Choose the results folder, and tell an app about it that has the key."""
+    # What the user asks for in the run config counts more than --results.
     if RESULTS_KEY in run_config:
         return Path(str(run_config[RESULTS_KEY])).expanduser().resolve()
     config = _app_table(app_dir).get("config", {})
@@ -340,6 +345,8 @@ def _check_app(app_dir: Path, run_config: Mapping[str, ConfigValue]) -> None:
     components = table.get("components", {})
     named = components.values() if isinstance(components, dict) else ()
     modules = [str(reference).partition(":")[0] for reference in named]
+    # Ray's workers look in the current folder first. Neither a module of the app nor
+    # this package may be hidden by one that lies there.
     require_own(app_dir, modules, [Path.cwd()])
     require_own(_ROOT, ["flower_ext"], [Path.cwd()])
 
@@ -371,6 +378,7 @@ def _flat_keys(table: Mapping[str, object], prefix: str = "") -> Iterator[str]:
 
 def _to_toml(run_config: Mapping[str, ConfigValue]) -> str:
     """Write a flat table; a JSON string, number or boolean is also a TOML one."""
+    # Except for floats: an infinity is ``inf`` in TOML and in Python, not in JSON.
     return "".join(
         f"{key} = {repr(value) if isinstance(value, float) else text}\n"
         for key, value in run_config.items()
@@ -412,7 +420,8 @@ def _environment(home: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",
     }
-    if Path(sysconfig.get_path("purelib")).resolve() != _ROOT:  # a checkout
+    # A checkout is not among the installed packages, where the processes would look.
+    if Path(sysconfig.get_path("purelib")).resolve() != _ROOT:
         paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
         env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return env
@@ -489,6 +498,8 @@ def _stream(
     with process.stdout as stdout:
         for raw in stdout:
             line = ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip()
+            # A box before the run is submitted is flwr's refusal of it. Boxes that come
+            # later are the app's own output.
             submitted = submitted or line.startswith("Successfully started run")
             if submitted or not line.startswith(("╭", "│", "╰")):
                 yield line

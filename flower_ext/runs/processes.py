@@ -19,8 +19,10 @@ GIVE_UP_SECONDS = 30.0  # for processes that survive SIGKILL (dead file systems)
 def _ours(home: Path, sessions: set[int]) -> set[psutil.Process]:
     """Find all processes of a run, detached ones too.
 
-    Each inherits ``FLWR_HOME``. A few of Ray's overwrite their environment with their
-    title; those are found as descendants, or by the session they were started in.
+    Each inherits ``FLWR_HOME``. A few of Ray's processes overwrite their environment
+    with their title; those are found as descendants, or by the session that they were
+    started in. ``sessions`` keeps the sessions that were seen, also when the processes
+    that led here have ended.
     """
     everyone = list(psutil.process_iter())
     found = set()
@@ -32,7 +34,7 @@ def _ours(home: Path, sessions: set[int]) -> set[psutil.Process]:
         with contextlib.suppress(psutil.Error, OSError):
             if process in found:
                 sessions.add(os.getsid(process.pid))
-    sessions.discard(os.getsid(0))
+    sessions.discard(os.getsid(0))  # our own, in which the user's shell may be
     for process in everyone:
         with contextlib.suppress(psutil.Error, OSError):
             if os.getsid(process.pid) in sessions:
@@ -45,6 +47,7 @@ def stop_all(home: Path) -> None:
     begin = time.monotonic()
     sessions: set[int] = set()
     told: set[psutil.Process] = set()
+    # A process that ends may start another one: look again until there is none.
     while processes := _ours(home, sessions):
         seconds = time.monotonic() - begin
         for process in processes:

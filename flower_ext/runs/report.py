@@ -51,10 +51,11 @@ def write_summary(
 
     Notes
     -----
-    A round in which a metric was NaN or infinite is not passed over: the mean is then
-    NaN or infinite, too, and no diverged run looks better than one that has converged.
-    So it is with a round of which no reply was usable. A column that a round has not,
-    since it was not evaluated, is passed over.
+    A round in which a metric was NaN or infinite is not left out: the mean is then NaN
+    or infinite as well, so that a run that diverged never looks better than one that
+    converged.
+    The same holds for a round without a usable reply. Rounds that have no value in a
+    column because nothing was evaluated in them are left out of its mean.
     """
     results = Path(results).expanduser()
     runs: dict[str, dict[str, float]] = {}
@@ -78,7 +79,7 @@ def write_summary(
 
 
 def _value(row: Mapping[str, object], column: str) -> object:
-    """Return what a round measured: NaN if all replies of its phase were left out."""
+    """Return what a round measured; NaN if no reply of its phase was usable."""
     phase = column.partition("/")[0]
     return row.get(column, math.nan if row.get(f"{phase}/num-replies") == 0 else None)
 
@@ -117,6 +118,7 @@ def pool(folders: Iterable[Path | str], results: Path | str) -> Path:
         runs[name], spread[name] = {}, {}
         for column in first["columns"]:
             values = [s["runs"].get(name, {}).get(column) for s in each]
+            # A mean over some of the seeds is not comparable with one over all.
             if any(value is None for value in values):
                 continue
             runs[name][column] = sum(values) / len(values)

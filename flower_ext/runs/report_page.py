@@ -1,7 +1,7 @@
 """One HTML page of results folders: plots, tables, settings, what was spent.
 
-The page is one file without scripts and without a single address: it can be mailed,
-kept beside a paper, and read on a telephone.
+The page is one file without scripts that refers to no other: it can be mailed, kept
+beside a paper, and read on a telephone.
 """
 
 import base64
@@ -85,6 +85,7 @@ def find(folders: Iterable[Path]) -> list[Comparison]:
     runs: dict[Path, set[Path]] = {}
     for folder in folders:
         for file in folder.rglob(METRICS_FILE):
+            # A run that is named itself has no siblings to be compared with.
             alone = file.parent == folder
             runs.setdefault(folder if alone else file.parent.parent, set()).add(
                 file.parent
@@ -99,6 +100,7 @@ def find(folders: Iterable[Path]) -> list[Comparison]:
 
 def _comparison(folder: Path, runs: Iterable[Path]) -> Comparison:
     summary = _read(folder / SUMMARY_FILE)
+    # In the app's own order where it wrote a summary; other runs follow by name.
     order = list(_table(summary, "runs"))
 
     def place(run: Path) -> tuple[int, str]:
@@ -131,6 +133,8 @@ def _table(parent: Mapping[str, object], key: str) -> Mapping[str, object]:
 def render(comparisons: Sequence[Comparison]) -> str:
     """Return the page."""
     sections = "\n".join(map(_section, comparisons))
+    # Names and settings of runs are text of others: they are escaped, and the policy
+    # in the head keeps the page from loading or running anything.
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -329,7 +333,7 @@ def _chart(runs: Sequence[Run], column: str, x: str) -> str:
     finite = [b for _, b in every if math.isfinite(b)] or [0.0, 1.0]
     across = _ticks([a for a, _ in every], least=1.0 if x == "round" else 0.0)
     along = _ticks(finite)
-    left, right, top, bottom = 48, 344, 8, 170
+    left, right, top, bottom = 48, 344, 8, 170  # of 360 x 200; the rest is for text
 
     def place(a: float, b: float) -> tuple[float, float]:
         share_a = (a - across[0]) / (across[-1] - across[0])
@@ -389,11 +393,15 @@ def _ticks(values: Sequence[float], least: float = 0.0) -> list[float]:
     [1.0, 2.0]
     """
     low, high = min(values), max(values)
+    # Of one value some room around it, so that the curve has a height.
     if low == high:
         low, high = low - (abs(low) or 1) / 5, high + (abs(high) or 1) / 5
     rough = (high - low) / 5
+    # About five steps, of 1, 2 or 5 times a power of ten. A step that is too small by a
+    # rounding error alone is taken.
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     step = max(step, least)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    # Multiples of the step, since adding it up would show as 0.30000000000000004.
     return [round(i * step, 12) for i in range(first, last + 1)]

@@ -1,4 +1,4 @@
-"""Reading the log of a run: what is noise, what a person wants to see."""
+"""Lines of a run's log: which are noise, and what a person wants to see."""
 
 import re
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:\s{0,6}")
 _ACTOR = re.compile(r"^\((\w+) pid=\d+[^)]*\) ?")
 _RAY_HINT = re.compile(r" ?\(Ray deduplicates logs by default.*")
+# Lines of Flower and Ray that say nothing about the run.
 _NOISE = re.compile(
     r"^Using SuperLink: |^Starting logstream for run_id|^Successfully (?:started run"
     r"|installed) |^Starting Flower Simulation$|^Since flwr 1\.32, default simulated"
@@ -65,6 +66,7 @@ def print_progress(line: str) -> None:
 
 def tail(lines: Sequence[str]) -> str:
     """Return the end of a log, without Flower's explanation of its exit code."""
+    # What a ServerApp raised comes before the code; after it only general advice.
     end = next((i for i, line in enumerate(lines) if "Exit Code:" in line), len(lines))
     readable = [text for line in lines[:end] if (text := readable_line(line))]
     return "\n".join(readable[-TAIL_LINES:])

@@ -1,4 +1,4 @@
-"""Which modules of an app a process would find elsewhere first."""
+"""Modules of an app that are hidden by others of the same name."""
 
 import ast
 import importlib
@@ -20,7 +20,7 @@ def require_own(folder: Path, modules: Iterable[str], before: Sequence[Path]) ->
     folder : path
         Of the app.
     modules : iterable of str
-        Those that Flower imports. What they import of the app counts, too.
+        Those that Flower imports. Modules of the app that they import are checked too.
     before : sequence of path
         Folders in which a process looks before that of the app.
 
@@ -73,6 +73,7 @@ def _imports(file: Path, name: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            # ``from ..x import y``: each dot after the first is a package further up.
             above = package.split(".")
             above = above[: len(above) - node.level + 1] if node.level else []
             module = ".".join(filter(None, [*above, node.module]))
@@ -81,6 +82,8 @@ def _imports(file: Path, name: str) -> Iterator[str]:
 
 def _find(name: str, path: Sequence[str]) -> Path | None:
     """Return the file that ``import name`` would load, None for a folder without."""
+    # By Python's own finder, for which folders without ``__init__.py`` and compiled
+    # modules count as they do in a run; nothing is imported.
     places: Sequence[str] = path
     origin = None
     for part in name.split("."):

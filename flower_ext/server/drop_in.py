@@ -1,4 +1,4 @@
-"""What an app's client must add for a strategy, and putting it into its source.
+"""The lines that an app's client needs for a strategy, put into its source.
 
 A strategy states in a :class:`DropIn` what its clients do besides training, as lines
 of Python; :func:`edit` finds the places in the source of a ClientApp where they go.
@@ -39,7 +39,7 @@ class DropIn:
     mod : str
         Expression of a mod of the ClientApp.
     fill_in : str
-        What only the app's author can write; then nothing can be tried.
+        What only the app's author can write; where it is needed nothing can be tried.
     arguments : callable
         ``number of clients -> arguments`` of the strategy that have no default, for a
         trial.
@@ -97,8 +97,9 @@ def edit(source: str, app: str, drop_in: DropIn) -> str:
     Raises
     ------
     NoPlace
-        If the place of a line is not to be seen in this module.
+        If the place of a line cannot be found in this module.
     """
+    # All places are those of the unchanged source; the text is changed at the end.
     tree = ast.parse(source)
     edits: list[tuple[int, str]] = []
     starts = _line_starts(source)
@@ -120,13 +121,15 @@ def edit(source: str, app: str, drop_in: DropIn) -> str:
             target = _dict_of(function, "MetricRecord")
             edits.append(_into(source, starts, target, entry))
     if drop_in.imports:
+        # Imports may also stand further down, in the middle of the code: the new one
+        # goes above the first line that needs it.
         first = source[: min(place for place, _ in edits)].count("\n") + 1
         edits.append((starts[_after_imports(tree, first)], drop_in.imports + "\n"))
     return _apply(source, edits)
 
 
 def add_half(source: str, app: str, half: str, module: str) -> str:
-    """Return the source of a ``client_app(task, ...)`` that knows one half more.
+    """Return the source of a ``client_app(task, ...)`` with one more half.
 
     Raises
     ------
@@ -182,6 +185,8 @@ def replace_strategy(
         comma = ", " if call.args or kept else ""
         text = f"{text[:-1].rstrip().rstrip(',')}{comma}{arguments})"
     edited = source[:begin] + text + source[end:]
+    # The old import is replaced where it imports nothing else, otherwise kept: the rest
+    # of its names may be needed.
     home = "flower_ext" if new == "AdditiveStrategy" else "flower_ext.strategies"
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and [a.name for a in node.names] == [old]:
@@ -198,6 +203,7 @@ def changes(old: str, new: str) -> list[str]:
 
 
 def _named(line: str, names: Mapping[str, str]) -> str:
+    # Not str.format: the lines are Python, and may have braces of their own.
     for key, name in names.items():
         line = line.replace(f"{{{key}}}", name)
     return line
@@ -205,9 +211,6 @@ def _named(line: str, names: Mapping[str, str]) -> str:
 
 def _entry(key: str, value: str) -> str:
     return f"**{value}" if key == "**" else f"{key}: {value}"
-
-
-# NodeOrder in a source ---------------------------------------------------------------
 
 
 def _line_starts(source: str) -> list[int]:
@@ -228,7 +231,7 @@ def _offset(
 
 
 def _apply(source: str, edits: list[tuple[int, str]]) -> str:
-    # From the end, so that earlier places stay where they are.
+    # From the end, so that earlier places stay valid.
     for _, place, text in sorted(
         ((place, -i), place, text) for i, (place, text) in enumerate(edits)
     )[::-1]:
@@ -278,6 +281,7 @@ def _train_function(tree: ast.Module, app: str) -> Function:
 
 def _names(function: Function) -> dict[str, str]:
     """Return what the function calls its model and its training data."""
+    # The model is what loads the received weights, in plain torch or by peft.
     model = loader = ""
     for call in _calls(function):
         name, func = _called(call), call.func
@@ -286,6 +290,8 @@ def _names(function: Function) -> dict[str, str]:
         elif name == "set_peft_model_state_dict" and call.args:
             first = call.args[0]
             model = model or (first.id if isinstance(first, ast.Name) else "")
+    # The data is what is assigned to a name like "loader"; one with "train" is
+    # preferred.
     loaders = {
         node.id: None
         for node in ast.walk(function)
@@ -342,6 +348,8 @@ def _into(
     source: str, starts: list[int], target: ast.Dict, entry: str
 ) -> tuple[int, str]:
     """Return the edit that puts an entry at the end of a dict."""
+    # Written as the dict is: on a line of its own or in the same line, after a comma
+    # unless there is one.
     end = _offset(source, starts, target.end_lineno, target.end_col_offset) - 1
     before = source[:end].rstrip()
     if target.lineno != target.end_lineno:  # one entry a line
@@ -353,6 +361,7 @@ def _into(
 
 
 def _indent(target: ast.Dict) -> int:
+    # An entry ``**other`` has no key, and begins two stars before its value.
     keys = [key for key in target.keys if key is not None]
     return keys[0].col_offset if keys else target.values[0].col_offset - 2
 

@@ -5,8 +5,8 @@ that was sent to where the clients want it. Plain averaging adds it. The optimiz
 here treat :math:`-\Delta_t` as a gradient (Reddi et al. 2021, "Adaptive Federated
 Optimization", ICLR, Algorithm 2).
 
-Integers and BatchNorm's running statistics are no parameters: they are averaged
-plainly whatever the optimizer, since a momentum can drive a variance below zero.
+Integers and BatchNorm's running statistics are not parameters: they are averaged
+whatever the optimizer is, since momentum can drive a variance below zero.
 """
 
 from abc import ABC, abstractmethod
@@ -28,13 +28,18 @@ State = dict[str, dict[str, NDArray]]
 def apply_direction(sent: NDArray, direction: NDArray) -> NDArray:
     """Return ``sent + direction`` in the dtype of ``sent``.
 
-    Integers are rounded, and stay at the end of their range beyond it.
+    Integers are rounded, and clipped to their range.
     """
     if is_averaged(sent):
+        # In float64, so that the only rounding is the last one, to the model's dtype.
         with np.errstate(over="ignore"):
             return np.asarray(np.add(sent, direction, dtype=np.float64), sent.dtype)
+    # Casting a larger float to int64 is undefined; 2^62 is beyond every range but the
+    # widest, and leaves room for the addition.
     step = np.clip(np.rint(direction), -(2.0**62), 2.0**62)
     moved = np.asarray(sent.astype(np.int64) + step.astype(np.int64), sent.dtype)
+    # The sum in int64 wraps around in narrower types. In float64 it is inexact, but
+    # says on which side of the range it is.
     if sent.dtype.kind in "iu":
         ends, about = np.iinfo(sent.dtype), np.add(sent, step, dtype=np.float64)
         moved = np.where(about > float(ends.max), ends.max, moved)
@@ -45,8 +50,8 @@ def apply_direction(sent: NDArray, direction: NDArray) -> NDArray:
 def keep_variances(new: Arrays, sent: Arrays, share: float) -> Arrays:
     """Return a model whose BatchNorm variances are at least a share of what was sent.
 
-    They are known by their names, ``running_var`` (torch) or ``moving_variance``
-    (Keras), and by being variances when they were sent.
+    They are recognised by their names, ``running_var`` (torch) or ``moving_variance``
+    (Keras), if no entry was negative when they were sent.
     """
     return {
         name: np.asarray(np.maximum(x, share * sent[name]), x.dtype)
@@ -82,7 +87,7 @@ class ServerOptimizer(ABC):
 
     @property
     def kind(self) -> str:
-        """What the moments belong to; those of another kind do not fit."""
+        """Which optimizer the moments belong to: another one cannot continue them."""
         return type(self).__name__
 
     def state_dict(self) -> State:
@@ -109,6 +114,7 @@ def _is_parameter(name: str, array: NDArray) -> bool:
 
 
 def _working(array: NDArray) -> type[np.floating]:
+    # Moments of a float16 array are float32: squares of small changes would vanish.
     return np.float64 if array.dtype == np.float64 else np.float32
 
 
@@ -127,7 +133,7 @@ class _Elementwise(ServerOptimizer):
         return new
 
     def _begin(self) -> None:
-        """Start a step: for what is counted per step, not per array."""
+        """Start a step: here is counted what counts steps, not arrays."""
 
     @abstractmethod
     def _move(self, name: str, delta: NDArray, dtype: type[np.floating]) -> NDArray:
@@ -148,7 +154,10 @@ class _Elementwise(ServerOptimizer):
 
 
 class SGD(_Elementwise):
-    r"""SGD with momentum, as :class:`torch.optim.SGD` does it (FedAvgM).
+    r"""SGD with momentum, as :class:`torch.optim.SGD` does it.
+
+    With momentum it is FedAvgM (Hsu et al. 2019, arXiv:1909.06335), with Nesterov's
+    the outer optimizer of DiLoCo (Douillard et al. 2023, arXiv:2311.08105).
 
     .. math:: m_t = \mu m_{t-1} + \Delta_t, \quad w_{t+1} = w_t + \eta m_t
 
@@ -161,7 +170,7 @@ class SGD(_Elementwise):
     momentum : float (default: 0.0)
         In [0, 1]; 0 keeps no state.
     nesterov : bool (default: False)
-        Look ahead by one momentum step (DiLoCo's outer optimizer); needs momentum.
+        Look ahead by one momentum step; needs momentum.
     """
 
     def __init__(
@@ -208,6 +217,7 @@ class _Adaptive(_Elementwise):
         at_least("initial_accumulator", self.initial_accumulator, 0)
 
     def _move(self, name: str, delta: NDArray, dtype: type[np.floating]) -> NDArray:
+        # The last three steps of Algorithm 2: m_t, v_t and x_{t+1}, without the model.
         first = self._slot("first", name, delta, dtype)
         first *= self.beta_1
         first += (1 - self.beta_1) * delta
@@ -291,6 +301,7 @@ class Adam(_Adaptive):
         self.bias_correction = bias_correction
 
     def _begin(self) -> None:
+        # An array under an empty name, so that it is saved like a moment.
         steps = self.state.setdefault("steps", {"": np.zeros((), np.int64)})
         steps[""] = np.asarray(steps[""] + 1)
 
@@ -378,8 +389,12 @@ class TorchOptimizer(ServerOptimizer):
             if _is_parameter(name, array):
                 work = _working(array)
                 parameter = torch.nn.Parameter(torch.tensor(array.astype(work)))
+                # The optimizer minimises: the direction is the negative gradient.
                 parameter.grad = -torch.tensor(direction.pop(name).astype(work))
                 parameters[name] = parameter
+        # A new optimizer each round, which continues from the state kept by name:
+        # between rounds no parameters are held, and checkpoints look like those of the
+        # others.
         optimizer = self.factory(parameters.values())
         self._restore(optimizer, parameters)
         optimizer.step()
@@ -411,13 +426,14 @@ class TorchOptimizer(ServerOptimizer):
 
     @property
     def kind(self) -> str:
-        """What the moments belong to, see :attr:`ServerOptimizer.kind`."""
+        """Which optimizer the moments belong to, see :attr:`ServerOptimizer.kind`."""
         factory = getattr(self.factory, "func", self.factory)
         name = getattr(factory, "__name__", type(factory).__name__)
         return f"{type(self).__name__}({name})"
 
     def __repr__(self) -> str:
         """Name the optimizer and its settings, for ``summary()``."""
+        # Only an optimizer that has been made knows its defaults.
         optimizer = self.factory([torch.nn.Parameter(torch.zeros(1))])
         settings = "".join(
             f", {k}={v}"

@@ -59,8 +59,8 @@ class AdditiveOptions(FedAvgOptions, total=False):
     server_optimizer : ServerOptimizer, optional
         Applies the aggregated direction; by default plain averaging, ``SGD(1.0)``.
     sampler : Sampler, optional
-        Draws the cohorts; by default ``UniformSampler(seed=0)``. How many are drawn is
-        said by ``fraction_train``, ``min_train_nodes`` and their like.
+        Draws the cohorts; by default ``UniformSampler(seed=0)``. The options
+        ``fraction_train``, ``min_train_nodes`` and their like say how many clients.
     min_replies : int (default: 1)
         A round with fewer usable replies keeps the model.
     mechanism : Mechanism, optional
@@ -75,7 +75,8 @@ class AdditiveOptions(FedAvgOptions, total=False):
     mechanism: Mechanism | None
 
 
-# What Flower called them before its Message API, and where arguments of start() go.
+# Names that Flower's options had before its Message API, and arguments that belong to
+# start(): what is known not to be an option is answered better than by a guess.
 _ELSEWHERE = {
     "fraction_fit": "fraction_train",
     "min_fit_clients": "min_train_nodes",

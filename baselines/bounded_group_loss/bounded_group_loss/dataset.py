@@ -24,7 +24,7 @@ class Source:
     client : str
         Column whose values are the clients.
     fewest : int
-        Values with fewer people, in training, are one client together.
+        Values with fewer people in the training data form one client together.
     labels : tuple of str
         Names of the two labels.
     groups : dict of str to tuple of str
@@ -93,6 +93,7 @@ def people(dataset: str, split: str, group: str) -> Columns:
     rows = load(dataset)[split].with_format("numpy")[:]
 
     def indices(values: list[str], names: tuple[str, ...]) -> Tensor:
+        # A value without a name of its own counts as OTHER, where there is one.
         index = {name: i for i, name in enumerate(names)}
         return torch.tensor([index.get(v, index.get(OTHER, -1)) for v in values])
 

@@ -36,6 +36,7 @@ def fairness(
     """
     test = people(str(config["dataset"]), "test", str(config["group"]))
     label, group = test["y"].numpy(), test["group"].numpy()
+    # Equalized odds compare groups among people of the same label, and need the groups.
     bounded = group * 2 + label if config["by-label"] else group
     model = make_model(config)
     every, last = int(config["evaluate-every"]), int(config["num-server-rounds"])

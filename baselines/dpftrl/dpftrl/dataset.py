@@ -30,12 +30,12 @@ def client_data(context: Context) -> tuple[Columns, Columns]:
 
 
 def central_data(config: UserConfig) -> Columns:
-    """Return test data for the server: part of those of all clients."""
+    """Return test data for the server: some of every speaker, or some images."""
     size = int(config["central-examples"])
     if config["dataset"] == "shakespeare":
         speakers = _speakers("test").num_partitions
         parts = [windows("test", i, int(config["window"])) for i in range(speakers)]
-        each = -(-size // speakers)
+        each = -(-size // speakers)  # rounded up, so that every speaker is heard
         return {k: torch.cat([part[k][:each] for part in parts]) for k in ("x", "y")}
     return image_columns(load("fashion-mnist")["test"].take(size))
 

@@ -43,6 +43,8 @@ def main(grid: Grid, context: Context) -> None:
         config=config,
         evaluate_fn=central_evaluation(task, central_data(config), config),
     )
+    # compare() has drawn all runs, which are too many curves: only the strictest
+    # epsilon.
     strictest = [run for run, (_, e) in runs.items() if e in (None, min(epsilons))]
     plot({run: results / run for run in strictest}, PANELS, results / COMPARISON_FILE)
     plot_epsilons(results, runs, results / "epsilon.png")

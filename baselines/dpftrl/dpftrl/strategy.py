@@ -19,9 +19,9 @@ NAMES = ("none", "dp-fedavg", "amplified", "tree", "banded", "blt")
 def make_strategy(name: str, max_epsilon: float | None, config: UserConfig) -> DPFTRL:
     """Make DP-FTRL with one of the mechanisms ``NAMES``.
 
-    Clients return after population / cohort rounds at the soonest, which is as often
-    as all of them can; amplified DP-FedAvg samples with probability cohort /
-    population instead.
+    A client takes part again after population / cohort rounds at the earliest: with a
+    larger separation cohorts could not be filled. Amplified DP-FedAvg samples each
+    client with probability cohort / population instead.
     """
     if name not in NAMES:
         raise ValueError(f"mechanisms={name!r} must be among {' '.join(NAMES)}")
@@ -64,6 +64,8 @@ def _factorization(
     if name == "tree":
         return TreeAggregation(rounds)
     if name == "banded":
+        # With more bands than the separation, the rounds of a client overlap in the
+        # noise and its sensitivity grows.
         return BandedToeplitz.optimize(
             rounds, min(memory + 1, separation), normalize_columns=True
         )

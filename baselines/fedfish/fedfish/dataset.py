@@ -81,6 +81,7 @@ def central_data(config: UserConfig) -> dict[str, Tensor]:
         client_windows("test", client, int(config["window"]))
         for client in range(speakers("test").num_partitions)
     ]
+    # As many windows of each, so that Hamlet does not outweigh everybody else.
     return {"text": torch.cat([x[: int(config["central-windows"])] for x in parts])}
 
 

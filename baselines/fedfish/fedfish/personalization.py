@@ -44,6 +44,7 @@ def personalized(arrays: ArrayRecord, config: UserConfig) -> Metrics:
     others = range(len(trained), num_clients(config))
     found: Metrics = {}
     for kind, clients in (("same", trained), ("shifted", others)):
+        # Spread over all of them: speakers are in the order of the plays.
         some = clients[:: max(1, len(clients) // MOST_CLIENTS)][:MOST_CLIENTS]
         pairs = [_accuracies(client, arrays, config) for client in some]
         if tested := [pair for pair in pairs if pair is not None]:

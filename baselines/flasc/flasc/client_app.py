@@ -17,6 +17,7 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train what the method of the message trains."""
+    # Made for each message, as the model depends on the method; its base is read once.
     name = str(message.content.config_records["config"][METHOD])
     task = adapter_task(make_model(name, context.run_config), client_data)
     return client_app(task, FLASCClient)(message, context)

@@ -23,6 +23,9 @@ NAMES = (
 
 def make_strategy(name: str, run_config: UserConfig) -> FLASC:
     """Make one of :data:`NAMES`, with the same cohorts, seeds and server optimizer."""
+    # Every method is a setting of FLASC: what is downloaded and uploaded, whether
+    # clients freeze the weights that they did not download, and whether the mask may
+    # change.
     down = float(run_config["download-density"])
     settings = {
         "lora": DENSE,

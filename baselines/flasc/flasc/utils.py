@@ -14,7 +14,7 @@ COLUMNS = {
 
 
 def plot_bytes(results: Path, names: Iterable[str], path: Path) -> None:
-    """Draw accuracy and loss against all bytes so far, down and up."""
+    """Draw accuracy and loss against the bytes sent so far, down and up together."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")

@@ -25,6 +25,7 @@ def shifts(
 
     Their share is ``conflict`` among clients that may train, and among the others.
     """
+    # Every process draws for itself, and must draw the same.
     random = np.random.default_rng([seed, num_clients])
     everybody = np.arange(num_clients)
     chosen: list[int] = []
