@@ -78,7 +78,7 @@ class App:
     Attributes
     ----------
     folder : Path
-        Of its ``pyproject.toml``.
+        The folder of its ``pyproject.toml``.
     server, client : tuple of str
         Module and name of ServerApp and ClientApp.
     server_app, client_app
@@ -119,11 +119,11 @@ class Outcome:
     Attributes
     ----------
     problem : str
-        What is wrong, empty if nothing.
+        What went wrong; empty if nothing did.
     replies : int
-        Clients that trained.
+        Number of clients that trained.
     bytes_up : int
-        Of their replies.
+        Bytes of their replies, as Flower serialises them.
     """
 
     problem: str = ""
@@ -133,18 +133,18 @@ class Outcome:
 
 @dataclass
 class Verdict:
-    """What is said of one strategy.
+    """What was found out about one strategy.
 
     Attributes
     ----------
     name : str
-        The strategy.
+        The strategy's.
     text : str
-        In a few words.
+        The result in a few words.
     lines : dict[str, list[str]]
-        What to change, by file.
+        Lines to change or to add, by file.
     fits : bool
-        Whether it ran.
+        Whether a round with the strategy succeeded.
     """
 
     name: str
@@ -293,7 +293,7 @@ def _place(folder: Path, report: str) -> str:
 
 
 def warnings(app: App, num_cpus: int, num_gpus: float) -> list[str]:
-    """Return what would go wrong in a simulation, though not in this process."""
+    """Return what would go wrong in a simulation, but does not in this process."""
     found = []
     try:
         require_own(app.folder, [app.server[0], app.client[0]], [Path.cwd()])
@@ -441,7 +441,7 @@ def one_round(
     num_supernodes: int,
     most: int,
 ) -> Outcome:
-    """Run one round of the app with a strategy, with clients that are new."""
+    """Run one round of the app with a strategy; clients have no state from before."""
     # A strategy may write into what it was given: every trial gets copies.
     grid = _Nodes(client_app, num_supernodes, app.config, most)
     begin = strategy.start
@@ -515,7 +515,7 @@ def check_strategy(
     num_supernodes: int,
     most: int,
 ) -> Verdict:
-    """Try a strategy in the app, with its clients as they are and as they could be."""
+    """Try a strategy with the app's clients as they are, then with its lines added."""
     needs = kind.drop_in
     server = _server_lines(app, kind, start)
 
@@ -614,7 +614,7 @@ def _name(app: App, file: Path) -> str:
 
 
 def _run_source(app: App, file: Path, source: str) -> ClientApp:
-    """Return the ClientApp of a module's source, run beside the module itself."""
+    """Run changed source of the client's module and return the ClientApp it makes."""
     name, attribute = app.client
     module = ModuleType(name)
     module.__file__, module.__package__ = str(file), name.rpartition(".")[0]
@@ -664,7 +664,7 @@ def check(
     Parameters
     ----------
     folder : Path
-        Of the app's ``pyproject.toml``.
+        The folder of the app's ``pyproject.toml``.
     run_config : Mapping, optional
         Overrides of its run config.
     num_supernodes : int (default: 10)

@@ -196,7 +196,7 @@ def refuted_noise(
     Parameters
     ----------
     counts : Counts
-        What the attack got right.
+        How often the attack was right and wrong.
     profile : Callable
         Given a noise multiplier and epsilons, their deltas; less noise, larger deltas.
     claimed : float
@@ -251,7 +251,10 @@ def _largest(holds: Callable[[float], bool], limit: float = 1e6) -> float:
 def choose_threshold(
     seen: Floats, unseen: Floats, value: Callable[[Counts], float]
 ) -> float:
-    """Return the threshold of greatest ``value``; the scores must not be used again."""
+    """Return the threshold with the greatest ``value``.
+
+    Counts at it must be taken on other scores, see :func:`split_counts`.
+    """
     # Scores themselves: between two neighbours all thresholds count the same.
     scores = np.concatenate([seen, unseen])
     levels = np.linspace(0, 1, _THRESHOLDS + 1)
@@ -272,9 +275,9 @@ def split_counts(
     seen, unseen : NDArray
         Scores, at least two each.
     value : Callable
-        What is to be large, such as ``lambda counts: counts.mu()``.
+        What the threshold is chosen to maximise: ``lambda counts: counts.mu()``.
     seed : int
-        Of the split.
+        Seed of the split.
     """
     for name, scores in (("seen", seen), ("unseen", unseen)):
         if len(scores) < 2:
@@ -454,7 +457,7 @@ def shift_ratio(scores: Floats, strengths: Floats, confidence: float = 0.95) -> 
     spread = np.sqrt(gammaincinv(freedom / 2, middle) * 2 / freedom)
 
     def too_weak(shift: float) -> bool:
-        """Whether so large a statistic would be too lucky."""
+        """Whether so large a statistic is too unlikely with this shift."""
         return float(ndtr(shift - statistic * spread).mean()) <= 1 - confidence
 
     return _largest(too_weak) / math.sqrt(energy)

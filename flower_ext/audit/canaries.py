@@ -41,7 +41,7 @@ class Canaries:
     count : int
         Number of canaries, at most that of the parameters.
     seed : int
-        Of the directions; they need not be secret.
+        Seed of the directions, which need not be secret.
 
     Examples
     --------
@@ -170,7 +170,7 @@ def sampled_scores(
 ) -> Floats:
     """Return the log likelihood ratio when the rounds of a canary are secret.
 
-    For white noise and rounds whose signals do not overlap it is the best score,
+    For white noise, and rounds whose signals do not overlap, no score is more powerful:
 
         sum_t l_t(score_t),   l_t(x) = log(1 - q_t + q_t exp(mu_t x - mu_t^2 / 2)).
 

@@ -125,7 +125,7 @@ class NodeRegistry:
         Raises
         ------
         ValueError
-            In a resumed run whose clients cannot be told to be those of before.
+            If a run is resumed and its clients cannot be recognised.
         """
         if self._resumed and self._numbers:
             self._require_known(nodes)

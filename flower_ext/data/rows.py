@@ -53,7 +53,7 @@ class RowPartitioner(Partitioner):  # type: ignore[misc]
         Parameters
         ----------
         partition_id : int
-            From 0 to ``num_partitions - 1``.
+            The client's number, from 0 to ``num_partitions - 1``.
 
         Returns
         -------

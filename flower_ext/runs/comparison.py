@@ -29,7 +29,7 @@ def central_evaluation(task: Task, data: Batch, run_config: UserConfig) -> Evalu
     data : Mapping[str, Tensor]
         All test examples, as the task's losses take them.
     run_config : UserConfig
-        What the task's model is made from.
+        The app's configuration, from which the task makes its model.
     """
     model = task.model(run_config)
 

@@ -312,7 +312,7 @@ def _run_seeds(
 def _results_folder(
     app_dir: Path, asked: Path | None, run_config: dict[str, ConfigValue]
 ) -> Path | None:
-    """Choose the results folder, and tell an app about it that has the key."""
+    """Choose the results folder; an app whose run config has the key is told it."""
     # What the user asks for in the run config counts more than --results.
     if RESULTS_KEY in run_config:
         return Path(str(run_config[RESULTS_KEY])).expanduser().resolve()
@@ -475,7 +475,7 @@ def _start_superlink(superlink: str, start: Start, home: Path) -> None:
 
 
 def _listens(pid: int, port: int) -> bool:
-    """Whether this very process listens: any other's answer would mislead us."""
+    """Whether this very process listens, and not another one that took the port."""
     try:
         sockets = psutil.Process(pid).net_connections(kind="tcp")
     except psutil.Error:
@@ -529,7 +529,8 @@ def _completed(flwr: str, env: Mapping[str, str]) -> str:
 
 
 def _require_a_client(lines: Sequence[str]) -> None:
-    """Count a run of Flower's own strategies as failed in which nobody ever trained."""
+    """Raise if every client failed in every round."""
+    # Flower's own strategies go on without any reply, and the run ends as completed.
     counts = [m.groups() for m in map(_RECEIVED.search, lines) if m]
     if counts and all(good == "0" and bad != "0" for good, bad in counts):
         reasons = (line.partition(_REASON)[2] for line in lines)

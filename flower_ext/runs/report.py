@@ -101,8 +101,8 @@ def pool(folders: Iterable[Path | str], results: Path | str) -> Path:
     folders : iterable of path
         Folders with a summary each, of the same runs.
     results : path
-        Where the summary goes: means over the folders, and, as ``"spread"``, the
-        standard deviations (of a sample; of one folder none). With a seed whose run
+        Where the summary goes: means over the folders and, as ``"spread"``, their
+        sample standard deviations (none for a single folder). If the run of one seed
         diverged, neither is finite.
 
     Returns

@@ -18,7 +18,7 @@ def require_own(folder: Path, modules: Iterable[str], before: Sequence[Path]) ->
     Parameters
     ----------
     folder : path
-        Of the app.
+        The app's folder.
     modules : iterable of str
         Those that Flower imports. Modules of the app that they import are checked too.
     before : sequence of path

@@ -22,8 +22,8 @@ def _nothing(num_clients: int) -> dict[str, object]:
 class DropIn:
     """The lines that turn a client of FedAvg into one of another strategy.
 
-    In the lines ``{model}`` stands for the app's name of the model, ``{loader}`` for
-    that of its training data.
+    In the lines ``{model}`` stands for the app's variable that holds the model, and
+    ``{loader}`` for the one that holds the training data.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class DropIn:
         )
 
     def lines(self, model: str = "model", loader: str = "trainloader") -> list[str]:
-        """Return the lines to add, for a reader who finds the places alone."""
+        """Return the lines to add, for a reader who puts them in place by hand."""
         entries = [f'"{key}": {value}' for key, value in self.records.items()]
         metrics = [_entry(*item) for item in self.metrics.items()]
         shown = [
@@ -88,7 +88,7 @@ def edit(source: str, app: str, drop_in: DropIn) -> str:
     Parameters
     ----------
     source : str
-        Of the module that makes the ClientApp.
+        Source of the module that makes the ClientApp.
     app : str
         Name of the ClientApp in it.
     drop_in : DropIn

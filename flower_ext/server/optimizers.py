@@ -133,7 +133,7 @@ class _Elementwise(ServerOptimizer):
         return new
 
     def _begin(self) -> None:
-        """Start a step: here is counted what counts steps, not arrays."""
+        """Prepare a step, once for all arrays."""
 
     @abstractmethod
     def _move(self, name: str, delta: NDArray, dtype: type[np.floating]) -> NDArray:
