@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, UserConfig
 from torch import Tensor, nn
 
 from flower_ext import Task, client_app
-from flower_ext.client.app import Batch
+from flower_ext.client.task import Batch
 from flower_ext.strategies import FedFishClient, FLASCClient, MaxFLClient
 
 BATCH = 32

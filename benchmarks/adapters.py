@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flower_ext import Tracker, client_app
 from flower_ext.client.adapters import AdapterModel, adapter_task, load_tokenizer
-from flower_ext.client.app import evaluate
+from flower_ext.client.task import evaluate
 from flower_ext.data import load, model_folder
 from flower_ext.server.optimizers import Adam
 from flower_ext.server.tracking import read_metrics

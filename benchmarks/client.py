@@ -8,7 +8,9 @@ from _timing import medians, report
 from flwr.app import ConfigRecord, Context, RecordDict, UserConfig
 from torch import Tensor, nn
 
-from flower_ext.client.app import Batch, ClientHalf, Local, LocalSettings, Task, train
+from flower_ext.client.half import ClientHalf, Local, LocalSettings
+from flower_ext.client.task import Batch, Task
+from flower_ext.client.trainer import train
 from flower_ext.strategies import FedFishClient
 
 LIMIT = 1.15

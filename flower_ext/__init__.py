@@ -9,9 +9,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flower_ext.client.app import ClientHalf as ClientHalf
-    from flower_ext.client.app import Task as Task
     from flower_ext.client.app import client_app as client_app
+    from flower_ext.client.half import ClientHalf as ClientHalf
+    from flower_ext.client.task import Task as Task
     from flower_ext.server.additive import AdditiveStrategy as AdditiveStrategy
     from flower_ext.server.tracking import Tracker as Tracker
     from flower_ext.simulation.local import LocalGrid as LocalGrid
@@ -22,10 +22,10 @@ __version__ = version("flower-ext")
 
 _HOME = {
     "AdditiveStrategy": "server.additive",
-    "ClientHalf": "client.app",
+    "ClientHalf": "client.half",
     "LocalGrid": "simulation.local",
     "PackedGrid": "simulation.packed_grid",
-    "Task": "client.app",
+    "Task": "client.task",
     "Tracker": "server.tracking",
     "client_app": "client.app",
     "run_local": "simulation.local",

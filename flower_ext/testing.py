@@ -30,7 +30,9 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
 from flower_ext._flower import CLIENT_RAISED
-from flower_ext.client.app import Batch, Task, client_app, seed_torch
+from flower_ext.client.app import client_app
+from flower_ext.client.seeds import seed_torch
+from flower_ext.client.task import Batch, Task
 from flower_ext.core.arrays import Arrays, from_record, layout
 from flower_ext.core.protocol import ARRAYS_KEY
 from flower_ext.server.additive import AdditiveStrategy

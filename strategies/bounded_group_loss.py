@@ -28,7 +28,8 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from flower_ext._flower import log
-from flower_ext.client.app import Batch, ClientHalf, Local, batches, num_examples
+from flower_ext.client.half import ClientHalf, Local
+from flower_ext.client.task import Batch, batches, num_examples
 from flower_ext.core.arrays import (
     Arrays,
     accumulate,

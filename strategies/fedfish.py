@@ -24,8 +24,9 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flower_ext.client.app import ClientHalf, Local, batches, num_examples
 from flower_ext.client.fisher import Batch, SquaredGradients, per_example, tensor_record
+from flower_ext.client.half import ClientHalf, Local
+from flower_ext.client.task import batches, num_examples
 from flower_ext.core.arrays import (
     Arrays,
     Term,

@@ -38,7 +38,9 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from flower_ext._flower import log
-from flower_ext.client.app import ClientHalf, Local, Mod, tied_names
+from flower_ext.client.app import Mod
+from flower_ext.client.half import ClientHalf, Local
+from flower_ext.client.task import tied_names
 from flower_ext.core.arrays import (
     Arrays,
     all_finite,

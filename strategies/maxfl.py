@@ -26,16 +26,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from flower_ext._flower import log
-from flower_ext.client.app import (
-    Batch,
-    ClientHalf,
-    Local,
-    evaluate,
-    num_examples,
-    random_seed,
-    seed_torch,
-    train,
-)
+from flower_ext.client.half import ClientHalf, Local
+from flower_ext.client.seeds import random_seed, seed_torch
+from flower_ext.client.task import Batch, evaluate, num_examples
+from flower_ext.client.trainer import train
 from flower_ext.core.arrays import Arrays, scale, zeros_like
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import at_least, positive, refuse, whole

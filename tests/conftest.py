@@ -6,7 +6,8 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from flower_ext.client.app import Task, client_app
+from flower_ext.client.app import client_app
+from flower_ext.client.task import Task
 from flower_ext.core.arrays import to_record
 from flower_ext.simulation.local import LocalGrid
 

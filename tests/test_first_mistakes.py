@@ -18,7 +18,9 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
-from flower_ext.client.app import LocalSettings, Task, client_app
+from flower_ext.client.app import client_app
+from flower_ext.client.half import LocalSettings
+from flower_ext.client.task import Task
 from flower_ext.core.arrays import to_record
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD

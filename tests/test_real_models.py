@@ -10,7 +10,8 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_ext import AdditiveStrategy, Task, client_app
-from flower_ext.client.app import ClientHalf, batches, tied_names
+from flower_ext.client.half import ClientHalf
+from flower_ext.client.task import batches, tied_names
 from flower_ext.core.arrays import from_record, subtract, to_record
 from flower_ext.core.contribution import Contribution
 from flower_ext.core.ties import equal_in_model

@@ -23,7 +23,7 @@ import torch
 from flwr.app import ArrayRecord, Context, UserConfig
 from torch import Tensor, nn
 
-from flower_ext.client.app import Batch, MakeOptimizer, Task
+from flower_ext.client.task import Batch, MakeOptimizer, Task
 from flower_ext.core.errors import one_of, refuse, whole
 from flower_ext.wire.sparse import accept_sparse
 

@@ -30,7 +30,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDic
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
-from flower_ext.client.app import Batch, ClientHalf, Local, example_losses, num_examples
+from flower_ext.client.half import ClientHalf, Local
+from flower_ext.client.task import Batch, example_losses, num_examples
 from flower_ext.core.errors import refuse, whole
 from flower_ext.core.protocol import Metrics
 from flower_ext.privacy.example_gradients import (

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from flower_ext.client.app import ClientHalf, Local, evaluate, train
+from flower_ext.client.half import ClientHalf, Local
+from flower_ext.client.task import evaluate
+from flower_ext.client.trainer import train
 from flower_ext.core.errors import whole
 from flower_ext.core.protocol import Metrics
 

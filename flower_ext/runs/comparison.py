@@ -8,7 +8,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save_file
 
-from flower_ext.client.app import Batch, Task, evaluate
+from flower_ext.client.task import Batch, Task, evaluate
 from flower_ext.runs.report import write_summary
 from flower_ext.server.rounds import run_rounds
 from flower_ext.server.tracking import Tracker, plot

@@ -35,7 +35,7 @@ from flower_ext._flower import (
     in_simulation,
     log,
 )
-from flower_ext.client.app import ClientHalf
+from flower_ext.client.half import ClientHalf
 from flower_ext.core.arrays import (
     Arrays,
     Term,

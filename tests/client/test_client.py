@@ -20,18 +20,11 @@ from flwr.app import (
 from ray import cloudpickle
 from torch import nn
 
-from flower_ext.client.app import (
-    ClientHalf,
-    Local,
-    LocalSettings,
-    Task,
-    batches,
-    client_app,
-    evaluate,
-    num_examples,
-    random_seed,
-    train,
-)
+from flower_ext.client.app import client_app
+from flower_ext.client.half import ClientHalf, Local, LocalSettings
+from flower_ext.client.seeds import random_seed
+from flower_ext.client.task import Task, batches, evaluate, num_examples
+from flower_ext.client.trainer import train
 from flower_ext.core.arrays import to_record
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.rounds import run_rounds

@@ -17,8 +17,10 @@ from torch.func import functional_call, grad, vmap
 
 from flower_ext import AdditiveStrategy
 from flower_ext.client import dp_sgd
-from flower_ext.client.app import ClientHalf, Task, client_app
+from flower_ext.client.app import client_app
 from flower_ext.client.dp_sgd import ExampleLevelDP, keep_per_user, worst_silo
+from flower_ext.client.half import ClientHalf
+from flower_ext.client.task import Task
 from flower_ext.core.arrays import to_record
 from flower_ext.privacy import SiloPrivacy, StepLedger, silo_account
 from flower_ext.simulation import LocalGrid

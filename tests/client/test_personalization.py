@@ -6,7 +6,7 @@ import torch
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from flower_ext import Task
-from flower_ext.client.app import Local, LocalSettings
+from flower_ext.client.half import Local, LocalSettings
 from flower_ext.client.personalization import evaluate_fine_tuned
 
 RATE = 0.1

@@ -12,7 +12,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAvg
 
-from flower_ext.client.app import ClientHalf, client_app
+from flower_ext.client.app import client_app
+from flower_ext.client.half import ClientHalf
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.sampling import PoissonSampler, UniformSampler
 from flower_ext.privacy.mechanism import Mechanism

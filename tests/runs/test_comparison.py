@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load_file
 
-from flower_ext.client.app import evaluate
+from flower_ext.client.task import evaluate
 from flower_ext.runs.comparison import (
     COMPARISON_FILE,
     MODEL_FILE,

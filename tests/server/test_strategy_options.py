@@ -14,7 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 
-from flower_ext.client.app import ClientHalf
+from flower_ext.client.half import ClientHalf
 from flower_ext.core.arrays import layout, to_record
 from flower_ext.core.contribution import Contribution
 from flower_ext.core.sampling import AllClients, PoissonSampler, UniformSampler

@@ -9,7 +9,7 @@ from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from flower_ext.client.app import Task
+from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.simulation.local import LocalGrid
 

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flower_ext.client.app import Task, client_app
+from flower_ext.client.app import client_app
+from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.sampling import UniformSampler
 from flower_ext.server.additive import AdditiveStrategy

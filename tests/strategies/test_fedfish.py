@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flower_ext._flower import InconsistentMessageReplies
-from flower_ext.client.app import Task, client_app, random_seed
+from flower_ext.client.app import client_app
+from flower_ext.client.seeds import random_seed
+from flower_ext.client.task import Task
 from flower_ext.core.arrays import Lazy, from_record, to_record
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD, Adam

@@ -16,7 +16,8 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_ext.client.adapters import AdapterModel, adapter_task, causal_lm_loss
-from flower_ext.client.app import Task, client_app
+from flower_ext.client.app import client_app
+from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.contribution import DELTA, Contribution
 from flower_ext.privacy import Mechanism

@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, RecordDict
 
 from flower_ext.server.additive import AdditiveStrategy, Config
 from flower_ext.core.arrays import Arrays, scale, zeros_like
-from flower_ext.client.app import ClientHalf, Local
+from flower_ext.client.half import ClientHalf, Local
 from flower_ext.core.protocol import Metrics
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import at_least

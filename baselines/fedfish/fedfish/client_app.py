@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord
 from fedfish.dataset import client_data
 from fedfish.model import accuracy, loss, make_model
 from flower_ext import Task, client_app
-from flower_ext.client.app import Local
+from flower_ext.client.half import Local
 from flower_ext.core.protocol import Metrics
 from flower_ext.strategies import FedFishClient
 

@@ -17,8 +17,9 @@ from flwr.app import (
 
 from fedfish.client_app import task
 from fedfish.dataset import client_data, num_clients
-from flower_ext.client.app import Local, LocalSettings, evaluate, num_examples
+from flower_ext.client.half import Local, LocalSettings
 from flower_ext.client.personalization import evaluate_fine_tuned
+from flower_ext.client.task import evaluate, num_examples
 from flower_ext.core.protocol import Metrics
 from flower_ext.runs.comparison import Evaluate
 

@@ -14,7 +14,7 @@ from flasc.strategy import make_strategy
 from flasc.utils import COLUMNS, plot_bytes
 from flower_ext import Tracker
 from flower_ext.client.adapters import AdapterModel, adapter_task
-from flower_ext.client.app import evaluate
+from flower_ext.client.task import evaluate
 from flower_ext.runs.report import write_summary
 from flower_ext.strategies import FLASC
 

@@ -6,8 +6,9 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from flower_ext import Task, client_app
-from flower_ext.client.app import Local, num_examples
+from flower_ext.client.half import Local
 from flower_ext.client.personalization import evaluate_fine_tuned
+from flower_ext.client.task import num_examples
 from flower_ext.core.protocol import Metrics
 from flower_ext.strategies import MaxFLClient
 from maxfl.dataset import client_data

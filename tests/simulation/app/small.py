@@ -4,7 +4,8 @@ import torch
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from flower_ext.client.app import Task, client_app
+from flower_ext.client.app import client_app
+from flower_ext.client.task import Task
 from flower_ext.simulation import packed
 from flower_ext.strategies import FedFishClient, FLASCClient
 

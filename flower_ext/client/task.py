@@ -1,0 +1,143 @@
+"""The task: what is learned, and how a model is measured on data."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from flwr.app import Context, UserConfig
+from torch import Tensor, nn
+
+from flower_ext.core.ties import Ties
+
+if TYPE_CHECKING:
+    from flower_ext.client.half import LocalSettings
+
+Batch = Mapping[str, Tensor]
+
+MakeOptimizer = Callable[
+    [Iterable[nn.Parameter], "LocalSettings"], torch.optim.Optimizer
+]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: a model, each client's data, and the loss of an example.
+
+    Parameters
+    ----------
+    model : callable
+        ``run_config -> torch.nn.Module``.
+    data : callable
+        ``Context -> (train, test)`` of one client, each a dict of tensors whose first
+        axis counts examples, ``{"x": (n, ...), "y": (n,)}``. ``node_config`` of the
+        context says which client (``partition-id``).
+    loss : callable
+        ``(model, batch) -> losses`` of shape ``(batch,)``: one loss per example.
+    metrics : callable, optional
+        ``(model, batch) -> {name: values}`` of shape ``(batch,)``, averaged over the
+        examples at evaluation, such as ``{"accuracy": hits}``.
+    optimizer : callable, optional
+        ``(parameters, LocalSettings) -> torch.optim.Optimizer``; SGD by default.
+    sample_labels : callable, optional
+        ``(model, batch, generator) -> batch`` with labels drawn from the model's own
+        predictions; needed by FedFish's ``sampled`` Fisher only.
+    """
+
+    model: Callable[[UserConfig], nn.Module]
+    data: Callable[[Context], tuple[Batch, Batch]]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    metrics: Callable[[nn.Module, Batch], Mapping[str, Tensor]] | None = None
+    optimizer: "MakeOptimizer | None" = None
+    sample_labels: Callable[[nn.Module, Batch, torch.Generator], Batch] | None = None
+
+
+def num_examples(data: Batch) -> int:
+    """Return the number of examples, which all columns must share."""
+    sizes = {name: len(column) for name, column in data.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"columns must have as many examples as each other: {sizes}")
+    return next(iter(sizes.values()))
+
+
+def batches(
+    data: Batch,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    *,
+    join_last: bool = False,
+) -> Iterator[Batch]:
+    """Cut data into batches, shuffled if there is a generator.
+
+    With ``join_last``, a single example that is left goes into the batch before it.
+    """
+    total = num_examples(data)
+    order = (
+        torch.arange(total)
+        if generator is None
+        else torch.randperm(total, generator=generator)
+    )
+    cuts = list(range(0, total, batch_size))
+    if join_last and len(cuts) > 1 and total - cuts[-1] == 1:
+        cuts.pop()
+    for start, stop in pairwise([*cuts, total]):
+        chosen = order[start:stop]
+        yield {name: column[chosen] for name, column in data.items()}
+
+
+def example_losses(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    """Return the task's losses, of shape ``(batch,)``."""
+    return _per_example("loss", task.loss(model, batch), batch)
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, model: nn.Module, data: Batch, batch_size: int = 256
+) -> dict[str, float]:
+    """Return the mean ``loss`` and metrics over data, in evaluation mode.
+
+    Without examples every value is NaN.
+    """
+    was_training = model.training
+    model.eval()
+    sums: dict[str, float] = {"loss": 0.0}
+    for batch in batches(data, batch_size):
+        found = {"loss": task.loss(model, batch)}
+        if task.metrics:
+            found |= task.metrics(model, batch)
+        for name, values in found.items():
+            total = float(_per_example(name, values, batch).double().sum())
+            sums[name] = sums.get(name, 0.0) + total
+    model.train(was_training)
+    size = num_examples(data)
+    return {name: value / size if size else math.nan for name, value in sums.items()}
+
+
+def _per_example(name: str, values: Tensor, batch: Batch) -> Tensor:
+    """Require one value for each example: a mean would be averaged twice."""
+    size = num_examples(batch)
+    shape = tuple(getattr(values, "shape", ("none",)))
+    if shape != (size,):
+        raise ValueError(
+            f"{name!r} has shape {shape}, must be ({size},): one value "
+            "for each example of the batch, reduction='none'"
+        )
+    return values
+
+
+def tied_names(model: nn.Module) -> Ties:
+    """Return the further names of tensors that a model has under several.
+
+    An output layer that shares its weight with the embedding gives ``{"head.weight":
+    "embed.weight"}``: each name with the first name of the same tensor.
+    """
+    first: dict[object, str] = {}
+    tied = {}
+    for name, x in model.state_dict().items():
+        if x.numel():
+            place = (x.device, x.data_ptr(), x.dtype, x.shape, x.stride())
+            if first.setdefault(place, name) != name:
+                tied[name] = first[place]
+    return tied
