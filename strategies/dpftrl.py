@@ -10,18 +10,20 @@ arXiv 2103.00039; Denisov et al. 2022, arXiv 2202.08312; McMahan, Xu and Zhang 2
 comes from limiting how often clients take part instead of from secret sampling.
 """
 
-from typing import Unpack
+from typing import Unpack, cast
 
 from flower_ext.core.errors import refuse
 from flower_ext.core.sampling import MinSeparationSampler, Sampler
-from flower_ext.privacy.clipping import Clipping
-from flower_ext.privacy.factorizations.factorization import Factorization
 from flower_ext.privacy.factorizations.trees import TreeAggregation
-from flower_ext.privacy.mechanism import FactorizationName, Mechanism
+from flower_ext.privacy.mechanism import Mechanism, MechanismOptions
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.optimizers import SGD, ServerOptimizer
 from flower_ext.server.options import FedAvgOptions
+
+
+class DPFTRLOptions(FedAvgOptions, MechanismOptions, total=False):
+    """Options of the mechanism, and Flower's own."""
 
 
 class DPFTRL(AdditiveStrategy):
@@ -46,12 +48,6 @@ class DPFTRL(AdditiveStrategy):
         rounds would run short of clients.
     max_participations : int, optional
         Most rounds of a client; by default what the separation allows.
-    clipping : float or Clipping (default: 1.0)
-        l2 norm of a client's change.
-    noise_multiplier, max_epsilon, target_delta, factorization, memory, amplified,
-    simulated_cohort, unprotected_metrics, seed
-        See :class:`~flower_ext.privacy.Mechanism`; ``noise_multiplier`` or
-        ``max_epsilon`` must be given.
     restart_every : int, optional
         Start a new tree after as many rounds; with ``factorization="tree"`` only. A
         tree that restarts in every round is independent noise.
@@ -61,7 +57,9 @@ class DPFTRL(AdditiveStrategy):
     server_optimizer : ServerOptimizer, optional
         By default ``SGD(1.0, momentum=0.9)``.
     **options
-        Flower's own options, see :class:`~flower_ext.server.options.FedAvgOptions`.
+        Those of :class:`~flower_ext.privacy.Mechanism`, of which ``noise_multiplier``
+        or ``max_epsilon`` must be given, and Flower's own, see
+        :class:`~flower_ext.server.options.FedAvgOptions`.
 
     Notes
     -----
@@ -103,20 +101,10 @@ class DPFTRL(AdditiveStrategy):
         population_size: int,
         min_separation: int = 1,
         max_participations: int | None = None,
-        clipping: float | Clipping = 1.0,
-        noise_multiplier: float | None = None,
-        max_epsilon: float | None = None,
-        target_delta: float = 1e-6,
-        factorization: Factorization | FactorizationName = "best",
-        memory: int = 4,
-        amplified: bool = False,
         restart_every: int | None = None,
-        simulated_cohort: int | None = None,
-        unprotected_metrics: bool = False,
-        seed: int | None = None,
         sampler: Sampler | None = None,
         server_optimizer: ServerOptimizer | None = None,
-        **options: Unpack[FedAvgOptions],
+        **options: Unpack[DPFTRLOptions],
     ) -> None:
         limits = MinSeparationSampler(min_separation, max_participations)
         if sampler is None:
@@ -129,9 +117,13 @@ class DPFTRL(AdditiveStrategy):
                 "the sampler has its own",
             )
         if restart_every is not None:
-            if factorization != "tree":
+            if options.get("factorization") != "tree":
                 refuse("restart_every", restart_every, 'used with factorization="tree"')
-            factorization = TreeAggregation(num_rounds, restart_every=restart_every)
+            tree = TreeAggregation(num_rounds, restart_every=restart_every)
+            options = {**options, "factorization": tree}
+        known = MechanismOptions.__annotations__
+        private = {name: x for name, x in options.items() if name in known}
+        others = {name: x for name, x in options.items() if name not in known}
         super().__init__(
             server_optimizer=server_optimizer or SGD(1.0, momentum=0.9),
             sampler=sampler,
@@ -139,16 +131,7 @@ class DPFTRL(AdditiveStrategy):
                 num_rounds=num_rounds,
                 num_sampled_clients=num_sampled_clients,
                 population_size=population_size,
-                clipping=clipping,
-                noise_multiplier=noise_multiplier,
-                max_epsilon=max_epsilon,
-                target_delta=target_delta,
-                factorization=factorization,
-                memory=memory,
-                amplified=amplified,
-                simulated_cohort=simulated_cohort,
-                unprotected_metrics=unprotected_metrics,
-                seed=seed,
+                **cast("MechanismOptions", private),
             ),
-            **options,
+            **cast("FedAvgOptions", others),
         )

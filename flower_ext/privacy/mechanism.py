@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from logging import INFO
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from flwr.serverapp import NeighboringRelation, PrivacyConfig, SamplingMethod
 
@@ -32,6 +32,25 @@ from flower_ext.privacy.factorizations.selection import Choice, best_mechanism
 from flower_ext.privacy.factorizations.trees import TreeAggregation
 
 FactorizationName = Literal["best", "identity", "tree"]
+
+
+class MechanismOptions(TypedDict, total=False):
+    """Options that a strategy passes on to a :class:`Mechanism`, which documents them.
+
+    They are all but the three numbers that plan the run.
+    """
+
+    clipping: float | Clipping
+    noise_multiplier: float | None
+    max_epsilon: float | None
+    target_delta: float
+    factorization: Factorization | FactorizationName
+    memory: int
+    amplified: bool
+    simulated_cohort: int | None
+    scales: Mapping[str, float] | None
+    unprotected_metrics: bool
+    seed: int | None
 
 
 class Mechanism:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import NoReturn, TypedDict
+from typing import NoReturn, TypedDict, get_args
 
 from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
@@ -125,13 +125,20 @@ def require_known(cls: type[Strategy], options: FedAvgOptions) -> None:
 
 
 def _refuse_option(cls: type[Strategy], name: str) -> NoReturn:
-    known = {
-        parameter.name
-        for base in cls.__mro__
-        if "__init__" in vars(base)
-        for parameter in inspect.signature(base).parameters.values()
-        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    }
+    known: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            for parameter in inspect.signature(base).parameters.values():
+                known |= _names(parameter)
     nearest = _ELSEWHERE.get(name) or next(iter(get_close_matches(name, known, 1)), "")
     advice = f"did you mean {nearest}?" if nearest else f"it has {sorted(known)}"
     raise TypeError(f"{cls.__name__} has no option {name!r}: {advice}")
+
+
+def _names(parameter: inspect.Parameter) -> set[str]:
+    """Return what a parameter is called; of ``**options`` the names they may have."""
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return {
+            n for kind in get_args(parameter.annotation) for n in kind.__annotations__
+        }
+    return set() if parameter.kind is parameter.VAR_POSITIONAL else {parameter.name}

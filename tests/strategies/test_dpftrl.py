@@ -1,5 +1,6 @@
 """DP-FTRL: its limits, its promise to clients, and a run that is resumed."""
 
+import inspect
 import logging
 import time
 
@@ -8,7 +9,14 @@ import pytest
 
 from flower_ext.client.app import client_app
 from flower_ext.core.sampling import MinSeparationSampler
-from flower_ext.privacy import AdaptiveClipping, BandedToeplitz, gaussian_epsilon
+from flower_ext.privacy import (
+    AdaptiveClipping,
+    BandedToeplitz,
+    FlatClipping,
+    Mechanism,
+    gaussian_epsilon,
+)
+from flower_ext.privacy.mechanism import MechanismOptions
 from flower_ext.server.optimizers import SGD
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies import DPFTRL
@@ -103,6 +111,17 @@ def test_its_mechanism_is_chosen_from_participation():
     apart = DPFTRL(**{**many, "min_separation": 32})
     assert free._private.noise_std > 2 * apart._private.noise_std
     assert "identity" not in str(apart.settings()["Mechanism"])
+
+
+def test_options_of_the_mechanism_are_known_by_name():
+    with pytest.raises(TypeError, match="'target_dleta': did you mean target_delta"):
+        DPFTRL(**USUAL, target_dleta=1e-3)
+    parameters = inspect.signature(Mechanism).parameters.values()
+    optional = {p.name for p in parameters if p.default is not p.empty}
+    assert optional == set(MechanismOptions.__annotations__)
+    strategy = DPFTRL(**USUAL, clipping=0.25, scales={"delta": 2.0})
+    assert strategy.mechanism.clipping == FlatClipping(0.25)
+    assert strategy.mechanism.scales == {"delta": 2.0}
 
 
 def test_a_target_says_how_much_noise():
