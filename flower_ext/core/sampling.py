@@ -102,7 +102,7 @@ class Sampler(ABC):
         fractions, the clients that trained evaluate.
     """
 
-    #: Whether its cohorts, and with them its seed, are nobody's to know.
+    #: Whether its cohorts are secret, and with them its seed.
     is_secret: bool = False
     #: What to do with fewer clients than asked for.
     when_short: WhenShort = "smaller"
@@ -198,6 +198,8 @@ class Sampler(ABC):
         """Return the random stream of one round and purpose."""
         if self.seed is None:
             self.seed = secrets.randbits(_SECRET_BITS)
+        # From the round itself and not from the last draw: a resumed run draws the
+        # same.
         stream = 0 if self.same_for_evaluation else _STREAM[purpose]
         return np.random.default_rng([self.seed, server_round, stream])
 
@@ -246,6 +248,7 @@ class UniformSampler(Sampler):
         chosen = self.generator(server_round, purpose).choice(
             len(clients), min(size, len(clients)), replace=False
         )
+        # In the clients' order, in which contributions are added up later.
         return [clients[i] for i in sorted(chosen.tolist())]
 
     def guarantee(self) -> Guarantee:
@@ -328,6 +331,8 @@ class PoissonSampler(Sampler):
         self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
     ) -> list[int]:
         """Toss one coin per client."""
+        # The probability is promised for training. Evaluation asks for a number of
+        # clients, which is size / len(clients) without dividing by zero.
         draws = self.generator(server_round, purpose).random(len(clients))
         if self.probability is None or purpose == "evaluate":
             chosen = draws * len(clients) < size
@@ -385,6 +390,8 @@ class CyclicPoissonSampler(Sampler):
         self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
     ) -> list[int]:
         """Toss one coin for each client whose turn it is."""
+        # Groups by the numbers in which clients were first seen: who connects or leaves
+        # in between does not move others to another group.
         numbers = self._registry.number(clients)
         draws = self.generator(server_round, purpose).random(len(clients))
         if purpose == "evaluate":
@@ -471,14 +478,16 @@ class MinSeparationSampler(Sampler):
     seed, same_for_evaluation
         See :class:`Sampler`.
     when_short : str (default: "smaller")
-        With fewer eligible clients than asked for: ``smaller`` takes those that there
-        are, be it nobody; ``wait`` waits until others connect; ``stop`` ends the run.
+        With fewer eligible clients than asked for: ``smaller`` takes all of them, or
+        nobody if there are none; ``wait`` waits until others connect; ``stop`` ends the
+        run.
 
     Notes
     -----
-    Clients are nodes, recognised by their id, in a simulation by their partition: see
-    :class:`~flower_ext.core.nodes.NodeRegistry`. A person behind several nodes is not
-    recognised, and a node that comes back under a new id counts as a new client.
+    Clients are nodes, recognised by their id, or in a simulation by their partition:
+    see :class:`~flower_ext.core.nodes.NodeRegistry`. That several nodes belong to one
+    person cannot be seen, and a node that comes back under a new id counts as a new
+    client.
     """
 
     def __init__(
@@ -514,6 +523,8 @@ class MinSeparationSampler(Sampler):
         if purpose == "evaluate":
             eligible = list(clients)
         else:
+            # Rounds that go backwards are those of a second run: the limits would be
+            # counted across both.
             latest = max(self._last.values(), default=0)
             if server_round < latest:
                 refuse(
@@ -535,6 +546,7 @@ class MinSeparationSampler(Sampler):
             len(eligible), min(size, len(eligible)), replace=False
         )
         cohort = [eligible[i] for i in sorted(drawn.tolist())]
+        # Being drawn counts: whether a client replies may depend on its data.
         if purpose == "train":
             for client in cohort:
                 number = numbers[client]

@@ -25,10 +25,10 @@ _DIGEST = "sha256:"
 
 
 def settings_of(strategy: object, configs: Configs) -> Settings:
-    """Return what decides a run's result, as far as strategy and configurations say.
+    """Return the settings that decide a run's result, as texts by name.
 
-    That is what the strategy's ``settings()`` says, the options of its constructor that
-    it keeps under their own names, and every value of the configurations.
+    They are what the strategy's ``settings()`` returns, the options of its constructor
+    that it keeps under their own names, and every value of the configurations.
     """
     found = {name: _text(value) for name, value in _options(strategy)}
     described = getattr(strategy, "settings", None)
@@ -44,6 +44,8 @@ def _options(strategy: object) -> Iterator[tuple[str, object]]:
     for cls in type(strategy).__mro__:
         if "__init__" in vars(cls) and cls is not object:
             for name in inspect.signature(cls).parameters:
+                # The strategy itself stands for an option that is not kept: it is of no
+                # plain type, and so left out.
                 value = vars(strategy).get(name, strategy)
                 if "seed" not in name and (
                     isinstance(value, _PLAIN) or inspect.isroutine(value)
@@ -60,6 +62,7 @@ def _text(value: object) -> str:
 
 
 def _guarded(value: ConfigRecordValues | None) -> str:
+    # A word may be a password or a path; numbers are readable where they differ.
     values = value if isinstance(value, list) else [value]
     if all(isinstance(v, int | float | None) for v in values):
         return repr(value)
@@ -75,8 +78,10 @@ def differences(own: Settings, *saved: Settings) -> list[str]:
     """Say which settings are in none of ``saved`` as they are in ``own``.
 
     A setting may be what it was when the saved run began, or what the run had made of
-    it when it was saved. Of two names of one change the option's is said.
+    it when it was saved. Where one change shows under two names, one is said, the
+    option's.
     """
+    # Options are written in lower case: with cases swapped they are sorted first.
     said: dict[tuple[str, str], str] = {}
     for name in sorted(own.keys() | saved[0].keys(), key=str.swapcase):
         values = [one.get(name, "absent") for one in saved]
@@ -113,6 +118,7 @@ class Changes:
 
     def state_dict(self) -> dict[str, object]:
         """Return the values that have changed, and the names of those that are gone."""
+        # A key that has once changed is saved from then on, also when it changes back.
         state: dict[str, object] = {}
         for config, record in self._configs.items():
             before, changed = self._before[config], self._changed[config]
