@@ -13,5 +13,9 @@ RUN_KEY = "run"
 RUN_NAME = "name"
 RUN_RESUMED = "resumed-after"
 
+# Records of ``context.state`` under such keys say what a client has spent. A checkpoint
+# puts none of them back: what was charged after it was saved is spent all the same.
+ACCOUNT_PREFIX = "account/"
+
 # The server finds it in the reason of an error reply.
 WRONG_HALF = "the strategy needs the client half"

@@ -11,11 +11,12 @@ from filelock import FileLock
 from flwr.app import ConfigRecord, RecordDict
 
 from flower_ext.core.errors import fraction, refuse, whole
-from flower_ext.core.protocol import RUN_NAME, RUN_RESUMED
+from flower_ext.core.files import flush
+from flower_ext.core.protocol import ACCOUNT_PREFIX, RUN_NAME, RUN_RESUMED
 
 FORMAT = 1
 
-_STATE = "example-level-dp"
+_STATE = f"{ACCOUNT_PREFIX}example-level-dp"
 # Of the saved runs that this process took part in, by run and client.
 _remembered: dict[tuple[str, int], ConfigRecord] = {}
 
@@ -174,8 +175,4 @@ def save_record(path: Path, record: ConfigRecord) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush(path.parent)

@@ -14,6 +14,7 @@ from flwr.common import NDArray
 from flower_ext.core.arrays import npy_layout
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
+Fields = tuple[str, tuple[int, ...], str, bytes]
 
 # Smaller ones are copied faster than they are shared.
 _SHARED_BYTES = 1 << 16
@@ -36,19 +37,22 @@ class SentArray(Array):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Array):
             return NotImplemented
-        return _fields(self) == _fields(other)
+        return fields_of(self) == fields_of(other)
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __reduce__(self) -> tuple[type[Array], tuple[str, tuple[int, ...], str, bytes]]:
-        return Array, _fields(self)
+    def __reduce__(self) -> tuple[type[Array], Fields]:
+        return Array, fields_of(self)
 
 
-def _fields(array: Array) -> tuple[str, tuple[int, ...], str, bytes]:
+def fields_of(array: Array) -> Fields:
+    """Return what an array is made of."""
     return array.dtype, tuple(array.shape), array.stype, array.data
 
 
-def _sent(dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> SentArray:
+def sent_array(
+    dtype: str, shape: tuple[int, ...], stype: str, data: bytes
+) -> SentArray:
     """Make an array from fields that were checked when the original was made."""
     array = SentArray.__new__(SentArray)
     array.dtype, array.shape, array.stype, array.data = dtype, shape, stype, data
@@ -78,7 +82,7 @@ def own_copy(record: Record) -> Record:
         return type(record)(values)  # type: ignore[arg-type]
     own = ArrayRecord()
     for name, array in record.items():
-        own[name] = _sent(*_fields(array))
+        own[name] = sent_array(*fields_of(array))
     return own
 
 
@@ -101,7 +105,7 @@ def to_wire(record: Record) -> Wire:
     return [
         (name, dtype, shape, stype, _carrier(data))
         for name, array in record.items()
-        for dtype, shape, stype, data in [_fields(array)]
+        for dtype, shape, stype, data in [fields_of(array)]
     ]
 
 
@@ -115,7 +119,7 @@ def from_wire(wire: Wire) -> Record:
         return wire
     record = ArrayRecord()
     for name, dtype, shape, stype, data in wire:
-        record[name] = _sent(
+        record[name] = sent_array(
             dtype, shape, stype, data if isinstance(data, bytes) else data.tobytes()
         )
     return record

@@ -665,7 +665,7 @@ def test_nothing_is_trained_where_the_ledger_cannot_be_written(tmp_path, monkeyp
     monkeypatch.setattr(ExampleLevelDP, "step", lambda *how: steps.append(how))
     with pytest.raises(RuntimeError, match="No space left on device"):
         silo.train(first_arrays())
-    assert not steps and "example-level-dp" not in silo.state()
+    assert not steps and "account/example-level-dp" not in silo.state()
 
 
 def test_the_ledger_reads_what_it_wrote():
@@ -742,13 +742,13 @@ def test_a_round_beyond_the_budget_trains_nothing_and_spends_nothing():
     silo = Silo(make_task(loss=loss), {**NOISY, "max_epsilon": 3.0})
     _, first = silo.train(first_arrays(), batch_size=3, local_steps=4)
     calls.clear()
-    before = pickle.dumps(dict(silo.state()["example-level-dp"]))
+    before = pickle.dumps(dict(silo.state()["account/example-level-dp"]))
     reply = silo.send(first_arrays(), batch_size=3, local_steps=400, server_round=2)
     assert reply.has_error() and not reply.has_content()
     assert "would exceed max_epsilon=3.0 at delta=0.001" in reply.error.reason
     assert f"{first['example-epsilon']:.6g} is spent" in reply.error.reason
     assert calls == []
-    assert pickle.dumps(dict(silo.state()["example-level-dp"])) == before
+    assert pickle.dumps(dict(silo.state()["account/example-level-dp"])) == before
     # A round that still fits is trained.
     silo.train(first_arrays(), batch_size=3, local_steps=1, server_round=3)
 
@@ -823,7 +823,7 @@ def test_the_user_column_must_be_there():
 def refused(net, mode="hooks", loss=cross_entropy, data=None):
     silo = Silo(make_task(net, data, loss), NOISY, mode=mode)
     reply = silo.send(first_arrays(net), batch_size=4)
-    assert reply.has_error() and "example-level-dp" not in silo.state()
+    assert reply.has_error() and "account/example-level-dp" not in silo.state()
     return reply.error.reason.splitlines()[0]
 
 
@@ -1210,7 +1210,7 @@ def test_strategies_that_read_raw_data_are_refused(strategy):
             silo.grid, to_record(first_arrays()), num_rounds=1
         )
     assert strategy.client_half.name in str(caught.value)
-    assert "example-level-dp" not in silo.state()
+    assert "account/example-level-dp" not in silo.state()
 
 
 # Federations ------------------------------------------------------------------------

@@ -117,7 +117,9 @@ def test_rounds_at_the_same_time_are_all_charged(tmp_path):
 
 def test_the_ledger_counts_before_what_a_run_remembers(tmp_path):
     path: Path = tmp_path / "ledger.json"
-    state = RecordDict({"example-level-dp": StepLedger().add(0.1, 1.0, 2).record()})
+    state = RecordDict(
+        {"account/example-level-dp": StepLedger().add(0.1, 1.0, 2).record()}
+    )
     account = opened(path, state=state)
     assert StepLedger.read(account.read()).total == 2
     StepLedger().add(0.1, 1.0, 9).save(path)
