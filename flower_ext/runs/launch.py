@@ -49,7 +49,6 @@ RESULTS_KEY = "results"  # in an app's run config
 SEED_KEY = "seed"
 SUPERLINK = "launch"  # name of the connection in the temporary Flower home
 START_SECONDS = 60.0  # a SuperLink takes 2 to 3 s to listen on an idle machine
-TAIL_LINES = 20
 
 _ROOT = Path(__file__).resolve().parents[2]
 # What Flower's strategies log of every round.

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-TAIL_LINES = 15
+_TAIL_LINES = 15  # enough for a traceback
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"^(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:\s{0,6}")
@@ -69,4 +69,4 @@ def tail(lines: Sequence[str]) -> str:
     # What a ServerApp raised comes before the code; after it only general advice.
     end = next((i for i, line in enumerate(lines) if "Exit Code:" in line), len(lines))
     readable = [text for line in lines[:end] if (text := readable_line(line))]
-    return "\n".join(readable[-TAIL_LINES:])
+    return "\n".join(readable[-_TAIL_LINES:])
