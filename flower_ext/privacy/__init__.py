@@ -18,9 +18,6 @@ from flower_ext.privacy.accounting.gaussian import (
     gaussian_delta,
     gaussian_epsilon,
     gaussian_mu,
-    rdp_epsilon,
-    zcdp_epsilon,
-    zcdp_rho,
 )
 from flower_ext.privacy.accounting.sampled import (
     SampledGaussianAccountant,
@@ -97,12 +94,9 @@ __all__ = [
     "gaussian_epsilon",
     "gaussian_mu",
     "noise_multiplier_for",
-    "rdp_epsilon",
     "split_clipping_norm",
     "split_noise_multiplier",
     "update_clipping_norm",
-    "zcdp_epsilon",
-    "zcdp_rho",
 ]
 
 

@@ -93,16 +93,6 @@ class NoiseStream:
             (self._recurrence.buffers, self._size), self._dtype
         )
 
-    @property
-    def factorization(self) -> Factorization:
-        """The mechanism."""
-        return self._factorization
-
-    @property
-    def rounds_done(self) -> int:
-        """Rounds whose noise has been given out."""
-        return self._round
-
     def next(self, standard_deviation: float = 1.0) -> dict[str, AnyFloats]:
         """Return the noise of the next round.
 

@@ -117,7 +117,7 @@ def test_a_round_without_noise_shows(monkeypatch):
     draw = NoiseStream._draw
 
     def forgetful(self, scale):
-        return draw(self, scale * (self.rounds_done != 3))
+        return draw(self, scale * (self._round != 3))
 
     monkeypatch.setattr(NoiseStream, "_draw", forgetful)
     assert run(private()).violated

@@ -281,10 +281,6 @@ def test_best_mechanism_compares_and_fits(memory, objective):
             "buffer_decay",
         ),
         (lambda: DenseFactorization(np.ones((3, 3))), "lower-triangular"),
-        (
-            lambda: DenseFactorization.optimize(9, 2, 4, participation="fixed-epoch"),
-            "rounds=9 must be min_separation",
-        ),
         (lambda: TreeAggregation(9, estimator="top"), "estimator='top'"),
         (lambda: TreeAggregation(9, estimator="full").recurrence(), "to stream"),
         (lambda: best_mechanism(9, 3, 3, memory=-1), "memory=-1"),

@@ -706,7 +706,7 @@ def test_a_crash_after_the_release_does_not_repeat_it(cohort, scripted, tmp_path
     result = run()
     assert sorted(result.train_metrics_clientapp) == [1, 2, 3]
     assert strategy._private.accountant.num_releases == 3
-    assert strategy._private._stream.rounds_done == 3
+    assert strategy._private._stream._round == 3
 
 
 # What is refused ------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_resumed_stream_continues_bit_for_bit(kind):
         after.load_state_dict(state)
         if stop < 9:
             before.next(0.7)  # the state was a copy
-        assert after.rounds_done == stop
+        assert after._round == stop
         for step in range(stop, 9):
             for name, value in after.next(0.7).items():
                 np.testing.assert_array_equal(value, expected[step][name])
@@ -273,4 +273,4 @@ def test_memory_is_buffers_plus_one_model():
     stream.next()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < (stream.factorization.memory + 2) * 4 * size
+    assert peak < (stream._factorization.memory + 2) * 4 * size

@@ -1,8 +1,8 @@
 """Accountants that speak Flower's vocabulary.
 
-Both follow the read side of `flwr.serverapp.PrivacyAccountant`. Instead of composing
-independent events, which cannot express correlated noise, they count the rounds of one
-planned mechanism: `advance` after every release, `require_budget` before it.
+They read as `flwr.serverapp.PrivacyAccountant` does. They do not compose independent
+events, since these cannot express correlated noise, but count the rounds of one planned
+mechanism: `advance` after every release, `require_budget` before it.
 
 Guarantee. Unit: one client with everything it ever sends (for ``group_size > 1``: one
 user with at most that many examples). Relation: its contributions become zero, Flower's
@@ -20,17 +20,12 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from flower_ext.core.errors import positive, whole
-from flower_ext.privacy.accounting.gaussian import (
-    gaussian_delta,
-    gaussian_epsilon,
-    rdp_epsilon,
-    zcdp_rho,
-)
+from flower_ext.privacy.accounting.gaussian import gaussian_delta, gaussian_epsilon
 from flower_ext.privacy.factorizations.factorization import Factorization
 from flower_ext.privacy.factorizations.participation import Sensitivity
 
 if TYPE_CHECKING:
-    from flwr.serverapp import GaussianPrivacyEvent, PrivacyConfig, PrivacySpent
+    from flwr.serverapp import PrivacyConfig, PrivacySpent
 
 _SCHEMA = 1
 
@@ -124,35 +119,6 @@ class RoundAccountant(ABC):
             accounting_method=self._method,
         )
 
-    def would_exceed(
-        self,
-        event: GaussianPrivacyEvent | None = None,
-        max_epsilon: float | None = None,
-        count: int = 1,
-    ) -> bool:
-        """Return whether ``count`` more rounds would exceed an epsilon limit.
-
-        Parameters
-        ----------
-        event : None
-            Refused: the rounds belong to one planned mechanism.
-        max_epsilon : float, optional
-            The limit; that of the configuration if not given.
-        count : int
-            Rounds ahead.
-        """
-        if event is not None:
-            raise ValueError(_NO_EVENTS)
-        limit = self._config.max_epsilon if max_epsilon is None else max_epsilon
-        if limit is None:
-            raise ValueError(
-                "max_epsilon=None must be > 0: set it in PrivacyConfig or pass it"
-            )
-        positive("max_epsilon", limit)
-        rounds = self._ahead(count)
-        # Not "epsilon > limit": NaN must count as exceeding.
-        return not self.epsilon_after(rounds, self._config.target_delta) <= limit
-
     def require_budget(self, count: int = 1) -> None:
         """Raise before a release that the budget does not cover.
 
@@ -168,21 +134,18 @@ class RoundAccountant(ABC):
                 f"round {self._done + count} is after the {self._rounds} planned "
                 "rounds: plan the mechanism for the whole run"
             )
-        if self._config.max_epsilon is not None and self.would_exceed(count=count):
+        limit, delta = self._config.max_epsilon, self._config.target_delta
+        after = self._done + count
+        # Not "epsilon > limit": NaN must count as exceeding.
+        if limit is not None and not self.epsilon_after(after, delta) <= limit:
             raise PrivacyBudgetExhausted(
-                f"round {self._done + count} would exceed max_epsilon="
-                f"{self._config.max_epsilon} at delta={self._config.target_delta}: "
-                f"{self.get_epsilon(self._config.target_delta):.6g} is spent after "
-                f"{self._done} rounds"
+                f"round {after} would exceed max_epsilon={limit} at delta={delta}: "
+                f"{self.get_epsilon(delta):.6g} is spent after {self._done} rounds"
             )
 
     def advance(self, count: int = 1) -> None:
         """Count ``count`` releases."""
         self._done = self._ahead(count)
-
-    def compose(self, event: GaussianPrivacyEvent, count: int = 1) -> None:
-        """Refuse independent events; see `advance`."""
-        raise ValueError(_NO_EVENTS)
 
     def state_dict(self) -> dict[str, object]:
         """Return the JSON-serializable state."""
@@ -222,12 +185,6 @@ class RoundAccountant(ABC):
                 "the mechanism for the whole run"
             )
         return rounds
-
-
-_NO_EVENTS = (
-    "independent Gaussian events must not be composed here: the rounds are one planned "
-    "mechanism; call advance() after each"
-)
 
 
 class GaussianAccountant(RoundAccountant):
@@ -306,14 +263,6 @@ class GaussianAccountant(RoundAccountant):
     def delta_after(self, rounds: int, epsilon: float) -> float:
         """Return delta of the first ``rounds`` rounds, or an upper bound of it."""
         return gaussian_delta(self.mu_after(rounds), epsilon)
-
-    def get_rho(self) -> float:
-        """Return rho of zero-concentrated privacy spent so far."""
-        return zcdp_rho(self.mu_after(self._done))
-
-    def get_rdp_epsilon(self, delta: float) -> float:
-        """Return the looser epsilon that goes through Renyi privacy."""
-        return rdp_epsilon(self.get_rho(), delta)
 
     def _mechanism(self) -> dict[str, str | int | float]:
         return {

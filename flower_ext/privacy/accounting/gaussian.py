@@ -1,4 +1,4 @@
-"""Exact and approximate (epsilon, delta) of one Gaussian release.
+"""Exact (epsilon, delta) of one Gaussian release.
 
 mu is the sensitivity of the release over the standard deviation of its noise. A matrix
 mechanism is ONE Gaussian release over all its rounds, so these formulas are all that
@@ -90,50 +90,3 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
         else:
             high = middle
     return low
-
-
-def zcdp_rho(mu: float) -> float:
-    """Return rho of zero-concentrated privacy, mu^2 / 2; it adds up over releases."""
-    return at_least("mu", mu, 0) ** 2 / 2
-
-
-def zcdp_epsilon(rho: float, delta: float) -> float:
-    """Return rho + 2 sqrt(rho log(1/delta)), the textbook bound from zCDP.
-
-    References
-    ----------
-    Bun and Steinke 2016, arXiv 1605.02065, Proposition 1.3.
-    """
-    open_unit("delta", delta)
-    return at_least("rho", rho, 0) + 2 * math.sqrt(rho * math.log(1 / delta))
-
-
-def rdp_epsilon(rho: float, delta: float) -> float:
-    """Return the bound from Renyi privacy, epsilon_alpha = rho alpha for all alpha.
-
-        min over alpha > 1 of rho alpha + log((alpha-1)/alpha)
-                              - (log delta + log alpha) / (alpha - 1)
-
-    Looser than `gaussian_epsilon`; shown because many papers report it.
-
-    References
-    ----------
-    Canonne, Kamath, Steinke 2020, arXiv 2004.00010, Proposition 12.
-    """
-    open_unit("delta", delta)
-    if at_least("rho", rho, 0) == 0:
-        return 0.0
-    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
-
-    def bound(log_gap: float) -> float:
-        gap = math.exp(log_gap)
-        alpha = 1 + gap
-        return (
-            rho * alpha
-            + math.log(gap / alpha)
-            - (math.log(delta) + math.log(alpha)) / gap
-        )
-
-    guess = 0.5 * math.log(math.log(1 / delta) / rho)
-    found = minimize_scalar(bound, bounds=(guess - 8, guess + 8), method="bounded")
-    return max(0.0, float(found.fun))

@@ -5,7 +5,7 @@ from typing import Self
 
 import numpy as np
 
-from flower_ext.core.errors import one_of, whole
+from flower_ext.core.errors import whole
 from flower_ext.core.typing import Floats
 from flower_ext.privacy.factorizations.factorization import Factorization
 from flower_ext.privacy.factorizations.participation import (
@@ -44,22 +44,10 @@ class DenseFactorization(Factorization):
 
     @classmethod
     def optimize(
-        cls,
-        rounds: int,
-        min_separation: int = 1,
-        max_participations: int = 1,
-        *,
-        participation: str = "min-separation",
+        cls, rounds: int, min_separation: int = 1, max_participations: int = 1
     ) -> Self:
         """Minimise the root-mean-square loss; see `optimize_dense`."""
-        return cls(
-            optimize_dense(
-                rounds,
-                min_separation,
-                max_participations,
-                participation=participation,
-            )
-        )
+        return cls(optimize_dense(rounds, min_separation, max_participations))
 
     @property
     def name(self) -> str:
@@ -70,23 +58,6 @@ class DenseFactorization(Factorization):
         """Return the sensitivity: exact for one participation or few bands."""
         gram = self._matrix.T @ self._matrix
         return gram_sensitivity(gram, min_separation, max_participations)
-
-    def fixed_epoch_sensitivity(self, period: int) -> Sensitivity:
-        """Return the sensitivity when a client returns exactly every ``period`` rounds.
-
-        It holds only if every epoch visits the clients in the same order.
-        """
-        whole("period", period, 1)
-        weights = self._matrix.T @ self._matrix
-        exact = bool(weights.min() >= -1e-12 * weights.max())
-        totals = [
-            float(np.abs(weights[start::period, start::period]).sum())
-            for start in range(min(period, self.rounds))
-        ]
-        how = "fixed order, period by period"
-        return Sensitivity(
-            float(np.sqrt(max(totals))), exact, how if exact else f"upper bound: {how}"
-        )
 
     def row_errors(self) -> Floats:
         """Return the squared norms of the rows of B."""
@@ -129,73 +100,43 @@ class DenseFactorization(Factorization):
 
 
 def optimize_dense(
-    rounds: int,
-    min_separation: int = 1,
-    max_participations: int = 1,
-    *,
-    participation: str = "min-separation",
+    rounds: int, min_separation: int = 1, max_participations: int = 1
 ) -> Floats:
     """Return the C of least mean error for sensitivity fixed.
 
-    With X = C^T C the squared loss is tr(A^T A X^-1) / n, convex in X. The constraints
-    keep rounds that a client may share orthogonal:
-
-    * one participation: diag X = 1;
-    * "min-separation" (BandMF): X_ij = 0 for |i - j| >= b, diag X = 1, so that the
-      sensitivity is sqrt(k) for every pattern in Pi(b, k);
-    * "fixed-epoch": X_ij = 0 for i = j mod b, and the diagonal adds up to the same in
-      every class mod b. It is only private if every epoch keeps its order; its
-      sensitivity under plain minimum separation is larger.
+    With X = C^T C the squared loss is tr(A^T A X^-1) / n, convex in X. All columns of C
+    have norm 1, diag X = 1. Where a client may take part more than once, rounds that it
+    may share have orthogonal columns, X_ij = 0 for |i - j| >= b, so that the
+    sensitivity is sqrt(k) for every pattern in Pi(b, k) (BandMF).
 
     Parameters
     ----------
     rounds : int
         At most 1,000; the cost is O(rounds^3) per step.
     min_separation, max_participations : int
-        b and k; "fixed-epoch" needs ``rounds == b * k``.
-    participation : str
-        ``"min-separation"`` or ``"fixed-epoch"``.
+        b and k.
 
     References
     ----------
     Denisov et al. 2022, arXiv 2202.08312; Choquette-Choo et al., arXiv 2211.06530 and
     2306.08153.
     """
-    one_of("participation", participation, ("min-separation", "fixed-epoch"))
     whole("min_separation", min_separation, 1)
     whole("max_participations", max_participations, 1)
     if whole("rounds", rounds, 1) > 1000:
         raise ValueError(f"rounds={rounds} must be <= 1000: use banded Toeplitz or BLT")
     index = np.arange(rounds)
     lag = np.abs(np.subtract.outer(index, index))
-    free = lag > 0
-    classes = index
-    if max_participations > 1 and participation == "min-separation":
-        free &= lag < min_separation
-    elif max_participations > 1:
-        if rounds != min_separation * max_participations:
-            raise ValueError(
-                f"rounds={rounds} must be min_separation * max_participations="
-                f"{min_separation * max_participations}: fixed epochs are all alike"
-            )
-        free &= lag % min_separation != 0
-        classes = index % min_separation
+    reach = min_separation if max_participations > 1 else rounds
+    free = (lag > 0) & (lag < reach)
     gram = np.minimum.outer(rounds - index, rounds - index) / rounds
     gram = np.minimum(gram, gram.T)  # A^T A / n
 
-    def project(matrix: Floats) -> Floats:
-        out = np.where(free, matrix, 0.0)
-        diagonal = np.diagonal(matrix)
-        mean = np.bincount(classes, diagonal) / np.bincount(classes)
-        out[index, index] = diagonal - mean[classes]
-        return out
-
-    start = np.eye(rounds) / np.bincount(classes)[classes]
-    best = _minimize_trace(start, gram, project)
+    best = _minimize_trace(np.eye(rounds), gram, lambda x: np.where(free, x, 0.0))
+    # X = C^T C with a lower-triangular C: the Cholesky factor from the last row up.
     flipped = np.linalg.cholesky(best[::-1, ::-1])
     matrix = np.ascontiguousarray(flipped[::-1, ::-1].T)
-    if max_participations > 1 and participation == "min-separation":
-        matrix[lag >= min_separation] = 0.0
+    matrix[lag >= reach] = 0.0  # what rounding left off the band
     return np.tril(matrix)
 
 
