@@ -355,7 +355,31 @@ class PoissonSampler(Sampler):
         return size if self.probability is None else self.probability * population
 
 
-class CyclicPoissonSampler(Sampler):
+class _Recognising(Sampler):
+    """Tells clients apart over the rounds, whatever ids they have."""
+
+    def __init__(
+        self, seed: int | None = None, *, same_for_evaluation: bool = False
+    ) -> None:
+        super().__init__(seed, same_for_evaluation=same_for_evaluation)
+        self._registry = NodeRegistry()
+
+    @property
+    def num_known(self) -> int:
+        """How many different clients it has seen."""
+        return len(self._registry)
+
+    def state_dict(self) -> dict[str, object]:
+        """Add which clients it has seen, in which order."""
+        return {**super().state_dict(), **self._registry.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take over who was seen."""
+        super().load_state_dict(state)
+        self._registry.load_state_dict(state)
+
+
+class CyclicPoissonSampler(_Recognising):
     """Clients take turns in groups; in its turn each is sampled on its own.
 
     A client belongs to one of ``cycle`` groups for the whole run, by the order in
@@ -384,7 +408,6 @@ class CyclicPoissonSampler(Sampler):
         _require_probability(probability)
         self.probability = probability
         self.cycle = whole("cycle", cycle, 1)
-        self._registry = NodeRegistry()
 
     def sample(
         self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
@@ -417,11 +440,6 @@ class CyclicPoissonSampler(Sampler):
         """Return the probability times a group of the population."""
         return self.probability * population / self.cycle
 
-    @property
-    def num_known(self) -> int:
-        """How many different clients it has seen."""
-        return len(self._registry)
-
     def settings(self) -> dict[str, str | int | float]:
         """Add probability and cycle."""
         return {
@@ -429,15 +447,6 @@ class CyclicPoissonSampler(Sampler):
             "probability": self.probability,
             "cycle": self.cycle,
         }
-
-    def state_dict(self) -> dict[str, object]:
-        """Add who is in which group."""
-        return {**super().state_dict(), **self._registry.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take over who is in which group."""
-        super().load_state_dict(state)
-        self._registry.load_state_dict(state)
 
 
 class AllClients(Sampler):
@@ -458,7 +467,7 @@ class TooFewClients(RuntimeError):
     """Fewer clients may take part in a round than were asked for."""
 
 
-class MinSeparationSampler(Sampler):
+class MinSeparationSampler(_Recognising):
     """Uniform, but no client too often, and none too soon again.
 
     A client that took part in round t is not drawn again before round
@@ -506,7 +515,6 @@ class MinSeparationSampler(Sampler):
         self.max_participations = max_participations
         one_of("when_short", when_short, get_args(WhenShort))
         self.when_short = when_short
-        self._registry = NodeRegistry()
         self._last: dict[int, int] = {}
         self._times: dict[int, int] = {}
 
@@ -568,11 +576,6 @@ class MinSeparationSampler(Sampler):
         most = self.max_participations
         return rested and (most is None or self._times.get(number, 0) < most)
 
-    @property
-    def num_known(self) -> int:
-        """How many different clients it has seen."""
-        return len(self._registry)
-
     def settings(self) -> dict[str, str | int | float]:
         """Add the limits."""
         return {
@@ -585,7 +588,6 @@ class MinSeparationSampler(Sampler):
         """Add who took part, when last and how often."""
         return {
             **super().state_dict(),
-            **self._registry.state_dict(),
             "last": [[k, v] for k, v in self._last.items()],
             "times": [[k, v] for k, v in self._times.items()],
         }
@@ -593,7 +595,6 @@ class MinSeparationSampler(Sampler):
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take over who took part."""
         super().load_state_dict(state)
-        self._registry.load_state_dict(state)
         pairs = cast("Mapping[str, list[tuple[int, int]]]", state)
         self._last = dict(pairs["last"])
         self._times = dict(pairs["times"])

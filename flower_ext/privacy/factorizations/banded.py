@@ -104,7 +104,7 @@ class BandedToeplitz(Toeplitz):
             return errors
         # B = A diag(norms) C^-1: add up the rows of C^-1 that have another norm.
         full = float(self._norms[0])
-        inverse = np.diff(self.decoder_coefficients(), prepend=0.0)
+        inverse = self.inverse_coefficients()
         errors *= full**2
         start = max(0, self.rounds - self.bands + 1)
         row = np.zeros(self.rounds)
@@ -125,9 +125,7 @@ class BandedToeplitz(Toeplitz):
 
     def decoder_matrix(self) -> Floats:
         """Return B."""
-        inverse = toeplitz_matrix(
-            np.diff(self.decoder_coefficients(), prepend=0.0), self.rounds
-        )
+        inverse = toeplitz_matrix(self.inverse_coefficients(), self.rounds)
         return np.asarray(np.cumsum(self._norms[:, None] * inverse, axis=0))
 
     def first(self, rounds: int) -> Factorization:

@@ -18,16 +18,11 @@ import numpy as np
 
 from flower_ext.core.typing import Floats
 from flower_ext.privacy.factorizations.blt_optimizer import optimize_buffers
-from flower_ext.privacy.factorizations.factorization import Factorization
-from flower_ext.privacy.factorizations.participation import Sensitivity
 from flower_ext.privacy.factorizations.recurrences import BufferRecurrence, Recurrence
-from flower_ext.privacy.factorizations.toeplitz import (
-    toeplitz_matrix,
-    toeplitz_sensitivity,
-)
+from flower_ext.privacy.factorizations.toeplitz import ToeplitzFactorization
 
 
-class BufferedToeplitz(Factorization):
+class BufferedToeplitz(ToeplitzFactorization):
     """BLT with given parameters; `optimize` finds good ones.
 
     Parameters
@@ -129,34 +124,12 @@ class BufferedToeplitz(Factorization):
 
     def decoder_coefficients(self) -> Floats:
         """Return the first column of B, shape ``(rounds,)``."""
-        return np.asarray(np.cumsum(self._inverse_coefficients()))
+        return np.asarray(np.cumsum(self.inverse_coefficients()))
 
-    def _inverse_coefficients(self) -> Floats:
+    def inverse_coefficients(self) -> Floats:
         """Return the first column of C^-1, shape ``(rounds,)``."""
         decay, scale = self.inverse_parameters()
         return np.concatenate([[1.0], _power_sum(decay, scale, self.rounds - 1)])
-
-    def sensitivity(self, min_separation: int, max_participations: int) -> Sensitivity:
-        """Return the sensitivity (exact: the coefficients never rise)."""
-        return toeplitz_sensitivity(
-            self.coefficients, self.rounds, min_separation, max_participations
-        )
-
-    def row_errors(self) -> Floats:
-        """Return the running sums of the squared coefficients of B."""
-        return np.asarray(np.cumsum(self.decoder_coefficients() ** 2))
-
-    def noise_variances(self) -> Floats:
-        """Return the running sums of the squared coefficients of C^-1."""
-        return np.asarray(np.cumsum(self._inverse_coefficients() ** 2))
-
-    def strategy_matrix(self) -> Floats:
-        """Return C."""
-        return toeplitz_matrix(self.coefficients, self.rounds)
-
-    def decoder_matrix(self) -> Floats:
-        """Return B."""
-        return toeplitz_matrix(self.decoder_coefficients(), self.rounds)
 
     def first(self, rounds: int) -> Self:
         """Return the same parameters for fewer rounds."""

@@ -6,6 +6,7 @@ C = | c1 c0          |         B(x) = 1 / ((1 - x) C(x))
 |  0 c2 c1 c0    |  (3 bands)
 """
 
+from abc import abstractmethod
 from typing import Self
 
 import numpy as np
@@ -62,8 +63,48 @@ def toeplitz_sensitivity(
     )
 
 
-class Toeplitz(Factorization):
-    """Base of the Toeplitz factorizations.
+class ToeplitzFactorization(Factorization):
+    """Base of the factorizations whose C is a lower-triangular Toeplitz matrix."""
+
+    @property
+    @abstractmethod
+    def coefficients(self) -> Floats:
+        """First column of C, read-only; trailing zeros may be left out."""
+
+    @abstractmethod
+    def decoder_coefficients(self) -> Floats:
+        """Return the first column of B, shape ``(rounds,)``."""
+
+    def inverse_coefficients(self) -> Floats:
+        """Return the first column of C^-1, shape ``(rounds,)``."""
+        # B = A C^-1, and multiplying with A is summing up.
+        return np.diff(self.decoder_coefficients(), prepend=0.0)
+
+    def sensitivity(self, min_separation: int, max_participations: int) -> Sensitivity:
+        """Return the sensitivity, see `toeplitz_sensitivity`."""
+        return toeplitz_sensitivity(
+            self.coefficients, self.rounds, min_separation, max_participations
+        )
+
+    def row_errors(self) -> Floats:
+        """Return the running sums of the squared coefficients of B."""
+        return np.asarray(np.cumsum(self.decoder_coefficients() ** 2))
+
+    def noise_variances(self) -> Floats:
+        """Return the running sums of the squared coefficients of C^-1."""
+        return np.asarray(np.cumsum(self.inverse_coefficients() ** 2))
+
+    def strategy_matrix(self) -> Floats:
+        """Return C."""
+        return toeplitz_matrix(self.coefficients, self.rounds)
+
+    def decoder_matrix(self) -> Floats:
+        """Return B."""
+        return toeplitz_matrix(self.decoder_coefficients(), self.rounds)
+
+
+class Toeplitz(ToeplitzFactorization):
+    """A Toeplitz factorization of given coefficients.
 
     Parameters
     ----------
@@ -104,29 +145,6 @@ class Toeplitz(Factorization):
         from scipy.signal import lfilter  # type: ignore[import-untyped]
 
         return np.asarray(lfilter([1.0], self._column, np.ones(self.rounds)))
-
-    def sensitivity(self, min_separation: int, max_participations: int) -> Sensitivity:
-        """Return the sensitivity, see `toeplitz_sensitivity`."""
-        return toeplitz_sensitivity(
-            self._column, self.rounds, min_separation, max_participations
-        )
-
-    def row_errors(self) -> Floats:
-        """Return the running sums of the squared coefficients of B."""
-        return np.asarray(np.cumsum(self.decoder_coefficients() ** 2))
-
-    def noise_variances(self) -> Floats:
-        """Return the running sums of the squared coefficients of C^-1."""
-        inverse = np.diff(self.decoder_coefficients(), prepend=0.0)
-        return np.asarray(np.cumsum(inverse**2))
-
-    def strategy_matrix(self) -> Floats:
-        """Return C."""
-        return toeplitz_matrix(self._column, self.rounds)
-
-    def decoder_matrix(self) -> Floats:
-        """Return B."""
-        return toeplitz_matrix(self.decoder_coefficients(), self.rounds)
 
     def first(self, rounds: int) -> Factorization:
         """Return the leading rows: a Toeplitz matrix of the same coefficients."""
