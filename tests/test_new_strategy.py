@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Where a new strategy is looked at, too.
 OTHERS = [f"tests/test_{name}.py" for name in ("architecture", "docs", "doctests")]
+NEW = "idea or every_public or strategies_are"
 FOLDERS = "flower_ext strategies tests docs tools baselines"
 FILES = "mkdocs.yml pyproject.toml README.md"
 
@@ -49,12 +50,13 @@ def test_a_new_strategy_passes_its_checks(checkout):
     ]
     for path in written:
         assert "emplate" not in (checkout / path).read_text("utf-8")
-    code = [*written[:2], "strategies/__init__.py"]
+    table = "tests/strategies/test_every_method.py"
+    code = [*written[:2], "strategies/__init__.py", table]
     # Types do not depend on the name: `make check` has looked at the template's.
     for check in (
         ["ruff", "check", *code],
         ["ruff", "format", "--check", *code],
-        ["pytest", written[1], *OTHERS, "-k", "idea or every_public or strategies_are"],
+        ["pytest", written[1], table, *OTHERS, "-k", NEW],
     ):
         done = run(checkout, "-m", *check)
         assert done.returncode == 0, (check, done.stdout[-3000:], done.stderr[-2000:])

@@ -2,7 +2,6 @@
 
 import re
 from functools import partial
-from math import inf
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from flower_ext import AdditiveStrategy
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.contribution import Contribution
 from flower_ext.server.optimizers import SGD, Adagrad, Adam, TorchOptimizer, Yogi
-from flower_ext.strategies import BoundedGroupLoss, FedFish, MaxFL
+from flower_ext.strategies import BoundedGroupLoss
 from flower_ext.testing import ConformanceError, check_strategy
 
 RULES = 36
@@ -67,29 +66,8 @@ def quick_app():
 # Sound strategies -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "factory",
-    [
-        AdditiveStrategy,
-        FedFish,
-        partial(FedFish, estimator="all-epochs", damping=0.0, barrier=True),
-        partial(FedFish, estimator="per-example", damping=inf),
-        partial(FedFish, estimator="sampled"),
-        partial(MaxFL, warmup_steps=3),
-        partial(MaxFL, requirement=0.5, temperature=2.0),
-        partial(BoundedGroupLoss, groups=["a", "b"], upper_bound=0.5),
-        partial(
-            BoundedGroupLoss,
-            groups=["a", "b"],
-            labels=["0", "1"],
-            upper_bound=0.5,
-            group_counts=[1, 2, 3, 4],
-            server_optimizer=SGD(0.5),
-        ),
-    ],
-)
-def test_our_strategies_conform(factory):
-    report = check_strategy(factory)
+def test_a_sound_strategy_passes_every_rule():
+    report = check_strategy(AdditiveStrategy)
     assert report.limitations == {}
     assert len(report.passed) == RULES
     assert set(report.passed) > CONTRACT

@@ -1,7 +1,8 @@
 """Start a strategy: ``make new-strategy NAME=my_idea``.
 
 Copies ``tools/template``, a small strategy that works, under the new name: the strategy
-with its client half, its tests, its page; and lists them where the others are listed.
+with its client half, its tests, its page; and lists them where the others are listed,
+with a row in the table of all methods.
 """
 
 import argparse
@@ -12,9 +13,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = Path(__file__).parent / "template"
+TABLE = Path("tests", "strategies", "test_every_method.py")
 NEXT = """
-Next: put your own sum and its equation in the place of the template's, tests first;
-then a row in README.md, docs/strategies.md and CHANGELOG.md.
+Next: put your own sum and its equation in the place of the template's, tests first.
+Its row in tests/strategies/test_every_method.py says with which options it runs, with
+which it is FedAvg, and what a mechanism refuses: all that holds for every method is
+tested there. Then a row in README.md, docs/strategies.md and CHANGELOG.md.
 """
 
 
@@ -50,8 +54,8 @@ def new_strategy(name: str, root: Path = ROOT) -> list[Path]:
         text = text.replace("template", name).replace("Template", title)
         path.write_text(text, "utf-8")
     _list(root, name, title)
-    init = root / "strategies" / "__init__.py"
-    code = [str(path) for path in (*copies.values(), init) if path.suffix == ".py"]
+    changed = [*copies.values(), root / "strategies" / "__init__.py", root / TABLE]
+    code = [str(path) for path in changed if path.suffix == ".py"]
     # Names of another length wrap and sort otherwise; RUF022 sorts __all__.
     for command in (
         "check --quiet --fix --exit-zero --extend-select RUF022",
@@ -63,7 +67,7 @@ def new_strategy(name: str, root: Path = ROOT) -> list[Path]:
 
 
 def _list(root: Path, name: str, title: str) -> None:
-    """Export the classes; put page and reference into the documentation."""
+    """Export the classes; put row, page and reference where the others are."""
     init = root / "strategies" / "__init__.py"
     module = f"flower_ext.strategies.{name}"
     text = init.read_text("utf-8")
@@ -74,6 +78,14 @@ def _list(root: Path, name: str, title: str) -> None:
         1,
     )
     init.write_text(text, "utf-8")
+    row = (TEMPLATE / "row.txt").read_text("utf-8").replace("Template", title)
+    text = (root / TABLE).read_text("utf-8")
+    start, rest = text.split("\nMETHODS = {\n", 1)
+    rest = rest.replace("\n}\n", f"\n{row}}}\n", 1)
+    added = f"from {module} import {title}, {title}Client\n"
+    last = "from flower_ext.testing import"
+    start = start.replace(last, added + last, 1)
+    (root / TABLE).write_text(f"{start}\nMETHODS = {{\n{rest}", "utf-8")
     reference = root / "docs" / "reference" / "strategies.md"
     with reference.open("a", encoding="utf-8") as file:
         file.write(f"\n::: {module}\n")

@@ -17,7 +17,6 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, Result
 
-from flower_ext.client.app import client_app
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.sampling import PoissonSampler, UniformSampler
 from flower_ext.core.strict_json import read
@@ -155,13 +154,6 @@ def test_two_and_two_rounds_are_four_bit_for_bit(start, tmp_path, make):
         for name, array in arrays.items():
             assert kept[1][slot][name].dtype == array.dtype
             assert kept[1][slot][name].tobytes() == array.tobytes()
-
-
-def test_clients_that_really_train_continue_bit_for_bit(start, tmp_path, task):
-    app = client_app(task)
-    whole = start(4, app=app)
-    start(2, tmp_path, app=app)
-    assert start(4, tmp_path, app=app) == whole
 
 
 def test_the_second_half_of_that_comparison_depends_on_what_was_saved(start, tmp_path):

@@ -1,6 +1,5 @@
 """Bounded group loss: its dual, a problem with a known solution, and sums over all."""
 
-import doctest
 import logging
 import pickle
 import re
@@ -24,7 +23,6 @@ from flower_ext.core.sampling import UniformSampler
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD
 from flower_ext.simulation.local import LocalGrid
-from flower_ext.strategies import bounded_group_loss
 from flower_ext.strategies.bounded_group_loss import (
     BoundedGroupLoss,
     BoundedGroupLossClient,
@@ -1184,9 +1182,3 @@ def test_summary_logs_the_settings(caplog):
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BoundedGroupLoss(**{"groups": ["a", "b"], "upper_bound": 0.3, **options})
-
-
-def test_examples_in_the_documentation():
-    found = doctest.testmod(bounded_group_loss)
-    assert found.failed == 0
-    assert found.attempted >= 2

@@ -1,6 +1,5 @@
 """FedFish: its formula, its limits, its Fisher, and runs with a known solution."""
 
-import doctest
 import logging
 import re
 from dataclasses import replace
@@ -24,7 +23,6 @@ from flower_ext.core.arrays import Lazy, from_record, to_record
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD, Adam
 from flower_ext.simulation.local import LocalGrid
-from flower_ext.strategies import fedfish
 from flower_ext.strategies.fedfish import (
     FedFish,
     FedFishClient,
@@ -849,12 +847,6 @@ def test_summary_logs_the_settings(caplog):
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         FedFish(**options)
-
-
-def test_examples_in_the_documentation():
-    found = doctest.testmod(fedfish)
-    assert found.failed == 0
-    assert found.attempted >= 2
 
 
 def test_no_square_beyond_float32_holds_a_model_of_float64_back(aggregate, reply):

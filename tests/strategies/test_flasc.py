@@ -1,6 +1,5 @@
 """FLASC: an independent reference, its limits, masks, tiers, and real adapters."""
 
-import doctest
 import pickle
 import re
 import zlib
@@ -28,7 +27,6 @@ from flower_ext.server.tracking import Tracker, read_metrics
 from flower_ext.simulation import LocalGrid, PackedGrid, packed
 from flower_ext.strategies import flasc
 from flower_ext.strategies.flasc import FLASC, Decay, FLASCClient, Tier
-from flower_ext.testing import check_strategy
 from flower_ext.wire.sparse import PAYLOAD, accept_sparse, decode, encode, num_values
 from flower_ext.wire.traffic import serialized_bytes
 
@@ -558,23 +556,6 @@ def test_counters_are_averaged_and_never_masked(reply, aggregate):
     assert new["flag"].tolist() == [True, False]
 
 
-# The whole contract ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"download_density": 1, "upload_density": 1},
-        {"client_freeze": True, "fixed_mask_after": 1, "aggregation": "senders"},
-        {"tiers": (Tier(0.5), Tier(1.0, 0.5)), "scope": "tensor"},
-        {"precision": "bfloat16"},
-    ],
-)
-def test_conformance(options):
-    assert check_strategy(partial(FLASC, **options)).limitations == {}
-
-
 def test_settings_are_picklable_and_shown(caplog):
     caplog.set_level("INFO", logger="flwr")
     strategy = FLASC(download_density=Decay(1, 0.9), fixed_mask_after=2)
@@ -645,11 +626,6 @@ def test_change_is_clipped_as_it_arrives(play):
 def test_noise_is_dense(play):
     played = play(private(1.0), APP, 3, START, 1, STEP)
     assert np.all(flat(played.models[1]) != flat(START))
-
-
-def test_senders_are_refused_under_a_mechanism():
-    with pytest.raises(ValueError, match="'cohort' with a mechanism"):
-        private(1.0, aggregation="senders")
 
 
 # Adapters ----------------------------------------------------------------------------
@@ -990,34 +966,3 @@ def test_client_is_told_nothing_else():
     assert list(down[0]) == [PAYLOAD]
     assert set(replies[0].content.array_records) == {"arrays"}
     assert isinstance(replies[0].content, RecordDict)
-
-
-def test_doctests():
-    assert doctest.testmod(flasc).failed == 0
-
-
-# Engines -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"download_density": 0.5, "upload_density": 0.3},
-        {"tiers": (Tier(0.3), Tier(1.0, 0.2)), "client_freeze": True},
-        {"upload_density": 0.2, "error_feedback": True, "precision": "bfloat16"},
-    ],
-)
-def test_packing_changes_nothing(options):
-    app = ClientApp(mods=[packed])
-    app.train()(APP)
-    app.evaluate()(APP)
-    models, metrics = [], []
-    with PackedGrid(LocalGrid(app, 2, STEP), num_clients=6) as grid:
-        for each in (grid, LocalGrid(APP, 6, STEP)):
-            strategy = FLASC(server_optimizer=SGD(0.5), fraction_train=0.7, **options)
-            result = strategy.start(each, to_record(START), num_rounds=3)
-            models.append(flat(from_record(result.arrays)))
-            metrics.append(result.evaluate_metrics_clientapp)
-    assert np.array_equal(*models)
-    assert not np.array_equal(models[0], flat(START))
-    assert metrics[0] == metrics[1]

@@ -1,6 +1,5 @@
 """MaxFL: its weights and their limits, its objective, and a toy with two basins."""
 
-import doctest
 import logging
 import re
 from functools import partial
@@ -19,7 +18,6 @@ from flower_ext.core.sampling import UniformSampler
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD, Adam
 from flower_ext.simulation.local import LocalGrid
-from flower_ext.strategies import maxfl
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient, appeal, appeal_weight
 
 ANY = {"min_train_nodes": 0, "min_evaluate_nodes": 0, "min_available_nodes": 0}
@@ -794,9 +792,3 @@ def test_summary_logs_the_settings(caplog):
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MaxFL(**options)
-
-
-def test_examples_in_the_documentation():
-    found = doctest.testmod(maxfl)
-    assert found.failed == 0
-    assert found.attempted >= 2

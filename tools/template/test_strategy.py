@@ -1,4 +1,4 @@
-"""Template: the contract, its limit, a sum by hand, and its client half."""
+"""Template: a sum by hand, and its client half."""
 
 import math
 
@@ -6,33 +6,11 @@ import numpy as np
 import pytest
 
 from flower_ext.client.app import client_app
-from flower_ext.privacy import Mechanism
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies.template import WEIGHT, Template, TemplateClient
-from flower_ext.testing import check_strategy
 
 SENT = {"w": np.float32([1, 2])}
 ANY = {"min_train_nodes": 0, "min_available_nodes": 0}
-
-
-def test_conformance():
-    check_strategy(Template)
-
-
-def test_conformance_under_a_mechanism():
-    def private():
-        mechanism = Mechanism(
-            num_rounds=4,
-            num_sampled_clients=3,
-            population_size=3,
-            noise_multiplier=0.5,
-            target_delta=1e-2,
-            factorization="tree",
-            seed=3,
-        )
-        return Template(mechanism=mechanism)
-
-    check_strategy(private)
 
 
 @pytest.mark.parametrize(

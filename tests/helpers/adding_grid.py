@@ -1,0 +1,36 @@
+"""A grid in this process that adds replies up as workers do."""
+
+import pickle
+
+from flower_ext.server.partial_sums import PackSum, PartialSum
+from flower_ext.simulation.local import LocalGrid
+
+PACKS = 3
+
+
+class AddingGrid(LocalGrid):
+    """Adds up in packs, as workers do: by what was pickled, in any order."""
+
+    def send_and_sum(self, messages, summand, *, timeout):
+        summand = pickle.loads(pickle.dumps(summand))
+        into = [PartialSum(summand) for _ in range(PACKS)]
+        replies = list(self.send_and_receive(messages))
+        members = [[] for _ in into]
+        for i, reply in enumerate(replies):
+            if reply.has_error():
+                continue
+            rest = into[i % PACKS].add(reply.content)
+            assert not rest.array_records
+            reply.content = rest
+            if not rest.problem:
+                members[i % PACKS].append(reply)
+        for part, its in zip(into, members, strict=True):
+            nodes = frozenset(reply.metadata.src_node_id for reply in its)
+            pack = PackSum(part.total, nodes)
+            for reply in its:
+                reply.content.pack = pack
+        return self.deliver(replies)
+
+    def deliver(self, replies):
+        """Hand over in an order that tells nothing."""
+        return replies[::-1]

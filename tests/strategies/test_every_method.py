@@ -1,0 +1,564 @@
+"""The table: what holds for every method, in one place.
+
+A method is a row of `METHODS`; every test below is a column and runs over the rows. A
+new method adds its row here, and a file of its own with what is special to it.
+"""
+
+import dataclasses
+import math
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import pytest
+from adding_grid import AddingGrid
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tampering import tamper
+
+from flower_ext import AdditiveStrategy, Task, Tracker, client_app
+from flower_ext.client.app import ClientHalf
+from flower_ext.core.arrays import Lazy, from_record, to_record
+from flower_ext.core.contribution import Contribution
+from flower_ext.core.sampling import MinSeparationSampler
+from flower_ext.privacy import AdaptiveClipping, Mechanism
+from flower_ext.server.optimizers import SGD, Adam
+from flower_ext.server.tracking import read_metrics
+from flower_ext.simulation import LocalGrid, PackedGrid
+from flower_ext.strategies import (
+    DPFTRL,
+    FLASC,
+    BoundedGroupLoss,
+    BoundedGroupLossClient,
+    FedFish,
+    FedFishClient,
+    FLASCClient,
+    MaxFL,
+    MaxFLClient,
+)
+from flower_ext.strategies.flasc import Tier
+from flower_ext.testing import check_strategy
+
+# What a mechanism is asked for: three clients of three, or as a test says.
+PLAN = {
+    "num_rounds": 4,
+    "num_sampled_clients": 3,
+    "population_size": 3,
+    "noise_multiplier": 0.5,
+    "target_delta": 1e-2,
+    "factorization": "tree",
+    "seed": 3,
+}
+Options = Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row.
+
+    Attributes
+    ----------
+    make : callable
+        The strategy.
+    half : type, optional
+        What its clients do besides training.
+    options : dict
+        Usual options.
+    others : tuple of dict
+        Further options that keep the contract.
+    fedavg : dict
+        Options with which it is FedAvg, for clients with equally many examples.
+    private : tuple of dict
+        Options under a mechanism; each is looked at. Empty where there is none.
+    refuses : tuple of (dict, str)
+        Options that a mechanism refuses, and the words; all if there is none.
+    takes_plan : bool
+        Whether what a mechanism is asked for are options of the method itself.
+    """
+
+    make: Callable[..., AdditiveStrategy]
+    half: type[ClientHalf] | None = None
+    options: Options = field(default_factory=dict)
+    others: tuple[Options, ...] = ()
+    fedavg: Options
+    private: tuple[Options, ...] = ({},)
+    refuses: tuple[tuple[Options, str], ...] = ()
+    takes_plan: bool = False
+
+    def plain(self, **options: object) -> AdditiveStrategy:
+        """Make the strategy with its usual options and others."""
+        return self.make(**{**self.options, **options})
+
+    def under(self, plan: Options, **options: object) -> AdditiveStrategy:
+        """Make the strategy under a mechanism."""
+        plan = {**PLAN, **plan}
+        if self.takes_plan:
+            return self.make(**{**plan, **options})
+        return self.plain(mechanism=Mechanism(**plan), **options)
+
+
+METHODS = {
+    "FedAvg": Method(make=AdditiveStrategy, fedavg={}),
+    "FedAdam": Method(
+        make=lambda **options: AdditiveStrategy(
+            **{"server_optimizer": Adam(0.01), **options}
+        ),
+        fedavg={},
+    ),
+    "FedFish": Method(
+        make=FedFish,
+        half=FedFishClient,
+        others=(
+            {"estimator": "all-epochs", "damping": 0.0, "barrier": True},
+            {"estimator": "per-example", "damping": math.inf},
+            {"estimator": "sampled"},
+        ),
+        fedavg={"damping": math.inf},
+        private=({}, {"normalization": "client"}),
+    ),
+    "FLASC": Method(
+        make=FLASC,
+        half=FLASCClient,
+        options={"download_density": 0.5, "upload_density": 0.25},
+        others=(
+            {"download_density": 1, "upload_density": 1},
+            {"client_freeze": True, "fixed_mask_after": 1, "aggregation": "senders"},
+            {"tiers": (Tier(0.5), Tier(1.0, 0.5)), "scope": "tensor"},
+            {"precision": "bfloat16"},
+            {
+                "tiers": (Tier(upload_density=1.0), Tier()),
+                "precision": "bfloat16",
+                "error_feedback": True,
+            },
+        ),
+        fedavg={"download_density": 1, "upload_density": 1},
+        refuses=(({"aggregation": "senders"}, "'cohort' with a mechanism"),),
+    ),
+    "MaxFL": Method(
+        make=MaxFL,
+        half=MaxFLClient,
+        options={"warmup_steps": 3},
+        others=({"requirement": 0.5, "temperature": 2.0},),
+        fedavg={"temperature": 1e-300, "epsilon": 0.0},
+    ),
+    "BoundedGroupLoss": Method(
+        make=BoundedGroupLoss,
+        half=BoundedGroupLossClient,
+        options={"groups": ["a", "b"], "upper_bound": 0.3},
+        others=(
+            {
+                "labels": ["0", "1"],
+                "upper_bound": 0.5,
+                "group_counts": [1, 2, 3, 4],
+                "server_optimizer": SGD(0.5),
+            },
+        ),
+        fedavg={"dual_bound": 0.0},
+        refuses=(({"certificate_radius": 1.0}, "what is noised certifies nothing"),),
+    ),
+    "DPFTRL": Method(
+        make=DPFTRL,
+        options={
+            **PLAN,
+            "noise_multiplier": 0.0,
+            "clipping": 1e9,
+            "unprotected_metrics": True,
+        },
+        others=(
+            PLAN,
+            {**PLAN, "restart_every": 2},
+            {**PLAN, "factorization": "identity", "clipping": AdaptiveClipping(0.5)},
+        ),
+        fedavg={},
+        takes_plan=True,
+        refuses=(({"mechanism": Mechanism(**PLAN)}, "mechanism"),),
+    ),
+}
+# The columns' parameters: rows, rows with each of their options, private variants.
+ROWS = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
+SETTINGS = pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        pytest.param(row, options, id=f"{name}-{i}")
+        for name, row in METHODS.items()
+        for i, options in enumerate(({}, *row.others))
+    ],
+)
+PRIVATE = pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        pytest.param(row, options, id=f"{name}-{i}")
+        for name, row in METHODS.items()
+        for i, options in enumerate(row.private)
+    ],
+)
+HALVES = {row.half for row in METHODS.values()} - {None}
+
+
+# The contract -----------------------------------------------------------------------
+
+
+@SETTINGS
+def test_conformance(row, options):
+    assert check_strategy(lambda: row.plain(**options)).limitations == {}
+
+
+@PRIVATE
+def test_conformance_under_a_mechanism(row, options):
+    report = check_strategy(lambda: row.under({}, **options))
+    assert report.limitations == {}
+
+
+@ROWS
+def test_what_cannot_be_private_is_refused(row):
+    assert row.private or row.refuses, "a method without a mechanism says so"
+    for options, words in row.refuses:
+        with pytest.raises((ValueError, TypeError), match=words):
+            row.under({}, **options)
+
+
+# Whole runs, on any grid ------------------------------------------------------------
+
+ROUNDS = 4
+CLIENTS = 6
+CONFIG = {"batch-size": 4, "lr": 0.1}
+
+
+@pytest.fixture(scope="module")
+def app(task):
+    """Six clients that train the small net, of 12 examples and more, in two groups."""
+    return client_app(with_groups(task, task.data), *HALVES)
+
+
+@pytest.fixture(scope="module")
+def equal_app(task):
+    """The same clients with 16 examples each."""
+
+    def data(context):
+        train, test = task.data(context)
+        first = {
+            name: column.repeat((2,) + (1,) * (column.ndim - 1))[:16]
+            for name, column in train.items()
+        }
+        return first, test
+
+    return client_app(with_groups(task, data), *HALVES)
+
+
+def with_groups(task: Task, data) -> Task:
+    """Put a column of groups beside the others, unlike the labels."""
+
+    def grouped(context):
+        return [{**c, "group": (c["x"][:, 2] > 0).long()} for c in data(context)]
+
+    return dataclasses.replace(task, data=grouped)
+
+
+def run_of(row, private):
+    """Return what makes the strategy for a run of half of the six clients."""
+    if not private:
+        if row.takes_plan:
+            return lambda: row.plain(population_size=CLIENTS)
+        return lambda: row.plain(fraction_train=0.5)
+    plan = {"population_size": CLIENTS, "unprotected_metrics": True, "clipping": 0.02}
+    sampler = {} if row.takes_plan else {"sampler": MinSeparationSampler(2)}
+    if row.takes_plan:
+        return lambda: row.under({**plan, "min_separation": 2})
+    return lambda: row.under(plan, **row.private[0], **sampler)
+
+
+PLAIN_AND_PRIVATE = pytest.mark.parametrize(
+    ("row", "private"),
+    [
+        pytest.param(row, private, id=name + "-private" * private)
+        for name, row in METHODS.items()
+        for private in [False, True][: 1 + bool(row.private)]
+    ],
+)
+
+
+def require_same(found, expected, initial, **tolerance):
+    """Require two results to be equal, and to be of rounds that moved the model."""
+    assert list(found.arrays) == list(expected.arrays)
+    for key, array in expected.arrays.items():
+        if tolerance:
+            np.testing.assert_allclose(
+                found.arrays[key].numpy(), array.numpy(), **tolerance
+            )
+        else:
+            assert found.arrays[key].data == array.data
+    for field_name in ("train_metrics_clientapp", "evaluate_metrics_clientapp"):
+        ours, theirs = getattr(found, field_name), getattr(expected, field_name)
+        assert list(ours) == list(theirs) == list(range(1, ROUNDS + 1))
+        for number, metrics in theirs.items():
+            if tolerance:
+                assert dict(ours[number]) == pytest.approx(dict(metrics), rel=1e-6)
+            else:
+                assert ours[number] == metrics
+    assert any(expected.arrays[k].data != array.data for k, array in initial.items())
+
+
+@pytest.fixture(scope="module")
+def plain_run(app, initial, tmp_path_factory):
+    """Run a method in process, once for all columns; return its result and traffic."""
+    known = {}
+
+    def run(make, key):
+        if key not in known:
+            folder = tmp_path_factory.mktemp("plain")
+            result = make().start(
+                LocalGrid(app, CLIENTS, CONFIG),
+                initial,
+                num_rounds=ROUNDS,
+                tracker=Tracker(folder, tensorboard=False),
+            )
+            known[key] = result, traffic(folder)
+        return known[key]
+
+    return run
+
+
+def traffic(folder):
+    """Return bytes and parameters of every round."""
+    rows = [
+        {k: x for k, x in row.items() if "bytes" in k or "parameters" in k}
+        for row in read_metrics(folder)
+    ]
+    assert all(rows)
+    return rows
+
+
+@PLAIN_AND_PRIVATE
+def test_packed_clients_give_the_same_bit_for_bit(
+    row, private, app, initial, plain_run
+):
+    make = run_of(row, private)
+    expected, _ = plain_run(make, (row.make, private))
+    inner = LocalGrid(ClientApp(), 1)
+    options = {"num_clients": CLIENTS, "client_app": app, "run_config": CONFIG}
+    with PackedGrid(inner, **options) as grid:
+        found = make().start(grid, initial, num_rounds=ROUNDS)
+    require_same(found, expected, initial)
+
+
+@PLAIN_AND_PRIVATE
+def test_partial_sums_give_the_same(row, private, app, initial, plain_run, tmp_path):
+    make = run_of(row, private)
+    expected, its_traffic = plain_run(make, (row.make, private))
+    found = make().start(
+        AddingGrid(app, CLIENTS, CONFIG),
+        initial,
+        num_rounds=ROUNDS,
+        tracker=Tracker(tmp_path, tensorboard=False),
+    )
+    require_same(found, expected, initial, rtol=1e-6, atol=1e-8)
+    assert traffic(tmp_path) == its_traffic
+
+
+@PLAIN_AND_PRIVATE
+def test_a_run_resumed_after_every_round_is_the_same_bit_for_bit(
+    row, private, app, initial, plain_run, tmp_path
+):
+    make = run_of(row, private)
+    expected, _ = plain_run(make, (row.make, private))
+    # What clients themselves keep between rounds is the grid's, which goes on.
+    grid = LocalGrid(app, CLIENTS, CONFIG)
+    for rounds in range(1, ROUNDS + 1):
+        found = make().start(grid, initial, num_rounds=rounds, checkpoint=tmp_path)
+    require_same(found, expected, initial)
+
+
+@ROWS
+def test_a_limit_is_fedavg(row, equal_app, initial):
+    grid = LocalGrid(equal_app, 3, CONFIG)
+    models = []
+    for make in (partial(row.plain, **row.fedavg), AdditiveStrategy, row.plain):
+        strategy = make(server_optimizer=SGD(0.5, momentum=0.9))
+        result = strategy.start(grid, initial, num_rounds=3)
+        assert result.train_metrics_clientapp[3]["num-errors"] == 0
+        models.append(from_record(result.arrays))
+    limit, average, usual = models
+    # Under a mechanism, also one without noise, counters stay as they are.
+    floats = {name: x for name, x in average.items() if x.dtype.kind == "f"}
+    for name, x in floats.items():
+        np.testing.assert_allclose(limit[name], x, rtol=1e-5, atol=1e-7)
+    if row.fedavg:
+        assert max(np.abs(usual[name] - x).max() for name, x in floats.items()) > 1e-6
+
+
+# Under a mechanism ------------------------------------------------------------------
+
+LINE = {"weight": np.zeros((1, 2), np.float32)}
+
+
+@pytest.fixture
+def line(linear_task):
+    """Three clients of a line with ten examples each, and a column of groups."""
+    rng = np.random.default_rng(0)
+    data = [
+        {
+            "x": rng.standard_normal((10, 2)) + i,
+            "y": rng.standard_normal(10) + i,
+            "group": rng.integers(0, 2, 10),
+        }
+        for i in range(3)
+    ]
+    app = client_app(linear_task(data, 2), *HALVES)
+    return LocalGrid(app, 3, {"lr": 0.05, "batch-size": 5})
+
+
+@PRIVATE
+def test_no_noise_and_no_clip_is_the_method_for_clients_of_one_size(row, options, line):
+    models = []
+    for make in (
+        partial(row.under, {"noise_multiplier": 0, "clipping": math.inf}),
+        row.plain,
+    ):
+        strategy = make(
+            server_optimizer=SGD(0.8, momentum=0.9), fraction_evaluate=0.0, **options
+        )
+        result = strategy.start(line, to_record(LINE), num_rounds=3)
+        models.append(from_record(result.arrays)["weight"])
+    private, plain = models
+    np.testing.assert_allclose(private, plain, rtol=1e-6)
+    assert np.any(plain != 0)
+
+
+def total_of(strategy, grid, change=list):
+    """Run a round; return what the strategy was given to make a direction of."""
+    kept = []
+    update = strategy.update
+
+    def spy(total, *more):
+        arrays = {
+            part: {name: x.copy() for name, x in arrays.items()}
+            for part, arrays in total.arrays.items()
+        }
+        kept.append(Contribution(arrays, scalars=dict(total.scalars)))
+        return update(total, *more)
+
+    strategy.update = spy
+    messages = strategy.configure_train(1, to_record(LINE), ConfigRecord(), grid)
+    replies = sorted(
+        grid.send_and_receive(messages), key=lambda m: m.metadata.src_node_id
+    )
+    strategy.aggregate_train(1, change(replies))
+    return kept[0]
+
+
+def distance(left, right, scales):
+    """Return the norm of the difference, as it is scaled for clipping."""
+    squares = 0.0
+    for part, arrays in left.arrays.items():
+        for name, x in arrays.items():
+            assert not isinstance(x, Lazy)
+            gap = np.linalg.norm(x - right.arrays[part][name])
+            squares += (scales.get(part, 1.0) * gap) ** 2
+    for name, x in left.scalars.items():
+        gap = np.linalg.norm(x - right.scalars[name])
+        squares += (scales.get(name, 1.0) * gap) ** 2
+    return math.sqrt(squares)
+
+
+@PRIVATE
+@pytest.mark.parametrize("factor", [1.0, 1e6])
+def test_adjacent_inputs_are_within_the_norm(row, options, line, factor):
+    """One client there or not, honest or with everything times a million."""
+
+    def without(replies):
+        return replies[1:]
+
+    def enlarged(replies):
+        for record in replies[0].content.array_records.values():
+            for name, array in record.items():
+                if array.dtype.startswith("float"):  # not FLASC's payload of bytes
+                    record[name] = type(array)(array.numpy() * np.float32(factor))
+        for record in replies[0].content.metric_records.values():
+            for name in ("group-loss-sums", "num-examples"):
+                if name in record:
+                    value = record[name]
+                    record[name] = (
+                        [v * factor for v in value]
+                        if isinstance(value, list)
+                        else float(value * factor)
+                    )
+        return replies
+
+    bound = 0.01
+    plan = {"clipping": bound}
+    totals = [
+        total_of(row.under(plan, **options), line, change)
+        for change in (without, enlarged)
+    ]
+    found = distance(*totals, dict(row.under(plan, **options).scales))
+    assert 0 < found <= bound * (1 + 1e-6)
+    # Clients that train really move by more than this norm.
+    assert found == pytest.approx(bound, rel=1e-3)
+
+
+@PRIVATE
+def test_noise_reaches_every_coordinate(row, options, line):
+    quiet, loud = (
+        total_of(row.under({"noise_multiplier": z, "clipping": 0.05}, **options), line)
+        for z in (0.0, 0.5)
+    )
+    for part, arrays in quiet.arrays.items():
+        for name, x in arrays.items():
+            assert np.all(loud.arrays[part][name] != x), (part, name)
+    for name, x in quiet.scalars.items():
+        assert np.all(loud.scalars[name] != x), name
+
+
+@PRIVATE
+def test_a_noisy_run_stays_finite(row, options, line):
+    strategy = row.under({"noise_multiplier": 20.0}, fraction_evaluate=0.0, **options)
+    result = strategy.start(line, to_record(LINE), num_rounds=4)
+    assert np.all(np.isfinite(from_record(result.arrays)["weight"]))
+    assert len(result.train_metrics_clientapp) == 4
+
+
+# Replies tampered with --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def honest(app):
+    """Answer a message; one that was answered before as then, without training."""
+    known = {}
+
+    def answer(message, context):
+        asked = message.metadata.message_type, context.node_config["partition-id"]
+        key = asked, pickle.dumps(message.content)
+        if key not in known:
+            known[key] = app(message, context).content
+        return RecordDict(known[key])
+
+    return answer
+
+
+@ROWS
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_no_reply_ends_a_run_or_spoils_the_model(row, honest, initial, data):
+    def answer(message, context):
+        content = honest(message, context)
+        if context.node_config["partition-id"] == 1:
+            content = tamper(content, data.draw)
+        return Message(content, reply_to=message)
+
+    app = ClientApp()
+    app.train()(answer)
+    app.evaluate()(answer)
+    grid = LocalGrid(app, 3, {"batch-size": 20, "lr": 0.1})
+    strategy = row.under({}) if row.takes_plan else row.plain()
+    result = strategy.start(grid, initial, num_rounds=2)
+    first, last = from_record(initial), from_record(result.arrays)
+    assert {k: (x.shape, x.dtype) for k, x in last.items()} == {
+        k: (x.shape, x.dtype) for k, x in first.items()
+    }
+    assert all(np.isfinite(x).all() for x in last.values())
+    assert not np.array_equal(first["out.weight"], last["out.weight"])
