@@ -1,14 +1,18 @@
-"""check_strategy: the conformance suite for strategies, ours and others'.
+"""The conformance suites for strategies and for codecs, ours and others'.
 
-In the tests of a strategy of one's own::
+In the tests of a strategy, or of a codec, of one's own::
 
-    from flower_ext.testing import check_strategy
+    from flower_ext.testing import check_codec, check_strategy
 
     def test_conformance():
         check_strategy(MyStrategy)
+        check_codec(MyCodec)
 """
 
 import pickle
+import struct
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -35,9 +39,12 @@ from flower_ext.client.seeds import seed_torch
 from flower_ext.client.task import Batch, Task
 from flower_ext.core.arrays import Arrays, from_record, layout
 from flower_ext.core.protocol import ARRAYS_KEY
+from flower_ext.core.replies import MalformedReply
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.checkpoint import Stateful
 from flower_ext.simulation.local import LocalGrid
+from flower_ext.wire.codec import PAYLOAD, Codec, Sending, num_values, seal
+from flower_ext.wire.registry import classes, decode, describe, rebuild
 
 CLIENTS = 3
 
@@ -579,4 +586,262 @@ _ROBUSTNESS = (
     _odd_numbers,
     _own_metrics,
     _evaluates_anything,
+)
+
+
+# Codecs ---------------------------------------------------------------------------
+
+
+def check_codec(factory: Callable[[], Codec], *, told: bool = True) -> Report:
+    """Check that a codec keeps its promises.
+
+    What it wrote it must read back in the names, order, shapes and dtypes of what is
+    expected, without its settings; integers and flags exactly; all bit for bit if it is
+    ``lossless``, right on average if it is ``unbiased``. What is not finite must not
+    become so, equal draws must give equal bytes, and the arrays must stay as they were.
+    Whatever is wrong with a record must be a ``MalformedReply``, in memory that does
+    not depend on how long it is.
+
+    Parameters
+    ----------
+    factory : callable
+        Makes the codec; usually a partial of its class.
+    told : bool (default: True)
+        Whether a message can name it, as clients need of the codec of their uploads.
+
+    Returns
+    -------
+    Report
+        What passed.
+
+    Raises
+    ------
+    ConformanceError
+        If a promise is broken.
+
+    Examples
+    --------
+    >>> from flower_ext.wire import NF4
+    >>> len(check_codec(NF4).passed)
+    11
+    """
+    report = Report()
+    broken: dict[str, str] = {}
+    for rule in (*_CODEC_RULES, *([_is_told] if told else [])):
+        name = str(rule.__doc__).partition("\n")[0].rstrip(".").lower()
+        try:
+            rule(factory().at(1))
+        except Exception as error:
+            broken[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        else:
+            report.passed.append(name)
+    if broken:
+        raise ConformanceError(
+            f"{len(broken)} rules are broken:\n"
+            + "\n".join(f"- {name}: {why}" for name, why in broken.items())
+        )
+    return report
+
+
+def _sending(seed: int = 0) -> Sending:
+    return Sending(np.random.default_rng(seed))
+
+
+def _many_arrays() -> list[Arrays]:
+    """Return models of all that may come: precisions, no array, no number, no axis."""
+    rng = np.random.default_rng(7)
+    normal = rng.standard_normal((6, 50))
+    alike = np.repeat(np.array([1, -1, 0.5], np.float32), 40)
+    wide: Arrays = {f"w{t}": normal.astype(t) for t in ("f2", "f4", "f8")}
+    counters: Arrays = {
+        "n": np.array(7),
+        "flag": np.array([True, False]),
+        "u": np.array([9], np.uint8),
+    }
+    odd: Arrays = {
+        "none": np.zeros((0, 3), np.float32),
+        "one": np.array(-2.5, np.float32),
+        "turned": np.asfortranarray(normal.astype(np.float32))[::2],
+        "zeros": np.zeros(70, np.float32),
+        "tiny": np.array([1e-40, -1e-40, 0.0], np.float32),
+    }
+    return [{}, wide, {"z": alike, "a": alike[::-1].copy(), **counters}, odd, counters]
+
+
+def _round_trip(codec: Codec) -> None:
+    """Returns the arrays that are expected, lossless if it says so."""
+    for arrays in _many_arrays():
+        before = {name: x.copy() for name, x in arrays.items()}
+        found = codec.decode(codec.encode(arrays, _sending()), arrays)
+        _require(list(layout(found).items()) == list(layout(arrays).items()), "layout")
+        for name, x in arrays.items():
+            _require(np.array_equal(x, before[name]), f"{name} was changed")
+            _require(found[name].flags.writeable, f"{name} cannot be written to")
+            same = found[name].tobytes() == x.tobytes()
+            _require(same or not codec.lossless, f"{name} is not what it was")
+
+
+def _exact_integers(codec: Codec) -> None:
+    """Returns integers and flags exactly."""
+    for arrays in _many_arrays():
+        found = codec.decode(codec.encode(arrays, _sending()), arrays)
+        for name, x in arrays.items():
+            exact = x.dtype.kind == "f" or np.array_equal(found[name], x)
+            _require(exact, f"{x} became {found[name]}")
+
+
+def _says_itself(codec: Codec) -> None:
+    """Writes records that can be read without its settings, sealed or not."""
+    own = classes(codec)
+    for arrays in _many_arrays():
+        record = codec.encode(arrays, _sending())
+        expected = codec.decode(record, arrays)
+        for x in (record, seal(record)):
+            found = decode(x, arrays, own).arrays
+            same = all(found[n].tobytes() == expected[n].tobytes() for n in arrays)
+            _require(same, "its class reads something else than it does itself")
+
+
+def _deterministic(codec: Codec) -> None:
+    """Writes the same bytes for the same draws."""
+    for arrays in _many_arrays():
+        one, two = (codec.encode(arrays, _sending(3))[PAYLOAD].data for _ in range(2))
+        _require(one == two, "the bytes differ: are they of another generator?")
+
+
+def _not_finite(codec: Codec) -> None:
+    """Keeps what is not finite so."""
+    for bad in (np.nan, np.inf, -np.inf):
+        for at in (0, 70, -1):
+            x = np.ones(130, np.float32)
+            x[at] = bad
+            found = codec.decode(codec.encode({"w": x}, _sending()), {"w": x})["w"]
+            _require(not np.isfinite(found).all(), f"{bad} at {at} became finite")
+
+
+def _takes_ties(codec: Codec) -> None:
+    """Chooses of tied arrays the same coordinates, and keeps silent ones zero."""
+    x = np.random.default_rng(1).standard_normal(90).astype(np.float32)
+    arrays = {"a": x, "b": x.copy(), "c": np.zeros(90, np.float32)}
+    sending = Sending(np.random.default_rng(0), tied={"b": "a"}, silent=("c",))
+    found = codec.unpack(codec.encode(arrays, sending), arrays)
+    if found.masks is not None:
+        same = np.array_equal(found.masks["a"], found.masks["b"])
+        _require(same, "the masks of two names of one tensor differ")
+    _require(not found.arrays["c"].any(), "zeros became something")
+
+
+def _counts(codec: Codec) -> None:
+    """Counts its values."""
+    for arrays in _many_arrays():
+        record = codec.encode(arrays, _sending())
+        count, size = num_values(record), sum(x.size for x in arrays.values())
+        _require(count == codec.unpack(record, arrays).values, f"{count} are announced")
+        right = count == size if codec.lossless else 0 <= count <= size
+        _require(right, f"{count} values of {size} numbers")
+
+
+def _unbiased(codec: Codec) -> None:
+    """Is right on average, if it says so."""
+    if codec.lossless or not codec.unbiased:
+        return
+    x, draws = np.random.default_rng(5).standard_normal(60).astype(np.float32), 400
+    found = np.stack(
+        [
+            codec.decode(codec.encode({"w": x}, _sending(seed)), {"w": x})["w"]
+            for seed in range(draws)
+        ]
+    ).astype(np.float64)
+    error = np.abs(found.mean(0) - x)
+    # Five standard errors of the mean: one of 60 in 30,000 checks is above.
+    allowed = 5 * found.std(0) / np.sqrt(draws) + 1e-6
+    _require(bool((error <= allowed).all()), f"the mean is off by {error.max():.3g}")
+
+
+def _hostile(codec: Codec) -> None:
+    """Refuses whatever is wrong with a record, and nothing else happens."""
+    arrays = {
+        "w": np.random.default_rng(2).standard_normal((9, 30)).astype(np.float32),
+        "n": np.array([3, 4]),
+    }
+    honest = bytes(codec.encode(arrays, _sending())[PAYLOAD].numpy())
+    rng = np.random.default_rng(0)
+    bodies = [honest[4:i] for i in range(4, len(honest), 7)] + [honest[4:] + b"\0"]
+    for _ in range(400):
+        altered = bytearray(honest[4:])
+        for at in rng.integers(0, len(altered), 1 + int(rng.integers(3))):
+            altered[at] = int(rng.integers(256))
+        bodies.append(bytes(altered))
+    for body in bodies:
+        payload = struct.pack("<I", zlib.crc32(body)) + body
+        record = _payload_record(payload)
+        num_values(record)
+        try:
+            found = codec.decode(record, arrays)
+        except MalformedReply:
+            continue
+        _require(
+            layout(found) == layout(arrays), f"{layout(arrays)} is {layout(found)}"
+        )
+    flipped = bytearray(honest)
+    flipped[-1] ^= 1
+    others = {"w": arrays["w"].T, "n": arrays["n"]}
+    for record, like in (
+        (_payload_record(flipped), arrays),
+        (_payload_record(honest), others),
+        (_payload_record(honest), {"w": arrays["w"]}),
+        (ArrayRecord(), arrays),
+        (ArrayRecord({"w": Array(arrays["w"])}), arrays),
+    ):
+        try:
+            codec.decode(record, like)
+        except MalformedReply:
+            continue
+        raise AssertionError("a record that is wrong was read")
+
+
+def _payload_record(payload: bytes | bytearray) -> ArrayRecord:
+    return ArrayRecord({PAYLOAD: Array(np.frombuffer(payload, np.uint8))})
+
+
+def _bounded(codec: Codec) -> None:
+    """Reads in memory that the arrays account for, whatever is sent."""
+    arrays = {"w": np.ones(100, np.float32)}
+    honest = bytes(codec.encode(arrays, _sending())[PAYLOAD].numpy())
+    head = 4 + 1 + 2 * len(codec.stages) + 12
+    size = 1 << 21
+    for fill in (b"\0", b"\1", b"\x7f", b"\xff", struct.pack("<I", size)):
+        for keep in (head, (head + len(honest)) // 2, len(honest)):
+            body = honest[4:keep] + (fill * size)[: size + 4]
+            record = _payload_record(struct.pack("<I", zlib.crc32(body)) + body)
+            tracemalloc.start()
+            try:
+                codec.decode(record, arrays)
+            except MalformedReply:
+                pass
+            finally:
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+            _require(peak < 1 << 18, f"{peak} bytes were held for 400 bytes of arrays")
+
+
+def _is_told(codec: Codec) -> None:
+    """Can be named in a message."""
+    again = rebuild(describe(codec), classes(codec))
+    _require(again == codec, f"{codec} became {again}")
+    _require(codec.at(2) is codec, "at() of a codec of a round changes it")
+    _require(pickle.loads(pickle.dumps(codec)) == codec, "pickling changes it")
+
+
+_CODEC_RULES = (
+    _round_trip,
+    _exact_integers,
+    _says_itself,
+    _deterministic,
+    _not_finite,
+    _takes_ties,
+    _counts,
+    _unbiased,
+    _hostile,
+    _bounded,
 )

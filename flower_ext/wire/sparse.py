@@ -49,6 +49,7 @@ CANNOT_READ = (
     "ClientApp(mods=[flasc()])"
 )
 
+_NO_DRAWS = np.random.default_rng(0)
 _PLAIN = "numpy.ndarray"
 _MAGIC = b"FXS1"
 _HEADER = struct.Struct("<4sI")
@@ -255,14 +256,14 @@ def _encode_array(
     flat = x.reshape(-1)
     code = VALUE_CODES[precision if is_averaged(x) else "exact"]
     if mask is None or mask.all():
-        return [bytes([_EVERYTHING]), code.encode(flat)], flat.size
+        return [bytes([_EVERYTHING]), code.encode_values(flat, _NO_DRAWS)], flat.size
     positions = np.flatnonzero(mask)
     if not len(positions):
         return [bytes([_NOTHING])], 0
     name = smallest(positions, flat.size)
     coded = MASK_CODES[name].encode(positions, flat.size)
     head = bytes([_MASK_NAMES.index(name)]) + _SECTION.pack(len(positions), len(coded))
-    return [head, coded, code.encode(flat[positions])], len(positions)
+    return [head, coded, code.encode_values(flat[positions], _NO_DRAWS)], len(positions)
 
 
 class _Reader:
@@ -309,8 +310,8 @@ class _Reader:
                 raise ValueError(f"{count} values for an array of {size}")
             positions = MASK_CODES[name].decode(self._take(length), count, size)
         code = VALUE_CODES[precision if is_averaged(like) else "exact"]
-        data = self._take(code.length(count, like.dtype))
-        return name, positions, code.decode(data, count, like.dtype)
+        data = self._take(code.length(count, like.dtype) or 0)
+        return name, positions, code.decode_values(data, count, like.dtype)
 
     def _take(self, length: int) -> memoryview:
         part = self._body[self._at : self._at + length]

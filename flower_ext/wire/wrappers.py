@@ -1,0 +1,131 @@
+"""What may be put around any codec: error feedback, and a description for others."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from flwr.app import ArrayRecord
+from flwr.common import NDArray
+
+from flower_ext.core.arrays import Arrays, all_finite, is_averaged
+from flower_ext.core.errors import refuse
+from flower_ext.wire.codec import Codec, Sending, Stage, Written
+
+
+@dataclass(frozen=True)
+class _Around(Codec):
+    """Writes and reads as the codec inside."""
+
+    codec: Codec
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.codec, Codec):
+            refuse("codec", self.codec, "a codec", "an instance, not the class")
+
+    @property
+    def feedback(self) -> bool:  # type: ignore[override]
+        """Whether the codec inside has it."""
+        return self.codec.feedback
+
+    @property
+    def described(self) -> bool:  # type: ignore[override]
+        """Whether the codec inside is."""
+        return self.codec.described
+
+    @property
+    def stages(self) -> tuple[type[Stage], ...]:
+        """Those of the codec inside."""
+        return self.codec.stages
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the codec inside is."""
+        return self.codec.lossless
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the codec inside is."""
+        return self.codec.unbiased
+
+    def write(self, arrays: Arrays, sending: Sending) -> Written:
+        """Write as the codec inside does."""
+        return self.codec.write(arrays, sending)
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(_Around):
+    """A codec of uploads whose losses are made up for in later rounds.
+
+    A client adds what its upload left out, by choice or by rounding, to its next change
+    (Seide et al. 2014, "1-bit stochastic gradient descent"); it keeps that in its own
+    state. For clients that are asked often: what is left out ages. What is kept is
+    thrown away where it is not finite, so that a client that diverged starts anew.
+
+    Parameters
+    ----------
+    codec : Codec
+        How changes travel.
+    """
+
+    feedback = True
+
+
+@dataclass(frozen=True)
+class Described(_Around):
+    """A codec of downloads for apps that train in a loop of their own.
+
+    Names and shapes of the arrays, which such an app keeps to itself, go along with
+    each message: some hundred bytes for an adapter.
+
+    Parameters
+    ----------
+    codec : Codec
+        How models travel.
+    """
+
+    described = True
+
+
+class Sent(NamedTuple):
+    """A client's upload, and what it left out, to be kept where there is feedback."""
+
+    record: ArrayRecord
+    residual: Arrays | None
+
+
+def upload(
+    codec: Codec,
+    change: Mapping[str, NDArray],
+    kept: Mapping[str, NDArray] | None,
+    sending: Sending,
+) -> Sent:
+    """Encode a client's change, with what its earlier uploads left out.
+
+    Parameters
+    ----------
+    codec : Codec
+        As the server told.
+    change : Mapping[str, ndarray]
+        What training changed.
+    kept : Mapping[str, ndarray] or None
+        The residual of the upload before, if there was one.
+    sending : Sending
+        What the client knows.
+
+    Returns
+    -------
+    Sent
+        The residual is None without feedback, and where it is not finite: it would
+        come back in every round.
+    """
+    change = dict(change)
+    if not codec.feedback:
+        return Sent(codec.encode(change, sending), None)
+    if kept is not None:
+        change |= {name: change[name] + x for name, x in kept.items()}
+    record = codec.encode(change, sending)
+    sent = codec.decode(record, change)
+    with np.errstate(invalid="ignore"):
+        left = {n: x - sent[n] for n, x in change.items() if is_averaged(x)}
+    return Sent(record, left if all_finite(left.values()) else None)
