@@ -1,7 +1,8 @@
 """Save a run after each round and continue it: safetensors for arrays, JSON else.
 
 A saved round is a folder ``round-00012`` with ``model.safetensors``,
-``state.safetensors`` (moments and other arrays of the strategy) and ``state.json``.
+``state.safetensors`` (moments and other arrays of the strategy) and ``state.json``, and
+with the states of the clients where the grid has them.
 It is written under another name, flushed to the disk and renamed, so that a folder of
 that name is complete; only then is the round before the last one deleted.
 
@@ -32,6 +33,7 @@ from safetensors.numpy import load_file, save_file
 
 from flower_ext._flower import log
 from flower_ext.core.arrays import Arrays, from_record, layout, to_record
+from flower_ext.core.files import flush
 from flower_ext.core.strict_json import read, write
 from flower_ext.server.run_settings import (
     Changes,
@@ -42,8 +44,9 @@ from flower_ext.server.run_settings import (
     readable,
     settings_of,
 )
+from flower_ext.server.saved_states import Found, SavedStates
 
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"round-(\d{5,})")
 _LOCK = ".lock"
 _RELEASED = "released.json"
@@ -82,6 +85,9 @@ class Checkpoint:
     configs : Mapping[str, ConfigRecord], optional
         The configurations that the run hands to its strategy, by name. What it changes
         in them is saved and restored, too.
+    grid : Grid, optional
+        If its clients' ``states`` are in reach, they are saved and restored, and so is
+        what the grid itself has in its ``state_dict``.
     run_config : Mapping, optional
         What clients may find in their run config. Where it is another than that of the
         saved run, a warning says so: part of it, such as a folder of results, may be.
@@ -100,6 +106,7 @@ class Checkpoint:
         strategy: object,
         configs: Configs | None = None,
         *,
+        grid: object = None,
         run_config: UserConfig | None = None,
         releases: bool = False,
     ) -> None:
@@ -112,6 +119,9 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint={folder!r} must be the path of a folder")
         self.folder = Path(folder).expanduser().absolute()
         self.strategy = strategy
+        self._grid = grid if isinstance(grid, Stateful) else None
+        states = getattr(grid, "states", None)
+        self._clients = None if states is None else SavedStates(states)
         self._configs = dict(configs or {})
         self._changes = Changes(self._configs)
         self._begun = settings_of(strategy, self._configs)
@@ -187,7 +197,9 @@ class Checkpoint:
                 shutil.rmtree(replaced, ignore_errors=True)
                 final.rename(replaced)
             partial.rename(final)
-            _flush(self.folder)
+            flush(self.folder)
+            if self._clients:
+                self._clients.has_written(final)
             if self.releases:
                 self._note_release(server_round)
         except (OSError, SafetensorError) as error:
@@ -236,13 +248,15 @@ class Checkpoint:
         rounds = self.rounds()
         self._require_released(max(rounds, default=0))
         if not rounds:
+            self._say_whether_states_are_saved()
             return 0
         path = self._path(rounds[-1])
         try:
             saved = self._read(path)
             model = load_file(path / _MODEL)
             arrays = to_record({name: model[name] for name in saved["model"]})
-            state = _join(saved["strategy-state"], load_file(path / _STATE))
+            states = _join(saved["states"], load_file(path / _STATE))
+            clients = self._saved_clients(path, saved["clients"])
             metrics = {
                 field: {int(r): MetricRecord(m) for r, m in rounds.items()}
                 for field, rounds in saved["metrics"].items()
@@ -260,8 +274,12 @@ class Checkpoint:
                 + (_NOT_AGAIN if self.releases else _DELETE)
             ) from error
         try:
-            self.strategy.load_state_dict(state)
-        except (LookupError, TypeError, ValueError) as error:
+            self.strategy.load_state_dict(states["strategy"])
+            if self._grid and states["grid"]:
+                self._grid.load_state_dict(states["grid"])
+            if self._clients and clients:
+                self._clients.restore(clients)
+        except (LookupError, OSError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be continued: {error}") from error
         self._changes.load_state_dict(saved["changes"])
         self._begun, self._initial = begun, str(saved["initial"])
@@ -270,15 +288,50 @@ class Checkpoint:
             getattr(result, field).update(metrics[field])
         if done != num_rounds:
             log(INFO, "Continuing after round %s, saved in %s", done, path)
+            if clients is None:
+                log(
+                    WARNING,
+                    "Clients start anew: their states are not in the checkpoint, since "
+                    "they were out of the grid's reach",
+                )
         return done
+
+    def _saved_clients(
+        self, path: Path, about: Mapping[str, Any] | None
+    ) -> Found | None:
+        """Return the saved states of clients; None if they are not in the checkpoint.
+
+        A run whose clients have states cannot go on where these are out of reach.
+        """
+        if about is None:
+            return None
+        if self._clients:
+            return self._clients.read(path, about)
+        if num := len(about["small"]) + len(about["files"]):
+            raise CheckpointError(
+                f"{path} holds the states of {num} clients, which this grid cannot "
+                "hand to them: continue on a LocalGrid or a PackedGrid in a simulation"
+            )
+        return None
+
+    def _say_whether_states_are_saved(self) -> None:
+        """Warn at the start of a run whose clients would start anew in the next."""
+        half = getattr(self.strategy, "client_half", None)
+        if self._clients is None and getattr(half, "keeps_state", False):
+            log(
+                WARNING,
+                "Clients' states are out of this grid's reach, and will not be in the "
+                "checkpoint: if the run is continued, clients start anew. A LocalGrid "
+                "has them in reach, and so has a PackedGrid in a simulation",
+            )
 
     def _note_release(self, server_round: int) -> None:
         """Write that a round is released, for good, before it is."""
         partial = self.folder / ".released"
         partial.write_text(write({"round": server_round}), "utf-8")
-        _flush(partial)
+        flush(partial)
         partial.replace(self.folder / _RELEASED)
-        _flush(self.folder)
+        flush(self.folder)
 
     def _require_released(self, last: int) -> None:
         """Refuse to continue from before a round that was released."""
@@ -308,13 +361,15 @@ class Checkpoint:
 
     def _write(self, folder: Path, server_round: int, result: Result) -> None:
         model = from_record(result.arrays)
-        state, arrays = _split(self.strategy.state_dict())
+        grid = self._grid.state_dict() if self._grid else {}
+        states, arrays = _split({"strategy": self.strategy.state_dict(), "grid": grid})
         saved = {
             "format": FORMAT,
             "round": server_round,
             "strategy": _name(self.strategy),
             "model": layout(model),
-            "strategy-state": state,
+            "states": states,
+            "clients": self._clients.write(folder) if self._clients else None,
             "settings": {
                 "begun": self._begun,
                 "now": settings_of(self.strategy, self._configs),
@@ -331,8 +386,8 @@ class Checkpoint:
         save_file(_contiguous(arrays), folder / _STATE)
         saved["sha256"] = {name: _digest(folder / name) for name in (_MODEL, _STATE)}
         (folder / _JSON).write_text(write(saved, tagged=True, indent=1), "utf-8")
-        for path in (*folder.iterdir(), folder):
-            _flush(path)
+        for path in (folder / _MODEL, folder / _STATE, folder / _JSON, folder):
+            flush(path)
 
     def _read(self, path: Path) -> dict[str, Any]:
         """Read a saved round's JSON, and check the files beside it."""
@@ -427,14 +482,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _contiguous(arrays: Mapping[str, NDArray]) -> Arrays:
     return {
         name: np.ascontiguousarray(x).reshape(x.shape) for name, x in arrays.items()
@@ -454,12 +501,10 @@ def _split(state: object, path: str = "") -> tuple[object, Arrays]:
     return state, {}
 
 
-def _join(state: object, arrays: Arrays) -> dict[str, object]:
-    def fill(value: object) -> object:
-        if isinstance(value, dict):
-            if set(value) == {"$array"}:
-                return arrays[value["$array"]]
-            return {key: fill(inner) for key, inner in value.items()}
-        return value
-
-    return {key: fill(value) for key, value in dict(state).items()}  # type: ignore[call-overload]
+def _join(state: object, arrays: Arrays) -> Any:
+    """Put the arrays back in their places."""
+    if isinstance(state, dict):
+        if set(state) == {"$array"}:
+            return arrays[state["$array"]]
+        return {key: _join(inner, arrays) for key, inner in state.items()}
+    return state

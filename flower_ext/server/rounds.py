@@ -163,6 +163,7 @@ def run_rounds(
         checkpoint,
         strategy,
         configs,
+        grid=grid,
         run_config=getattr(getattr(grid, "run", None), "override_config", None),
         releases=run.releases,
     )
@@ -218,8 +219,6 @@ class _Run:
             self.done = self.saved.restore(self.result, self.num_rounds)
         if self.done == self.num_rounds > 0:
             log(INFO, "The run is already complete: its result is returned")
-        elif self.done:
-            log(WARNING, "Clients start anew: their states are not in a checkpoint")
 
     def _begin(self) -> None:
         if self.tracker:

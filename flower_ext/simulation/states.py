@@ -142,9 +142,9 @@ class Shelf:
         data = encode(state)
         if len(data) <= _LARGE or not self.is_here():
             return data
-        return self.put(data)
+        return self.file(data)
 
-    def put(self, data: bytes) -> str:
+    def file(self, data: bytes) -> str:
         """Write a file; return its name."""
         handle, path = tempfile.mkstemp(dir=self.folder)
         with os.fdopen(handle, "wb") as file:
@@ -198,12 +198,12 @@ class ClientStates:
             self._end = weakref.finalize(self, _remove, folder, lock)
         return self._shelf
 
-    def read(self, client: int) -> RecordDict:
+    def get(self, client: int) -> RecordDict:
         """Return a copy of a client's state; an empty one if it has none."""
         kept = self._kept.get(client)
         return RecordDict() if kept is None else self.shelf().read(kept)
 
-    def write(self, client: int, state: RecordDict) -> None:
+    def put(self, client: int, state: RecordDict) -> None:
         """Keep a client's new state."""
         self.take(client, encode(state) if state else None)
 
@@ -235,7 +235,7 @@ class ClientStates:
             return
         if isinstance(kept, bytes):
             if len(kept) > _LARGE or self._used + len(kept) > self._memory:
-                kept = self.shelf().put(kept)
+                kept = self.shelf().file(kept)
             else:
                 self._used += len(kept)
         self._kept[client] = kept
@@ -294,7 +294,7 @@ class ClientStates:
                 )
         found = {client: _accounts(self._bytes(client)) for client in self._kept}
         for client in self._kept.keys() - states.keys():
-            self.write(client, found[client])
+            self.put(client, found[client])
         for client, state in states.items():
             data = state if isinstance(state, bytes) else state.read_bytes()
             account = found.get(client)
@@ -302,7 +302,7 @@ class ClientStates:
                 records = decode(data)
                 for key in _accounts(data):
                     del records[key]
-                self.write(client, RecordDict({**records, **(account or {})}))
+                self.put(client, RecordDict({**records, **(account or {})}))
             elif isinstance(state, bytes) or len(data) <= _LARGE:
                 self.take(client, data)
             else:

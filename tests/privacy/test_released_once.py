@@ -261,7 +261,7 @@ def full(*args, **kwargs):
 STEPS = {
     "model": (module, "save_file"),
     "json": (Path, "write_text"),
-    "flush": (module, "_flush"),
+    "flush": (module, "flush"),
     "rename": (Path, "rename"),
     "note": (Path, "replace"),
 }
@@ -304,12 +304,12 @@ def test_without_a_mechanism_the_run_goes_on(tmp_path, monkeypatch, caplog):
     assert "could not be saved" in caplog.text
 
 
-@pytest.mark.parametrize("at", ["rename", "_flush", "rmtree"])
+@pytest.mark.parametrize("at", ["rename", "flush", "rmtree"])
 def test_a_saved_round_is_there_all_the_time(seen, tmp_path, monkeypatch, at):
     """Killed while the round is saved for a second time, with its evaluation."""
     folder = tmp_path / "saved"
     seen.start(2, folder)
-    owner = {"rename": Path, "_flush": module, "rmtree": shutil}[at]
+    owner = {"rename": Path, "flush": module, "rmtree": shutil}[at]
     original = getattr(owner, at)
     evaluated = seen.evaluate
 

@@ -410,7 +410,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_array(
 def test_a_checkpoint_of_a_later_format_is_refused(start, tmp_path):
     start(1, tmp_path)
     change_state(tmp_path / "round-00001", format=99)
-    refused(start, tmp_path, "format 99, not 2")
+    refused(start, tmp_path, "format 99, not 3")
 
 
 def test_flowers_own_strategies_are_refused(start, tmp_path):
@@ -474,7 +474,7 @@ def test_a_state_that_lacks_something_is_refused(start, tmp_path, key):
 # Interruptions while writing --------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["save_file", "_flush", "rename"])
+@pytest.mark.parametrize("step", ["save_file", "flush", "rename"])
 def test_a_process_killed_while_writing_loses_only_that_round(
     start, tmp_path, monkeypatch, step
 ):
@@ -557,7 +557,7 @@ def full_disk(monkeypatch):
 PLACES = {
     "arrays": ((module, "save_file"), 5),  # two files a round: from round 3 on
     "json": ((Path, "write_text"), 3),
-    "flush": ((module, "_flush"), 12),  # five a round: in round 3
+    "flush": ((module, "flush"), 12),  # five a round: in round 3
     "folder": ((Path, "rename"), 3),
 }
 
