@@ -198,12 +198,12 @@ class ClientStates:
             self._end = weakref.finalize(self, _remove, folder, lock)
         return self._shelf
 
-    def get(self, client: int) -> RecordDict:
+    def read(self, client: int) -> RecordDict:
         """Return a copy of a client's state; an empty one if it has none."""
         kept = self._kept.get(client)
         return RecordDict() if kept is None else self.shelf().read(kept)
 
-    def put(self, client: int, state: RecordDict) -> None:
+    def write(self, client: int, state: RecordDict) -> None:
         """Keep a client's new state."""
         self.take(client, encode(state) if state else None)
 
@@ -294,7 +294,7 @@ class ClientStates:
                 )
         found = {client: _accounts(self._bytes(client)) for client in self._kept}
         for client in self._kept.keys() - states.keys():
-            self.put(client, found[client])
+            self.write(client, found[client])
         for client, state in states.items():
             data = state if isinstance(state, bytes) else state.read_bytes()
             account = found.get(client)
@@ -302,7 +302,7 @@ class ClientStates:
                 records = decode(data)
                 for key in _accounts(data):
                     del records[key]
-                self.put(client, RecordDict({**records, **(account or {})}))
+                self.write(client, RecordDict({**records, **(account or {})}))
             elif isinstance(state, bytes) or len(data) <= _LARGE:
                 self.take(client, data)
             else:

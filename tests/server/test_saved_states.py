@@ -27,7 +27,7 @@ def state(value, size):
 
 def value(states, client):
     """Return what a client's state was made of."""
-    found = states.get(client)
+    found = states.read(client)
     [array] = found["model"].values()
     assert (array.numpy() == found["n"]["n"]).all()
     return found["n"]["n"]
@@ -45,7 +45,7 @@ class Run:
 
     def save(self, server_round, **states):
         for name, new in states.items():
-            self.states.put(int(name.removeprefix("c")), new)
+            self.states.write(int(name.removeprefix("c")), new)
         return self.checkpoint.save(server_round, self.result)
 
     def restore(self):
@@ -108,14 +108,14 @@ def test_a_round_that_is_saved_again_writes_nothing_twice(tmp_path):
 def test_a_thousand_clients_of_which_ten_change_cost_ten(tmp_path, monkeypatch):
     run = Run(tmp_path, 1000)
     for client in range(1000):
-        run.states.put(client, state(0, MIDDLE))
+        run.states.write(client, state(0, MIDDLE))
     assert run.save(1)
     written = []
     monkeypatch.setattr(module, "flush", lambda path: written.append(path.name))
     for server_round in range(2, 6):
         written.clear()
         for client in range(10):
-            run.states.put(100 * client + server_round, state(server_round, MIDDLE))
+            run.states.write(100 * client + server_round, state(server_round, MIDDLE))
         assert run.save(server_round)
         assert len(written) == 12  # ten, the small ones, and the folder
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -162,7 +162,7 @@ def test_a_state_that_ends_is_in_no_later_round(tmp_path):
     run.save(2, c1=RecordDict(), c2=RecordDict())
     assert not (tmp_path / "round-00002" / "clients").exists()
     again = Run(tmp_path)
-    again.states.put(5, state(9, 1))  # of another run on the same grid
+    again.states.write(5, state(9, 1))  # of another run on the same grid
     again.restore()
     assert not again.states.versions()
 
@@ -208,7 +208,7 @@ def test_a_damaged_state_is_refused_and_the_round_before_is_there(tmp_path, file
     else:
         DAMAGE[how](path)
     again = Run(tmp_path)
-    again.states.put(0, state(7, 1))
+    again.states.write(0, state(7, 1))
     with pytest.raises(CheckpointError, match=f"round-00002 cannot be read.*{file}"):
         again.restore()
     assert list(again.states.versions()) == [0]  # nothing was taken over
@@ -287,10 +287,10 @@ def test_what_a_client_has_spent_is_not_put_back(tmp_path):
     run.save(1, c1=spent)
     again = Run(tmp_path)
     again.restore()
-    assert set(again.states.get(1)) == {"model", "n"}
+    assert set(again.states.read(1)) == {"model", "n"}
     again.save(2)
-    same = run.states.get(1)
+    same = run.states.read(1)
     same["account/silo"]["steps"] = [5]
-    run.states.put(1, same)
+    run.states.write(1, same)
     run.restore()
-    assert run.states.get(1)["account/silo"]["steps"] == [5]
+    assert run.states.read(1)["account/silo"]["steps"] == [5]

@@ -55,8 +55,8 @@ ODD = RecordDict(
 def test_a_state_comes_back_as_it_was_whatever_is_in_it():
     for memory in (0, 10**6):
         store = ClientStates(5, memory)
-        store.put(3, ODD)
-        found = store.get(3)
+        store.write(3, ODD)
+        found = store.read(3)
         assert list(found) == list(ODD)
         assert repr(found["z"]) == repr(ODD["z"])
         assert type(found["z"]["i"]) is int and found["a/b"] == ODD["a/b"]
@@ -65,15 +65,15 @@ def test_a_state_comes_back_as_it_was_whatever_is_in_it():
         assert encode(found) == encode(ODD)
         # What is handed out is the caller's own.
         found["a/b"]["many"].append(b"y")
-        assert store.get(3)["a/b"] == ODD["a/b"]
+        assert store.read(3)["a/b"] == ODD["a/b"]
 
 
 def test_a_client_without_a_state_has_an_empty_one_and_costs_nothing(temporary):
     store = ClientStates(3)
-    assert len(store.get(1)) == 0
-    store.put(1, RecordDict())
-    store.put(2, counted(1))
-    store.put(2, RecordDict())
+    assert len(store.read(1)) == 0
+    store.write(1, RecordDict())
+    store.write(2, counted(1))
+    store.write(2, RecordDict())
     assert not store.versions() and store.in_memory == 0
     assert not list(temporary.iterdir())  # not even a folder
 
@@ -82,44 +82,44 @@ def test_small_states_are_in_memory_up_to_a_bound(temporary):
     size = len(encode(counted(1)))
     store = ClientStates(10, memory=3 * size)
     for client in range(5):
-        store.put(client, counted(client))
+        store.write(client, counted(client))
     assert store.in_memory == 3 * size
     assert len(files(store)) == 2
-    assert [store.get(i)["visits"]["n"] for i in range(5)] == [0, 1, 2, 3, 4]
-    store.put(0, RecordDict())  # makes room
-    store.put(4, counted(9))
+    assert [store.read(i)["visits"]["n"] for i in range(5)] == [0, 1, 2, 3, 4]
+    store.write(0, RecordDict())  # makes room
+    store.write(4, counted(9))
     store.tidy()
     assert store.in_memory == 3 * size and len(files(store)) == 1
-    assert store.get(4)["visits"]["n"] == 9
+    assert store.read(4)["visits"]["n"] == 9
 
 
 def test_a_large_state_is_a_file_and_the_one_before_is_removed_when_all_is_quiet():
     store = ClientStates(2)
-    store.put(0, RecordDict({"model": arrays(50_000, 1.0)}))
+    store.write(0, RecordDict({"model": arrays(50_000, 1.0)}))
     assert store.in_memory == 0
     [first] = files(store)
     lent = store.lend(0, named=True)
-    store.put(0, RecordDict({"model": arrays(50_000, 2.0)}))
+    store.write(0, RecordDict({"model": arrays(50_000, 2.0)}))
     # Whoever was sent the name before still finds it.
     assert store.shelf().read(lent)["model"]["w"].numpy()[0] == 1.0
     store.tidy()
     assert first not in files(store) and len(files(store)) == 1
-    assert store.get(0)["model"]["w"].numpy()[0] == 2.0
+    assert store.read(0)["model"]["w"].numpy()[0] == 2.0
 
 
 def test_a_thousand_clients_of_a_megabyte_take_no_memory():
     import psutil
 
     store = ClientStates(1000)
-    store.put(0, RecordDict({"model": arrays(250_000)}))
+    store.write(0, RecordDict({"model": arrays(250_000)}))
     gc.collect()
     before = psutil.Process().memory_info().rss
     for client in range(1000):
-        store.put(client, RecordDict({"model": arrays(250_000, client)}))
+        store.write(client, RecordDict({"model": arrays(250_000, client)}))
     gc.collect()
     assert psutil.Process().memory_info().rss - before < 64 * 2**20
     assert store.in_memory == 0
-    assert store.get(999)["model"]["w"].numpy()[-1] == 999
+    assert store.read(999)["model"]["w"].numpy()[-1] == 999
     store.close()
 
 
@@ -129,7 +129,7 @@ def test_a_thousand_clients_of_a_megabyte_take_no_memory():
 def test_names_travel_to_who_sees_the_folder_and_bytes_to_who_does_not(tmp_path):
     store = ClientStates(3)
     state = RecordDict({"model": arrays(50_000, 3.0)})
-    store.put(0, state)
+    store.write(0, state)
     assert isinstance(store.lend(0, named=True), str)
     elsewhere = Shelf(tmp_path / "of another machine")
     assert not elsewhere.is_here()
@@ -139,7 +139,7 @@ def test_names_travel_to_who_sees_the_folder_and_bytes_to_who_does_not(tmp_path)
         kept = shelf.write(state)
         assert isinstance(kept, str) == shelf.is_here()
         store.take(1, kept)
-        assert store.get(1) == state and store.in_memory == 0
+        assert store.read(1) == state and store.in_memory == 0
     assert store.lend(2, named=True) is None
     assert elsewhere.write(RecordDict()) is None
     assert isinstance(store.shelf().write(counted(1)), bytes)
@@ -154,7 +154,7 @@ def test_a_file_outside_the_folder_is_none(tmp_path):
 @pytest.mark.parametrize("damage", ["gone", "cut", "longer", "empty", "junk"])
 def test_a_lost_file_is_said_and_no_empty_state(damage):
     store = ClientStates(1)
-    store.put(0, RecordDict({"model": arrays(50_000)}))
+    store.write(0, RecordDict({"model": arrays(50_000)}))
     path = store.saved(0)
     data = path.read_bytes()
     path.unlink()
@@ -162,7 +162,7 @@ def test_a_lost_file_is_said_and_no_empty_state(damage):
         changed = {"cut": data[:-7], "longer": data + b"x", "empty": b""}
         path.write_bytes(changed.get(damage, b"?" * len(data)))
     with pytest.raises(RuntimeError, match="the client's state is lost"):
-        store.get(0)
+        store.read(0)
 
 
 # What a checkpoint does --------------------------------------------------------------
@@ -172,34 +172,34 @@ def test_each_new_state_has_another_version():
     store = ClientStates(3)
     seen = set()
     for _ in range(3):
-        store.put(1, counted(1))
+        store.write(1, counted(1))
         seen.add(store.versions()[1])
     assert len(seen) == 3
-    store.put(2, counted(1))
+    store.write(2, counted(1))
     assert len({*seen, *store.versions().values()}) == 4
 
 
 def test_saved_states_replace_all_others(tmp_path):
     store = ClientStates(4)
-    store.put(0, RecordDict({"model": arrays(50_000, 7.0)}))
-    store.put(1, counted(1))
+    store.write(0, RecordDict({"model": arrays(50_000, 7.0)}))
+    store.write(1, counted(1))
     other = ClientStates(4)
-    other.put(1, counted(5))
-    other.put(2, RecordDict({"model": arrays(50_000, 8.0)}))
+    other.write(1, counted(5))
+    other.write(2, RecordDict({"model": arrays(50_000, 8.0)}))
     other.restore({client: store.saved(client) for client in store.versions()})
     store.close()  # what was restored does not hang on it
     assert set(other.versions()) == {0, 1}
-    assert other.get(0)["model"]["w"].numpy()[0] == 7.0
-    assert other.get(1)["visits"]["n"] == 1
+    assert other.read(0)["model"]["w"].numpy()[0] == 7.0
+    assert other.read(1)["visits"]["n"] == 1
     assert len(files(other)) == 1
 
 
 def test_a_state_of_a_client_that_is_not_there_is_refused():
     store = ClientStates(3)
-    store.put(1, counted(1))
+    store.write(1, counted(1))
     with pytest.raises(ValueError, match="num_clients=3 must be > 3, a client wi"):
         store.restore({0: encode(counted(2)), 3: encode(counted(2))})
-    assert store.get(1)["visits"]["n"] == 1
+    assert store.read(1)["visits"]["n"] == 1
 
 
 def spent(n, **beside):
@@ -211,18 +211,18 @@ def test_what_was_spent_is_never_put_back(size):
     saved = encode(spent(2, model=arrays(size, 1.0)))
     fresh = ClientStates(2)
     fresh.restore({0: saved})
-    assert list(fresh.get(0)) == ["model"]  # it has to know by itself
+    assert list(fresh.read(0)) == ["model"]  # it has to know by itself
     used = ClientStates(2)
-    used.put(0, spent(5, model=arrays(size, 2.0)))
-    used.put(1, spent(4, model=arrays(size, 2.0)))
+    used.write(0, spent(5, model=arrays(size, 2.0)))
+    used.write(1, spent(4, model=arrays(size, 2.0)))
     used.restore({0: saved})
-    assert used.get(0)["account/silo"]["steps"] == [5]
-    assert used.get(0)["model"]["w"].numpy()[0] == 1.0
-    assert used.get(1) == spent(4)
+    assert used.read(0)["account/silo"]["steps"] == [5]
+    assert used.read(0)["model"]["w"].numpy()[0] == 1.0
+    assert used.read(1) == spent(4)
     bare = ClientStates(1)
-    bare.put(0, spent(5))
+    bare.write(0, spent(5))
     bare.restore({0: encode(RecordDict({"model": arrays(size, 1.0)}))})
-    assert set(bare.get(0)) == {"account/silo", "model"}
+    assert set(bare.read(0)) == {"account/silo", "model"}
 
 
 # The folder --------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_what_was_spent_is_never_put_back(size):
 def test_the_folder_ends_with_the_store(temporary):
     for end in (ClientStates.close, lambda store: None):
         store = ClientStates(1)
-        store.put(0, RecordDict({"model": arrays(50_000)}))
+        store.write(0, RecordDict({"model": arrays(50_000)}))
         assert len(list(temporary.iterdir())) == 1
         end(store)
         del store
@@ -239,8 +239,8 @@ def test_the_folder_ends_with_the_store(temporary):
         assert not list(temporary.iterdir())
     store = ClientStates(1)
     store.close()
-    store.put(0, RecordDict({"model": arrays(50_000)}))  # it may be used again
-    assert store.get(0)["model"]["w"].numpy().shape == (50_000,)
+    store.write(0, RecordDict({"model": arrays(50_000)}))  # it may be used again
+    assert store.read(0)["model"]["w"].numpy().shape == (50_000,)
 
 
 def test_the_folder_of_a_killed_process_is_removed_and_no_others(temporary):
