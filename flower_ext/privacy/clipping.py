@@ -1,9 +1,8 @@
 """Bounding what one client can add, and adapting the bound in private.
 
-A contribution is one vector: named arrays and named scalars together. Clipping is
-decided on the l2 norms of its pieces alone, so that no piece is ever copied: a rule
-turns the norms into one factor per piece, all at most 1, and the pieces are multiplied
-by them while they are added up.
+A contribution is one vector: named arrays and named scalars together. A rule looks at
+the l2 norms of these pieces alone and returns one factor per piece, all at most 1. The
+pieces are multiplied by their factors while they are added up, so that none is copied.
 """
 
 import math
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 
 from flower_ext.core.errors import at_least, open_unit, positive, refuse
 
-# Rounding in a sum of float64 must not exceed the bound.
+# What is clipped is scaled a hair further down, so that rounding in a float64 sum of
+# squares cannot bring its norm above the bound.
 _MARGIN = 1 - 1e-12
 
 
@@ -106,7 +106,7 @@ class PerLayerClipping(Clipping):
         weights = dict.fromkeys(norms, 1.0) if self.weights is None else self.weights
         if differ := sorted(set(weights) ^ set(norms)):
             refuse("weights", differ, f"all of and only {sorted(norms)}")
-        if math.isinf(clipping_norm):
+        if math.isinf(clipping_norm):  # clips nothing, and has no split
             return dict.fromkeys(norms, 1.0)
         bounds = split_clipping_norm(clipping_norm, weights)
         return {name: clipping_factor(norms[name], bounds[name]) for name in norms}
@@ -116,11 +116,11 @@ class PerLayerClipping(Clipping):
 class AdaptiveClipping(FlatClipping):
     """Flat clipping whose norm follows a quantile of the contributions' norms.
 
-    Every client adds one bit, whether it was within the norm; the noisy fraction of
-    these moves the norm, see `update_clipping_norm`. The bit is one more coordinate of
-    the clipped vector and is paid for by the same noise. The norm that clipped a
-    round's contributions is the norm of that round's noise; where a mechanism uses
-    noise again in later rounds, the norm changes only when it restarts.
+    Every client adds one bit, which says whether it was within the norm. The noisy
+    fraction of such clients moves the norm, see `update_clipping_norm`. The bits are
+    noised like everything else; a little more noise on the rest pays for them. The norm
+    that clips a round's contributions also scales that round's noise. Where a mechanism
+    uses noise again in later rounds, the norm changes only when it restarts.
 
     Parameters
     ----------
@@ -148,6 +148,7 @@ class AdaptiveClipping(FlatClipping):
     clipped_count_stddev: float | None = None
 
     def __post_init__(self) -> None:
+        # Finite, unlike in the class above: a factor cannot move infinity.
         positive("clipping_norm", self.clipping_norm)
         open_unit("target_quantile", self.target_quantile)
         at_least("clip_norm_lr", self.clip_norm_lr, 0)
@@ -209,6 +210,7 @@ def update_clipping_norm(
     rate = at_least("learning_rate", learning_rate, 0)
     if not math.isfinite(unclipped_fraction):
         raise ValueError(f"unclipped_fraction={unclipped_fraction} must be finite")
+    # Far out in the tail of its noise one count must not overflow the exponential.
     exponent = max(-50.0, min(50.0, -rate * (unclipped_fraction - target)))
     return positive("clipping_norm", norm * math.exp(exponent), "adaptation diverged")
 
@@ -230,6 +232,8 @@ def split_noise_multiplier(noise_multiplier: float, count_noise_std: float) -> f
     """
     total = positive("noise_multiplier", noise_multiplier)
     count = positive("count_noise_std", count_noise_std)
+    # A bit moves its count by 1/2 (see above), so that the count alone is a release
+    # with multiplier 2 sigma_b; of two Gaussian releases the z^-2 add up.
     if 2 * count <= total:
         raise ValueError(
             f"count_noise_std={count} must be > noise_multiplier / 2 = {total / 2}: "

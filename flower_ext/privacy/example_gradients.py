@@ -1,10 +1,13 @@
 """Clipped sums of gradients per example, with a bound that rounding cannot break.
 
 The server picks the weights, and so the terms that cancel in a gradient. Three rules
-keep an example from moving a sum by more than the clipping norm even so: a norm is that
-of the very numbers that are added up, never one derived from products of inputs and
-backpropagated gradients (Gram matrices), in which a norm of any size can be lost;
-norms and sums are in float64; and what is computed twice counts with the larger norm.
+keep an example from moving a sum by more than the clipping norm even so:
+
+* a norm is that of the very numbers that are added up. It is never derived from
+  products of inputs and backpropagated gradients (Gram matrices), in which rounding can
+  lose a norm of any size;
+* norms and sums are in float64;
+* what is computed twice counts with the larger norm.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -89,6 +92,8 @@ class Explicit:
             for p, flat in found.items():
                 used, first = weights[rows], self._norms[p][rows]
                 if not self._kept:
+                    # The weights are for the norms found before: where this one is
+                    # larger, what is added is scaled down to that.
                     now = _norms(flat)
                     used = used * torch.where(now > first, first / now, 1.0)
                     used = torch.where(now.isfinite(), used, 0.0)
@@ -102,6 +107,7 @@ def _blocks(flat: Tensor) -> Iterator[Tensor]:
 
 
 def _norms(flat: Tensor) -> Tensor:
+    # Float64 before squaring: large float32 gradients would overflow, tiny ones vanish.
     squares = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
     for block in _blocks(flat):
         squares += block.square().sum(dim=1)
@@ -157,6 +163,8 @@ class Rows:
         tokens = tokens.reshape(self._size, -1)
         owners = torch.arange(self._size, device=tokens.device)[:, None]
         pairs = torch.stack([owners.expand_as(tokens), tokens], dim=-1).view(-1, 2)
+        # One row for each token of each example: a token that an example has twice adds
+        # up before the norm is taken.
         (self._pairs, places) = torch.unique(pairs, dim=0, return_inverse=True)
         width = backprops.shape[-1]
         self._sums = backprops.new_zeros(
@@ -197,6 +205,8 @@ def clipped_sum(parts: Iterable[Part], size: int, clipping_norm: float) -> Gradi
         return {}
     device = norms[0].device
     total = torch.stack([norm.to(device) for norm in norms]).norm(dim=0)
+    # A norm of 0 gives infinity, which is 1 after clamping. Examples whose gradient is
+    # not finite are left out.
     weights = (clipping_norm * (1 - _SLACK) / total).clamp(max=1.0)
     weights = torch.where(total.isfinite(), weights, 0.0)
     found: Gradients = {}
@@ -230,6 +240,8 @@ def parts_of_calls(
     groups: list[tuple[dict[nn.Parameter, None], list[Call]]] = []
     for call in calls:
         trained = [p for p in call.module.parameters() if p.requires_grad]
+        # Calls that share a parameter, be it through a third one, are one group: the
+        # norm of their sum cannot be told from their norms.
         own, members, others = dict.fromkeys(trained), [call], []
         for group in groups:
             if group[0].keys() & own.keys():
@@ -246,6 +258,7 @@ def _part(
     sampler: Callable[[nn.Module], Sampler],
 ) -> Part:
     module, inputs, backprops = calls[0]
+    # The short cuts hold for a layer that is used once, and for one vector an example.
     if len(calls) == 1 and isinstance(module, nn.Embedding):
         return Rows(module, inputs[0], backprops)
     if len(calls) == 1 and isinstance(module, nn.Linear) and inputs[0].ndim == 2:

@@ -73,14 +73,15 @@ class Mechanism:
         Flat l2 norm, or a :class:`~flower_ext.privacy.PerLayerClipping` or
         :class:`~flower_ext.privacy.AdaptiveClipping`.
     noise_multiplier : float, optional
-        Standard deviation of the noise over (clipping norm x sensitivity of the whole
-        run): the run is as private as one Gaussian release with
-        :math:`\mu = 1 / z`. For independent noise with amplification it is the usual
-        standard deviation over clipping norm. 0 only clips, and protects nothing.
+        z, the standard deviation of the noise over (clipping norm x sensitivity of the
+        whole run). The run is as private as one Gaussian release with
+        :math:`\mu = 1 / z`. With ``amplified`` and independent noise it is the usual
+        one of DP-SGD, standard deviation over clipping norm. 0 only clips, and protects
+        nothing.
     max_epsilon : float, optional
-        Without ``noise_multiplier``, the least noise is used that keeps the run within
-        (``max_epsilon``, ``target_delta``). With it, the budget: the run stops before
-        the round that would exceed it.
+        Without ``noise_multiplier``: the target. The run has the least noise that keeps
+        it within (``max_epsilon``, ``target_delta``). With ``noise_multiplier``: the
+        budget. The run stops before the round that would exceed it.
     target_delta : float (default: 1e-6)
         Should be below 1 / ``population_size``.
     factorization : Factorization or str (default: "best")
@@ -101,13 +102,13 @@ class Mechanism:
         the planned cohort is scaled down by ``simulated_cohort / num_sampled_clients``
         and the sum divided by ``simulated_cohort``, so that the model moves as with
         the large cohort's noise. Epsilon is then that of the planned cohort and
-        population, not of the simulation, which is not private: the sampler's limits
-        are assumed, not enforced, any seed will do, and what the simulated clients
-        replied is counted and reported.
+        population. The simulation itself is not private: the sampler's limits are
+        assumed, not enforced, any seed will do, and what the simulated clients replied
+        is counted and reported.
     scales : Mapping[str, float], optional
-        Factors by which parts of the contribution (``"fisher"``) and scalars are
-        multiplied before they are clipped and noised, and divided by after: large for
-        what is small and matters. They are over the strategy's own.
+        Factors applied before clipping, and taken back after the noise, to parts of the
+        contribution (``"fisher"``) and scalars. Large factors are for what is small and
+        matters. They take the place of the strategy's own.
     unprotected_metrics : bool (default: False)
         Report averages of the clients' own metrics. They are computed from raw data
         without noise and no epsilon covers them; otherwise they are withheld, and
@@ -127,14 +128,16 @@ class Mechanism:
     (``replace-one`` for amplification by cohorts of fixed size). The released values
     are the models and the strategy's metrics after every round. Error replies, replies
     that are dropped and empty cohorts only remove contributions from the sum: noise
-    and divisor stay, so the guarantee does. A round is released whenever it was asked
-    for, since whether anything arrived may depend on data; a run ends only where
-    replies came and none could be read so far, as of a client that does not fit, and
-    with ``amplified`` not even there. With ``checkpoint`` a round is released after it
-    is saved, and no other model is ever released in its place. ``start`` again goes on
-    with the plan: releases are counted over all starts of a strategy, and cohorts,
-    limits, noise and epsilon follow them. Two strategies are two runs, whose epsilons
-    add up; one that has begun cannot be copied.
+    and divisor stay, so the guarantee does.
+
+    A round that was asked for is released even if nothing arrived, since whether
+    anything arrives may depend on data. A run ends early only where replies came and
+    none could be read so far, as of a client that does not fit; with ``amplified`` not
+    even there. With ``checkpoint`` a round is saved first and released then, and no
+    other model is ever released in its place. ``start`` again goes on with the plan:
+    releases are counted over all starts of a strategy, and cohorts, limits, noise and
+    epsilon follow that count. Two strategies are two runs, whose epsilons add up; one
+    that has begun cannot be copied.
 
     Not protected: who takes part, replies or fails, and how many bytes it sends where
     they are sparse, unless ``amplified``; the metrics of ``unprotected_metrics``; the
@@ -309,7 +312,8 @@ class Mechanism:
         cohort = self.cohort if draws else self.num_sampled_clients
         expected = sampler.expected_size(cohort, population)
         if guarantee.kind in ("poisson", "cyclic-poisson"):
-            expected *= 2  # cohorts vary, and a mean too large by half is no mistake
+            # Cohorts vary: half the plan on average is no mistake, only more noise.
+            expected *= 2
         if expected < cohort:
             refuse(
                 "num_sampled_clients",
@@ -345,6 +349,8 @@ class Mechanism:
     def choose(self, sampler: Sampler) -> Factorization:
         """Return the factorization for what a sampler promises."""
         chosen, (separation, most) = self.factorization, self.participation(sampler)
+        # Bands beyond the separation overlap for one client: the sensitivity is then a
+        # coarse bound, or the amplification wrong.
         widest = separation if most > 1 else self.num_rounds
         if isinstance(chosen, BandedToeplitz) and chosen.bands > widest:
             refuse(
@@ -358,6 +364,8 @@ class Mechanism:
             return chosen
         if chosen == "tree":
             return TreeAggregation(self.num_rounds)
+        # Without noise nothing is correlated, and secret cohorts amplify every round's
+        # noise alone.
         if chosen == "identity" or self.amplified or not self.is_private:
             return Identity(self.num_rounds)
         best = _best(self.num_rounds, separation, most, self.memory)
@@ -368,7 +376,7 @@ class Mechanism:
         """Return the least separation and most participations that are guaranteed."""
         guarantee = sampler.guarantee()
         separation, most = guarantee.min_separation, guarantee.max_participations
-        possible = -(-self.num_rounds // separation)
+        possible = -(-self.num_rounds // separation)  # rounds 1, 1 + separation, ...
         return separation, possible if most is None else min(most, possible)
 
     def account(
@@ -396,6 +404,8 @@ class Mechanism:
         self, factorization: Factorization, sampler: Sampler
     ) -> RoundAccountant:
         guarantee = sampler.guarantee()
+        # Correlated noise spans rounds, and amplification needs rounds that are drawn
+        # anew for a client; bands no wider than its turns are apart have both.
         cyclic = guarantee.kind == "cyclic-poisson"
         if not isinstance(factorization, BandedToeplitz if cyclic else Identity):
             wanted = "a BandedToeplitz" if cyclic else "identity"
@@ -427,6 +437,7 @@ class Mechanism:
             return SampledGaussianAccountant(
                 noise, self.num_rounds, probability, config
             )
+        # Mean of a round in the smallest group.
         cohort = probability * (self.population_size // cycle)
         return SampledGaussianAccountant.cyclic(
             factorization, noise, cohort, config, cycle=cycle
@@ -455,6 +466,7 @@ class Mechanism:
         return calibrate(self.max_epsilon, self.target_delta)
 
     def _config(self, sampling: SamplingMethod) -> PrivacyConfig:
+        # In a cohort of fixed size somebody else takes the place of who is left out.
         replaced = sampling is SamplingMethod.WITHOUT_REPLACEMENT
         return PrivacyConfig(
             target_delta=self.target_delta,

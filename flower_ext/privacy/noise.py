@@ -114,6 +114,7 @@ class NoiseStream:
                 f"rounds={self._factorization.rounds} of {self._factorization.name} "
                 "must be >= the rounds of the run: plan the mechanism for all of them"
             )
+        # Between restarts the buffers hold noise of one scale only.
         if self._factorization.restarts_at(self._round):
             self._standard_deviation = scale
         elif scale != self._standard_deviation:
@@ -136,9 +137,11 @@ class NoiseStream:
         recurrence, step = self._recurrence, self._round
         sources = [self._source(step, i) for i in range(recurrence.draws(step))]
         flat: AnyFloats = np.empty(self._size, self._dtype)
-        if scale == 0:
+        if scale == 0:  # nothing to remember either: it stays 0 until a restart
             flat.fill(0)
             return flat
+        # A recurrence works on each parameter alone, and a source goes on where the
+        # last chunk ended: how the model is cut changes nothing.
         fresh = np.empty((len(sources), min(self._chunk, self._size)))
         for low in range(0, self._size, self._chunk):
             high = min(low + self._chunk, self._size)
@@ -181,8 +184,9 @@ class NoiseStream:
             )
         for key in ("schema", "seed", "secure", "factorization", "sizes"):
             if state[key] != expected[key]:
-                shown = "" if key == "seed" else f"={state[key]!r}, must be"
-                shown += "" if key == "seed" else f" {expected[key]!r}"
+                shown = f"={state[key]!r}, must be {expected[key]!r}"
+                if key == "seed":
+                    shown = ""  # it is secret in an error message, too
                 raise ValueError(
                     f"state[{key!r}]{shown}: the checkpoint belongs to another "
                     "mechanism, seed or model"
@@ -210,6 +214,7 @@ class _Seeded:
     """Standard normals of one round, in order."""
 
     def __init__(self, seed: int, step: int, index: int) -> None:
+        # Keyed by round and vector: a resumed stream needs no generator's state.
         key = np.random.SeedSequence(seed, spawn_key=(step, index))
         self._generator = np.random.Generator(np.random.SFC64(key))
 
@@ -218,7 +223,7 @@ class _Seeded:
 
 
 class _Secure:
-    """Standard normals from operating-system entropy by the Box-Muller transform."""
+    """Standard normals from operating-system entropy (Box and Muller 1958)."""
 
     def fill(self, out: Floats) -> None:
         half = -(-len(out) // 2)
@@ -227,5 +232,6 @@ class _Secure:
         uniform = ((words >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
         radius = np.sqrt(-2 * np.log(uniform[:half]))
         angle = 2 * np.pi * uniform[half:]
+        # Radius and angle of one point give two independent normals.
         out[:half] = radius * np.cos(angle)
         out[half:] = (radius * np.sin(angle))[: len(out) - half]

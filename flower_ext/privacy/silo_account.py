@@ -84,6 +84,7 @@ class SiloAccount:
                 "this run has charged more to it, so that an older copy was put back",
             )
         if found is None and self._resumed:
+            # In this process the first part of the run has charged its rounds.
             found = _remembered.get(self._key)
         return found
 
@@ -154,6 +155,7 @@ def load_record(path: Path) -> ConfigRecord | None:
         if not isinstance(found["unit"], str):
             refuse("unit", found["unit"], "the name of a column, or empty")
         rates, noises = found["rates"], found["noise-multipliers"]
+        # Only what the accounting can read: a damaged ledger must not count less.
         for rate, noise, steps in zip(rates, noises, found["steps"], strict=True):
             fraction("rates", rate)
             whole("steps", steps, 1)

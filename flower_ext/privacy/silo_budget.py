@@ -249,11 +249,12 @@ def _spent(
 ) -> float:
     if not steps:
         return 0.0
-    if any(noise == 0 for (_, noise), _ in steps):
+    if any(noise == 0 for (_, noise), _ in steps):  # one such step tells all
         return math.inf
     if len(steps) == 1:
         [((rate, noise), count)] = steps
         return sampled_epsilon(count, delta, noise, rate, group_size, INTERVAL)
+    # Rates and noises may change from round to round; loss distributions compose.
     composed: _Composable | None = None
     for (rate, noise), count in steps:
         loss = loss_distribution(noise, rate, group_size, INTERVAL).self_compose(count)

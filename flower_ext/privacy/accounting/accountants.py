@@ -161,6 +161,7 @@ class RoundAccountant(ABC):
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue counting; a state of another mechanism or plan is refused."""
+        # What the accountant itself would save now is what the checkpoint must say.
         expected = self.state_dict()
         for key, value in expected.items():
             if key != "releases" and state.get(key) != value:
@@ -238,6 +239,7 @@ class GaussianAccountant(RoundAccountant):
         )
         exact = self.sensitivity.exact
         self._method = "gaussian-exact" if exact else "gaussian-upper-bound"
+        # Nothing and everything need no sensitivity of a part.
         self._mu: dict[int, float] = {0: 0.0, self.rounds: 1 / self.noise_multiplier}
 
     @property
@@ -252,6 +254,8 @@ class GaussianAccountant(RoundAccountant):
             part = self.factorization.first(rounds).sensitivity(
                 self.min_separation, self.max_participations
             )
+            # Where sensitivities are bounds, that of a part may be the larger one. The
+            # whole release bounds it.
             ratio = min(1.0, part.value / self.sensitivity.value)
             self._mu[rounds] = ratio / self.noise_multiplier
         return self._mu[rounds]

@@ -51,11 +51,12 @@ def grid(
 ) -> float:
     """Return the interval of the grid that the privacy loss of one round needs.
 
-    The loss is rounded up to the grid in every round anew. Where a round loses little,
-    q sqrt(exp((g/z)^2) - 1) as a standard deviation, a grid that is not much finer
-    than that would count far more than was spent. Where the noise is small, for a tiny
-    rate or a large group, and the largest losses are thousands of times that, it is
-    coarser, whatever ``interval`` is: a little more is counted then.
+    The loss is rounded up to the grid in every round anew. Its standard deviation is
+    about q sqrt(exp((g/z)^2) - 1), for rate q, group size g and noise multiplier z. The
+    grid must be much finer than that, or far more would be counted than was spent. With
+    little noise, and a tiny rate or a large group, the largest losses are thousands of
+    standard deviations away. There the grid is coarser than ``interval`` to stay in
+    memory, and a little more is counted.
     """
     ratio = group_size / noise_multiplier
     spread = rate * math.sqrt(math.expm1(min(ratio**2, 50.0)))
@@ -70,6 +71,7 @@ def loss_distribution(
     """Return the privacy loss of one round, always rounded up, on a fitting grid."""
     pld = _dp_accounting().pld.privacy_loss_distribution
     interval = grid(noise_multiplier, rate, group_size, interval)
+    # With rate 1 all G examples of a user are there: one Gaussian of G times the shift.
     if group_size == 1 or rate == 1:
         loss = pld.from_gaussian_mechanism(
             noise_multiplier / group_size,
@@ -77,6 +79,8 @@ def loss_distribution(
             value_discretization_interval=interval,
         )
     else:
+        # The number of a user's examples in a batch is Binomial(G, q), and each moves
+        # the sum by the clipping norm: a mixture of shifts (Charles et al. 2024).
         counts = range(group_size + 1)
         loss = pld.from_mixture_gaussian_mechanism(
             noise_multiplier,
@@ -102,7 +106,7 @@ def sampled_epsilon(
     interval: float,
 ) -> float:
     """Return epsilon of ``count`` releases: exact, or with sampling an upper bound."""
-    if rate == 1:
+    if rate == 1:  # Gaussian releases compose exactly: their mu^2 add up
         mu = math.sqrt(count) * group_size / noise_multiplier
         return gaussian_epsilon(mu, delta)
     loss = loss_distribution(noise_multiplier, rate, group_size, interval)
@@ -198,6 +202,8 @@ def noise_multiplier_for(
                 f"interval={interval} must be smaller: epsilon={epsilon} cannot be "
                 "resolved on this grid"
             )
+    # Bracket the noise from below, then bisect its logarithm; ``high`` always meets the
+    # target, so that the result does.
     low = high / 2
     while spent(low) <= epsilon:
         low, high = low / 2, low

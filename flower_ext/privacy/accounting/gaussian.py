@@ -37,6 +37,8 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
     at_least("epsilon", epsilon, 0)
     if mu == 0:
         return 0.0
+    # In logarithms, since e^eps overflows where Phi vanishes; expm1 keeps the digits of
+    # two terms that are almost the same.
     upper = _log_ndtr(mu / 2 - epsilon / mu)
     lower = epsilon + _log_ndtr(-mu / 2 - epsilon / mu)
     return max(0.0, -math.exp(upper) * math.expm1(min(0.0, lower - upper)))
@@ -60,12 +62,14 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     open_unit("delta", delta)
     if gaussian_delta(mu, 0.0) <= delta:
         return 0.0
+    # Delta falls with epsilon: double until it is met, then bisect. The upper end
+    # always meets it, and is returned.
     low, high = 0.0, 1.0
     while gaussian_delta(mu, high) > delta:
         low, high = high, 2 * high
     while high - low > 1e-12 * max(1.0, high):
         middle = (low + high) / 2
-        if not low < middle < high:
+        if not low < middle < high:  # neighbouring floats
             break
         if gaussian_delta(mu, middle) > delta:
             low = middle
@@ -78,6 +82,7 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
     """Return the largest mu that is (epsilon, delta)-private, rounded down."""
     positive("epsilon", epsilon)
     open_unit("delta", delta)
+    # Delta rises with mu: the same search, of which the lower end is returned.
     low, high = 0.0, 1.0
     while gaussian_delta(high, epsilon) <= delta:
         low, high = high, 2 * high

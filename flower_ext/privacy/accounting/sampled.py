@@ -29,15 +29,16 @@ class SampledGaussianAccountant(RoundAccountant):
     """Privacy amplified by Poisson sampling, by privacy loss distributions.
 
     Every unit enters every round independently with ``sampling_probability``; nothing
-    else may decide who takes part. Epsilon is an upper bound, at most about 1% above
-    the value on a fine grid: the grid follows the loss of a round. Small epsilons of
-    q below 1e-4 with a noise multiplier below 1 are some 10% above it.
+    else may decide who takes part. Epsilon is an upper bound: the privacy loss of a
+    round is rounded up to a grid. It is at most about 1% above that of a fine grid, but
+    some 10% for a small epsilon with q below 1e-4 and a noise multiplier below 1.
 
-    * DP-FedAvg, and user-level sampling ULS: ``group_size=1``.
-    * Example-level sampling ELS with at most G examples per user: ``group_size=G``. The
-      user's sensitivity in a round is Binomial(G, q): a mixture of Gaussians.
-    * Cyclic Poisson for a banded mechanism: ``cycle`` = number of bands or more, see
-      `cyclic`; a client belongs to one residue class of rounds and is sampled there.
+    * Clients are sampled (DP-FedAvg, or user-level sampling, ULS): ``group_size=1``.
+    * Examples are sampled, at most G of one user (example-level sampling, ELS):
+      ``group_size=G``. The user's sensitivity in a round is Binomial(G, q), and the
+      release a mixture of Gaussians.
+    * Clients take turns under a banded mechanism (cyclic Poisson): ``cycle`` = number
+      of bands or more, see `cyclic`.
 
     Parameters
     ----------
@@ -110,7 +111,9 @@ class SampledGaussianAccountant(RoundAccountant):
 
         Clients are split once into ``cycle`` groups, before and independently of the
         data; round t samples from group t mod cycle with q = cohort cycle / population.
-        The release is at most ceil(rounds / cycle) Poisson-sampled Gaussians.
+        A client has at most ceil(rounds / cycle) turns, and its columns of C do not
+        overlap: the release is as private as that many Poisson-sampled Gaussians
+        (Choquette-Choo et al. 2023, arXiv 2306.08153, Algorithm 2 and Theorem 4).
 
         Parameters
         ----------
@@ -150,6 +153,7 @@ class SampledGaussianAccountant(RoundAccountant):
             cycle=cycle,
             interval=interval,
         )
+        # One turn moves the release by a column of C, at most the largest.
         accountant._column_norm = factorization.sensitivity(1, 1).value
         accountant._factorization = factorization.fingerprint()
         return accountant
@@ -157,6 +161,7 @@ class SampledGaussianAccountant(RoundAccountant):
     def epsilon_after(self, rounds: int, delta: float) -> float:
         """Return an upper bound of epsilon of the first ``rounds`` rounds."""
         open_unit("delta", delta)
+        # Turns of the client that had the most.
         count = -(-self._check_rounds(rounds) // self.cycle)
         return sampled_epsilon(count, delta, *self._setting()) if count else 0.0
 

@@ -52,6 +52,7 @@ class BandedToeplitz(Toeplitz):
         self._norms = np.ones(self.rounds)
         if normalize_columns:
             energy = np.cumsum(self._column**2)
+            # Numbers of a column that the end of the run leaves.
             height = np.minimum(self.rounds - np.arange(self.rounds), self.bands)
             self._norms = np.sqrt(energy[height - 1])
 
@@ -102,7 +103,8 @@ class BandedToeplitz(Toeplitz):
         errors = super().row_errors()
         if not self.normalize_columns:
             return errors
-        # B = A diag(norms) C^-1: add up the rows of C^-1 that have another norm.
+        # B = A diag(norms) C^-1, and only the last norms differ. Up to there B is that
+        # of the plain Toeplitz matrix times one norm; after it row by row.
         full = float(self._norms[0])
         inverse = self.inverse_coefficients()
         errors *= full**2
@@ -159,6 +161,7 @@ def _scaled_sensitivity(
     """Sensitivity of C diag(norms)^-1 for a Toeplitz C."""
     rounds = len(norms)
     count = effective_participations(rounds, min_separation, max_participations)
+    # Columns of one client overlap: by their products, or for long runs more coarsely.
     if count > 1 and len(column) > min_separation and rounds > _GRAM_ROUNDS:
         plain = toeplitz_sensitivity(column, rounds, min_separation, count)
         how = "upper bound: plain columns over the smallest norm"
@@ -176,8 +179,8 @@ def optimize_bands(rounds: int, bands: int, *, objective: str = "rms") -> Floats
     """Return the coefficients of the best banded Toeplitz C, with norm 1.
 
     Minimises log ||c||^2 + log sum_j w_j B_j^2 with B = 1 / ((1 - x) C), where w_j = 1
-    for "max" (the last prefix is the worst) and 1 - j/n for "rms", by L-BFGS with the
-    exact gradient d B / d c_k = -x^k B / C.
+    for "max" (the last prefix is the worst) and 1 - j/n for "rms" (B_j is in n - j
+    prefixes). It does so by L-BFGS with the exact gradient d B / d c_k = -x^k B / C.
 
     Parameters
     ----------
@@ -198,6 +201,7 @@ def optimize_bands(rounds: int, bands: int, *, objective: str = "rms") -> Floats
     weights = np.ones(rounds)
     if objective == "rms":
         weights -= np.arange(rounds) / rounds
+    # Twice the rounds, so that a cyclic correlation does not wrap around.
     size = 1 << (2 * rounds - 1).bit_length()
 
     def loss(tail: Floats) -> tuple[float, Floats]:
@@ -207,6 +211,7 @@ def optimize_bands(rounds: int, bands: int, *, objective: str = "rms") -> Floats
             error = float(weights @ decoder**2)
         if not error < 1e150:  # an unstable filter: let the line search back off
             return 1e3, np.zeros_like(tail)
+        # sum_j w_j B_j (B / C)_{j-k} for every k at once: a correlation, by FFT.
         smooth = lfilter([1.0], column, decoder)
         weighted = np.fft.rfft(weights * decoder, size)
         lags = np.fft.irfft(weighted * np.conj(np.fft.rfft(smooth, size)), size)

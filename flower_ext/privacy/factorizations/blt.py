@@ -3,9 +3,10 @@ r"""Buffered linear Toeplitz (BLT): near-optimal noise from a handful of buffers
     c_0 = 1,  c_j = sum_i omega_i theta_i^{j-1},
     C(x) = prod_i (1 - thetahat_i x) / prod_i (1 - theta_i x).
 
-theta (``buffer_decay``) and omega (``output_scale``) drive the noise; thetahat and
-omegahat do the same for C^-1. With 1 > theta_1 > thetahat_1 > theta_2 > ... > 0 all
-omega are positive, c never rises (so the sensitivity below is exact), and
+theta (``buffer_decay``) and omega (``output_scale``) define C and drive the noise;
+thetahat and omegahat define C^-1 in the same way. With
+1 > theta_1 > thetahat_1 > theta_2 > ... > 0 all omega are positive, c never rises (so
+the sensitivity below is exact), and
 
     B_j = a + sum_i beta_i thetahat_i^j   with  a, beta_i > 0,
 
@@ -68,6 +69,7 @@ class BufferedToeplitz(ToeplitzFactorization):
                 f"output_scale={scale} must be >= 0 with a sum <= 1: otherwise the "
                 "coefficients rise and the sensitivity is unknown"
             )
+        # Sensitivity and fingerprint are of these numbers: nobody may change them.
         decay.setflags(write=False)
         scale.setflags(write=False)
         self.buffer_decay = decay
@@ -114,8 +116,11 @@ class BufferedToeplitz(ToeplitzFactorization):
         """Return thetahat and omegahat, the BLT parameters of C^-1.
 
         thetahat are the eigenvalues of diag(theta) - sqrt(omega) sqrt(omega)^T, which
-        is symmetric, and -omegahat the squared weights of its eigenvectors.
+        is symmetric, and -omegahat the squared weights of its eigenvectors. (The noise
+        is a linear recursion, whose matrix diag(theta) - 1 omega^T is similar to this
+        one; see McMahan and Pillutla 2025, arXiv 2504.21413, for the inversion.)
         """
+        # eigh sorts upwards, buffers are from slow to fast decay.
         root = np.sqrt(self.output_scale)
         values, vectors = np.linalg.eigh(
             np.diag(self.buffer_decay) - np.outer(root, root)

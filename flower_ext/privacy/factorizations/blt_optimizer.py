@@ -1,4 +1,8 @@
-"""The search for BLT parameters: a smooth, always feasible, closed-form loss."""
+"""The search for BLT parameters: a smooth, always feasible, closed-form loss.
+
+Everything is in log theta and log thetahat: both are close to 1 where runs are long,
+and their differences would lose all digits.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -17,14 +21,20 @@ MAX_BUFFERS = 8
 
 def _interlace(logits: Complexes) -> tuple[Complexes, Complexes]:
     """Map ``(..., 2 d)`` free numbers to log theta and log thetahat, ``(..., d)``."""
+    # log of a sigmoid is -log1p(exp(-x)); each root is the one before times a sigmoid.
     chain = -np.cumsum(np.log1p(np.exp(-logits)), axis=-1)
     return chain[..., 0::2], chain[..., 1::2]
 
 
 def _residues(roots: Complexes, others: Complexes) -> Complexes:
-    """Return prod_j (r_i - s_j) / prod_{j != i} (r_i - r_j) from the logs of r, s."""
+    """Return prod_j (r_i - s_j) / prod_{j != i} (r_i - r_j) from the logs of r, s.
+
+    With roots theta and others thetahat they are omega (Dvijotham et al. 2024, arXiv
+    2404.16706, Lemma 5.2).
+    """
 
     def differences(right: Complexes) -> Complexes:
+        # r - s = -r (s / r - 1)
         values = np.expm1(right[..., None, :] - roots[..., :, None])
         return np.asarray(-np.exp(roots)[..., :, None] * values)
 
@@ -35,7 +45,7 @@ def _residues(roots: Complexes, others: Complexes) -> Complexes:
 
 def _geometric(log_ratio: Complexes, count: int | NDArray[np.int64]) -> Complexes:
     """Return sum_{j < count} ratio^j for 0 < ratio <= 1."""
-    one = log_ratio == 0
+    one = log_ratio == 0  # 0 / 0 in the closed form
     safe = np.where(one, -1.0, log_ratio)
     return np.where(one, count, np.expm1(count * safe) / np.expm1(safe))
 
@@ -65,12 +75,16 @@ def _log_loss(
     """Return the log of the squared loss at ``(batch, 2 d)`` points.
 
     Every step is analytic, so that an imaginary increment of 1e-30 reads off the exact
-    derivative (complex step). Cost O(batch * count * buffers^2), whatever ``rounds``.
+    derivative (complex step; Squire and Trapp 1998). The cost is
+    O(batch * count * buffers^2), whatever ``rounds``.
     """
     theta, theta_hat = _interlace(logits)
     omega = _residues(theta, theta_hat)
-    # Sensitivity: participations m = 0..count-1 split the rounds into segments.
-    # Inside segment m: s_{mb + r} = sum_i omega_i g_{m,i} theta_i^{r-1}, r >= 1.
+    # Sensitivity of the pattern 0, b, 2b, ..., the worst where c never rises. Let s be
+    # the sum of these columns of C. Participations m = 0..count-1 split the rounds into
+    # segments; inside segment m, s_{mb + r} = sum_i omega_i g_{m,i} theta_i^{r-1} for
+    # r >= 1, with g_{m,i} = sum_{l <= m} theta_i^{b l}. For one participation this is
+    # Lemma 5.3 of Dvijotham et al.
     g = _geometric(separation * theta[..., None, :], np.arange(1, count + 1)[:, None])
     pairs = theta[..., :, None] + theta[..., None, :]
     weight = omega[..., None, :] * g
@@ -82,7 +96,9 @@ def _log_loss(
     before = omega * np.exp((separation - 1) * theta)
     starts = 1 + (g[..., :-1, :] @ before[..., None])[..., 0]
     sensitivity = 1 + (starts**2).sum(-1) + inside.sum((-1, -2))
-    # Error: B_j = a + sum_i beta_i thetahat_i^j; the constant is one more geometric.
+    # Error: B_j = a + sum_i beta_i thetahat_i^j, where the constant is one more
+    # geometric series, of ratio 1. The sum of squares is a double sum of such series
+    # (compare Lemma 5.4 there).
     beta = _residues(theta_hat, theta) / np.expm1(theta_hat)
     constant = np.prod(np.expm1(theta) / np.expm1(theta_hat), axis=-1)
     beta = np.concatenate([constant[..., None], beta], axis=-1)
@@ -151,6 +167,7 @@ def grow_buffers(
     """
 
     def loss(point: Floats) -> tuple[float, Floats]:
+        # One copy of the point for each coordinate, with a tiny imaginary step in it.
         batch = np.repeat(point[None, :].astype(np.complex128), len(point), axis=0)
         batch += 1e-30j * np.eye(len(point))
         with np.errstate(all="ignore"):
@@ -163,7 +180,7 @@ def grow_buffers(
     for size in range(1, MAX_BUFFERS + 1):
         starts = _starts(best, size, (separation, rounds))
         value, point = min((_descend(loss, x) for x in starts), key=lambda r: r[0])
-        if value > best_value - 1e-9:
+        if value > best_value - 1e-9:  # the new pair of roots has cancelled out
             return
         best_value, best = _descend(loss, point, polish=True)
         theta, theta_hat = _interlace(best.astype(np.complex128))
@@ -179,6 +196,7 @@ def _starts(previous: Floats, size: int, horizons: tuple[int, ...]) -> list[Floa
         np.geomspace(0.25 / max(horizon, 2), 0.5, 2 * size) for horizon in set(horizons)
     ]
     if size > 1:
+        # The best of the size below, with a new pair in every gap between its roots.
         gaps = 1 - np.cumprod(1 / (1 + np.exp(-previous)))
         edges = np.concatenate([[min(1e-6, gaps[0] / 2)], gaps, [1 - 1e-6]])
         for slot, (low, high) in enumerate(itertools.pairwise(edges)):
@@ -186,6 +204,7 @@ def _starts(previous: Floats, size: int, horizons: tuple[int, ...]) -> list[Floa
             chains.append(np.insert(gaps, slot, pair))
     starts = []
     for gaps in chains:
+        # Back to the logits of `_interlace`: the ratio of neighbouring roots.
         chain = 1 - gaps
         ratio = chain / np.concatenate([[1.0], chain[:-1]])
         starts.append(np.log(ratio) - np.log1p(-np.minimum(ratio, 1 - 1e-11)))

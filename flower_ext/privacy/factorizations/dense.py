@@ -129,8 +129,8 @@ def optimize_dense(
     lag = np.abs(np.subtract.outer(index, index))
     reach = min_separation if max_participations > 1 else rounds
     free = (lag > 0) & (lag < reach)
+    # A^T A / n: rounds i and j are both in the prefixes from the later one on.
     gram = np.minimum.outer(rounds - index, rounds - index) / rounds
-    gram = np.minimum(gram, gram.T)  # A^T A / n
 
     best = _minimize_trace(np.eye(rounds), gram, lambda x: np.where(free, x, 0.0))
     # X = C^T C with a lower-triangular C: the Cholesky factor from the last row up.
@@ -149,12 +149,13 @@ def _minimize_trace(
         try:
             root = np.linalg.cholesky(point)
         except np.linalg.LinAlgError:
-            return np.inf, point
+            return np.inf, point  # no longer positive definite: a shorter step
         inverse = np.linalg.inv(root)
         inverse = inverse.T @ inverse
         middle = gram @ inverse
         return float(np.trace(middle)), -project(inverse @ middle)
 
+    # What a step changes is in the linear space, so that iterates keep the constraints.
     point = start
     value, slope = evaluate(point)
     memory: list[tuple[Floats, Floats, float]] = []
@@ -163,10 +164,12 @@ def _minimize_trace(
         decrease = float((direction * slope).sum())
         if -decrease < 1e-13 * value:
             break
+        # Quasi-Newton steps have the right length; the first, plain gradient has none.
         step = 1.0 if memory else min(1.0, 0.1 / float(np.abs(direction).max()))
         for _ in range(50):
             trial = point + step * direction
             new_value, new_slope = evaluate(trial)
+            # Sufficient decrease (Nocedal and Wright 2006, eq. 3.6a).
             if new_value <= value + 1e-4 * step * decrease:
                 break
             step /= 2
@@ -174,14 +177,17 @@ def _minimize_trace(
             break
         moved, bent = trial - point, new_slope - slope
         curvature = float((moved * bent).sum())
-        if curvature > 0:
+        if curvature > 0:  # or the estimate would not be positive definite
             memory = [*memory[-19:], (moved, bent, curvature)]
         point, value, slope = trial, new_value, new_slope
     return point
 
 
 def _two_loop(slope: Floats, memory: list[tuple[Floats, Floats, float]]) -> Floats:
-    """Return the L-BFGS estimate of inverse Hessian times slope."""
+    """Return the L-BFGS estimate of inverse Hessian times slope.
+
+    Nocedal and Wright 2006, Algorithm 7.4 (two-loop recursion).
+    """
     result = slope.copy()
     weights = []
     for moved, bent, curvature in reversed(memory):

@@ -1,17 +1,18 @@
 """What every factorization of the prefix-sum matrix promises.
 
-Let A be the lower-triangular matrix of ones (rounds x rounds) and A = B C. The server
-releases C X + noise, where row t of X is the sum of clipped contributions of round t;
-everything after it (B, the optimizer) is post-processing. In units of the clipping
-norm and for noise of standard deviation 1 in every row of the release:
+Let A be the lower-triangular matrix of ones (rounds x rounds), and A = B C. Row t of X
+is the sum of clipped contributions of round t, so that A X are its prefix sums. The
+server releases C X + Z with independent noise Z. Everything after that is
+post-processing: above all B (C X + Z) = A X + B Z, prefix sums with correlated noise.
+In units of the clipping norm and for Z of standard deviation 1:
 
 * sensitivity: max over allowed patterns P of || sum_{i in P} C[:, i] ||;
 * ``row_errors``: err_i = || B[i, :] ||^2, the variance of prefix sum i;
 * max loss = sensitivity * sqrt(max_i err_i),
   root-mean-square loss = sensitivity * sqrt(mean_i err_i).
 
-Both losses ignore the scale of C and are what the noise of a prefix sum costs at a
-privacy loss of one Gaussian release with mu = 1.
+Both losses do not depend on the scale of C. They are the noise of a prefix sum when the
+whole run is as private as one Gaussian release with mu = 1.
 """
 
 import hashlib
@@ -125,6 +126,7 @@ class Factorization(ABC):
 
     def fingerprint(self) -> str:
         """Return a digest that differs when the mechanism differs."""
+        # The numbers themselves, not their repr: the same on every machine.
         digest = hashlib.sha256(f"{self.name}|{self.rounds}".encode())
         for array in self._parameters():
             digest.update(np.ascontiguousarray(array, dtype="<f8").tobytes())

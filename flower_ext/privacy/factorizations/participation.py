@@ -53,7 +53,8 @@ def heaviest_pattern(
 ) -> Floats:
     """Maximise a sum of non-negative values over all patterns.
 
-    F_j(i) = max(x_i + F_{j-1}(i + b), F_j(i + 1)), one pass per participation.
+    F_j(i), the most that j participations from round i on can reach, is
+    max(x_i + F_{j-1}(i + b), F_j(i + 1)): one pass per participation.
 
     Parameters
     ----------
@@ -66,12 +67,18 @@ def heaviest_pattern(
     -------
     NDArray
         Shape ``(...)``: max over P in Pi(b, k) of sum over i in P of ``values[i]``.
+
+    References
+    ----------
+    Choquette-Choo et al. 2023, arXiv 2306.08153, Algorithm 3.
     """
     rounds = values.shape[-1]
     count = effective_participations(rounds, min_separation, max_participations)
     shift = min(min_separation, rounds)
     best = np.zeros_like(values)
     for _ in range(count):
+        # Take part in round i, the rest b rounds later at the soonest (nothing beyond
+        # the end); or not in i: the largest from there on.
         later = np.zeros_like(values)
         later[..., : rounds - shift] = best[..., shift:]
         suffix = np.maximum.accumulate((values + later)[..., ::-1], axis=-1)
@@ -87,13 +94,15 @@ def gram_sensitivity(
     For contributions of norm at most 1, ||sum_{i in P} C_i x_i^T||^2 is at most
     sum_{i,j in P} |G_ij|. It is exact when there is a single participation, or when
     rounds that one client may share have orthogonal columns; otherwise rows and then
-    columns are maximised apart, which can only overestimate.
+    columns are maximised apart, which can only overestimate (Choquette-Choo et al.
+    2023, arXiv 2306.08153).
     """
     rounds = gram.shape[0]
     count = effective_participations(rounds, min_separation, max_participations)
     diagonal = np.ascontiguousarray(np.diagonal(gram))
     if count == 1:
         return Sensitivity(float(np.sqrt(diagonal.max())), True, "largest column norm")
+    # Only entries that far from the diagonal belong to two rounds of one client.
     distance = np.abs(np.subtract.outer(np.arange(rounds), np.arange(rounds)))
     weights = np.abs(gram)
     shared = weights[distance >= min_separation]

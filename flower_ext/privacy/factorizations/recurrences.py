@@ -86,6 +86,7 @@ class HistoryRecurrence(Recurrence):
         product = np.empty_like(out)
         for lag in range(1, past + 1):
             if row[lag]:
+                # In float64, whatever the buffers are kept in.
                 old = state[(step - lag) % self.buffers]
                 np.multiply(old, float(row[lag]), out=product, dtype=np.float64)
                 out -= product
@@ -99,6 +100,8 @@ class BufferRecurrence(Recurrence):
     """The buffered linear Toeplitz recurrence.
 
         zhat_t = z_t - omega^T S_t,     S_{t+1} = diag(theta) S_t + 1 zhat_t^T
+
+    (McMahan, Xu, Zhang 2024, arXiv 2408.08868, Algorithm 3).
 
     Parameters
     ----------
@@ -140,9 +143,10 @@ class BufferRecurrence(Recurrence):
 class TreeRecurrence(Recurrence):
     """Noise of prefix sums held in a binary counter, emitted as differences.
 
-    A node of height h joins its children as y = v_h z + (1 - v_h)(y_left + y_right).
-    The noise of prefix t + 1 is the sum over the set bits of t + 1; the round emits
-    its difference to the prefix before, so that any optimizer can follow.
+    A node of height h joins its own noise z and its children as
+    y_h = v_h z + (1 - v_h)(y_left + y_right). The noise of prefix t + 1 is the sum over
+    the set bits of t + 1, which are complete nodes. A round emits its difference to the
+    prefix before, so that any optimizer can follow.
 
     Parameters
     ----------
@@ -172,6 +176,8 @@ class TreeRecurrence(Recurrence):
         """Complete the nodes that end in this round."""
         step %= self._period
         height = _completed(step)
+        # As in adding 1 to a binary number: the trailing ones, nodes that wait as left
+        # children, leave the prefix, and the node that joins them takes their place.
         node: Floats = fresh[0].copy()
         difference: Floats = np.zeros_like(node)
         for level in range(height):
@@ -188,5 +194,8 @@ class TreeRecurrence(Recurrence):
 
 
 def _completed(step: int) -> int:
-    """Return the height of the tallest node that ends in round ``step``."""
+    """Return the height of the tallest node that ends in round ``step``.
+
+    It is the number of trailing ones of ``step``, counted from 0.
+    """
     return (~step & (step + 1)).bit_length() - 1

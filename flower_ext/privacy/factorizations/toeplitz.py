@@ -40,6 +40,7 @@ def toeplitz_sensitivity(
     max_{l >= j} |c_l| of the coefficients gives an upper bound.
     """
     count = effective_participations(rounds, min_separation, max_participations)
+    # Columns are one column, moved down and cut at the end: the first is the largest.
     column = np.asarray(coefficients[:rounds], dtype=np.float64)
     if count == 1 or len(column) <= min_separation:
         how = "largest column norm" if count == 1 else "orthogonal columns (bands <= b)"
@@ -50,6 +51,7 @@ def toeplitz_sensitivity(
     exact = bool(column[-1] >= 0 and np.all(np.diff(column) <= 0))
     if not exact:
         column = np.maximum.accumulate(np.abs(column)[::-1])[::-1]
+    # The sum of the columns 0, b, 2b, ...
     total = np.zeros(rounds)
     for start in range(0, count * min_separation, min_separation):
         stop = min(rounds, start + len(column))
@@ -144,6 +146,7 @@ class Toeplitz(ToeplitzFactorization):
         """Return the first column of B, shape ``(rounds,)``."""
         from scipy.signal import lfilter  # type: ignore[import-untyped]
 
+        # Dividing ones, the coefficients of 1 / (1 - x), by C(x) is a recursive filter.
         return np.asarray(lfilter([1.0], self._column, np.ones(self.rounds)))
 
     def first(self, rounds: int) -> Factorization:
@@ -162,8 +165,8 @@ class Toeplitz(ToeplitzFactorization):
 class SquareRootToeplitz(Toeplitz):
     """The square root of A: C = B, with c_j = c_{j-1} (2j - 1) / (2j).
 
-    Lowest max loss among Toeplitz factorizations for a single participation, about
-    1 + ln(n) / pi, but the noise needs all past rounds.
+    Among Toeplitz factorizations it has the lowest max loss for a single participation,
+    about 1 + ln(n) / pi. Its noise needs all past rounds.
 
     References
     ----------

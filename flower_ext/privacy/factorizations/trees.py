@@ -26,12 +26,17 @@ from flower_ext.privacy.factorizations.recurrences import Recurrence, TreeRecurr
 class TreeAggregation(Factorization):
     r"""DP-FTRL's tree of noise, with restarts.
 
-    ``"online"`` reads the own noise of the nodes in the binary expansion of a prefix:
-    err = number of set bits. ``"honaker"`` refines each node by its children,
-    y_h = v_h z + (1 - v_h)(y_left + y_right) with v_h = 1 / (2 - 2^-h):
-    err = sum of v_h over the set bits; it streams with one buffer per level.
-    ``"full"`` is the least-squares estimate B = A pinv(C), offline only, a bound on
-    what any reading of the tree can reach.
+    A prefix of t rounds is the sum of the nodes in the binary expansion of t. How noisy
+    it is depends on the estimator:
+
+    * ``"online"`` reads the noise of each of these nodes alone: err = number of set
+      bits.
+    * ``"honaker"`` refines each node by its children,
+      y_h = v_h z + (1 - v_h)(y_left + y_right) with v_h = 1 / (2 - 2^-h):
+      err = sum of v_h over the set bits. It streams with one buffer per level.
+    * ``"full"`` is the least-squares estimate B = A pinv(C), a bound on what any
+      reading of the tree can reach. It reads nodes that are complete only later, and
+      cannot stream.
 
     Parameters
     ----------
@@ -90,23 +95,26 @@ class TreeAggregation(Factorization):
     def sensitivity(self, min_separation: int, max_participations: int) -> Sensitivity:
         """Return the sensitivity of the forest: exact for a few participations.
 
-        That of the sums that are released is up to about a tenth smaller, but for the
-        estimator ``full``: the others leave some of the nodes' noise unread.
+        It counts all nodes. The estimators other than ``full`` release less than that,
+        and the sensitivity of what they release is up to about a tenth smaller.
 
-        All leaves below a node no longer than ``min_separation`` are alike, so a
-        pattern is a choice of such nodes, met as early as allowed; a dynamic programme
-        over the taller nodes keeps, for every number of participations and earliest
-        next round, the largest sum of squared counts. With more than 32
-        participations in one tree it would be slow; then a node of height h counts
-        at most m_h = min(k, ceil(2^h / b)) and sens^2 <= k * sum_h m_h.
+        A client is in a node with at most ``min_separation`` rounds once at the most,
+        and it does not matter in which of them. So a pattern is a choice of such nodes,
+        met as early as allowed. A dynamic programme over the taller nodes keeps, for
+        every number of participations and earliest next round, the largest sum of
+        squared counts. With more than 32 participations in one tree it would be slow.
+        Then a node of height h counts at most m_h = min(k, ceil(2^h / b)) of them, and
+        sens^2 <= k * sum_h m_h.
         """
         count = effective_participations(
             self.rounds, min_separation, max_participations
         )
+        # m_h of the docstring.
         crowd = [min(count, -(-(1 << h) // min_separation)) for h in range(self.levels)]
         if crowd[-1] > 32:
             how = "upper bound: the fullest nodes of every height"
             return Sensitivity(float(np.sqrt(count * sum(crowd))), False, how)
+        # (participations so far, earliest next round) -> largest sum of squared counts.
         reach = {(0, 0): 0}
         for start, height in self._trees():
             joined: dict[tuple[int, int], int] = {}
@@ -134,6 +142,7 @@ class TreeAggregation(Factorization):
         errors = np.zeros(self.rounds)
         for height in range(self.levels):
             errors += ((within >> height) & 1) * shares[height]
+        # Every finished tree before adds the error of its last prefix.
         finished = np.arange(self.rounds) // self.restart_every
         last = min(self.restart_every, self.rounds) - 1
         return np.asarray(errors + finished * errors[last])
@@ -148,6 +157,8 @@ class TreeAggregation(Factorization):
         if self.estimator == "full":
             matrix = self.strategy_matrix()
             return np.diagonal(np.linalg.inv(matrix.T @ matrix)).copy()
+        # The node's noise takes the place of that of its left descendants, which were
+        # in the prefix before: what they share cancels.
         shares = self._own_share()
         by_height = np.empty(self.levels)
         for height in range(self.levels):
@@ -176,6 +187,7 @@ class TreeAggregation(Factorization):
             )
         nodes = self._nodes()
         shares = self._own_share()
+        # How the estimate of a node weighs all nodes: itself, and through its children.
         index = {node: position for position, node in enumerate(nodes)}
         estimates = np.zeros((len(nodes), len(nodes)))
         for position, (stop, height) in enumerate(nodes):
@@ -188,6 +200,7 @@ class TreeAggregation(Factorization):
             estimates[position, position] = share
         decoder = np.zeros((self.rounds, len(nodes)))
         for step in range(self.rounds):
+            # The last prefix of the tree before, and the nodes of this one.
             begin = step - step % self.restart_every
             if begin:
                 decoder[step] = decoder[begin - 1]
@@ -283,11 +296,13 @@ def _tree_options(
     The sum runs over the nodes of this subtree.
     """
     size = 1 << height
+    # Nobody here, or one participation: it counts once in each node up to this one.
     none = (0, entry, 0)
     if limit == 0 or entry >= size:
         return (none,)
     if size <= separation:
         return (none, (1, entry + separation, height + 1))
+    # Every way through the left half, followed by every way through the right one.
     half = size // 2
     joined: dict[tuple[int, int], int] = {}
     for few, ready, value in _tree_options(height - 1, separation, limit, entry):
