@@ -33,7 +33,7 @@ def scripted():
     An exception in its place is raised in the client.
     """
 
-    def make(contents):
+    def make(contents, kind=LocalGrid):
         def answer(message, context):
             content = contents[context.node_config["partition-id"]]
             if isinstance(content, Exception):
@@ -43,7 +43,7 @@ def scripted():
         app = ClientApp()
         app.train()(answer)
         app.evaluate()(answer)
-        return LocalGrid(app, len(contents))
+        return kind(app, len(contents))
 
     return make
 

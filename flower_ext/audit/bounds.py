@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flower_ext.core.errors import at_least, one_of, open_unit, refuse, whole
-
-Floats = NDArray[np.float64]
+from flower_ext.core.typing import Floats
 
 # An expectation over a distribution is a mean over so many of its quantiles.
 _GRID = 1000

@@ -21,10 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flower_ext.core.errors import positive, refuse, whole
+from flower_ext.core.typing import AnyFloats, Floats
 from flower_ext.privacy.factorizations.factorization import Factorization
-
-Floats = NDArray[np.float64]
-Array = NDArray[np.float32] | NDArray[np.float64]
 
 
 class Canaries:
@@ -76,7 +74,7 @@ class Canaries:
             low += prod(shape)
         return arrays
 
-    def project(self, arrays: Mapping[str, Array]) -> Floats:
+    def project(self, arrays: Mapping[str, AnyFloats]) -> Floats:
         """Return the inner products of all canaries with a vector."""
         flat = np.concatenate([np.ravel(arrays[name]) for name in self._shapes])
         products = np.bincount(self._owner, flat * self._weight, minlength=self.count)

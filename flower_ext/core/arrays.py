@@ -11,6 +11,8 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 from flwr.common import NDArray
 
+from flower_ext.core.typing import Floats
+
 Arrays = dict[str, NDArray]
 
 # Elements processed at a time: 128 KiB of float64, which stay in a core's cache.
@@ -212,9 +214,7 @@ def scale(term: Term, factor: float) -> Term:
     return Lazy(partial(np.multiply, factor, dtype=np.float64), term)
 
 
-def accumulate(
-    total: npt.NDArray[np.float64], terms: Sequence[tuple[Term, float]]
-) -> None:
+def accumulate(total: Floats, terms: Sequence[tuple[Term, float]]) -> None:
     """Add ``sum(weight * term)`` to ``total`` in place, in float64, in order.
 
     All terms are added to one block of the total before the next: it stays in the

@@ -157,7 +157,7 @@ class Sampler(ABC):
         return self.is_secret and self._given
 
     def take_seed(self) -> None:
-        """Refuse a second run in this process with secret cohorts of a given seed.
+        """Refuse a second run in this process with the same secret cohorts.
 
         Raises
         ------

@@ -282,7 +282,7 @@ class Mechanism:
         return self.seed is not None and self.seed < LEAST_SECRET
 
     def take_seed(self) -> None:
-        """Refuse a second run in this process with a seed that is to protect.
+        """Refuse a second run in this process with the same secret seed.
 
         Raises
         ------
@@ -299,7 +299,7 @@ class Mechanism:
         self._seed_is_taken = True
 
     def require_clients(self, sampler: Sampler) -> None:
-        """Refuse a plan whose rounds must run short of clients, to be noise only.
+        """Refuse a plan whose rounds must run short of clients and be mostly noise.
 
         Raises
         ------
@@ -393,6 +393,7 @@ class Mechanism:
             return None
         if self.amplified:
             return self._amplified(factorization, sampler)
+        # Any cohort will do: the noise is for the worst one within the limits.
         return GaussianAccountant(
             factorization,
             self._noise(noise_multiplier_for),

@@ -24,9 +24,9 @@ _remembered: dict[tuple[str, int], ConfigRecord] = {}
 class SiloAccount:
     """The account of one client in one round.
 
-    With a ledger it is the ledger's, which all runs and processes share. Without one it
-    is that of the run: in ``context.state``, or, where a run in this process goes on
-    from a checkpoint, in the process's memory.
+    With a ledger all runs and processes share the account in that file. Without one the
+    account is that of the run. It is in ``context.state``, or in the memory of this
+    process where a run goes on from a checkpoint.
 
     Parameters
     ----------
@@ -89,9 +89,9 @@ class SiloAccount:
         return found
 
     def require(self, record: ConfigRecord | None) -> None:
-        """Refuse a round before which others may have been, of which nothing is known.
+        """Refuse to go on where earlier rounds may be missing from the account.
 
-        A silo that joins late and one that has forgotten look the same.
+        Without a record a silo that joins late looks like one that has forgotten.
         """
         if record is not None:
             return

@@ -19,7 +19,7 @@ from flower_ext.privacy.accounting.calibration import (
 )
 from flower_ext.privacy.silo_account import ledger_path, load_record, save_record
 
-# Below it epsilon is in the hundreds and its grid does not fit into memory.
+# Below, epsilon is in the hundreds and the grid of its losses too large for memory.
 _LEAST_NOISE = 0.1
 # Squares of smaller numbers vanish in float64.
 _LEAST_CLIPPING = 1e-100
@@ -53,27 +53,29 @@ class SiloPrivacy:
     num_rounds : int, optional
         With ``epsilon`` only.
     max_epsilon : float, optional
-        A round that would exceed it is refused; nothing is trained then. With
-        ``epsilon`` it is that unless given. Without it the server decides, by the
-        rounds and steps it asks for, how much is spent.
+        A round that would exceed it is refused, and trains nothing. By default it is
+        ``epsilon``, where that is given. Without both the server decides how much is
+        spent, by the rounds and steps that it asks for.
     max_examples_per_user : int, optional
         G: protect a user with all examples in this silo, of which the first G in the
         order of the data are used, instead of one example.
     user : str (default: "user")
         Integer column of the data that says whose example it is.
     ledger : path, optional
-        File of the silo's own, absolute or under ``~``, to which every round is charged
-        before it trains; made if missing. Rounds of all runs and processes that name it
+        File of the silo's own, absolute or under ``~``, made if missing. Every round is
+        charged to it before it trains. Rounds of all runs and processes that name it
         add up, so that ``max_epsilon`` and ``epsilon`` bound all that is ever released
-        about these people. One file for one silo and one unit: in a simulation one for
-        each partition. Losing it is losing the account. Without it the account is that
-        of the run, every run starts from 0, and a silo that cannot prove that it has
-        spent nothing, because its first round is not the run's, is refused.
+        about these people. One file is for one silo and one unit: in a simulation one
+        for each partition. Losing it is losing the account.
+
+        Without a ledger the account is that of the run, and every run starts from 0. A
+        silo whose first round is not the run's is then refused, for it may have spent
+        something that it does not know of.
     seed : int, optional
         Secret seed >= 0 of batches, noise and dropout, for tests and simulations.
-        Without it batches and noise come from the operating system. Whoever knows or
-        guesses it can remove the noise: it must not be in anything that a server sees,
-        and small ones are guessed.
+        Without it batches and noise come from the operating system. Whoever knows the
+        seed can remove the noise, and small ones are found by trying: a server must
+        never see it.
     """
 
     clipping_norm: float

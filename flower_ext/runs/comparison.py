@@ -1,6 +1,6 @@
 """The same run once per strategy, side by side in one results folder."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flwr.app import ArrayRecord, MetricRecord, UserConfig
@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from flower_ext.client.task import Batch, Task, evaluate
 from flower_ext.runs.report import write_summary
+from flower_ext.server.callbacks import Callback
 from flower_ext.server.rounds import run_rounds
 from flower_ext.server.tracking import Tracker, plot
 
@@ -51,6 +52,7 @@ def compare(
     panels: Iterable[str],
     config: Mapping[str, object] | None = None,
     evaluate_fn: Evaluate | None = None,
+    callbacks: Callable[[str], Sequence[Callback]] | None = None,
 ) -> None:
     """Run all strategies from the same model; keep metrics, models, table and plot.
 
@@ -74,6 +76,8 @@ def compare(
     evaluate_fn : callable, optional
         See :meth:`flwr.serverapp.strategy.Strategy.start`, and
         :func:`central_evaluation`.
+    callbacks : callable, optional
+        ``name -> callbacks`` of the run of that name: each has its own.
     """
     results = Path(results).expanduser()
     for name, strategy in strategies.items():
@@ -84,6 +88,7 @@ def compare(
             num_rounds=num_rounds,
             evaluate_fn=evaluate_fn,
             tracker=Tracker(results / name),
+            callbacks=callbacks(name) if callbacks else (),
         )
         save_file(result.arrays.to_torch_state_dict(), results / name / MODEL_FILE)
     write_summary(results, strategies, columns, config=config)

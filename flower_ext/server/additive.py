@@ -12,7 +12,7 @@ and noise is added to it.
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import ClassVar, Unpack, cast
@@ -71,6 +71,7 @@ from flower_ext.core.ties import (
 )
 from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.privacy.private_sum import PrivateSum
+from flower_ext.server.callbacks import Callback
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.optimizers import SGD, ServerOptimizer, State, keep_variances
 from flower_ext.server.options import FedAvgOptions, by_name, require_known
@@ -721,8 +722,9 @@ class AdditiveStrategy(FedAvg):
         *,
         checkpoint: Path | str | None = None,
         tracker: Tracker | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> Result:
-        """Run the rounds as Flower does, with two options more.
+        """Run the rounds as Flower does, with three options more.
 
         Parameters
         ----------
@@ -733,6 +735,8 @@ class AdditiveStrategy(FedAvg):
             Folder to save the run in after each round, and to continue it from.
         tracker : Tracker, optional
             Told of every round.
+        callbacks : sequence of Callback, optional
+            Told of every round, after the tracker.
 
         Returns
         -------
@@ -757,6 +761,7 @@ class AdditiveStrategy(FedAvg):
             evaluate_fn=evaluate_fn,
             checkpoint=checkpoint,
             tracker=tracker,
+            callbacks=callbacks,
         )
 
     def state_dict(self) -> dict[str, object]:

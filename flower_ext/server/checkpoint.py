@@ -1,8 +1,8 @@
 """Save a run after each round and continue it: safetensors for arrays, JSON else.
 
 A saved round is a folder ``round-00012`` with ``model.safetensors``,
-``state.safetensors`` (moments and other arrays of the strategy) and ``state.json``, and
-with the states of the clients where the grid has them.
+``state.safetensors`` (moments and other arrays of the strategy and of callbacks) and
+``state.json``, and with the states of the clients where the grid has them.
 It is written under another name, flushed to the disk and renamed, so that a folder of
 that name is complete; only then is the round before the last one deleted.
 
@@ -88,6 +88,8 @@ class Checkpoint:
     grid : Grid, optional
         If its clients' ``states`` are in reach, they are saved and restored, and so is
         what the grid itself has in its ``state_dict``.
+    callbacks : Stateful, optional
+        Whose state is saved and restored beside the strategy's.
     run_config : Mapping, optional
         What clients may find in their run config. Where it is another than that of the
         saved run, a warning says so: part of it, such as a folder of results, may be.
@@ -107,6 +109,7 @@ class Checkpoint:
         configs: Configs | None = None,
         *,
         grid: object = None,
+        callbacks: Stateful | None = None,
         run_config: UserConfig | None = None,
         releases: bool = False,
     ) -> None:
@@ -122,6 +125,7 @@ class Checkpoint:
         self._grid = grid if isinstance(grid, Stateful) else None
         states = getattr(grid, "states", None)
         self._clients = None if states is None else SavedStates(states)
+        self._callbacks = callbacks
         self._configs = dict(configs or {})
         self._changes = Changes(self._configs)
         self._begun = settings_of(strategy, self._configs)
@@ -275,6 +279,8 @@ class Checkpoint:
             ) from error
         try:
             self.strategy.load_state_dict(states["strategy"])
+            if self._callbacks:
+                self._callbacks.load_state_dict(states["callbacks"])
             if self._grid and states["grid"]:
                 self._grid.load_state_dict(states["grid"])
             if self._clients and clients:
@@ -362,7 +368,14 @@ class Checkpoint:
     def _write(self, folder: Path, server_round: int, result: Result) -> None:
         model = from_record(result.arrays)
         grid = self._grid.state_dict() if self._grid else {}
-        states, arrays = _split({"strategy": self.strategy.state_dict(), "grid": grid})
+        callbacks = self._callbacks.state_dict() if self._callbacks else {}
+        states, arrays = _split(
+            {
+                "strategy": self.strategy.state_dict(),
+                "grid": grid,
+                "callbacks": callbacks,
+            }
+        )
         saved = {
             "format": FORMAT,
             "round": server_round,

@@ -101,6 +101,7 @@ _ELSEWHERE = {
             "evaluate_fn",
             "checkpoint",
             "tracker",
+            "callbacks",
         )
     },
 }

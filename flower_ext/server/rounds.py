@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -22,13 +22,20 @@ from flower_ext._flower import (
     log_strategy_start_info,
 )
 from flower_ext.core.errors import positive, refuse, whole
-from flower_ext.core.nodes import is_fixed, wait_for_nodes
+from flower_ext.core.nodes import NodeOrder, is_fixed, ordered_nodes, wait_for_nodes
 from flower_ext.core.protocol import RUN_KEY, RUN_NAME, RUN_RESUMED
 from flower_ext.core.sampling import Purpose, TooFewClients
+from flower_ext.server.callbacks import Callback, Callbacks
 from flower_ext.server.checkpoint import Checkpoint, CheckpointError
+from flower_ext.server.finished import (
+    ClientReply,
+    FinishedRound,
+    RunInfo,
+    client_replies,
+)
 from flower_ext.server.partial_sums import Summable, Summand, SummingGrid
 from flower_ext.server.returned import messages_of, metrics_of, trained
-from flower_ext.server.tracking import Round, Tracker
+from flower_ext.server.tracking import Tracker
 from flower_ext.wire.sparse import CANNOT_READ, SEALED
 from flower_ext.wire.traffic import Traffic, measure
 
@@ -81,12 +88,14 @@ def run_rounds(
     evaluate_fn: EvaluateFn | None = None,
     checkpoint: Path | str | None = None,
     tracker: Tracker | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Run any Flower strategy, ours or Flower's own.
 
     Does what :meth:`flwr.serverapp.strategy.Strategy.start` does, in the same order.
     Beside it, ``checkpoint`` names a folder: the run is saved there after each round,
-    and continued from there if it was saved before; ``tracker`` is told of every round.
+    and continued from there if it was saved before; ``callbacks`` see every round, and
+    ``tracker`` is the first of them.
 
     Parameters
     ----------
@@ -103,12 +112,16 @@ def run_rounds(
         that of the SuperLink; the log says the whole path.
     tracker : Tracker, optional
         Writes the metrics of each round.
+    callbacks : sequence of Callback, optional
+        Called in their order, see :mod:`flower_ext.server.callbacks`: they see each
+        finished round before it is saved, with their own states, and may end the run.
 
     Returns
     -------
     Result
         Of all rounds, those before an interruption included; of fewer than
-        ``num_rounds`` if the privacy budget or the eligible clients end sooner.
+        ``num_rounds`` if the privacy budget or the eligible clients end sooner, or a
+        callback ends it.
 
     Raises
     ------
@@ -122,7 +135,8 @@ def run_rounds(
         space, is reported in the log and the run goes on; under a mechanism with noise
         the run stops, and nothing of that round is released.
     """
-    _require_types(strategy, grid, initial_arrays, evaluate_fn, tracker)
+    _require_types(strategy, grid, initial_arrays, evaluate_fn, tracker, callbacks)
+    watching = Callbacks([*([tracker] if tracker else []), *callbacks])
     whole("num_rounds", num_rounds, 0)
     positive("timeout", timeout)
     mechanism = getattr(strategy, "mechanism", None)
@@ -155,7 +169,7 @@ def run_rounds(
         timeout,
         configs,
         evaluate_fn,
-        tracker,
+        watching,
     )
     if checkpoint is None:
         return run.play()
@@ -164,6 +178,7 @@ def run_rounds(
         strategy,
         configs,
         grid=grid,
+        callbacks=watching,
         run_config=getattr(getattr(grid, "run", None), "override_config", None),
         releases=run.releases,
     )
@@ -183,7 +198,7 @@ class _Run:
         timeout: float,
         configs: Mapping[str, ConfigRecord],
         evaluate_fn: EvaluateFn | None,
-        tracker: Tracker | None,
+        callbacks: Callbacks,
     ) -> None:
         self.strategy = strategy
         self.grid = grid
@@ -192,25 +207,47 @@ class _Run:
         self.timeout = timeout
         self.configs = configs
         self.evaluate_fn = evaluate_fn
-        self.tracker = tracker
+        self.callbacks = callbacks
         self.saved: Checkpoint | None = None
         self.done = 0  # rounds that the checkpoint had
-        mechanism = getattr(strategy, "mechanism", None)
+        self.clients: list[ClientReply] = []  # of the round, where anybody asks
+        self.mechanism = mechanism = getattr(strategy, "mechanism", None)
         self.releases = mechanism is not None and mechanism.is_private
         self.hidden = mechanism is not None and mechanism.hides_cohorts
 
     def play(self) -> Result:
         """Play the rounds that are left."""
         self._restore()
-        self._begin()
+        error: BaseException | None = None
+        try:
+            self._play()
+        except BaseException as problem:
+            error = problem
+            raise
+        finally:
+            self.callbacks.end(error)
+        return self.result
+
+    def _play(self) -> None:
+        reason = self.callbacks.begin(self._info())
         begun = time.monotonic()
         if self.done == 0:
             self._evaluate_centrally(0)
         for current in range(self.done + 1, self.num_rounds + 1):
-            if not self._round(current):
+            messages: list[Message] = []
+            try:
+                # The last saved round may have been the one that ended the run.
+                if not reason:
+                    messages = self._ask_to_train(current)
+            except (PrivacyBudgetExhausted, TooFewClients) as end:
+                if current == 1:
+                    raise
+                reason = str(end)
+            if reason:
+                log(WARNING, "The run ends after round %s: %s", current - 1, reason)
                 break
+            reason = self._round(current, messages)
         self._conclude(time.monotonic() - begun)
-        return self.result
 
     def _restore(self) -> None:
         """Take over the last saved round, if there is one."""
@@ -220,24 +257,24 @@ class _Run:
         if self.done == self.num_rounds > 0:
             log(INFO, "The run is already complete: its result is returned")
 
-    def _begin(self) -> None:
-        if self.tracker:
-            about: dict[str, object] = {"strategy": type(self.strategy).__name__}
-            if hasattr(self.strategy, "settings"):
-                about["settings"] = self.strategy.settings()
-            self.tracker.begin(self.num_rounds, self.done, about)
+    def _info(self) -> RunInfo:
+        """Describe the run to those who watch it."""
+        strategy, mechanism = self.strategy, self.mechanism
+        settings = strategy.settings() if hasattr(strategy, "settings") else {}
+        return RunInfo(
+            self.num_rounds,
+            self.done,
+            type(strategy).__name__,
+            settings,
+            evaluates=self.evaluate_fn is not None,
+            private=mechanism is not None,
+            withheld=mechanism is not None and not mechanism.unprotected_metrics,
+            hidden=self.hidden,
+        )
 
-    def _round(self, current: int) -> bool:
-        """Play one round; return whether there may be another."""
-        log(INFO, "")
-        log(INFO, "[ROUND %s/%s]", current, self.num_rounds)
-        try:
-            messages = self._ask_to_train(current)
-        except (PrivacyBudgetExhausted, TooFewClients) as end:
-            if current == 1:
-                raise
-            log(WARNING, "The run ends after round %s: %s", current - 1, end)
-            return False
+    def _round(self, current: int, messages: list[Message]) -> str | None:
+        """Play one round; return why the run is to end with it, or None."""
+        self.clients = []
         train = self._train(current, messages)
         if self.saved and self.releases:
             # Nobody has seen the round: what is repeated is no second release.
@@ -246,17 +283,21 @@ class _Run:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
         evaluate = self._evaluate(current, train)
         self._evaluate_centrally(current)
-        if self.tracker:
-            self.tracker.round(self._finished(current, train, evaluate))
+        reason = self.callbacks.round(self._finished(current, train, evaluate))
+        # After the callbacks, whose states are part of what is saved.
         if self.saved:
             self.saved.save(current, self.result)
-        return True
+        self.callbacks.require_sound()
+        return reason
 
     def _ask_to_train(self, current: int) -> list[Message]:
-        """Return the messages that ask clients to train."""
-        found = self.strategy.configure_train(
-            current, self.result.arrays, self.configs["train_config"], self.grid
-        )
+        """Begin a round: return the messages that ask clients to train."""
+        log(INFO, "")
+        log(INFO, "[ROUND %s/%s]", current, self.num_rounds)
+        config = self.configs["train_config"]
+        self.callbacks.configure(current, config)
+        arrays = self.result.arrays
+        found = self.strategy.configure_train(current, arrays, config, self.grid)
         messages = messages_of("configure_train", found)
         self._adopt("train", current, messages)
         if self.saved:
@@ -274,7 +315,7 @@ class _Run:
         strategy = self.strategy
         summand = strategy.summand() if isinstance(strategy, Summable) else None
         with self._discretion():
-            train = _exchange(self.grid, messages, self.timeout, summand)
+            train = self._exchange("train", messages, summand)
             if self._is_first(current) and (reason := _all_failed(train)):
                 # Before anything is released: the rounds to come would end as this.
                 raise EveryClientFailed(_every("train", current, reason))
@@ -302,7 +343,7 @@ class _Run:
         messages = messages_of("configure_evaluate", found)
         self._adopt("evaluate", current, messages)
         with self._discretion():
-            evaluate = _exchange(self.grid, messages, self.timeout)
+            evaluate = self._exchange("evaluate", messages)
         if self._is_first(current) and (reason := _all_failed(evaluate)):
             text = _every("evaluate", current, reason)
             if not train.asked:
@@ -328,11 +369,12 @@ class _Run:
             else:
                 log(INFO, "Initial global evaluation results: %s", metrics)
 
-    def _finished(self, current: int, train: _Phase, evaluate: _Phase) -> Round:
+    def _finished(self, current: int, train: _Phase, evaluate: _Phase) -> FinishedRound:
         """Describe a round; what tells a secret cohort is withheld."""
         result, hidden = self.result, self.hidden
-        return Round(
+        return FinishedRound(
             current,
+            result.arrays,
             train=result.train_metrics_clientapp.get(current),
             evaluate=result.evaluate_metrics_clientapp.get(current),
             central=result.evaluate_metrics_serverapp.get(current),
@@ -340,7 +382,28 @@ class _Run:
             seconds_evaluate=None if hidden else evaluate.seconds,
             down=None if hidden else train.down + evaluate.down,
             up=None if hidden else train.up + evaluate.up,
+            clients=tuple(self.clients),
         )
+
+    def _exchange(
+        self, purpose: Purpose, messages: list[Message], summand: Summand | None = None
+    ) -> _Phase:
+        """Send messages, wait for the replies, and count the bytes of both."""
+        # Nobody may see what single clients say under a mechanism.
+        told = self.callbacks.need_clients and self.mechanism is None
+        places = NodeOrder(ordered_nodes(self.grid)) if told else {}
+        begun = time.monotonic()
+        phase = _Phase(measure(messages), len(messages))
+        if summand is not None and isinstance(self.grid, SummingGrid):
+            replies = self.grid.send_and_sum(messages, summand, timeout=self.timeout)
+        else:
+            replies = self.grid.send_and_receive(messages, timeout=self.timeout)
+        phase.replies = list(replies)
+        phase.up = measure(phase.replies)
+        phase.seconds = time.monotonic() - begun
+        if told:
+            self.clients += client_replies(purpose, phase.replies, places)
+        return phase
 
     def _conclude(self, seconds: float) -> None:
         log(INFO, "")
@@ -368,6 +431,7 @@ def _require_types(
     initial_arrays: object,
     evaluate_fn: object,
     tracker: object,
+    callbacks: object,
 ) -> None:
     """Refuse what is commonly mistaken for the right thing."""
     if not isinstance(strategy, Strategy):
@@ -379,8 +443,10 @@ def _require_types(
         refuse("initial_arrays", type(initial_arrays), "an ArrayRecord", cause)
     if not callable(evaluate_fn) and evaluate_fn is not None:
         refuse("evaluate_fn", evaluate_fn, "a function (server_round, arrays)")
-    if not hasattr(tracker, "begin") and tracker is not None:
+    if not isinstance(tracker, Tracker | None):
         refuse("tracker", tracker, "a Tracker", "Tracker('results/run-1')")
+    if not isinstance(callbacks, Iterable):
+        refuse("callbacks", callbacks, "a list of Callbacks")
 
 
 def _require_nodes(strategy: FedAvg, grid: Grid) -> None:
@@ -442,23 +508,3 @@ def _record(name: str, config: ConfigRecord | None) -> ConfigRecord:
     if not isinstance(config, Mapping | None):
         refuse(name, config, "a ConfigRecord, or None", "ConfigRecord({'lr': 0.1})")
     return ConfigRecord(dict(config or {}))
-
-
-def _exchange(
-    grid: Grid,
-    messages: Iterable[Message],
-    timeout: float,
-    summand: Summand | None = None,
-) -> _Phase:
-    """Send messages, wait for the replies, and count the bytes of both."""
-    begun = time.monotonic()
-    messages = list(messages)
-    phase = _Phase(measure(messages), len(messages))
-    if summand is not None and isinstance(grid, SummingGrid):
-        replies = grid.send_and_sum(messages, summand, timeout=timeout)
-    else:
-        replies = grid.send_and_receive(messages, timeout=timeout)
-    phase.replies = list(replies)
-    phase.up = measure(phase.replies)
-    phase.seconds = time.monotonic() - begun
-    return phase

@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -15,17 +14,17 @@ from logging import ERROR, INFO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import MetricRecord
-
 from flower_ext._flower import log
 from flower_ext.core.errors import refuse
 from flower_ext.core.strict_json import numbers, write
-from flower_ext.wire.traffic import Traffic
+from flower_ext.server.callbacks import Callback
+from flower_ext.server.finished import FinishedRound, RunInfo
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+CLIENTS_FILE = "clients.jsonl"
 RUN_FILE = "run.json"
 # Whose versions decide what a run computes.
 _PACKAGES = ("flower-ext", "flwr", "ray", "torch", "numpy", "transformers", "peft")
@@ -33,54 +32,7 @@ _PACKAGES = ("flower-ext", "flwr", "ray", "torch", "numpy", "transformers", "pef
 _SPENT = ("bytes/", "encoded-bytes/", "parameters/", "messages/", "seconds/")
 
 
-@dataclass
-class Round:
-    """What happened in one round.
-
-    Attributes
-    ----------
-    server_round : int
-        From 1.
-    train, evaluate, central : MetricRecord or None
-        Metrics of the clients' training, of their evaluation, of ``evaluate_fn``.
-    seconds_train, seconds_evaluate : float or None
-        From the first message sent to the last reply received.
-    down, up : Traffic or None
-        What was sent to and received from all clients, both phases. Seconds and
-        traffic are None where they are withheld, since they tell a secret cohort.
-    """
-
-    server_round: int
-    train: MetricRecord | None = None
-    evaluate: MetricRecord | None = None
-    central: MetricRecord | None = None
-    seconds_train: float | None = 0.0
-    seconds_evaluate: float | None = 0.0
-    down: Traffic | None = Traffic()
-    up: Traffic | None = Traffic()
-
-    def row(self) -> dict[str, object]:
-        """Return the round as one flat table, ``train/loss`` and the like."""
-        row: dict[str, object] = {"round": self.server_round}
-        for phase in ("train", "evaluate", "central"):
-            for key, value in (getattr(self, phase) or {}).items():
-                row[f"{phase}/{key}"] = value
-        for phase in ("train", "evaluate"):
-            if (seconds := getattr(self, f"seconds_{phase}")) is not None:
-                row[f"seconds/{phase}"] = round(seconds, 4)
-        for way, traffic in (("down", self.down), ("up", self.up)):
-            if traffic is None:
-                continue
-            row |= {
-                f"bytes/{way}": traffic.serialized,
-                f"encoded-bytes/{way}": traffic.encoded,
-                f"parameters/{way}": traffic.parameters,
-                f"messages/{way}": traffic.messages,
-            }
-        return row
-
-
-class Tracker:
+class Tracker(Callback):
     """Writes every round to ``metrics.jsonl`` and logs one line of progress.
 
     Each line is strict JSON; a metric that is not finite is there by its name, such as
@@ -93,12 +45,23 @@ class Tracker:
         rounds before; a new run starts the file anew, and the curves of TensorBoard.
     tensorboard : bool, optional
         Write TensorBoard events too; by default if the package is installed.
+    per_client : bool (default: False)
+        Write what every client has replied to ``clients.jsonl``, too: one line for each
+        of them in each phase, with its own metrics and bytes. Refused under a
+        mechanism, which no metric of a single client is covered by.
     """
 
-    def __init__(self, folder: Path | str, tensorboard: bool | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        tensorboard: bool | None = None,
+        *,
+        per_client: bool = False,
+    ) -> None:
         self.folder = Path(folder).expanduser()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / METRICS_FILE
+        self.needs_clients = per_client
         installed = find_spec("tensorboard") is not None
         if tensorboard and not installed:
             refuse("tensorboard", True, "False", "the package is not installed")
@@ -108,55 +71,65 @@ class Tracker:
         self._done = 0
         self._begun = 0.0
 
-    def begin(
-        self, num_rounds: int, done: int, about: Mapping[str, object] | None = None
-    ) -> None:
-        """Start a run of ``num_rounds`` of which ``done`` were done before.
+    @property
+    def name(self) -> str:
+        """Return the class with the folder's name."""
+        return f"{type(self).__name__}({self.folder.name})"
 
-        What is known ``about`` it, such as strategy and settings, is written to
-        ``run.json``, with the time and the versions of the packages.
-        """
+    def begin(self, run: RunInfo) -> str | None:
+        """Describe the run in ``run.json``, and keep the rounds that were done."""
+        if self.needs_clients and run.private:
+            refuse(
+                "per_client",
+                True,
+                "False under a mechanism",
+                "what a single client has measured is not covered by epsilon",
+            )
         described = {
             "started": datetime.now().astimezone().isoformat(" ", "seconds"),
-            **(about or {}),
+            "strategy": run.strategy,
+            "settings": run.settings,
             "versions": _versions(),
         }
         text = write(described, indent=2, default=str)
         (self.folder / RUN_FILE).write_text(text + "\n", "utf-8")
-        kept = [r for r in read_metrics(self.path) if int(str(r["round"])) <= done]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(write(row) + "\n" for row in kept), "utf-8")
-        partial.replace(self.path)
-        self._num_rounds, self._done = num_rounds, done
+        _keep(self.path, run.done)
+        if self.needs_clients or (self.folder / CLIENTS_FILE).exists():
+            _keep(self.folder / CLIENTS_FILE, run.done)
+        self._num_rounds, self._done = run.num_rounds, run.done
         self._begun = time.monotonic()
+        self._events = None
         if self._tensorboard:
-            self._open_events(done + 1)
+            self._open_events(run.done + 1)
+        return None
 
-    def round(self, this: Round) -> None:
+    def round(self, this: FinishedRound) -> str | None:
         """Record one round; a disk that does not take it is reported, not fatal."""
         row = this.row()
-        try:
-            self._append(write(row) + "\n")
-        except OSError as error:
-            log(ERROR, "round %s is not in %s: %s", row["round"], self.path, error)
+        self._append(METRICS_FILE, this.number, [row])
+        if self.needs_clients:
+            rows = [reply.row(this.number) for reply in this.clients]
+            self._append(CLIENTS_FILE, this.number, rows)
         if self._tensorboard:
             try:
-                self._write_events(row)
+                self._write_events(this)
             except OSError as error:
                 self._events = None  # its thread has ended; the next round has another
-                log(ERROR, "round %s is not in TensorBoard: %s", row["round"], error)
+                log(ERROR, "round %s is not in TensorBoard: %s", this.number, error)
         log(INFO, "%s", self._progress(row))
+        return None
 
-    def _append(self, line: str) -> None:
-        """Append a line, or nothing: half a line would spoil the next one."""
-        end = self.path.stat().st_size if self.path.exists() else 0
+    def _append(self, name: str, number: int, rows: list[dict[str, object]]) -> None:
+        """Append a round's lines, or none: half a line would spoil the next one."""
+        path = self.folder / name
+        end = path.stat().st_size if path.exists() else 0
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(write(row) + "\n" for row in rows))
+        except OSError as error:
             with suppress(OSError):
-                os.truncate(self.path, end)
-            raise
+                os.truncate(path, end)
+            log(ERROR, "round %s is not in %s: %s", number, path, error)
 
     def _progress(self, row: Mapping[str, object]) -> str:
         number = int(str(row["round"]))
@@ -176,14 +149,12 @@ class Tracker:
             ]
         )
 
-    def _write_events(self, row: Mapping[str, object]) -> None:
-        number = int(str(row["round"]))
+    def _write_events(self, this: FinishedRound) -> None:
         if self._events is None:
-            self._open_events(number)
+            self._open_events(this.number)
         assert self._events is not None
-        for key, value in row.items():
-            if isinstance(value, int | float) and key != "round":
-                self._events.add_scalar(key, value, number)
+        for key, value in this.numbers().items():
+            self._events.add_scalar(key, value, this.number)
         self._events.flush()
 
     def _open_events(self, number: int) -> None:
@@ -195,6 +166,14 @@ class Tracker:
             time.sleep(0.05)
         self._events = SummaryWriter(str(self.folder), purge_step=number)
         self._events.flush()
+
+
+def _keep(path: Path, done: int) -> None:
+    """Keep the rows of the rounds that were done; write the others' anew."""
+    kept = [row for row in _read(path) if int(str(row["round"])) <= done]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(write(row) + "\n" for row in kept), "utf-8")
+    partial.replace(path)
 
 
 def _versions() -> dict[str, str]:
@@ -212,7 +191,21 @@ def read_metrics(path: Path | str) -> list[dict[str, object]]:
     A last line that was cut off by an interruption is left out.
     """
     path = Path(path).expanduser()
-    path = path / METRICS_FILE if path.is_dir() else path
+    return _read(path / METRICS_FILE if path.is_dir() else path)
+
+
+def read_clients(path: Path | str) -> list[dict[str, object]]:
+    """Read ``clients.jsonl``, or that file in a results folder; [] if missing.
+
+    Each row has ``round``, ``phase``, ``client`` (its place among the nodes, the same
+    in every run) and ``bytes/up``, and either the client's metrics, such as
+    ``train/num-examples``, or ``error``, the reason of its failure.
+    """
+    path = Path(path).expanduser()
+    return _read(path / CLIENTS_FILE if path.is_dir() else path)
+
+
+def _read(path: Path) -> list[dict[str, object]]:
     if not path.exists():
         return []
     return list(_rows(path.read_text("utf-8").splitlines()))

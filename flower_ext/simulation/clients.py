@@ -1,4 +1,4 @@
-"""Running one virtual client: its message, its context, its error, its time."""
+"""Running one virtual client: its message, its state, its error, its time."""
 
 import signal
 import threading
@@ -9,19 +9,45 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
+from typing import Protocol
 
-from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from flower_ext._flower import CLIENT_CRASHED, CLIENT_RAISED, ensure_task_identity
+from flower_ext._flower import (
+    CLIENT_CRASHED,
+    CLIENT_RAISED,
+    NO_REPLY,
+    ensure_task_identity,
+)
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.records import Record, own_copy
+from flower_ext.simulation.setting import Setting
 
 Call = Callable[[Message, Context], Message]
 
-
 # What ends a client and no more: its exit, too, and a task that it has cancelled.
 CLIENTS_OWN = (Exception, SystemExit, CancelledError)
+
+
+class LostState(RuntimeError):
+    """A client's state was there and is gone, with the machine that held it."""
+
+
+class States(Protocol):
+    """Where the states of clients are kept between their messages."""
+
+    def read(self, client: int) -> RecordDict:
+        """Return a client's state, the caller's own; empty for a new client.
+
+        Raises
+        ------
+        LostState
+            If there was one that cannot be had.
+        """
+
+    def write(self, client: int, state: RecordDict) -> None:
+        """Keep a client's state."""
 
 
 class OverTime(BaseException):
@@ -44,73 +70,74 @@ def load_client_app(app: object) -> ClientApp:
     return app
 
 
-def client_context(
-    run_id: int,
-    client: int,
-    num_clients: int,
-    state: RecordDict,
-    run_config: UserConfig,
-    node_config: UserConfig | None = None,
-) -> Context:
-    """Make the context of one virtual client, on a node with a configuration."""
-    return Context(
-        run_id=run_id,
-        node_id=client,
-        node_config={
-            **(node_config or {}),
-            "partition-id": client,
-            "num-partitions": num_clients,
-        },
-        state=state,
-        run_config=dict(run_config),
-    )
-
-
 def run_client(
-    call: Call,
-    job: Job,
-    shared: Sequence[Record],
-    context: Context,
-    limit: float | None = None,
+    call: Call, setting: Setting, job: Job, shared: Sequence[Record], states: States
 ) -> Outcome:
     """Run one virtual client; whatever it raises is its own error.
+
+    The only place that reads and writes a client's state. It is written when the
+    client has replied, so that one that fails is as it was before.
 
     Parameters
     ----------
     call : callable
         The ClientApp, or what is left of it behind a mod.
+    setting : Setting
+        Of all clients. ``client_timeout`` interrupts one that executes Python code, in
+        the main thread of a process.
     job : Job
         What the client is asked.
     shared : sequence of Record
         Records that the job names by their place.
-    context : Context
-        The client's own.
-    limit : float, optional
-        Seconds after which the client is interrupted. Works in the main thread of a
-        process, once the client executes Python code.
+    states : States
+        Where the client's state is.
     """
-    records = {name: own_copy(shared[place]) for name, place in job.shared.items()}
-    records |= {name: own_copy(record) for name, record in job.own.items()}
-    ensure_task_identity(context.run_id)
-    message = Message(RecordDict(records), job.client, job.kind, group_id=job.group)
-    message.metadata.__dict__["_message_id"] = str(job.key)
-    begun = time.perf_counter()
-    content, error = None, None
+    ensure_task_identity(setting.run_id)
     try:
-        with _limited(limit):
+        state = states.read(job.client)
+    except LostState as lost:
+        # Said once, to the server too: a client that forgets is another client.
+        states.write(job.client, RecordDict())
+        reason = f"the client's state is lost, it starts anew: {lost}"
+        return Outcome(job.key, None, Error(NO_REPLY, reason))
+    context = setting.context(job.client, state)
+    message = _message(job, shared, context.node_id)
+    content, error = None, None
+    begun = time.perf_counter()
+    try:
+        with _limited(setting.client_timeout):
             reply = call(message, context)
-        if not isinstance(reply, Message):
-            raise TypeError(f"a client must return a Message, not {reply!r}")
+        _check(reply, context)
         if reply.has_error():
             error = reply.error
         else:
             content = reply.content
     except OverTime:
-        error = over_time(limit)
+        error = over_time(setting.client_timeout)
     except CLIENTS_OWN as problem:
         reason = f"{type(problem).__name__}: {problem}\n{traceback.format_exc()}"
         error = Error(CLIENT_RAISED, reason)
-    return Outcome(job.key, content, error, time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
+    if content is not None:
+        states.write(job.client, context.state)
+    return Outcome(job.key, content, error, seconds)
+
+
+def _message(job: Job, shared: Sequence[Record], node: int) -> Message:
+    """Make a client's message, of records that it may spoil."""
+    records = {name: own_copy(shared[place]) for name, place in job.shared.items()}
+    records |= {name: own_copy(record) for name, record in job.own.items()}
+    message = Message(RecordDict(records), node, job.kind, group_id=job.group)
+    message.metadata.__dict__["_message_id"] = str(job.key)  # as a grid would
+    return message
+
+
+def _check(reply: object, context: Context) -> None:
+    """Refuse what would not fail here but later, in code that is no client's."""
+    if not isinstance(reply, Message):
+        raise TypeError(f"a client must return a Message, not {reply!r}")
+    if not isinstance(context.state, RecordDict):
+        raise TypeError(f"context.state must be a RecordDict, not {context.state!r}")
 
 
 def over_time(limit: float | None) -> Error:

@@ -1,14 +1,13 @@
-"""Clients in this very process, one after the other: a packed grid in ``run_local``."""
+"""Clients in this very process, one after the other."""
 
 from collections.abc import Iterable, Sequence
 
-from flwr.app import RecordDict, UserConfig
-from flwr.clientapp import ClientApp
-
 from flower_ext.server.partial_sums import Summand
-from flower_ext.simulation.clients import client_context, load_client_app, run_client
+from flower_ext.simulation.clients import load_client_app, run_client
 from flower_ext.simulation.jobs import Job, Outcome
-from flower_ext.simulation.records import Record, own_copies
+from flower_ext.simulation.records import Record
+from flower_ext.simulation.setting import Setting
+from flower_ext.simulation.states import ClientStates
 from flower_ext.simulation.transport import Transport
 
 
@@ -17,29 +16,16 @@ class DirectTransport(Transport):
 
     Parameters
     ----------
-    client_app : ClientApp or str
-        The ClientApp, or its import string ``"package.module:app"``.
-    num_clients, run_id, run_config
-        What goes into every client's context.
-    client_timeout : float or None
-        Seconds a client may take.
+    setting : Setting
+        Of the clients.
     """
 
-    def __init__(
-        self,
-        client_app: ClientApp | str,
-        num_clients: int,
-        run_id: int,
-        run_config: UserConfig,
-        client_timeout: float | None,
-    ) -> None:
-        self._app = load_client_app(client_app)
-        self._num_clients = num_clients
-        self._run_id = run_id
-        self._run_config = run_config
-        self._client_timeout = client_timeout
-        self._states: dict[int, RecordDict] = {}
+    def __init__(self, setting: Setting) -> None:
+        self._app = load_client_app(setting.client_app)
+        self._setting = setting
         self._ready: list[Outcome] = []
+        memory = setting.state_memory
+        self.states: ClientStates = ClientStates(setting.num_clients, memory)
 
     def submit(
         self,
@@ -47,20 +33,11 @@ class DirectTransport(Transport):
         shared: Sequence[Record],
         summand: Summand | None = None,
     ) -> None:
-        """Run the clients; one that fails keeps the state that it had."""
+        """Run the clients."""
         for job in jobs:
-            before = self._states.get(job.client, RecordDict())
-            context = client_context(
-                self._run_id,
-                job.client,
-                self._num_clients,
-                own_copies(before),
-                self._run_config,
+            self._ready.append(
+                run_client(self._app, self._setting, job, shared, self.states)
             )
-            outcome = run_client(self._app, job, shared, context, self._client_timeout)
-            if outcome.content is not None:
-                self._states[job.client] = context.state
-            self._ready.append(outcome)
 
     def wait(self, seconds: float | None) -> list[Outcome]:
         """Return the outcomes, which are all there."""
@@ -72,4 +49,4 @@ class DirectTransport(Transport):
 
     def close(self) -> None:
         """Forget the clients' states."""
-        self._states.clear()
+        self.states.close()

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from logging import ERROR
 
 from flower_ext.core.errors import positive, refuse, whole
-from flower_ext.simulation.machines import Machine, Need, ray_machines, require_room
+from flower_ext.simulation.machines import (
+    Machine,
+    Resources,
+    ray_machines,
+    require_room,
+)
 
 #: MiB that CUDA takes in every process, beside what a model takes.
 CUDA_MIB = 500.0
@@ -122,7 +127,7 @@ def plan(
         if machine.gpus
     ]
     if not any(clients for clients, _ in room):
-        require_room(machines, {Need(1.0, float(num_cpus)): 0})
+        require_room(machines, {Resources(1.0, float(num_cpus)): 0})
     most = min(most, _STEPS)
     # One client a GPU is always even. Of equal numbers at once, the larger share.
     at_once, share = max(

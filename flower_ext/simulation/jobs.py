@@ -1,7 +1,7 @@
 """What a virtual client is asked, and what came of it."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flwr.app import Error, Message, RecordDict
@@ -45,13 +45,15 @@ class Outcome:
     seconds: float = 0.0
 
 
-def split(messages: Iterable[tuple[int, Message]]) -> tuple[list[Job], list[Record]]:
+def split(
+    messages: Sequence[tuple[int, int, Message]],
+) -> tuple[list[Job], list[Record]]:
     """Tell records that several messages share from those of one.
 
     Parameters
     ----------
-    messages : iterable of (int, Message)
-        With their keys.
+    messages : sequence of (int, int, Message)
+        With their keys and clients.
 
     Returns
     -------
@@ -60,22 +62,16 @@ def split(messages: Iterable[tuple[int, Message]]) -> tuple[list[Job], list[Reco
     list of Record
         The shared ones; strategies put one model into all messages of a round.
     """
-    messages = list(messages)
+    # By identity: comparing arrays would cost more than sending them twice.
     times = Counter(
-        id(record) for _, message in messages for record in message.content.values()
+        id(record) for *_, message in messages for record in message.content.values()
     )
     places: dict[int, int] = {}
     shared: list[Record] = []
     jobs = []
-    for key, message in messages:
-        job = Job(
-            key,
-            message.metadata.dst_node_id,
-            message.metadata.message_type,
-            message.metadata.group_id,
-            {},
-            {},
-        )
+    for key, client, message in messages:
+        said = message.metadata
+        job = Job(key, client, said.message_type, said.group_id, {}, {})
         for name, record in message.content.items():
             if times[id(record)] == 1:
                 job.own[name] = record

@@ -1,4 +1,4 @@
-"""What a virtual client needs of a machine, and whether a machine has it."""
+"""CPUs and GPUs: what a client takes of a machine, and whether a machine has it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,26 +9,28 @@ from flower_ext.core.errors import at_least, positive, refuse
 
 #: ``(partition_id, run_config) -> {"num_cpus": 1, "num_gpus": 0.5}``
 ResourcesFunction = Callable[[int, UserConfig], Mapping[str, float]]
+#: The same for all clients, or by client.
+ClientResources = Mapping[str, float] | ResourcesFunction
 
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, order=True)
-class Need:
+class Resources:
     """CPUs, and GPUs: a fraction of one, or whole ones."""
 
     num_gpus: float = 0.0
     num_cpus: float = 1.0
 
     @classmethod
-    def of(cls, resources: Mapping[str, float]) -> "Need":
+    def of(cls, asked: Mapping[str, float]) -> "Resources":
         """Read what a user asked for; a missing key is no GPU, or one CPU."""
-        if unknown := sorted(set(resources) - {"num_cpus", "num_gpus"}):
+        if unknown := sorted(set(asked) - {"num_cpus", "num_gpus"}):
             refuse("resources", unknown, "of 'num_cpus' and 'num_gpus'")
-        gpus = at_least("num_gpus", resources.get("num_gpus", 0.0), 0)
+        gpus = at_least("num_gpus", asked.get("num_gpus", 0.0), 0)
         if gpus > 1 and gpus != int(gpus):
             refuse("num_gpus", gpus, "a fraction of one GPU or a whole number")
-        return cls(gpus, positive("num_cpus", resources.get("num_cpus", 1.0)))
+        return cls(gpus, positive("num_cpus", asked.get("num_cpus", 1.0)))
 
     def __str__(self) -> str:
         return f"{self.num_cpus:g} CPUs and {self.num_gpus:g} GPUs"
@@ -64,36 +66,38 @@ class Machine:
         cpus, gpus = self._all
         return f"{cpus:g} CPUs and {gpus} GPUs"
 
-    def place(self, need: Need) -> dict[int, float] | None:
+    def place(self, resources: Resources) -> dict[int, float] | None:
         """Return what to take of which GPU, or None if it does not fit.
 
         A fraction is taken from the fullest GPU that still has it, as Ray does.
         """
-        if self.cpus + _ROUNDING < need.num_cpus:
+        if self.cpus + _ROUNDING < resources.num_cpus:
             return None
-        if need.num_gpus >= 1:
+        if resources.num_gpus >= 1:
             free = [i for i, left in enumerate(self.gpus) if left > 1 - _ROUNDING]
-            count = int(need.num_gpus)
+            count = int(resources.num_gpus)
             return dict.fromkeys(free[:count], 1.0) if len(free) >= count else None
-        if need.num_gpus == 0:
+        if resources.num_gpus == 0:
             return {}
         enough = [
             (left, i)
             for i, left in enumerate(self.gpus)
-            if left + _ROUNDING >= need.num_gpus
+            if left + _ROUNDING >= resources.num_gpus
         ]
-        return {min(enough)[1]: need.num_gpus} if enough else None
+        return {min(enough)[1]: resources.num_gpus} if enough else None
 
-    def take(self, need: Need, gpus: Mapping[int, float]) -> None:
+    def take(self, resources: Resources, gpus: Mapping[int, float]) -> None:
         """Take what was placed."""
-        self._change(-1, need, gpus)
+        self._change(-1, resources, gpus)
 
-    def give_back(self, need: Need, gpus: Mapping[int, float]) -> None:
+    def give_back(self, resources: Resources, gpus: Mapping[int, float]) -> None:
         """Return what was taken."""
-        self._change(1, need, gpus)
+        self._change(1, resources, gpus)
 
-    def _change(self, sign: int, need: Need, gpus: Mapping[int, float]) -> None:
-        self.cpus += sign * need.num_cpus
+    def _change(
+        self, sign: int, resources: Resources, gpus: Mapping[int, float]
+    ) -> None:
+        self.cpus += sign * resources.num_cpus
         for i, share in gpus.items():
             self.gpus[i] += sign * share
 
@@ -110,20 +114,20 @@ def ray_machines(nodes: Sequence[Mapping[str, object]]) -> Iterator[Machine]:
             )
 
 
-def require_room(machines: Sequence[Machine], needs: Mapping[Need, int]) -> None:
+def require_room(machines: Sequence[Machine], clients: Mapping[Resources, int]) -> None:
     """Refuse what no machine could ever run.
 
     Parameters
     ----------
     machines : sequence of Machine
         Those of Ray.
-    needs : Mapping[Need, int]
-        Each, and a client that has it.
+    clients : Mapping[Resources, int]
+        One client for each of the resources that are asked for.
     """
-    for need, client in needs.items():
-        if all(machine.empty().place(need) is None for machine in machines):
+    for resources, client in clients.items():
+        if all(machine.empty().place(resources) is None for machine in machines):
             have = "; ".join(map(str, machines)) or "there is none"
             raise ValueError(
-                f"client {client} needs {need}, more than any machine of this Ray has: "
-                f"{have}"
+                f"client {client} needs {resources}, more than any machine of this Ray "
+                f"has: {have}"
             )

@@ -6,7 +6,7 @@ Works wherever Flower does, on the simulation engine and in a deployment, with t
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from logging import INFO, WARNING
 
 from flwr.app import Error, Message, RecordDict
@@ -15,9 +15,18 @@ from flwr.serverapp import Grid
 from flower_ext._flower import NO_REPLY, log
 from flower_ext.server.partial_sums import Summand
 from flower_ext.simulation.jobs import Job, Outcome
-from flower_ext.simulation.mods import HOSTED_KEY, PACK_KEY, Pack, hear
-from flower_ext.simulation.packing import Workload, deal
+from flower_ext.simulation.mods import (
+    HOSTED_KEY,
+    PACK_KEY,
+    STATES_KEY,
+    Pack,
+    hear,
+    read_states,
+)
+from flower_ext.simulation.packing import Workload, pack_evenly
 from flower_ext.simulation.records import Record
+from flower_ext.simulation.setting import Setting
+from flower_ext.simulation.states import ClientStates
 from flower_ext.simulation.transport import Transport
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two looks for replies
@@ -33,27 +42,23 @@ class MessageTransport(Transport):
     ----------
     grid : Grid
         Flower's.
-    num_clients : int
-        Number of virtual clients.
-    client_timeout : float or None
-        Seconds a client may take.
-    workload : Workload
-        Knows how long clients take.
+    setting : Setting
+        Of the clients. Their app, resources and workers are those of the nodes.
+    in_reach : bool
+        Whether clients' states travel with their work, as in simulations. In a
+        deployment a state belongs to its node, which it does not leave.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        num_clients: int,
-        client_timeout: float | None,
-        workload: Workload,
-    ) -> None:
+    def __init__(self, grid: Grid, setting: Setting, *, in_reach: bool) -> None:
+        self.states = None
+        if in_reach:
+            self.states = ClientStates(setting.num_clients, setting.state_memory)
         self._grid = grid
-        self._num_clients = num_clients
-        self._client_timeout = client_timeout
-        self._workload = workload
+        self._setting = setting
+        self.workload: Workload = Workload(setting.num_examples)
         self._hosts: dict[int, frozenset[int] | None] = {}  # None takes any client
-        self._homes: dict[int, int] = {}  # the node with a client's state
+        self._homes: dict[int, int] = {}  # the node that keeps a client's state
+        self._see_shelf: set[int] = set()  # the nodes that see the folder of states
         self._running: dict[str, tuple[int, list[Job]]] = {}
         self._ready: list[Outcome] = []
         self._pause = _FIRST_PAUSE
@@ -64,7 +69,7 @@ class MessageTransport(Transport):
         shared: Sequence[Record],
         summand: Summand | None = None,
     ) -> None:
-        """Deal jobs out to nodes and send each node its own.
+        """Choose a node for every job, and send each node its own.
 
         Nothing is added up: a node must not run code that a message brings along.
         """
@@ -73,16 +78,24 @@ class MessageTransport(Transport):
             alike[job.kind, job.group].append(job)
         for (kind, group), same in alike.items():
             messages, packs = [], []
-            for node, pack in self._deal(same, self._nodes(kind)).items():
-                content = self._write(pack, shared)
+            for node, pack in self._choose_nodes(same, self._nodes(kind)).items():
+                content = self._write(pack, shared, node)
                 messages.append(Message(content, node, kind, group_id=group))
                 packs.append((node, pack))
             ids = self._grid.push_messages(messages)
             self._running.update(zip(ids, packs, strict=True))
         self._pause = _FIRST_PAUSE
 
-    def _write(self, jobs: Sequence[Job], shared: Sequence[Record] = ()) -> RecordDict:
-        return Pack(self._num_clients, self._client_timeout, jobs, shared).write()
+    def _write(
+        self, jobs: Sequence[Job], shared: Sequence[Record], node: int
+    ) -> RecordDict:
+        setting = self._setting
+        pack = Pack(setting.num_clients, setting.client_timeout, jobs, shared)
+        if self.states:
+            clients, named = (job.client for job in jobs), node in self._see_shelf
+            pack.shelf = self.states.shelf()
+            pack.lent = self.states.lend(clients, named=named)
+        return pack.write()
 
     def _nodes(self, kind: str) -> list[int]:
         """Return the nodes, once there are any; ask new ones whom they host."""
@@ -90,7 +103,7 @@ class MessageTransport(Transport):
             log(INFO, "Waiting for nodes to connect.")
             time.sleep(1)
         new = [node for node in nodes if node not in self._hosts]
-        hello = [Message(self._write([]), node, kind) for node in new]
+        hello = [Message(self._write([], [], node), node, kind) for node in new]
         for reply in self._grid.send_and_receive(hello) if hello else ():
             node = reply.metadata.src_node_id
             if reply.has_error() or PACK_KEY not in reply.content:
@@ -100,11 +113,16 @@ class MessageTransport(Transport):
                     f"mod, ClientApp(mods=[flower_ext.simulation.packed]); it sent "
                     f"{reason}"
                 )
-            hosted = str(hear(reply.content)["hosted"])
+            said = hear(reply.content)
+            hosted = str(said["hosted"])
             self._hosts[node] = parse_clients(hosted) if hosted else None
+            if said["sees-shelf"]:
+                self._see_shelf.add(node)
         return nodes
 
-    def _deal(self, jobs: Sequence[Job], nodes: Sequence[int]) -> dict[int, list[Job]]:
+    def _choose_nodes(
+        self, jobs: Sequence[Job], nodes: Sequence[int]
+    ) -> dict[int, list[Job]]:
         """Choose a node for every job."""
         packs: dict[int, list[Job]] = defaultdict(list)
         claimed = {client: node for node in nodes for client in self._hosts[node] or ()}
@@ -123,11 +141,11 @@ class MessageTransport(Transport):
                 roaming.append(job)
             else:
                 self._fail(job, f"no node hosts it: see {HOSTED_KEY!r} of node-config")
-        sizes = [self._workload.size(job.client) for job in roaming]
+        sizes = [self.workload.size(job.client) for job in roaming]
         taken = [
-            sum(self._workload.size(job.client) for job in packs[node]) for node in free
+            sum(self.workload.size(job.client) for job in packs[node]) for node in free
         ]
-        for node, chosen in zip(free, deal(sizes, taken), strict=True):
+        for node, chosen in zip(free, pack_evenly(sizes, taken), strict=True):
             packs[node] += [roaming[i] for i in chosen]
         return {node: pack for node, pack in packs.items() if pack}
 
@@ -163,28 +181,44 @@ class MessageTransport(Transport):
             number, _, name = key.partition("/")
             if name:
                 content[int(number)][name] = record
+        self._take_states(reply.content, {job.client for job in jobs})
         answers = {said["key"]: said for said in hear(reply.content)["answers"]}
+        done = []
         for job in jobs:
             said = answers[job.key]
-            if error := said.get("error"):
-                yield Outcome(job.key, None, Error(*error), said["seconds"])
-                continue
             if said["state"]:
                 self._homes[job.client] = node
             else:
                 self._homes.pop(job.client, None)
-            yield Outcome(job.key, content[job.key], None, said["seconds"])
+            if error := said["error"]:
+                outcome = Outcome(job.key, None, Error(*error), said["seconds"])
+            else:
+                outcome = Outcome(job.key, content[job.key], None, said["seconds"])
+            done.append((job.client, outcome))
+        self.workload.learn(jobs[0].kind, done)
+        for _, outcome in done:
+            yield outcome
+
+    def _take_states(self, content: RecordDict, clients: Collection[int]) -> None:
+        """Keep what became of the states of clients that are still awaited."""
+        if self.states:
+            changed = read_states(content.config_records[STATES_KEY])
+            self.states.take_back({c: k for c, k in changed.items() if c in clients})
 
     def give_up(self, keys: Iterable[int]) -> None:
         """Forget jobs; a node that is at work on them goes on."""
         gone = set(keys)
-        for number, (_, jobs) in list(self._running.items()):
-            if all(job.key in gone for job in jobs):
+        for number, (node, jobs) in list(self._running.items()):
+            left = [job for job in jobs if job.key not in gone]
+            self._running[number] = node, left
+            if not left:
                 del self._running[number]
 
     def close(self) -> None:
-        """Forget everything that is under way."""
+        """Forget everything that is under way, and the clients' states."""
         self._running.clear()
+        if self.states:
+            self.states.close()
 
 
 def parse_clients(text: str) -> frozenset[int]:

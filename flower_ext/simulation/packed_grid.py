@@ -13,43 +13,39 @@
 The strategy and the ClientApp stay as they are.
 """
 
-import itertools
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Literal
 
-from flwr.app import Error, Message, MetricRecord, UserConfig
+from flwr.app import Message, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from flower_ext._flower import (
-    NO_REPLY,
-    NodeInfo,
-    Run,
-    in_simulation,
-)
+from flower_ext._flower import Run, in_simulation
 from flower_ext.core.errors import one_of, positive, refuse, whole
+from flower_ext.core.nodes import is_fixed
 from flower_ext.server.partial_sums import Summand
-from flower_ext.simulation.base_grid import OwnGrid
+from flower_ext.simulation.base_grid import BaseGrid
 from flower_ext.simulation.direct_transport import DirectTransport
-from flower_ext.simulation.jobs import Outcome, split
 from flower_ext.simulation.local import LocalGrid
+from flower_ext.simulation.machines import ClientResources
 from flower_ext.simulation.message_transport import MessageTransport
-from flower_ext.simulation.packing import Workload
-from flower_ext.simulation.ray_transport import RayTransport, Resources
+from flower_ext.simulation.ray_transport import RayTransport
+from flower_ext.simulation.setting import STATE_MEMORY, Setting
 from flower_ext.simulation.transport import Transport
 
 TransportName = Literal["auto", "ray", "messages"]
 
 
-class PackedGrid(OwnGrid):
+class PackedGrid(BaseGrid):
     """Logical clients 0 to N-1, many to a worker, for any strategy.
 
     Each has its own :class:`~flwr.app.Context`: ``partition-id`` (and ``node_id``) is
-    its number, ``num-partitions`` is N, and its ``state`` is kept between rounds
-    without travelling in messages. An exception in one client is that client's error
-    reply. Replies come in the order of the messages, whoever finished first.
+    its number, ``num-partitions`` is N, and its ``state`` is kept between rounds and
+    moves to whichever worker runs the client. An exception in one client is that
+    client's error reply. Replies come in the order of the messages, whoever finished
+    first.
 
     Parameters
     ----------
@@ -80,7 +76,7 @@ class PackedGrid(OwnGrid):
     client_timeout : float, optional
         Seconds a client may take; one that takes longer is stopped, which is its error.
     num_examples : sequence of float, optional
-        Sizes of the clients, to deal them out longest first from the first round on;
+        Sizes of the clients, to pack them longest first from the first round on;
         by default sizes are learned from the ``num-examples`` that clients report.
     partial_sums : bool (default: True)
         In Ray actors, for strategies that are sums: replies are added up where they are
@@ -88,6 +84,11 @@ class PackedGrid(OwnGrid):
         cohort. The result is that of the same numbers added in another order, in
         float64, the same in every run with as many workers. ``train_metrics_aggr_fn``
         then sees no arrays. With False, replies arrive as they are.
+    state_memory : int (default: 64 MiB)
+        Bytes that the states of clients may take in the memory of the server. States
+        beyond, and each of more than 64 KiB, are files in a temporary folder (below
+        ``TMPDIR``), which ends with the grid. 0 keeps none in memory. In a deployment
+        states stay where their clients are.
 
     Notes
     -----
@@ -112,10 +113,11 @@ class PackedGrid(OwnGrid):
         transport: TransportName = "auto",
         run_config: UserConfig | None = None,
         num_workers: int | None = None,
-        resources: Resources | None = None,
+        resources: ClientResources | None = None,
         client_timeout: float | None = None,
         num_examples: Sequence[float] | None = None,
         partial_sums: bool = True,
+        state_memory: int = STATE_MEMORY,
     ) -> None:
         whole("num_clients", num_clients, 1)
         one_of("transport", transport, ("auto", "ray", "messages"))
@@ -129,50 +131,24 @@ class PackedGrid(OwnGrid):
                 f"{len(num_examples)} sizes",
                 f"one for each of num_clients={num_clients}",
             )
-        super().__init__(grid.run if grid else Run.create_empty(run_id=1))
-        if grid is None:
-            self._run.override_config = dict(run_config or {})
         if not isinstance(partial_sums, bool):
             refuse("partial_sums", partial_sums, "True or False")
+        run = grid.run if grid else Run.create_empty(run_id=1)
+        if grid is None:
+            run.override_config = dict(run_config or {})
+        setting = Setting(
+            client_app,
+            range(num_clients),
+            run.run_id,
+            dict(run_config or {}),
+            client_timeout=client_timeout,
+            resources=resources or {},
+            num_workers=num_workers,
+            num_examples=num_examples,
+            state_memory=state_memory,
+        )
+        super().__init__(run, setting, _transport(transport, grid, setting))
         self._partial_sums = partial_sums
-        self._clients = range(num_clients)
-        self._nodes: list[NodeInfo] = []
-        self._keys = itertools.count()
-        self._asked: dict[str, Message] = {}  # until they are answered
-        self._replies: dict[str, Message] = {}
-        self._workload = Workload(num_examples)
-        self._transport: Transport
-        if transport == "auto":
-            if isinstance(grid, LocalGrid) and client_app is not None:
-                self._transport = DirectTransport(
-                    client_app,
-                    num_clients,
-                    self._run.run_id,
-                    dict(run_config or {}),
-                    client_timeout,
-                )
-                return
-            transport = "ray" if grid is None or in_simulation(grid) else "messages"
-        if transport == "ray":
-            if client_app is None:
-                refuse("client_app", None, "a ClientApp or its import string")
-            self._transport = RayTransport(
-                grid,
-                client_app,
-                num_clients,
-                self._run.run_id,
-                dict(run_config or {}),
-                num_workers,
-                resources or {"num_cpus": 1},
-                client_timeout,
-                self._workload,
-            )
-        else:
-            if grid is None:
-                refuse("grid", None, "Flower's grid", "messages need its nodes")
-            self._transport = MessageTransport(
-                grid, num_clients, client_timeout, self._workload
-            )
 
     def __enter__(self) -> "PackedGrid":
         return self
@@ -189,94 +165,40 @@ class PackedGrid(OwnGrid):
         """Stop the workers; the end of the process does so, too."""
         self._transport.close()
 
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the numbers of the clients, in order."""
-        self._look(self._clients)
-        return self._clients
+    def state_dict(self) -> dict[str, object]:
+        """Return what later rounds depend on beside the states of the clients.
 
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Return the clients, registered in order."""
-        if not self._nodes:
-            self._nodes = [
-                NodeInfo(node_id=client, registered_at=f"{client:09d}")
-                for client in self._clients
-            ]
-        return self._nodes
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Start the clients of the messages."""
-        return self._push(messages, None)
-
-    def _push(self, messages: Iterable[Message], summand: Summand | None) -> list[str]:
-        self._looks = 0
-        keyed = [(next(self._keys), message) for message in messages]
-        for key, message in keyed:
-            client = message.metadata.dst_node_id
-            if client not in self._clients:
-                refuse("dst_node_id", client, f"one of {len(self._clients)} clients")
-            message.metadata.__dict__["_message_id"] = str(key)
-            self._asked[str(key)] = message
-        if keyed:
-            self._transport.submit(*split(keyed), summand)
-        return [str(key) for key, _ in keyed]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hand over the replies that have arrived, each once."""
-        self._collect(0)
-        return [self._replies.pop(i) for i in message_ids if i in self._replies]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Push messages and return the replies in the same order.
-
-        A client that has not replied after ``timeout`` seconds is stopped and gets an
-        error reply.
+        That is the clients' sizes: they decide whose replies are added up first.
         """
-        return self._exchange(messages, None, timeout)
+        workload = self._transport.workload
+        return workload.state_dict() if workload else {}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on as the grid of a saved run."""
+        if workload := self._transport.workload:
+            workload.load_state_dict(state)
 
     def send_and_sum(
         self, messages: Iterable[Message], summand: Summand, *, timeout: float | None
     ) -> Iterable[Message]:
         """Do as :meth:`send_and_receive`; replies may be added up by the workers."""
-        return self._exchange(
-            messages, summand if self._partial_sums else None, timeout
-        )
+        summand_if_any = summand if self._partial_sums else None
+        push = partial(self._push, summand=summand_if_any)
+        return self._exchange(push, messages, timeout)
 
-    def _exchange(
-        self,
-        messages: Iterable[Message],
-        summand: Summand | None,
-        timeout: float | None,
-    ) -> list[Message]:
-        end = None if timeout is None else time.monotonic() + timeout
-        ids = self._push(messages, summand)
-        while late := [i for i in ids if i in self._asked]:
-            left = None if end is None else end - time.monotonic()
-            if left is not None and left <= 0:
-                self._transport.give_up(map(int, late))
-                reason = f"no reply after timeout={timeout:g} s"
-                for i in late:
-                    self._answer(Outcome(int(i), None, Error(NO_REPLY, reason)))
-                break
-            self._collect(left)
-        return [self._replies.pop(i) for i in ids]
 
-    def _collect(self, seconds: float | None) -> None:
-        for outcome in self._transport.wait(seconds):
-            self._answer(outcome)
-
-    def _answer(self, outcome: Outcome) -> None:
-        """Make the reply to a message from its outcome, if it is still awaited."""
-        asked = self._asked.pop(str(outcome.key), None)
-        if asked is None:
-            return
-        if outcome.content is None:
-            reply = Message(outcome.error or Error(NO_REPLY), reply_to=asked)
-        else:
-            reply = Message(outcome.content, reply_to=asked)
-            for record in outcome.content.values():
-                size = record.get("num-examples")
-                if isinstance(record, MetricRecord) and isinstance(size, int | float):
-                    self._workload.learn_size(asked.metadata.dst_node_id, size)
-        self._replies[str(outcome.key)] = reply
+def _transport(name: TransportName, grid: Grid | None, setting: Setting) -> Transport:
+    """Choose how clients are reached."""
+    if name == "auto":
+        # A ServerApp in ``run_local`` gets a grid of this process: so are its clients.
+        if isinstance(grid, LocalGrid) and setting.client_app is not None:
+            return DirectTransport(setting)
+        name = "ray" if grid is None or in_simulation(grid) else "messages"
+    if name == "ray":
+        if setting.client_app is None:
+            refuse("client_app", None, "a ClientApp or its import string")
+        return RayTransport(grid, setting)
+    if grid is None:
+        refuse("grid", None, "Flower's grid", "messages need its nodes")
+    in_reach = in_simulation(grid) or is_fixed(grid)
+    return MessageTransport(grid, setting, in_reach=in_reach)

@@ -1,10 +1,15 @@
-"""Dealing virtual clients out to workers: longest first, in packs worth sending."""
+"""Packing virtual clients: longest first, in packs worth sending."""
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
-from flower_ext.simulation.jobs import Job
+import numpy as np
+from flwr.app import MetricRecord
+from flwr.common import NDArray
+
+from flower_ext.simulation.jobs import Job, Outcome
 
 # A pack costs about a millisecond to send and fetch; what it holds should take longer.
 # What a worker idles at the end of a round is at most what a pack takes.
@@ -29,6 +34,15 @@ class Workload:
         self._sum = math.fsum(self._sizes.values())
         self._pace: dict[str, float] = {}  # seconds per example
 
+    def learn(self, kind: str, done: Sequence[tuple[int, Outcome]]) -> None:
+        """Take note of what clients reported, and of how long they took."""
+        for client, outcome in done:
+            for record in (outcome.content or {}).values():
+                size = record.get("num-examples")
+                if isinstance(record, MetricRecord) and isinstance(size, int | float):
+                    self.learn_size(client, size)
+        self.learn_pace(kind, [(client, outcome.seconds) for client, outcome in done])
+
     def learn_size(self, client: int, num_examples: float) -> None:
         """Take note of a client's size."""
         if 0 <= num_examples < math.inf:
@@ -42,6 +56,22 @@ class Workload:
             pace = sum(seconds for _, seconds in done) / size
             old = self._pace.get(kind, pace)
             self._pace[kind] = _MEMORY * old + (1 - _MEMORY) * pace
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the sizes that decide the packs of later rounds, and so their sums."""
+        if not self._sizes:
+            return {}
+        clients = np.array(list(self._sizes), np.int64)
+        sizes = np.array(list(self._sizes.values()), np.float64)
+        # The sum, too: added up in another order it may be another.
+        return {"clients": clients, "sizes": sizes, "sum": self._sum}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take over the sizes of a saved run."""
+        clients = cast("NDArray", state["clients"]).tolist()
+        sizes = cast("NDArray", state["sizes"]).tolist()
+        self._sizes = dict(zip(clients, sizes, strict=True))
+        self._sum = cast(float, state["sum"])
 
     def size(self, client: int) -> float:
         """Return a client's size, as far as it is known."""
@@ -68,12 +98,13 @@ class Workload:
         else:
             each = math.ceil(pace * sum(sizes) / (_PACK_SECONDS * workers))
         count = min(len(jobs), max(each, 1) * workers)
-        dealt = deal(sizes, [0.0] * count)
-        return [[jobs[i] for i in sorted(pack)] for pack in dealt]
+        packs = pack_evenly(sizes, [0.0] * count)
+        # In the order of the jobs again, so that a sum of them is added up in it.
+        return [[jobs[i] for i in sorted(pack)] for pack in packs]
 
 
-def deal(sizes: Sequence[float], taken: Sequence[float]) -> list[list[int]]:
-    """Deal items out into packs of about the same total, the longest item first.
+def pack_evenly(sizes: Sequence[float], taken: Sequence[float]) -> list[list[int]]:
+    """Put items into packs of about the same total, the longest item first.
 
     Parameters
     ----------
@@ -89,16 +120,16 @@ def deal(sizes: Sequence[float], taken: Sequence[float]) -> list[list[int]]:
 
     Examples
     --------
-    >>> deal([1, 5, 2, 3], [0, 0])
+    >>> pack_evenly([1, 5, 2, 3], [0, 0])
     [[1, 0], [3, 2]]
     """
     heap = [(total, pack) for pack, total in enumerate(taken)]
     heapq.heapify(heap)
-    dealt: list[list[int]] = [[] for _ in taken]
+    packs: list[list[int]] = [[] for _ in taken]
     if not heap:
-        return dealt
+        return packs
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         total, pack = heap[0]
-        dealt[pack].append(item)
+        packs[pack].append(item)
         heapq.heapreplace(heap, (total + sizes[item], pack))
-    return dealt
+    return packs

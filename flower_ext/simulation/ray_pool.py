@@ -1,12 +1,14 @@
-"""Workers on Ray: as many as fit, of the sizes that are needed."""
+"""Workers on Ray: as many as fit, with the resources that are asked for."""
 
 import contextlib
 import math
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from typing import Any
 
-from flower_ext.simulation.machines import Machine, Need, ray_machines
-from flower_ext.simulation.worker import Setting, Worker
+from flower_ext.simulation.machines import Machine, Resources, ray_machines
+from flower_ext.simulation.setting import Setting
+from flower_ext.simulation.worker import Worker
 
 
 @dataclass(eq=False)
@@ -14,7 +16,7 @@ class Hired:
     """A worker, and what it holds of which machine."""
 
     actor: Any
-    need: Need
+    resources: Resources
     machine: Machine
     gpus: dict[int, float]
     placed: Any  # a reference that is there once Ray has found room
@@ -23,7 +25,7 @@ class Hired:
     _ready: bool = False
 
     def has_room(self) -> bool:
-        """Whether the worker has what it needs; until then Ray keeps it waiting."""
+        """Whether the worker has its resources; until then Ray keeps it waiting."""
         import ray
 
         self._placed = self._placed or bool(ray.wait([self.placed], timeout=0)[0])
@@ -48,69 +50,70 @@ class Hired:
 
 
 class Pool:
-    """Starts workers, lends them, and stops idle ones to make room for other sizes.
+    """Starts workers, lends them, and stops idle ones to make room for others.
 
     Parameters
     ----------
     setting : Setting
         For every worker.
-    limit : int or None
-        Most workers at a time; None lets the CPUs decide.
     hold_cpus : bool
         Whether Ray is told of the CPUs that the workers use. Inside Flower's engine it
         is not: Flower's own workers, which then only wait, hold them all.
     """
 
-    def __init__(
-        self,
-        setting: Setting,
-        limit: int | None,
-        *,
-        hold_cpus: bool,
-    ) -> None:
-        self._setting = setting
-        self._limit = limit
+    def __init__(self, setting: Setting, *, hold_cpus: bool) -> None:
+        from ray import cloudpickle
+
+        # Workers are told how to run a client, not where: a function of the user's
+        # that says so may not even be picklable.
+        told = replace(setting, resources={}, num_examples=None)
+        self._pickled = cloudpickle.dumps(told)  # type: ignore[no-untyped-call]
+        self._paths = [path for path in sys.path if path]
+        self._limit = setting.num_workers
         self._hold_cpus = hold_cpus
         self._idle: list[Hired] = []
         self._busy: set[Hired] = set()
         self.machines: list[Machine] = []
         self.look_again()
 
-    def room(self, need: Need) -> int:
-        """Return how many workers of one size can work at the same time."""
+    def room(self, resources: Resources) -> int:
+        """Return how many workers with these resources can work at the same time."""
         count = 0
         for machine in [machine.empty() for machine in self.machines]:
-            while count != self._limit and (gpus := machine.place(need)) is not None:
-                machine.take(need, gpus)
+            while count != self._limit:
+                gpus = machine.place(resources)
+                if gpus is None:
+                    break
+                machine.take(resources, gpus)
                 count += 1
         return count
 
-    def hire(self, need: Need) -> Hired | None:
-        """Lend a worker of a size, or None while there is no room for it."""
+    def hire(self, resources: Resources) -> Hired | None:
+        """Lend a worker with these resources, or None while there is no room for it."""
         for worker in self._idle:
-            if worker.need == need:
+            if worker.resources == resources:
                 self._idle.remove(worker)
                 self._busy.add(worker)
                 return worker
-        found = self._start(need)
-        # While one of this size works, the others may stay: starting takes seconds.
-        if all(worker.need != need for worker in self._busy):
+        found = self._start(resources)
+        # While one like it works, idle others may stay: starting takes seconds.
+        if all(worker.resources != resources for worker in self._busy):
             while found is None and self._idle:
                 self.dismiss(self._idle[0])
-                found = self._start(need)
+                found = self._start(resources)
         return found
 
-    def _start(self, need: Need) -> Hired | None:
+    def _start(self, resources: Resources) -> Hired | None:
         if self._limit is not None and self._size() >= self._limit:
             return None
         # The emptiest machine first: clients spread over a cluster.
         for machine in sorted(self.machines, key=self._load):
-            gpus = machine.place(need)
+            gpus = machine.place(resources)
             if gpus is not None:
-                machine.take(need, gpus)
-                actor = self._actor(need, machine)
-                placed = actor.placed.remote()
-                worker = Hired(actor, need, machine, gpus, placed, actor.ready.remote())
+                machine.take(resources, gpus)
+                actor = self._actor(resources, machine)
+                placed, started = actor.placed.remote(), actor.ready.remote()
+                worker = Hired(actor, resources, machine, gpus, placed, started)
                 self._busy.add(worker)
                 return worker
         return None
@@ -122,26 +125,27 @@ class Pool:
     def _size(self) -> int:
         return len(self._idle) + len(self._busy)
 
-    def _actor(self, need: Need, machine: Machine) -> Any:
+    def _actor(self, resources: Resources, machine: Machine) -> Any:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         options = {
-            "num_cpus": need.num_cpus if self._hold_cpus else 0,
-            "num_gpus": need.num_gpus,
+            "num_cpus": resources.num_cpus if self._hold_cpus else 0,
+            "num_gpus": resources.num_gpus,
             "max_restarts": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(
                 machine.name, soft=False
             ),
         }
-        threads = max(1, int(need.num_cpus))
-        return ray.remote(Worker).options(**options).remote(self._setting, threads)
+        threads = max(1, int(resources.num_cpus))
+        actor = ray.remote(Worker).options(**options)
+        return actor.remote(self._pickled, self._paths, threads)
 
     def others(self, worker: Hired) -> bool:
-        """Whether there is another worker of this size that has room."""
+        """Whether there is another worker like this one that has room."""
+        others = [other for other in [*self._busy, *self._idle] if other is not worker]
         return any(
-            other is not worker and other.need == worker.need and other.has_room()
-            for other in [*self._busy, *self._idle]
+            other.resources == worker.resources and other.has_room() for other in others
         )
 
     def do_without(self, worker: Hired) -> None:
@@ -156,7 +160,7 @@ class Pool:
     def dismiss(self, worker: Hired) -> None:
         """Stop a worker and free what it held."""
         self._stop(worker)
-        worker.machine.give_back(worker.need, worker.gpus)
+        worker.machine.give_back(worker.resources, worker.gpus)
 
     def _stop(self, worker: Hired) -> None:
         import ray

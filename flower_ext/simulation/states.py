@@ -19,7 +19,7 @@ import shutil
 import struct
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +30,9 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flower_ext.core.errors import refuse, whole
 from flower_ext.core.files import link_or_copy
 from flower_ext.core.protocol import ACCOUNT_PREFIX
+from flower_ext.simulation.clients import LostState
 from flower_ext.simulation.records import fields_of, sent_array
-
-#: Bytes that all states in the server's memory may take, unless told otherwise.
-STATE_MEMORY = 64 * 2**20
+from flower_ext.simulation.setting import STATE_MEMORY
 
 # A larger one costs less to write and read than to carry to the server and back.
 _LARGE = 1 << 16
@@ -124,7 +123,7 @@ class Shelf:
 
         Raises
         ------
-        RuntimeError
+        LostState
             If its file is gone or damaged.
         """
         if kept is None:
@@ -133,7 +132,7 @@ class Shelf:
             data = kept if isinstance(kept, bytes) else self.path(kept).read_bytes()
             return decode(data)
         except (OSError, LookupError, TypeError, ValueError, struct.error) as error:
-            raise RuntimeError(f"the client's state is lost: {error}") from error
+            raise LostState(str(error)) from error
 
     def write(self, state: RecordDict) -> Kept | None:
         """Keep a state, large ones in a file; None if it is empty."""
@@ -154,6 +153,38 @@ class Shelf:
     def path(self, name: str) -> Path:
         """Return the path of a file; nothing outside the folder is one."""
         return self.folder / Path(name).name
+
+
+class PackStates:
+    """The states of some clients, where these run.
+
+    What is written here is known to nobody else until all of them are done: where the
+    process dies before, its clients are as they were, and can run again.
+
+    Parameters
+    ----------
+    lent : Mapping[int, Kept]
+        The states of those that have one.
+    shelf : Shelf
+        Where large ones are.
+    """
+
+    def __init__(self, lent: Mapping[int, Kept], shelf: Shelf) -> None:
+        self._lent = lent
+        self._shelf = shelf
+        self.changed: dict[int, Kept | None] = {}
+
+    def read(self, client: int) -> RecordDict:
+        """Return a client's state: one that was asked twice sees what it did first."""
+        if client in self.changed:
+            return self._shelf.read(self.changed[client])
+        return self._shelf.read(self._lent.get(client))
+
+    def write(self, client: int, state: RecordDict) -> None:
+        """Keep a client's state."""
+        kept = self._shelf.write(state)
+        if kept is not None or client in self.changed or client in self._lent:
+            self.changed[client] = kept
 
 
 class ClientStates:
@@ -207,20 +238,27 @@ class ClientStates:
         """Keep a client's new state."""
         self.take(client, encode(state) if state else None)
 
-    def lend(self, client: int, *, named: bool) -> Kept | None:
-        """Return a client's state as it travels to whoever runs the client.
+    def lend(self, clients: Iterable[int], *, named: bool) -> dict[int, Kept]:
+        """Return states as they travel to whoever runs the clients.
 
         Parameters
         ----------
-        client : int
-            Whose.
+        clients : iterable of int
+            Whose. Those without a state are left out.
         named : bool
-            Whether the receiver sees the shelf, so that a name will do.
+            Whether the receiver sees the shelf, so that names will do.
         """
-        kept = self._kept.get(client)
-        if isinstance(kept, str) and not named:
-            return self.shelf().path(kept).read_bytes()
-        return kept
+        lent = {c: self._kept[c] for c in clients if c in self._kept}
+        for client, kept in lent.items():
+            if isinstance(kept, str) and not named:
+                with suppress(OSError):  # else its name says what is lost
+                    lent[client] = self.shelf().path(kept).read_bytes()
+        return lent
+
+    def take_back(self, changed: Mapping[int, Kept | None]) -> None:
+        """Keep what became of states that were lent."""
+        for client, kept in changed.items():
+            self.take(client, kept)
 
     def take(self, client: int, kept: Kept | None) -> None:
         """Keep a client's new state, as it came back; None is an empty one."""

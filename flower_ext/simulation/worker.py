@@ -2,69 +2,53 @@
 
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from flwr.app import Error, RecordDict, UserConfig
+from flwr.app import Error
 from flwr.clientapp import ClientApp
 
-from flower_ext._flower import NO_REPLY
 from flower_ext.core.contribution import Total
 from flower_ext.server.partial_sums import PackSum, PartialSum, Summand, Summed
-from flower_ext.simulation.clients import client_context, load_client_app, run_client
+from flower_ext.simulation.clients import load_client_app, run_client
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.records import Record, Wire, from_wire, from_wires, to_wires
+from flower_ext.simulation.setting import Setting
+from flower_ext.simulation.states import Kept, PackStates, Shelf
 from flower_ext.wire.traffic import Traffic
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all workers of a grid have in common.
-
-    Attributes
-    ----------
-    app : bytes
-        The pickled ClientApp or its import string.
-    paths : list of str
-        Where the driver finds modules; workers look there in the same order.
-    num_clients, run_id, run_config
-        What goes into every client's context.
-    client_timeout : float or None
-        Seconds a client may take.
-    """
-
-    app: bytes
-    paths: list[str]
-    num_clients: int
-    run_id: int
-    run_config: UserConfig
-    client_timeout: float | None
-
-
-@dataclass(frozen=True)
 class WireJob:
-    """A job as it travels; ``state`` is a reference to what holds the client's."""
+    """A job as it travels."""
 
     job: Job
     own: dict[str, Wire]
-    state: Any
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An outcome as it travels, and what became of the client's state.
-
-    A client that failed keeps the state that it had.
-    """
+    """An outcome as it travels."""
 
     key: int
     content: dict[str, Wire] | None
     error: tuple[int, str] | None
     seconds: float
-    state: Literal["kept", "new", "none"]
     #: Of a reply that was to be added up: what it was, and why it is in no sum.
     summed: tuple[Traffic, str] | None = None
+
+    @classmethod
+    def of(cls, outcome: Outcome, into: PartialSum | None) -> "Answer":
+        """Make it of an outcome, whose arrays stay here if they are added up."""
+        key, content, seconds = outcome.key, outcome.content, outcome.seconds
+        if content is None:
+            assert outcome.error is not None
+            error = (outcome.error.code, outcome.error.reason or "")
+            return cls(key, None, error, seconds)
+        if into is None:
+            return cls(key, to_wires(content), None, seconds)
+        rest = into.add(content)
+        return cls(key, to_wires(rest), None, seconds, (rest.traffic, rest.problem))
 
     def is_in_sum(self) -> bool:
         """Whether the reply was added up."""
@@ -84,7 +68,23 @@ class Answer:
         return Outcome(self.key, rest, None, self.seconds)
 
 
-States = dict[int, dict[str, Wire]]
+@dataclass(frozen=True)
+class PackAnswer:
+    """What came of a pack.
+
+    Attributes
+    ----------
+    answers : list of Answer
+        In the order of the jobs.
+    total : Total or None
+        The sum of their replies, if they were to be added up.
+    changed : dict[int, Kept or None]
+        New states; None is an empty one.
+    """
+
+    answers: list[Answer]
+    total: Total | None
+    changed: dict[int, Kept | None]
 
 
 @dataclass(frozen=True)
@@ -108,79 +108,67 @@ class Worker:
 
     The ClientApp is loaded once, and so are the modules that it imports: what they
     keep at module level, such as a data set, stays.
+
+    Parameters
+    ----------
+    pickled : bytes
+        The :class:`Setting` of the clients.
+    paths : list of str
+        Where the driver finds modules; the worker looks there in the same order.
+    threads : int
+        Of torch and of other libraries.
     """
 
-    def __init__(self, setting: Setting, threads: int) -> None:
-        self._setting = setting
+    def __init__(self, pickled: bytes, paths: list[str], threads: int) -> None:
+        self._pickled = pickled
+        self._paths = paths
         self._threads = threads
         self._app: ClientApp | None = None
+        self._setting: Setting
         self._number = -1
         self._shared: list[Record] = []
         self._summand: Summand | None = None
 
     def run(
-        self, number: int, shared: list[Any], jobs: list[WireJob]
-    ) -> tuple[tuple[list[Answer], Total | None], States | None]:
+        self,
+        number: int,
+        broadcast: list[Any],
+        jobs: list[WireJob],
+        lent: dict[int, Kept],
+        shelf: Shelf,
+    ) -> PackAnswer:
         """Run clients.
 
         Parameters
         ----------
         number : int
-            Which broadcast ``shared`` is of.
-        shared : list
-            One reference to the :class:`Broadcast`, fetched once.
+            Which broadcast this is: packs of a round share it, and it is read once.
+        broadcast : list
+            One reference to the :class:`Broadcast`; in a list, or Ray would fetch it
+            for every pack.
         jobs : list of WireJob
             One for each client.
-
-        Returns
-        -------
-        list of Answer
-            In the order of the jobs.
-        Total, optional
-            The sum of their replies, if they are to be added up.
-        dict, optional
+        lent : dict[int, Kept]
             The states of those clients that have one.
+        shelf : Shelf
+            Where large states are.
         """
         app = self.load()
         if number != self._number:
-            broadcast: Broadcast = _fetch(shared[0])
-            self._shared = [from_wire(wire) for wire in broadcast.records]
-            self._summand, self._number = broadcast.summand, number
-        into = PartialSum(self._summand) if self._summand else None
-        answers, states = [], States()
-        for job in jobs:
-            answer, state = self._run_one(app, job, into)
-            answers.append(answer)
-            if state:
-                states[job.job.client] = state
-        return (answers, into.total if into else None), states or None
+            import ray
 
-    def _run_one(
-        self, app: ClientApp, sent: WireJob, into: PartialSum | None
-    ) -> tuple[Answer, dict[str, Wire] | None]:
-        job, setting = sent.job, self._setting
-        try:
-            state = _fetch_state(sent.state, job.client)
-        except Exception as problem:  # Ray has many names for a lost object
-            reason = f"the client's state is lost, it starts anew: {problem}"
-            return Answer(job.key, None, (NO_REPLY, reason), 0.0, "none"), None
-        context = client_context(
-            setting.run_id, job.client, setting.num_clients, state, setting.run_config
-        )
-        job.own.update(from_wires(sent.own))
-        done = run_client(app, job, self._shared, context, setting.client_timeout)
-        if done.content is None:
-            assert done.error is not None
-            error = (done.error.code, done.error.reason or "")
-            return Answer(job.key, None, error, done.seconds, "kept"), None
-        after = to_wires(context.state)
-        kind: Literal["new", "none"] = "new" if after else "none"
-        content, summed = done.content, None
-        if into:
-            content = rest = into.add(content)
-            summed = rest.traffic, rest.problem
-        wires = to_wires(content)
-        return Answer(job.key, wires, None, done.seconds, kind, summed), after
+            found: Broadcast = ray.get(broadcast[0])
+            self._shared = [from_wire(wire) for wire in found.records]
+            self._summand, self._number = found.summand, number
+        into = PartialSum(self._summand) if self._summand else None
+        states = PackStates(lent, shelf)
+        answers = []
+        for sent in jobs:
+            sent.job.own.update(from_wires(sent.own))
+            outcome = run_client(app, self._setting, sent.job, self._shared, states)
+            answers.append(Answer.of(outcome, into))
+        total = into.total if into else None
+        return PackAnswer(answers, total, states.changed)
 
     def placed(self) -> None:
         """Return at once: Ray has found room for this worker."""
@@ -194,25 +182,14 @@ class Worker:
         if self._app is None:
             os.environ["OMP_NUM_THREADS"] = str(self._threads)  # torch reads it once
             # Ray looks in the current folder first, where there may be another version.
-            paths = self._setting.paths
+            paths = self._paths
             sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
             from ray import cloudpickle
 
-            app = load_client_app(cloudpickle.loads(self._setting.app))
+            # Only now: unpickling imports the module that has the app.
+            self._setting = cloudpickle.loads(self._pickled)
+            app = load_client_app(self._setting.client_app)
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(self._threads)
             self._app = app
         return self._app
-
-
-def _fetch(reference: Any) -> Any:
-    import ray
-
-    return ray.get(reference)
-
-
-def _fetch_state(reference: Any, client: int) -> RecordDict:
-    if reference is None:
-        return RecordDict()
-    state: Mapping[str, Wire] = _fetch(reference)[client]
-    return from_wires(state)

@@ -148,7 +148,7 @@ class Silo:
         return new, dict(reply.content["metrics"])
 
     def state(self, client=0):
-        return self.grid._contexts[self.nodes[client]].state
+        return self.grid.states.read(client)
 
 
 def vector(arrays):
@@ -489,7 +489,7 @@ def test_the_account_survives_a_restart_of_the_client():
     silo, restarted = Silo(make_task(), NOISY), Silo(make_task(), NOISY)
     silo.train(first_arrays(), batch_size=3, local_steps=5)
     kept = pickle.loads(pickle.dumps(silo.state()))
-    restarted.grid._contexts[restarted.nodes[0]].state = kept
+    restarted.grid.states.write(0, kept)
     again = restarted.train(first_arrays(), batch_size=3, local_steps=5)[1]
     straight = silo.train(first_arrays(), batch_size=3, local_steps=5)[1]
     assert again == straight

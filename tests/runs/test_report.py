@@ -26,7 +26,8 @@ from flower_ext.runs.report import (
     write_summary,
 )
 from flower_ext.server.additive import AdditiveStrategy
-from flower_ext.server.tracking import METRICS_FILE, RUN_FILE, Round, Tracker
+from flower_ext.server.finished import FinishedRound, RunInfo
+from flower_ext.server.tracking import METRICS_FILE, RUN_FILE, Tracker
 from flower_ext.simulation.local import LocalGrid
 
 HOSTILE = "<img src=x onerror=alert(1)><script>&\"'"
@@ -138,9 +139,9 @@ def diverged(tmp_path):
     """Results of runs, most of which end in numbers that are not finite."""
     for name, losses in LOSSES.items():
         tracker = Tracker(tmp_path / name, tensorboard=False)
-        tracker.begin(len(losses), 0)
+        tracker.begin(RunInfo(len(losses)))
         for number, loss in enumerate(losses, 1):
-            tracker.round(Round(number, central=MetricRecord({"loss": loss})))
+            tracker.round(FinishedRound(number, central=MetricRecord({"loss": loss})))
     write_summary(tmp_path, LOSSES, {"central/loss": "loss"}, config={"lr": math.inf})
     return tmp_path
 
@@ -164,12 +165,12 @@ def test_rounds_of_which_no_reply_was_usable_are_not_passed_over(
     sent = {"w": np.zeros(2, np.float32)}
     for name, last in {"sound": 1.0, "lost": np.inf}.items():
         tracker = Tracker(tmp_path / name, tensorboard=False)
-        tracker.begin(2, 0)
+        tracker.begin(RunInfo(2))
         for number, value in enumerate([1.0, last], 1):
             arrays = {"w": np.full(2, value, np.float32)}
             contents = [reply(arrays, loss=0.5)] * 2
             _, metrics = aggregate(AdditiveStrategy(), sent, contents, number)
-            tracker.round(Round(number, train=metrics))
+            tracker.round(FinishedRound(number, train=metrics))
     write_summary(tmp_path, ["sound", "lost"], {"train/loss": "loss"})
     shown = dict(line.split() for line in table(tmp_path).splitlines()[1:-1])
     assert shown == {"sound": "0.5000", "lost": "nan"}
@@ -179,8 +180,8 @@ def test_a_seed_that_diverged_is_in_mean_and_spread(diverged, tmp_path_factory):
     good = tmp_path_factory.mktemp("good")
     for name in LOSSES:
         tracker = Tracker(good / name, tensorboard=False)
-        tracker.begin(1, 0)
-        tracker.round(Round(1, central=MetricRecord({"loss": 1.0})))
+        tracker.begin(RunInfo(1))
+        tracker.round(FinishedRound(1, central=MetricRecord({"loss": 1.0})))
     write_summary(good, LOSSES, {"central/loss": "loss"})
     pool([good, diverged], diverged)
     shown = {line.split()[0]: line.split()[1:] for line in table(diverged).split("\n")}

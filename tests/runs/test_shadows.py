@@ -90,11 +90,12 @@ def test_workers_look_where_the_driver_looks(tmp_path):
     )
     script = (
         "import sys; from ray import cloudpickle\n"
-        "from flower_ext.simulation.worker import Setting, Worker\n"
+        "from flower_ext.simulation.setting import Setting\n"
+        "from flower_ext.simulation.worker import Worker\n"
         f"sys.path.insert(0, {str(old)!r})\n"
-        "app = cloudpickle.dumps('demo:app')\n"
-        f"setting = Setting(app, [{str(new)!r}], 1, 1, {{}}, None)\n"
-        "Worker(setting, 1).load(); import demo; print(demo.__file__)"
+        "setting = cloudpickle.dumps(Setting('demo:app', range(1)))\n"
+        f"Worker(setting, [{str(new)!r}], 1).load()\n"
+        "import demo; print(demo.__file__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

@@ -9,11 +9,15 @@ from flwr.serverapp.strategy import FedAvg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flower_ext._flower import Run
 from flower_ext.client.app import client_app
 from flower_ext.core.arrays import from_record, layout, to_record
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD
+from flower_ext.simulation.base_grid import BaseGrid
+from flower_ext.simulation.direct_transport import DirectTransport
 from flower_ext.simulation.local import LocalGrid
+from flower_ext.simulation.setting import Setting
 
 SENT = {"w": np.float32([1.0, -2.0]), "n": np.array(5)}
 COUNTS = ("num-replies", "num-errors", "num-dropped")
@@ -260,19 +264,17 @@ def test_the_order_of_evaluations_changes_no_bit(exchange, reply):
     assert len(results) == 1
 
 
-class ShuffledGrid(LocalGrid):
-    """The same clients under other node ids, as in another run."""
-
-    def __init__(self, app, count, ids):
-        super().__init__(app, count)
-        self._contexts = dict(zip(ids, self._contexts.values(), strict=True))
+def grid_of(app, ids):
+    """Clients under node ids as a federation gives them, in no order."""
+    setting = Setting(app, ids)
+    return BaseGrid(Run.create_empty(1), setting, DirectTransport(setting))
 
 
 def test_node_ids_change_no_bit(task, initial):
     results = []
     for ids in ([5, 900, 3, 77, 12, 40], [1, 2, 3, 4, 5, 6]):
         strategy = AdditiveStrategy(fraction_train=0.5, fraction_evaluate=0.5)
-        result = strategy.start(ShuffledGrid(client_app(task), 6, ids), initial)
+        result = strategy.start(grid_of(client_app(task), ids), initial)
         results.append(result)
     assert results[0] == results[1]
 

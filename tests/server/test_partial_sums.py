@@ -129,10 +129,8 @@ def play(scripted, reply):
     def run(make, contents, kind=AddingGrid):
         found = []
         for grid_of in (LocalGrid, kind):
-            plain = scripted(contents)
-            grid = grid_of(plain._client_app, len(contents))
-            strategy = make()
-            result = strategy.start(grid, to_record(SENT), num_rounds=1)
+            grid = scripted(contents, grid_of)
+            result = make().start(grid, to_record(SENT), num_rounds=1)
             found.append((result.arrays, dict(result.train_metrics_clientapp[1])))
         return found
 

@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from flower_ext.server import tracking
+from flower_ext.server.finished import FinishedRound, RunInfo
 from flower_ext.server.tracking import (
     METRICS_FILE,
     RUN_FILE,
-    Round,
     Tracker,
     plot,
     read_metrics,
@@ -25,7 +25,7 @@ from flower_ext.wire.traffic import Traffic
 
 
 def round_of(number, **train):
-    return Round(
+    return FinishedRound(
         number, train=MetricRecord(train), seconds_train=0.5, up=Traffic(10, 8, 2, 1)
     )
 
@@ -38,7 +38,7 @@ def lines(folder):
 def tracker(tmp_path):
     """A tracker that has begun a run of five rounds."""
     tracker = Tracker(tmp_path / "run", tensorboard=False)
-    tracker.begin(5, 0)
+    tracker.begin(RunInfo(5))
     return tracker
 
 
@@ -46,7 +46,7 @@ def tracker(tmp_path):
 
 
 def test_a_row_is_flat_with_a_prefix_for_each_phase():
-    this = Round(
+    this = FinishedRound(
         3,
         train=MetricRecord({"loss": 0.5, "list": [1.0, 2.0]}),
         evaluate=MetricRecord({"loss": 0.25}),
@@ -76,7 +76,9 @@ def test_a_row_is_flat_with_a_prefix_for_each_phase():
 
 
 def test_a_phase_without_metrics_has_no_columns():
-    assert [k for k in Round(1).row() if k.startswith(("train", "eval", "cent"))] == []
+    assert [
+        k for k in FinishedRound(1).row() if k.startswith(("train", "eval", "cent"))
+    ] == []
 
 
 def test_rows_are_json_that_any_reader_takes(tracker):
@@ -96,7 +98,7 @@ def test_rows_are_json_that_any_reader_takes(tracker):
 def test_metrics_that_are_not_finite_are_numbers_again_when_read(tracker):
     tracker.round(round_of(1, a=math.nan, b=math.inf, c=[-math.inf, 1.0]))
     again = Tracker(tracker.folder, tensorboard=False)
-    again.begin(5, 1)  # the row is written a second time
+    again.begin(RunInfo(5, 1))  # the row is written a second time
     [row] = read_metrics(tracker.folder)
     assert math.isnan(row["train/a"])
     assert (row["train/b"], row["train/c"]) == (math.inf, [-math.inf, 1.0])
@@ -112,7 +114,7 @@ def test_what_is_told_about_a_run_is_strict_json(tracker):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    tracker.begin(5, 0, {"settings": {"budget": math.inf, "norms": (1.0, math.nan)}})
+    tracker.begin(RunInfo(5, settings={"budget": math.inf, "norms": (1.0, math.nan)}))
     text = (tracker.folder / RUN_FILE).read_text("utf-8")
     settings = json.loads(text, parse_constant=refuse)["settings"]
     assert settings == {"budget": "inf", "norms": [1.0, "nan"]}
@@ -149,7 +151,7 @@ def test_a_missing_file_has_no_rows(tmp_path):
 def test_a_new_run_starts_the_file_anew(tracker):
     tracker.round(round_of(1, loss=1.0))
     again = Tracker(tracker.folder, tensorboard=False)
-    again.begin(5, 0)
+    again.begin(RunInfo(5))
     assert read_metrics(tracker.folder) == []
 
 
@@ -158,7 +160,7 @@ def test_a_continued_run_keeps_the_rounds_before_and_drops_the_rest(tracker):
         tracker.round(round_of(number, loss=float(number)))
     before = lines(tracker.folder)
     again = Tracker(tracker.folder, tensorboard=False)
-    again.begin(5, 2)
+    again.begin(RunInfo(5, 2))
     assert lines(tracker.folder) == before[:2]
     again.round(round_of(3, loss=33.0))
     rows = read_metrics(tracker.folder)
@@ -177,7 +179,7 @@ def test_a_run_continues_after_a_line_that_was_cut_off(tracker):
     tracker.round(round_of(1, loss=1.0))
     tracker.path.write_text(tracker.path.read_text() + '{"round": 2, "tra')
     again = Tracker(tracker.folder, tensorboard=False)
-    again.begin(5, 1)
+    again.begin(RunInfo(5, 1))
     again.round(round_of(2, loss=2.0))
     assert [row["round"] for row in read_metrics(tracker.folder)] == [1, 2]
 
@@ -262,7 +264,7 @@ def test_tensorboards_full_disk_costs_only_that_rounds_events(
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
     tracker = Tracker(tmp_path, tensorboard=True)
-    tracker.begin(3, 0)
+    tracker.begin(RunInfo(3))
     for number in (1, 2, 3):
         tracker.round(round_of(number))
     errors = [r.message for r in caplog.records if r.levelno == logging.ERROR]
@@ -284,10 +286,10 @@ def test_progress_names_round_losses_and_the_time_left(tmp_path, monkeypatch, ca
         tracking, "time", SimpleNamespace(monotonic=lambda: now.seconds)
     )
     tracker = Tracker(tmp_path / "fedfish", tensorboard=False)
-    tracker.begin(12, 2)
+    tracker.begin(RunInfo(12, 2))
     now.seconds += 40  # two rounds, 20 s each; 8 are left
     tracker.round(
-        Round(
+        FinishedRound(
             4,
             train=MetricRecord({"train-loss": 0.123456, "other": 9.0}),
             evaluate=MetricRecord({"accuracy": 0.5}),
@@ -313,7 +315,7 @@ def events(folder):
 
 def test_tensorboard_holds_the_numbers_of_every_round(tmp_path):
     tracker = Tracker(tmp_path, tensorboard=True)
-    tracker.begin(2, 0)
+    tracker.begin(RunInfo(2))
     tracker.round(round_of(1, loss=0.5, many=[1.0, 2.0], bad=math.nan))
     tracker.round(round_of(2, loss=0.25))
     found = events(tmp_path)
@@ -337,11 +339,12 @@ def test_tensorboard_holds_the_numbers_of_every_round(tmp_path):
 def test_tensorboard_shows_the_rounds_of_a_new_run_alone(tmp_path):
     for losses in ([3.0, 2.0, 1.0], [5.0]):
         tracker = Tracker(tmp_path, tensorboard=True)
-        tracker.begin(len(losses), 0)
+        tracker.begin(RunInfo(len(losses)))
         for number, loss in enumerate(losses, 1):
             tracker.round(round_of(number, loss=loss))
     assert events(tmp_path)["train/loss"] == [(1, 5)]
-    Tracker(tmp_path, tensorboard=True).begin(3, 0)  # and ends before its first round
+    # And a run that ends before its first round.
+    Tracker(tmp_path, tensorboard=True).begin(RunInfo(3))
     assert events(tmp_path)["train/loss"] == []
 
 
@@ -350,7 +353,7 @@ def test_tensorboard_shows_the_last_of_many_runs_within_a_second(tmp_path):
         for _ in range(4):
             SummaryWriter(str(tmp_path / "elsewhere"))
         tracker = Tracker(tmp_path / "run", tensorboard=True)
-        tracker.begin(1, 0)
+        tracker.begin(RunInfo(1))
         tracker.round(round_of(1, loss=float(run)))
     assert events(tmp_path / "run")["train/loss"] == [(1, 2)]
 
@@ -358,7 +361,7 @@ def test_tensorboard_shows_the_last_of_many_runs_within_a_second(tmp_path):
 def test_tensorboard_of_a_continued_run_has_each_round_once(tmp_path):
     for done, losses in [(0, [3.0, 2.0, 1.0]), (2, [0.5, 0.25])]:
         tracker = Tracker(tmp_path, tensorboard=True)
-        tracker.begin(4, done)
+        tracker.begin(RunInfo(4, done))
         for number, loss in enumerate(losses, done + 1):
             tracker.round(round_of(number, loss=loss))
     assert events(tmp_path)["train/loss"] == [(1, 3), (2, 2), (3, 0.5), (4, 0.25)]
@@ -370,7 +373,7 @@ def test_tensorboard_is_written_if_it_is_installed(tmp_path, monkeypatch):
         spec = SimpleNamespace() if installed else None
         monkeypatch.setattr(tracking, "find_spec", lambda name, spec=spec: spec)
         tracker = Tracker(folder)
-        tracker.begin(1, 0)
+        tracker.begin(RunInfo(1))
         tracker.round(round_of(1))
         assert bool(list(folder.glob("events.out.tfevents*"))) is installed
 
@@ -397,11 +400,11 @@ def runs(tmp_path):
     folders = {}
     for i, label in enumerate(["alpha", "beta", "gamma"]):
         tracker = Tracker(tmp_path / label, tensorboard=False)
-        tracker.begin(3, 0)
+        tracker.begin(RunInfo(3))
         for number in (1, 2, 3):
             evaluate = MetricRecord({"loss": (i + 1) / number})
             tracker.round(
-                Round(
+                FinishedRound(
                     number,
                     train=MetricRecord({"loss": 1 / number}),
                     evaluate=evaluate if label != "gamma" else None,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flower_ext.simulation import LocalGrid, PackedGrid, resources
 from flower_ext.simulation.gpus import CUDA_MIB, main, plan
-from flower_ext.simulation.machines import Machine, Need
+from flower_ext.simulation.machines import Machine, Resources
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_no_plan_takes_too_much_or_leaves_a_gpu_behind(sizes, most, num_cpus):
             plan(machines, 1000, (1000 + CUDA_MIB) * most, num_cpus)
         return
     found = plan(machines, 1000, (1000 + CUDA_MIB) * most, num_cpus)
-    counts = fill(machines, Need(found.num_gpus, num_cpus))
+    counts = fill(machines, Resources(found.num_gpus, num_cpus))
     assert is_balanced(counts)
     assert found.at_once == sum(map(sum, counts))
     for (cpus, gpus), on_each in zip(sizes, counts, strict=True):
@@ -154,7 +154,7 @@ def test_no_plan_takes_too_much_or_leaves_a_gpu_behind(sizes, most, num_cpus):
         assert min(cpus // num_cpus, int(gpus / found.num_gpus)) == sum(on_each)
     # No other number of clients on a GPU lets more of them run at once.
     for share in range(1, min(most, 24) + 1):
-        other = fill(machines, Need(1 / share, num_cpus))
+        other = fill(machines, Resources(1 / share, num_cpus))
         assert not is_balanced(other) or sum(map(sum, other)) <= found.at_once
 
 

@@ -230,6 +230,31 @@ def test_every_client_keeps_its_own_state_between_messages():
     assert found == [[1, 2], [2, 4], [3, 6]]
 
 
+def test_a_client_that_fails_keeps_the_state_it_had():
+    def count(content, context):
+        known = context.state.metric_records.setdefault("m", MetricRecord({"x": 0}))
+        known["x"] += 1
+        context.state["m"] = known
+        if known["x"] == 2 and content["m"]["x"]:
+            raise ValueError("after the state was changed")
+        return number(known["x"])
+
+    grid = LocalGrid(app_of(count), 1)
+    replies = [ask(grid, number(fails))[0] for fails in (0, 1, 0)]
+    assert [r.has_error() for r in replies] == [False, True, False]
+    assert [r.content["m"]["x"] for r in replies[::2]] == [1, 2]
+    assert grid.states.read(0)["m"]["x"] == 2
+
+
+def test_a_state_of_another_type_is_the_clients_error():
+    def spoil(content, context):
+        context.state = None
+        return RecordDict()
+
+    [reply] = ask(LocalGrid(app_of(spoil), 1))
+    assert "context.state must be a RecordDict, not None" in reply.error.reason
+
+
 def test_another_grid_has_new_states():
     def count(content, context):
         known = "m" in context.state
@@ -431,7 +456,7 @@ def test_replies_are_pulled_once_by_the_ids_of_the_push():
 
 def test_an_unknown_node_is_refused():
     grid = LocalGrid(app_of(lambda content, context: content), 2)
-    with pytest.raises(ValueError, match="dst_node_id=7 must be one of 2 known nodes"):
+    with pytest.raises(ValueError, match="dst_node_id=7 must be one of 2 clients"):
         grid.push_messages([Message(RecordDict(), 7, "train")])
 
 

@@ -13,14 +13,28 @@ from flower_ext.simulation.message_transport import parse_clients
 
 
 class Nodes(LocalGrid):
-    """Keeps what was sent; nodes may host clients, and leave."""
+    """Keeps what was sent; nodes may host clients, leave, and fail.
+
+    Like a deployment's: more may come, and clients' states are theirs.
+    """
+
+    is_fixed = False
 
     def __init__(self, app, num_nodes, hosted=()):
-        super().__init__(app, num_nodes)
+        def node(message, context, call_next):
+            if self.broken:
+                raise OSError("the disk is full")
+            place = context.node_config["partition-id"]
+            if place < len(hosted):
+                context.node_config["logical-clients"] = hosted[place]
+            return call_next(message, context)
+
+        outer = ClientApp(mods=[node])
+        outer.train()(app)
+        super().__init__(outer, num_nodes)
         self.sent = []
         self.away = set()
-        for node, text in zip(self.get_node_ids(), hosted, strict=False):
-            self._contexts[node].node_config["logical-clients"] = text
+        self.broken = False
 
     def get_node_ids(self):
         return [node for node in super().get_node_ids() if node not in self.away]
@@ -61,7 +75,7 @@ def test_each_node_gets_one_message_with_the_model_in_it_once(nodes, ask):
     assert len(inner.sent) == 3  # nodes introduce themselves once
 
 
-def test_clients_are_dealt_evenly_and_stay_where_their_state_is(nodes, ask):
+def test_clients_are_packed_evenly_and_stay_where_their_state_is(nodes, ask):
     inner = nodes(2)
     grid = PackedGrid(inner, num_clients=10)
     ask(grid, range(4))
@@ -144,37 +158,65 @@ def test_an_app_without_the_mod_ends_the_run(ask, plain):
         ask(PackedGrid(LocalGrid(app, 1), num_clients=2), [0])
 
 
-def test_an_error_of_a_node_is_that_of_its_clients(virtual, ask):
-    class Fails(LocalGrid):
-        calls = 0
-
-        def push_messages(self, messages):
-            Fails.calls += 1
-            if Fails.calls == 2:  # after the hello
-                for context in self._contexts.values():
-                    context.state = None
-            return super().push_messages(messages)
-
-    replies = ask(PackedGrid(Fails(virtual, 1), num_clients=3), range(3))
+def test_an_error_of_a_node_is_that_of_its_clients(nodes, ask):
+    inner = nodes(1)
+    grid = PackedGrid(inner, num_clients=3)
+    ask(grid, [0])
+    inner.broken = True
+    replies = ask(grid, range(3))
     assert all(reply.has_error() for reply in replies)
-    assert "NoneType" in replies[0].error.reason
+    assert "the disk is full" in replies[0].error.reason
+    inner.broken = False
+    assert ask(grid, [0])[0].content["metrics"]["visits"] == 2
 
 
-def test_a_node_that_does_not_answer_is_given_up(virtual, ask):
-    class Silent(LocalGrid):
-        silent = False
+class Silent(LocalGrid):
+    """Nodes whose answers are late."""
 
-        def pull_messages(self, message_ids):
-            return [] if self.silent else super().pull_messages(message_ids)
+    silent = False
 
+    def pull_messages(self, message_ids):
+        return [] if self.silent else super().pull_messages(message_ids)
+
+
+@pytest.mark.parametrize("in_reach", [True, False])
+def test_a_node_that_does_not_answer_is_given_up(virtual, ask, in_reach):
     inner = Silent(virtual, 1)
+    inner.is_fixed = in_reach
     grid = PackedGrid(inner, num_clients=3)
     ask(grid, [0])
     inner.silent = True
     replies = ask(grid, [0, 1], timeout=0.1)
     assert [reply.error.code for reply in replies] == [NO_REPLY] * 2
     inner.silent = False
-    assert ask(grid, [0])[0].content["metrics"]["visits"] == 3
+    # A state that came with a late answer is none; what a node keeps, it has kept.
+    again = ask(grid, [0])[0].content["metrics"]["visits"]
+    assert again == (2 if in_reach else 3)
+
+
+def test_a_late_state_is_not_mixed_up_with_those_that_are_in_time(virtual):
+    inner = Silent(virtual, 1)
+    grid = PackedGrid(inner, num_clients=3)
+    inner.silent = True
+    ids = grid.push_messages([Message(RecordDict(), c, "train") for c in (0, 1)])
+    grid._transport.give_up([int(ids[0])])
+    inner.silent = False
+    [reply] = grid.pull_messages(ids)
+    assert reply.metadata.src_node_id == 1
+    assert set(grid.states.versions()) == {1}
+
+
+def test_states_come_and_go_with_the_work_where_they_are_in_reach(virtual, ask):
+    inner = LocalGrid(virtual, 3)
+    grid = PackedGrid(inner, num_clients=30, num_examples=[1] * 29 + [100])
+    for visit in (1, 2, 3):
+        for reply in ask(grid, range(visit, 30, visit)):
+            assert not reply.has_error()
+    assert grid.states.read(6)["visits"]["n"] == 3
+    assert grid.states.read(7)["visits"]["n"] == 1
+    assert not inner.states.versions()  # nothing is left on the nodes
+    deployed = Nodes(virtual, 3)
+    assert PackedGrid(deployed, num_clients=30).states is None
 
 
 def test_other_messages_pass_through_the_mod(virtual):

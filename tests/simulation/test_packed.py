@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, QFedAvg
 
@@ -110,6 +110,15 @@ def test_a_client_that_failed_keeps_the_state_it_had(grid, ask):
     assert metrics(ask(grid, [13]))[0]["visits"] == 1
     assert ask(grid, [13], **{"raise-late": [13]})[0].has_error()
     assert metrics(ask(grid, [13]))[0]["visits"] == 2
+
+
+def test_states_are_in_reach(grid, ask):
+    ask(grid, [14])
+    assert grid.states.read(14)["visits"]["n"] == 1
+    for visits in (41, 0):
+        record = MetricRecord({"n": visits})
+        grid.states.write(14, RecordDict({"visits": record} if visits else {}))
+        assert metrics(ask(grid, [14]))[0]["visits"] == visits + 1
 
 
 def test_evaluation_and_queries_reach_their_functions(grid, ask):

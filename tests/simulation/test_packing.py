@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flower_ext.simulation.jobs import Job
-from flower_ext.simulation.packing import Workload, deal
+from flower_ext.simulation.packing import Workload, pack_evenly
 
 
 def jobs(clients, kind="train"):
@@ -15,30 +15,30 @@ def clients(packs):
     return [[job.client for job in pack] for pack in packs]
 
 
-def test_every_item_is_dealt_once():
+def test_every_item_is_packed_once():
     sizes = np.random.default_rng(0).random(50)
-    dealt = deal(sizes, [0.0] * 7)
-    assert sorted(i for pack in dealt for i in pack) == list(range(50))
+    packs = pack_evenly(sizes, [0.0] * 7)
+    assert sorted(i for pack in packs for i in pack) == list(range(50))
 
 
 def test_longest_first_is_within_a_third_of_the_best():
     # Graham's bound: at most 4/3 of the optimum, which is at least the mean.
     sizes = np.random.default_rng(1).exponential(size=40)
-    totals = [sum(sizes[i] for i in pack) for pack in deal(sizes, [0.0] * 4)]
+    totals = [sum(sizes[i] for i in pack) for pack in pack_evenly(sizes, [0.0] * 4)]
     assert max(totals) <= 4 / 3 * max(sizes.sum() / 4, sizes.max())
 
 
 def test_the_longest_starts_each_pack():
-    dealt = deal([1, 9, 2, 8, 3], [0, 0])
-    assert [pack[0] for pack in dealt] == [1, 3]
+    packs = pack_evenly([1, 9, 2, 8, 3], [0, 0])
+    assert [pack[0] for pack in packs] == [1, 3]
 
 
 def test_what_is_there_already_counts():
-    assert deal([1, 1], [5.0, 0.0]) == [[], [0, 1]]
-    assert deal([], []) == []
+    assert pack_evenly([1, 1], [5.0, 0.0]) == [[], [0, 1]]
+    assert pack_evenly([], []) == []
 
 
-def test_unknown_sizes_are_dealt_evenly_into_more_packs_than_workers():
+def test_unknown_sizes_are_packed_evenly_into_more_packs_than_workers():
     packs = Workload().packs(jobs(range(80)), 2)
     assert len(packs) == 8
     assert {len(pack) for pack in packs} == {10}

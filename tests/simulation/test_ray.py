@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from flower_ext import AdditiveStrategy
 from flower_ext._flower import CLIENT_CRASHED, NO_REPLY, InconsistentMessageReplies
-from flower_ext.simulation import LocalGrid, PackedGrid, ray_transport
+from flower_ext.simulation import LocalGrid, PackedGrid, policy, ray_transport
 
 pytestmark = pytest.mark.slow
 
@@ -300,8 +300,8 @@ def test_flowers_workers_are_looked_at_once_they_are_there(make, monkeypatch):
 def test_gpus_that_are_never_free_end_the_run_with_the_reason(
     make, ask, hold, monkeypatch
 ):
-    monkeypatch.setattr(ray_transport, "_START_SECONDS", 0.5)
-    monkeypatch.setattr(ray_transport, "_HELD_SECONDS", 1.0)
+    monkeypatch.setattr(policy, "START_SECONDS", 0.5)
+    monkeypatch.setattr(policy, "HELD_SECONDS", 1.0)
     grid = make(resources={"num_gpus": 0.5})
     hold(4)
     with pytest.raises(RuntimeError, match="no worker can start: a worker that needs"):
@@ -311,7 +311,7 @@ def test_gpus_that_are_never_free_end_the_run_with_the_reason(
 def test_workers_that_have_gpus_do_the_work_of_those_that_wait(
     make, ask, hold, monkeypatch, caplog
 ):
-    monkeypatch.setattr(ray_transport, "_START_SECONDS", 3.0)
+    monkeypatch.setattr(policy, "START_SECONDS", 3.0)
     hold(3)
     grid = make(num_workers=4, resources={"num_gpus": 1})
     for visit in (1, 2):

@@ -9,9 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 
-from flower_ext.simulation.states import ClientStates, Shelf, encode
+from flower_ext._flower import NO_REPLY
+from flower_ext.simulation.clients import LostState, run_client
+from flower_ext.simulation.jobs import Job
+from flower_ext.simulation.setting import Setting
+from flower_ext.simulation.states import ClientStates, PackStates, Shelf, encode
 
 
 @pytest.fixture(autouse=True)
@@ -98,10 +109,10 @@ def test_a_large_state_is_a_file_and_the_one_before_is_removed_when_all_is_quiet
     store.write(0, RecordDict({"model": arrays(50_000, 1.0)}))
     assert store.in_memory == 0
     [first] = files(store)
-    lent = store.lend(0, named=True)
+    lent = store.lend([0], named=True)
     store.write(0, RecordDict({"model": arrays(50_000, 2.0)}))
     # Whoever was sent the name before still finds it.
-    assert store.shelf().read(lent)["model"]["w"].numpy()[0] == 1.0
+    assert store.shelf().read(lent[0])["model"]["w"].numpy()[0] == 1.0
     store.tidy()
     assert first not in files(store) and len(files(store)) == 1
     assert store.read(0)["model"]["w"].numpy()[0] == 2.0
@@ -130,24 +141,22 @@ def test_names_travel_to_who_sees_the_folder_and_bytes_to_who_does_not(tmp_path)
     store = ClientStates(3)
     state = RecordDict({"model": arrays(50_000, 3.0)})
     store.write(0, state)
-    assert isinstance(store.lend(0, named=True), str)
     elsewhere = Shelf(tmp_path / "of another machine")
     assert not elsewhere.is_here()
     for shelf in (store.shelf(), elsewhere):
-        lent = store.lend(0, named=shelf.is_here())
-        assert shelf.read(lent) == state
+        lent = store.lend([0, 2], named=shelf.is_here())
+        assert shelf.read(lent.get(0)) == state and list(lent) == [0]
         kept = shelf.write(state)
         assert isinstance(kept, str) == shelf.is_here()
         store.take(1, kept)
         assert store.read(1) == state and store.in_memory == 0
-    assert store.lend(2, named=True) is None
     assert elsewhere.write(RecordDict()) is None
     assert isinstance(store.shelf().write(counted(1)), bytes)
 
 
 def test_a_file_outside_the_folder_is_none(tmp_path):
     (tmp_path / "secret").write_bytes(b"")
-    with pytest.raises(RuntimeError, match="state is lost"):
+    with pytest.raises(LostState, match="No such file"):
         ClientStates(1).shelf().read("../secret")
 
 
@@ -161,8 +170,60 @@ def test_a_lost_file_is_said_and_no_empty_state(damage):
     if damage != "gone":
         changed = {"cut": data[:-7], "longer": data + b"x", "empty": b""}
         path.write_bytes(changed.get(damage, b"?" * len(data)))
-    with pytest.raises(RuntimeError, match="the client's state is lost"):
+    with pytest.raises(LostState):
         store.read(0)
+    # The client says so once, to the server too, and starts anew.
+    for named in (True, False):
+        pack = PackStates(store.lend([0], named=named), store.shelf())
+        outcome = run(pack)
+        assert outcome.error.code == NO_REPLY
+        assert "the client's state is lost, it starts anew" in outcome.error.reason
+    store.take_back(pack.changed)
+    assert run(store).content["visits"]["n"] == 1
+
+
+# Where clients run -------------------------------------------------------------------
+
+
+def count(message, context):
+    """Count visits in the state; fail where told to, after it was changed."""
+    visits = context.state.metric_records.get("visits", MetricRecord({"n": 0}))
+    visits["n"] += 1
+    context.state["visits"] = visits
+    if message.metadata.message_type == "train.fail":
+        raise ValueError("told to")
+    return Message(RecordDict({"visits": visits}), reply_to=message)
+
+
+def run(states, kind="train", client=0):
+    job = Job(9, client, kind, "", {}, {})
+    return run_client(count, Setting(None, range(3)), job, [], states)
+
+
+@pytest.mark.parametrize("size", [0, 50_000])
+def test_a_client_that_is_asked_twice_in_a_pack_goes_on_where_it_was(size):
+    store = ClientStates(3)
+    store.write(0, RecordDict({"beside": arrays(size), **counted(5)}))
+    pack = PackStates(store.lend(range(3), named=True), store.shelf())
+    assert run(pack).content["visits"]["n"] == 6
+    assert run(pack, "train.fail").error is not None
+    assert run(pack).content["visits"]["n"] == 7
+    assert run(pack, client=1).content["visits"]["n"] == 1
+    # What is not taken back, of a worker that died or is late, was never there.
+    assert store.read(0)["visits"]["n"] == 5 and len(store.read(1)) == 0
+    store.take_back(pack.changed)
+    assert store.read(0)["visits"]["n"] == 7 and store.read(1) == counted(1)
+
+
+def test_states_that_are_and_stay_empty_do_not_travel():
+    store = ClientStates(3)
+    store.write(1, counted(1))
+    pack = PackStates(store.lend(range(3), named=True), store.shelf())
+    for client in range(3):
+        pack.write(client, RecordDict())
+    assert pack.changed == {1: None}
+    store.take_back(pack.changed)
+    assert not store.versions()
 
 
 # What a checkpoint does --------------------------------------------------------------

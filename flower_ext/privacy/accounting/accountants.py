@@ -7,10 +7,10 @@ mechanism: `advance` after every release, `require_budget` before it.
 Guarantee. Unit: one client with everything it ever sends (for ``group_size > 1``: one
 user with at most that many examples). Relation: its contributions become zero, Flower's
 ``add-or-remove-one``. A round that nobody answered, or whose replies were dropped, is
-a release like any other as long as its noise is added: the bound is over the worst
-contributions, so dropouts and errors never cost more than what is counted here. A round
-in which nothing is released at all (no model, no metric) is not counted; then neither
-the noise stream nor the clock of the minimum separation may move.
+a release like any other as long as its noise is added. The bound is over the worst
+contributions, so that dropouts and errors never cost more than what is counted here. A
+round in which nothing is released at all (no model, no metric) is not counted; then
+neither the noise stream nor the clock of the minimum separation may move.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ class RoundAccountant(ABC):
         # What the accountant itself would save now is what the checkpoint must say.
         expected = self.state_dict()
         for key, value in expected.items():
+            # Releases are the progress; everything else is the plan.
             if key != "releases" and state.get(key) != value:
                 raise ValueError(
                     f"state[{key!r}]={state.get(key)!r} must be {value!r}: the "

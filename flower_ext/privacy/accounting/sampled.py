@@ -197,8 +197,8 @@ class WithoutReplacementAccountant(RoundAccountant):
     """Privacy amplified by cohorts of a fixed size, drawn from the whole population.
 
     The relation is Flower's ``replace-one``: one client is exchanged for any other, so
-    that a contribution changes by up to twice the clipping norm. Epsilon goes through
-    Renyi privacy and is an upper bound, often 1.4 to 2.2 times the smallest.
+    that the sum changes by up to twice the clipping norm. Epsilon goes through Renyi
+    privacy and is an upper bound, often 1.4 to 2.2 times the smallest.
 
     Parameters
     ----------

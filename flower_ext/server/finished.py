@@ -1,0 +1,178 @@
+"""What is told of a run: before its first round, and of each round that is finished.
+
+Under a mechanism it is what may leave the server, and no more.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, Message, MetricRecord
+
+from flower_ext.core.protocol import Metrics
+from flower_ext.wire.traffic import Traffic, measure
+
+PHASES = ("train", "evaluate", "central")
+
+
+@dataclass(frozen=True)
+class ClientReply:
+    """What one client has said in one phase of a round.
+
+    Attributes
+    ----------
+    phase : str
+        ``"train"`` or ``"evaluate"``.
+    client : int
+        Its place among the nodes, the same in every run.
+    metrics : Mapping
+        Its own, ``num-examples`` among them.
+    up : Traffic
+        What it has sent.
+    error : str
+        Why it has failed, or empty.
+    """
+
+    phase: str
+    client: int
+    metrics: Metrics
+    up: Traffic
+    error: str = ""
+
+    def row(self, number: int) -> dict[str, object]:
+        """Return the reply as one flat table, with the number of its round."""
+        row: dict[str, object] = {
+            "round": number,
+            "phase": self.phase,
+            "client": self.client,
+            "bytes/up": self.up.serialized,
+        }
+        if self.error:
+            row["error"] = self.error
+        return row | {f"{self.phase}/{key}": x for key, x in self.metrics.items()}
+
+
+def client_replies(
+    phase: str, replies: Iterable[Message], places: Mapping[int, int]
+) -> list[ClientReply]:
+    """Return what clients have said, in their order; of arrays the bytes alone.
+
+    Parameters
+    ----------
+    phase : str
+        Of the messages that they reply to.
+    replies : iterable of Message
+        Contents that are in a partial sum have their metrics still.
+    places : Mapping[int, int]
+        Each node's place among the nodes.
+    """
+    found = []
+    for reply in replies:
+        node = reply.metadata.src_node_id
+        if node not in places:
+            continue
+        metrics: Metrics = {}
+        if reply.has_content():
+            for record in reply.content.metric_records.values():
+                metrics |= record
+        error = (reply.error.reason or "failed") if reply.has_error() else ""
+        up = measure([reply])
+        found.append(ClientReply(phase, places[node], metrics, up, error))
+    return sorted(found, key=lambda reply: reply.client)
+
+
+@dataclass(frozen=True)
+class FinishedRound:
+    """What has come of one round.
+
+    Attributes
+    ----------
+    number : int
+        From 1.
+    arrays : ArrayRecord
+        The model after it.
+    train, evaluate, central : MetricRecord or None
+        Metrics of the clients' training, of their evaluation, of ``evaluate_fn``.
+    seconds_train, seconds_evaluate : float or None
+        From the first message sent to the last reply received.
+    down, up : Traffic or None
+        What was sent to and received from all clients, both phases. Seconds and
+        traffic are None where they are withheld, since they tell a secret cohort.
+    clients : tuple of ClientReply
+        Of every client that has replied, where a callback asks for them.
+    """
+
+    number: int
+    arrays: ArrayRecord = field(default_factory=ArrayRecord)
+    train: MetricRecord | None = None
+    evaluate: MetricRecord | None = None
+    central: MetricRecord | None = None
+    seconds_train: float | None = 0.0
+    seconds_evaluate: float | None = 0.0
+    down: Traffic | None = Traffic()
+    up: Traffic | None = Traffic()
+    clients: tuple[ClientReply, ...] = ()
+
+    def row(self) -> dict[str, object]:
+        """Return the round as one flat table, ``train/loss`` and the like."""
+        row: dict[str, object] = {"round": self.number}
+        for phase in PHASES:
+            for key, value in (getattr(self, phase) or {}).items():
+                row[f"{phase}/{key}"] = value
+        for phase in ("train", "evaluate"):
+            if (seconds := getattr(self, f"seconds_{phase}")) is not None:
+                row[f"seconds/{phase}"] = round(seconds, 4)
+        for way, traffic in (("down", self.down), ("up", self.up)):
+            if traffic is None:
+                continue
+            row |= {
+                f"bytes/{way}": traffic.serialized,
+                f"encoded-bytes/{way}": traffic.encoded,
+                f"parameters/{way}": traffic.parameters,
+                f"messages/{way}": traffic.messages,
+            }
+        return row
+
+    def numbers(self) -> dict[str, float]:
+        """Return the columns of :meth:`row` that hold one number each."""
+        return {
+            key: value
+            for key, value in self.row().items()
+            if isinstance(value, int | float) and key != "round"
+        }
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known of a run before its first round.
+
+    Attributes
+    ----------
+    num_rounds : int
+        Of the whole run.
+    done : int
+        Rounds that were done before, in a run that is continued.
+    strategy : str
+        Name of its class.
+    settings : Mapping
+        The strategy's, by name.
+    evaluates : bool
+        Whether there is an ``evaluate_fn``, the source of central metrics.
+    private : bool
+        Whether the run is under a mechanism.
+    withheld : bool
+        Whether the clients' own metrics are withheld, as a mechanism does.
+    hidden : bool
+        Whether cohorts are secret: their seconds and bytes are withheld, too.
+    restored : bool
+        Whether the callback has just been given its saved state; else it starts anew.
+    """
+
+    num_rounds: int
+    done: int = 0
+    strategy: str = ""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    evaluates: bool = True
+    private: bool = False
+    withheld: bool = False
+    hidden: bool = False
+    restored: bool = False

@@ -1,0 +1,84 @@
+"""The Ray that workers run in: Flower's, that of this process, or a new one."""
+
+import os
+import sys
+import time
+from logging import ERROR, INFO
+
+from flower_ext._flower import log
+from flower_ext.simulation.policy import START_SECONDS
+
+_ENGINE_SECONDS = 120.0  # Flower's engine takes 5 to 20 s to start Ray
+
+
+def connect(inside: bool) -> bool:
+    """Connect to Ray; return whether it was started here.
+
+    Flower's engine starts the ServerApp before its Ray, which has to be waited for.
+    """
+    import ray
+
+    if inside:
+        end = time.monotonic() + _ENGINE_SECONDS
+        while not ray.is_initialized():
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    f"Flower's engine has no Ray after {_ENGINE_SECONDS:g} s"
+                )
+            time.sleep(0.05)
+        return False
+    if ray.is_initialized():
+        return False
+    log(INFO, "Starting Ray")
+    # Workers unpickle before they run code of ours: they must find this package, too.
+    paths = os.pathsep.join([*filter(None, sys.path), os.environ.get("PYTHONPATH", "")])
+    ray.init(
+        include_dashboard=False,
+        logging_level=ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": paths.rstrip(os.pathsep)}},
+    )
+    return True
+
+
+def this_machine() -> str:
+    """Return the name of the machine of this process, as Ray knows it."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def require_free_gpus() -> None:
+    """Refuse to wait for GPUs that Flower's own workers hold.
+
+    Flower starts them after its Ray, all of a size: the first one tells. Where none
+    comes, the wait for a worker of the grid ends with the reason.
+    """
+    import ray
+
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        free = ray.available_resources()  # type: ignore[no-untyped-call]
+        held = {key: there.get(key, 0) - free.get(key, 0) for key in ("CPU", "GPU")}
+        if held["GPU"] > 0:
+            raise ValueError(
+                f"{held['GPU']:g} of {there['GPU']:g} GPUs are held by others: by "
+                "Flower's own workers, which would not use them, unless you run with "
+                "--federation-config 'client-resources-num-gpus=0', or by a "
+                "PackedGrid that was not closed"
+            )
+        if held["CPU"] > 0:
+            return
+        time.sleep(0.1)
+
+
+def free() -> str:
+    """Say what is free of Ray's CPUs and GPUs."""
+    import ray
+
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    return " and ".join(
+        f"{free.get(key, 0):g} of {there.get(key, 0):g} {key}s are free"
+        for key in ("CPU", "GPU")
+    )
