@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flower_ext.client.half import ClientHalf as ClientHalf
     from flower_ext.client.task import Task as Task
     from flower_ext.server.additive import AdditiveStrategy as AdditiveStrategy
+    from flower_ext.server.strategy import RoundStrategy as RoundStrategy
     from flower_ext.server.tracking import Tracker as Tracker
     from flower_ext.simulation.local import LocalGrid as LocalGrid
     from flower_ext.simulation.local import run_local as run_local
@@ -24,6 +25,7 @@ _HOME = {
     "AdditiveStrategy": "server.additive",
     "ClientHalf": "client.half",
     "LocalGrid": "simulation.local",
+    "RoundStrategy": "server.strategy",
     "PackedGrid": "simulation.packed_grid",
     "Task": "client.task",
     "Tracker": "server.tracking",

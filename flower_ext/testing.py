@@ -40,8 +40,8 @@ from flower_ext.client.task import Batch, Task
 from flower_ext.core.arrays import Arrays, from_record, layout
 from flower_ext.core.protocol import ARRAYS_KEY
 from flower_ext.core.replies import MalformedReply
-from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.checkpoint import Stateful
+from flower_ext.server.strategy import RoundStrategy
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.wire.codec import PAYLOAD, Codec, Sending, num_values, seal
 from flower_ext.wire.registry import classes, decode, describe, rebuild
@@ -100,7 +100,7 @@ def check_strategy(
         or 1) and ``group`` (int64, 0 or 1).
     robust : bool, optional
         Whether robustness is required; by default for an
-        :class:`~flower_ext.AdditiveStrategy`. Otherwise it is only reported.
+        :class:`~flower_ext.RoundStrategy`. Otherwise it is only reported.
 
     Returns
     -------
@@ -121,7 +121,7 @@ def check_strategy(
     report = Report()
     broken: dict[str, str] = {}
     if robust is None:
-        robust = isinstance(factory(), AdditiveStrategy)
+        robust = isinstance(factory(), RoundStrategy)
     expected: dict[int, Arrays] = {}
     rules: list[tuple[Callable[[_Bench], None], bool]]
     rules = [(rule, True) for rule in _CONTRACT]

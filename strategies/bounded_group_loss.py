@@ -24,7 +24,7 @@ from typing import Unpack
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord
 from torch import Tensor
 
 from flower_ext._flower import log
@@ -35,18 +35,12 @@ from flower_ext.core.arrays import (
     accumulate,
     is_averaged,
     to_record,
-    zeros_like,
 )
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import at_least, positive, refuse
-from flower_ext.core.protocol import Metrics
-from flower_ext.core.replies import (
-    MalformedReply,
-    read_arrays,
-    read_scalar,
-    read_vector,
-)
-from flower_ext.server.additive import AdditiveStrategy, Config
+from flower_ext.core.protocol import Config, Metrics, Reply, Round
+from flower_ext.core.replies import MalformedReply
+from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.optimizers import apply_direction
 from flower_ext.server.options import AdditiveOptions
@@ -141,22 +135,27 @@ class DualityGap:
     constant: float = 0.0
     gradient: dict[str, Vector] = field(default_factory=dict)
 
-    def add(
+    def after(
         self,
         overall: float,
         excess: Vector,
         dual: Vector,
         gradient: Mapping[str, Vector],
         model: Arrays,
-    ) -> None:
-        r"""Take in a round: :math:`F, L - \zeta, \lambda, g` and :math:`w`."""
-        self.rounds += 1
-        self.overall += overall
-        self.excess = excess + (self.excess if self.excess.size else 0.0)
-        self.constant += overall + float(dual @ excess)
-        for name, array in gradient.items():
-            self.constant -= float(np.vdot(array, model[name].astype(np.float64)))
-            self.gradient[name] = array + self.gradient.get(name, 0.0)
+    ) -> "DualityGap":
+        r"""Return that after another :math:`F, L - \zeta, \lambda, g, w`."""
+        slope = sum(
+            float(np.vdot(array, model[name].astype(np.float64)))
+            for name, array in gradient.items()
+        )
+        return DualityGap(
+            self.radius,
+            self.rounds + 1,
+            self.overall + overall,
+            excess + (self.excess if self.excess.size else 0.0),
+            self.constant + overall + float(dual @ excess) - slope,
+            {k: g + self.gradient.get(k, 0.0) for k, g in gradient.items()},
+        )
 
     def values(self, dual_bound: float) -> tuple[float, float]:
         """Return the primal and the dual value."""
@@ -427,6 +426,8 @@ class BoundedGroupLoss(AdditiveStrategy):
             for label in labels or [""]
         ]
         self.num_labels = len(labels or [])
+        size = (len(self.constraints),)
+        self.scalars = {LOSS_SUMS: size, COUNTS: size}
         self.upper_bound = self._per_constraint("upper_bound", upper_bound)
         at_least("dual_bound", dual_bound, 0)
         positive("dual_learning_rate", dual_learning_rate)
@@ -438,9 +439,10 @@ class BoundedGroupLoss(AdditiveStrategy):
         self.multiplier_bound = multiplier_bound
         self.loss_bound = positive("loss_bound", loss_bound)
         self._gap: DualityGap | None = None
+        self.certifies = certificate_radius is not None
         if certificate_radius is not None:
             positive("certificate_radius", certificate_radius)
-            if self._private:
+            if self.mechanism:
                 cause = "what is noised certifies nothing"
                 refuse("certificate_radius", certificate_radius, "left out", cause)
             self._gap = DualityGap(certificate_radius)
@@ -464,32 +466,23 @@ class BoundedGroupLoss(AdditiveStrategy):
         r"""The current :math:`\lambda`."""
         return dual_weights(self._theta, self.dual_bound)
 
-    def client_config(self) -> Config:
+    def tell(self, round: Round) -> Config:
         """Tell clients what to add to the weight of an example of each group."""
         return {
             MULTIPLIERS_KEY: [float(m) for m in self._multipliers()],
             NUM_LABELS_KEY: self.num_labels,
-            GRADIENT_KEY: self._gap is not None,
+            GRADIENT_KEY: self.certifies,
         }
 
-    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
-        """Return the weighted delta, and the loss sums and counts of the groups."""
-        scalars = self._read_sums(reply)
-        term = super().contribution(reply, sent)
-        arrays = dict(term.arrays)
-        if self._gap:
-            floats = {name: x for name, x in sent.items() if is_averaged(x)}
-            arrays[GRADIENT_KEY] = read_arrays(reply, GRADIENT_KEY, floats)
-        return Contribution(arrays, term.weight, scalars)
+    def contribution(self, reply: Reply, round: Round) -> Contribution:
+        """Return the delta, and the loss sums and counts of the groups."""
+        arrays = {DELTA: reply.delta(round)}
+        if self.certifies:
+            floats = {name: x for name, x in round.sent.items() if is_averaged(x)}
+            arrays[GRADIENT_KEY] = dict(reply.arrays(GRADIENT_KEY, floats))
+        return Contribution(arrays, scalars=self._read_sums(reply))
 
-    def zero(self, sent: Arrays) -> Contribution:
-        """Return no change, of a client without examples."""
-        none = np.zeros(len(self.constraints))
-        return Contribution(
-            {DELTA: zeros_like(sent)}, scalars={LOSS_SUMS: none, COUNTS: none}
-        )
-
-    def report(self, total: Total) -> Metrics:
+    def report(self, total: Total, round: Round) -> Metrics:
         """Return group losses and duals of the model that the cohort received."""
         losses = self._measured(total)
         latest = np.where(np.isnan(losses), self._losses, losses)
@@ -502,27 +495,30 @@ class BoundedGroupLoss(AdditiveStrategy):
         }
         for name, value in zip(self.constraints, self.dual, strict=True):
             metrics[f"dual/{name}"] = float(value)
-        if self._gap:
-            metrics |= self._certify(self._gap, total)
+        gap = self._gap_after(total, round)
+        if gap is not None and total.scalars[COUNTS].any():
+            primal, dual = gap.values(self.dual_bound)
+            metrics |= {"primal-value": primal, "dual-value": dual}
+            metrics["duality-gap"] = primal - dual
         return metrics
 
-    def update(self, total: Total) -> Arrays:
-        """Average the deltas, and take the dual step."""
+    def advance(self, total: Total, round: Round) -> None:
+        """Take the dual step, and the model into the average."""
         losses = self._measured(total)
+        self._gap = self._gap_after(total, round)
         if not self._known:
             self._counts += np.maximum(total.scalars[COUNTS], 0)
         self._losses = np.where(np.isnan(losses), self._losses, losses)
-        self._remember(losses)
+        self._remember(losses, round.sent)
         excess = np.nan_to_num(losses - self.upper_bound)
         self._theta = dual_step(self._theta, self.dual_learning_rate * excess)
-        return total.mean()
 
-    def report_evaluate(self, replies: list[Message]) -> Metrics:
+    def report_evaluate(self, replies: Sequence[Reply], round: Round) -> Metrics:
         """Return the group losses on test data."""
         sums = {key: np.zeros(len(self.constraints)) for key in (LOSS_SUMS, COUNTS)}
         for reply in replies:
             try:
-                read = self._read_sums(reply.content)
+                read = self._read_sums(reply)
             except MalformedReply:  # a loop of one's own may not report them
                 continue
             for key, value in read.items():
@@ -626,14 +622,14 @@ class BoundedGroupLoss(AdditiveStrategy):
     def _multipliers(self) -> Vector:
         return example_multipliers(self.dual, self._counts, self.multiplier_bound)
 
-    def _read_sums(self, reply: RecordDict) -> dict[str, Vector]:
+    def _read_sums(self, reply: Reply) -> dict[str, Vector]:
         """Return a reply's sums and counts, no loss beyond its bound."""
         size = len(self.constraints)
-        sums = np.array(read_vector(reply, LOSS_SUMS, size, -sys.float_info.max))
-        counts = np.array(read_vector(reply, COUNTS, size))
+        sums = reply.vector(LOSS_SUMS, size, -sys.float_info.max)
+        counts = reply.vector(COUNTS, size)
         if np.any((counts == 0) & (sums != 0)):
             raise MalformedReply(f"{LOSS_SUMS!r} of a group without examples")
-        examples = read_scalar(reply, self.weighted_by_key)
+        examples = reply.num_examples
         if counts.sum() > examples * (1 + 1e-6):
             raise MalformedReply(
                 f"metric {COUNTS!r} adds up to {counts.sum():g}, more than "
@@ -666,42 +662,34 @@ class BoundedGroupLoss(AdditiveStrategy):
         overall = float(known @ np.nan_to_num(losses)) / max(float(known.sum()), 1e-300)
         return missing, excess, overall
 
-    def _certify(self, gap: DualityGap, total: Total) -> Metrics:
-        """Return the values of primal and dual, and their difference.
+    def _gap_after(self, total: Total, round: Round) -> DualityGap | None:
+        """Return the duality gap after this round.
 
         A round in which no example was counted is left out: it measured nothing.
         """
-        assert self._sent is not None
         counts = total.scalars[COUNTS]
-        if not counts.any():
-            return {}
+        if self._gap is None or not counts.any():
+            return self._gap
         share = counts / counts.sum()
         losses = np.where(counts > 0, self._measured(total), self._losses)
-        gap.add(
+        return self._gap.after(
             float(total.scalars[LOSS_SUMS].sum() / counts.sum()),
             np.nan_to_num(losses - self.upper_bound),
             self._multipliers() * share,
-            {k: x / total.weight for k, x in total.take(GRADIENT_KEY).items()},
-            self._sent,
+            total.mean(GRADIENT_KEY),
+            round.sent,
         )
-        primal, dual = gap.values(self.dual_bound)
-        return {
-            "primal-value": primal,
-            "dual-value": dual,
-            "duality-gap": primal - dual,
-        }
 
-    def _remember(self, losses: Vector) -> None:
+    def _remember(self, losses: Vector, sent: Arrays) -> None:
         """Take the model that was sent into the average, and if it is best, keep it."""
-        assert self._sent is not None
         rank = self._rank(losses)
         if self._best is None or rank < self._best[0]:
-            self._best = rank, self._sent
+            self._best = rank, sent
         if self._keep_average:
             self._average = self._average or {
-                name: np.zeros(x.shape) for name, x in self._sent.items()
+                name: np.zeros(x.shape) for name, x in sent.items()
             }
-            for name, array in self._sent.items():
+            for name, array in sent.items():
                 accumulate(self._average[name], [(array, 1.0)])
         self._rounds += 1
 

@@ -15,12 +15,12 @@ confused with FedFisher (Jhunjhunwala et al. 2024), which is one-shot.
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Unpack, get_args
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -37,9 +37,9 @@ from flower_ext.core.arrays import (
 )
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import refuse
-from flower_ext.core.protocol import Metrics
-from flower_ext.core.replies import MalformedReply, read_arrays, read_scalar
-from flower_ext.server.additive import AdditiveStrategy, Config
+from flower_ext.core.protocol import Config, Metrics, Reply, Round
+from flower_ext.core.replies import MalformedReply
+from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
 
@@ -345,14 +345,14 @@ class FedFish(AdditiveStrategy):
         self.normalization = normalization
         self.barrier = barrier
 
-    def client_config(self) -> Config:
+    def tell(self, round: Round) -> Config:
         """Tell clients which Fisher to send."""
         return {ESTIMATOR_KEY: self.estimator, BARRIER_KEY: self.barrier}
 
-    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
+    def contribution(self, reply: Reply, round: Round) -> Contribution:
         r"""Return :math:`\Delta_k`, :math:`F_k` and their product, weighted by n_k."""
-        delta = self.delta(reply, sent)
-        record = reply.array_records.get(FISHER_KEY, ArrayRecord())
+        sent, delta = round.sent, reply.delta(round)
+        record = reply.content.array_records.get(FISHER_KEY, ArrayRecord())
         if unknown := sorted(set(record) - set(sent)):
             raise MalformedReply(
                 f"ArrayRecord {FISHER_KEY!r} must have names of the model's arrays, "
@@ -365,17 +365,14 @@ class FedFish(AdditiveStrategy):
             for name, x in sent.items()
             if name in record and is_averaged(x)
         }
-        fisher = read_arrays(reply, FISHER_KEY, like)
+        fisher = reply.arrays(FISHER_KEY, like)
         if not fisher or any(np.min(f, initial=0) < 0 for f in fisher.values()):
             raise MalformedReply(f"ArrayRecord {FISHER_KEY!r} must hold squares, >= 0")
         terms: dict[str, Term] = dict(fisher)
         if self.normalization == "client":
             terms = normalized(fisher, sum(x.size for x in sent.values()))
         product = {name: multiply(f, delta[name]) for name, f in terms.items()}
-        return Contribution(
-            {DELTA: delta, FISHER_KEY: terms, FISHER_DELTA: product},
-            self.weight(reply),
-        )
+        return Contribution({DELTA: delta, FISHER_KEY: terms, FISHER_DELTA: product})
 
     def zero(self, sent: Arrays) -> Contribution:
         """Return no change that nobody knows anything of."""
@@ -384,7 +381,7 @@ class FedFish(AdditiveStrategy):
             {DELTA: zeros_like(sent), FISHER_KEY: known, FISHER_DELTA: known}
         )
 
-    def update(self, total: Total) -> Arrays:
+    def update(self, total: Total, round: Round) -> Arrays:
         """Return the mean in function space."""
         fisher = total.take(FISHER_KEY)
         if floor := total.noise.get(FISHER_KEY):  # below it, sums may be negative
@@ -397,17 +394,18 @@ class FedFish(AdditiveStrategy):
             self.damping,
         )
 
-    def report(self, total: Total) -> Metrics:
+    def report(self, total: Total, round: Round) -> Metrics:
         """Return the mean Fisher of the cohort."""
-        return {"fisher-mean": _mean(dict(total.arrays[FISHER_KEY])) / total.weight}
+        fisher = _mean(dict(total.arrays[FISHER_KEY]))
+        return {"fisher-mean": fisher / total.weight} if total.weight else {}
 
-    def report_evaluate(self, replies: list[Message]) -> Metrics:
+    def report_evaluate(self, replies: Sequence[Reply], round: Round) -> Metrics:
         """Return the Client-Server Barrier over the clients that know theirs."""
         total = lost = 0.0
         for reply in replies:
             try:
-                barrier = read_scalar(reply.content, BARRIER, low=-sys.float_info.max)
-                weight = read_scalar(reply.content, BARRIER_EXAMPLES)
+                barrier = reply.number(BARRIER, low=-sys.float_info.max)
+                weight = reply.number(BARRIER_EXAMPLES)
             except MalformedReply:  # it did not train, or one of its models diverged
                 continue
             total += weight

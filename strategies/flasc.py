@@ -16,7 +16,7 @@ as they are, and come back once they are among the largest.
 
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -28,13 +28,13 @@ import torch
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
+    ConfigRecordValues,
     Context,
     Message,
     MessageType,
     RecordDict,
 )
 from flwr.common import NDArray
-from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from flower_ext._flower import log
@@ -51,7 +51,7 @@ from flower_ext.core.arrays import (
 )
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import fraction, one_of, refuse, whole
-from flower_ext.core.protocol import ARRAYS_KEY, Metrics
+from flower_ext.core.protocol import ARRAYS_KEY, Config, Metrics, Payload, Reply, Round
 from flower_ext.core.replies import MalformedReply, array_key, read_arrays
 from flower_ext.core.ties import TIED_KEY
 from flower_ext.server.additive import AdditiveStrategy
@@ -70,7 +70,6 @@ FEEDBACK = "error-feedback"
 DENSE = "dense-arrays"
 DESCRIPTION = "array-description"
 RESIDUAL = "flasc-residual"
-SENDERS = "senders"
 
 # Of names, shapes and dtypes: enough for 100,000 arrays.
 _LONGEST_DESCRIPTION = 1 << 24
@@ -474,6 +473,7 @@ class FLASC(AdditiveStrategy):
     """
 
     client_half = FLASCClient
+    equal_weights = True
     drop_in = DropIn(
         imports="from flower_ext.strategies.flasc import flasc",
         mod="flasc()",
@@ -538,29 +538,41 @@ class FLASC(AdditiveStrategy):
         self._masks: dict[int, Masks | None] = {}
         self._fixed: dict[int, Masks] = {}
         self._warned = False
-        self._round = 1
 
     # What travels -----------------------------------------------------------------
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Draw the cohort that trains and send each client its part of the model."""
-        messages = super().configure_train(server_round, arrays, config, grid)
-        self._round = server_round
-        weights = from_record(arrays)
-        self._masks = {
-            i: self._choose(i, weights, server_round) for i in range(len(self.tiers))
+    def tell(self, round: Round) -> Config:
+        """Tell clients how to choose, and how to write, what they send."""
+        return {
+            SCOPE: self.scope,
+            PRECISION: self.precision,
+            FEEDBACK: self.error_feedback,
+            DENSE: list(self.dense),
         }
-        return self._sparse(messages, weights, self._masks)
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Draw the cohort that evaluates and send it the model under its mask."""
-        messages = super().configure_evaluate(server_round, arrays, config, grid)
-        masks = self._masks if self.eval_masked else {}
-        return self._sparse(messages, from_record(arrays), masks)
+    def variant(self, client: int, round: Round) -> int:
+        """Return the tier of a client."""
+        index = self.tier_of(client) if self.tier_of else client % len(self.tiers)
+        if not 0 <= index < len(self.tiers):
+            refuse(f"tier_of({client})", index, f"an index of {len(self.tiers)} tiers")
+        return index
+
+    def payload(self, variant: Hashable, round: Round) -> Payload:
+        """Return a tier's part of the model."""
+        index = cast(int, variant)
+        tier = self.tiers[index]
+        if round.phase == "train":
+            self._masks[index] = self._choose(index, round)
+        masks = self._masks.get(index)
+        if round.phase == "evaluate" and not self.eval_masked:
+            masks = None
+        told: dict[str, ConfigRecordValues] = {
+            UPLOAD_DENSITY: self._share("upload_density", tier, round.number),
+            FREEZE: self.client_freeze or tier.rank is not None,
+        }
+        if self.describe_arrays:
+            told[DESCRIPTION] = _describe(round.sent)
+        return Payload(seal(encode(round.sent, masks, self.precision)), told)
 
     def masked(self, arrays: ArrayRecord, tier: int = 0) -> ArrayRecord:
         """Return a model as clients see it, for an ``evaluate_fn`` of the server.
@@ -581,15 +593,16 @@ class FLASC(AdditiveStrategy):
             }
         )
 
-    def _choose(self, index: int, weights: Arrays, server_round: int) -> Masks | None:
+    def _choose(self, index: int, round: Round) -> Masks | None:
         """Return the mask of a tier in a round."""
+        server_round = round.number
         if index in self._fixed:
             return self._fixed[index]
         tier = self.tiers[index]
         arrays = {
             name: x
-            for name, x in _maskable(weights, self.dense).items()
-            if name not in self._ties
+            for name, x in _maskable(round.sent, self.dense).items()
+            if name not in round.ties
         }
         within = None if tier.rank is None else first_ranks(arrays, tier.rank)
         fixed = self.fixed_mask_after
@@ -599,7 +612,7 @@ class FLASC(AdditiveStrategy):
         masks = top_k(arrays, density, self.scope, within)
         if density > 0 and not self._warned:
             self._warn_of_empty(masks, server_round)
-        masks |= {k: masks[first] for k, first in self._ties.items() if first in masks}
+        masks |= {k: masks[first] for k, first in round.ties.items() if first in masks}
         if fixed is not None:
             self._fixed[index] = masks
         return masks
@@ -624,81 +637,25 @@ class FLASC(AdditiveStrategy):
         schedule: Schedule = getattr(self, name) if own is None else own
         return _density(name, schedule, server_round)
 
-    def _tier(self, client: int) -> int:
-        index = self.tier_of(client) if self.tier_of else client % len(self.tiers)
-        if not 0 <= index < len(self.tiers):
-            refuse(f"tier_of({client})", index, f"an index of {len(self.tiers)} tiers")
-        return index
-
-    def _sparse(
-        self,
-        messages: Iterable[Message],
-        weights: Arrays,
-        masks: Mapping[int, Masks | None],
-    ) -> list[Message]:
-        """Put every tier's part of the model into its messages."""
-        messages = list(messages)
-        contents: dict[int, RecordDict] = {}
-        description = _describe(weights) if self.describe_arrays else None
-        for message in messages:
-            index = self._tier(self.client_of(message.metadata.dst_node_id))
-            if index not in contents:
-                told = message.content.config_records[self.configrecord_key]
-                contents[index] = RecordDict(
-                    {
-                        self.arrayrecord_key: seal(
-                            encode(weights, masks.get(index), self.precision)
-                        ),
-                        self.configrecord_key: self._told(told, self.tiers[index]),
-                    }
-                )
-                if description is not None:
-                    config = contents[index].config_records[self.configrecord_key]
-                    config[DESCRIPTION] = description
-            message.content = contents[index]
-        return messages
-
-    def _told(self, config: ConfigRecord, tier: Tier) -> ConfigRecord:
-        told = ConfigRecord(dict(config))
-        told[UPLOAD_DENSITY] = self._share("upload_density", tier, self._round)
-        told[SCOPE] = self.scope
-        told[PRECISION] = self.precision
-        told[FREEZE] = self.client_freeze or tier.rank is not None
-        told[FEEDBACK] = self.error_feedback
-        told[DENSE] = list(self.dense)
-        return told
-
     # What comes back --------------------------------------------------------------
 
-    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
-        r"""Return :math:`\Delta_k`, of weight 1, or 0 for a client without examples."""
-        key = array_key(reply, self.arrayrecord_key)
-        record = reply.array_records.get(key)
+    def contribution(self, reply: Reply, round: Round) -> Contribution:
+        r"""Return :math:`\Delta_k`; a client without examples has no weight."""
+        key = array_key(reply.content, self.arrayrecord_key)
+        record = reply.content.array_records.get(key)
         if record is None:
             raise MalformedReply(
                 f"no ArrayRecord {self.arrayrecord_key!r} in the reply"
             )
-        delta, masks = decode(record, _change_like(sent))
-        parts: dict[str, Mapping[str, NDArray]] = {DELTA: delta}
-        if self.aggregation == "senders":
-            parts[SENDERS] = masks
-        return Contribution(parts, float(self.weight(reply) > 0))
+        delta, masks = decode(record, _change_like(round.sent))
+        senders = {DELTA: masks} if self.aggregation == "senders" else {}
+        return Contribution({DELTA: delta}, counts=senders)
 
-    def update(self, total: Total) -> Arrays:
-        """Return the mean change, over the cohort or over who sent it."""
-        if self.aggregation == "cohort":
-            return total.mean()
-        senders = total.take(SENDERS)
-        return {
-            name: np.divide(x, senders[name], out=np.zeros(x.shape), where=x != 0)
-            for name, x in total.take(DELTA).items()
-        }
-
-    def report(self, total: Total) -> Metrics:
+    def report(self, total: Total, round: Round) -> Metrics:
         """Return the densities of the round."""
         return {
-            "download-density": self._share("download_density", Tier(), self._round),
-            "upload-density": self._share("upload_density", Tier(), self._round),
+            f"{way}-density": self._share(f"{way}_density", Tier(), round.number)
+            for way in ("download", "upload")
         }
 
     # The run ----------------------------------------------------------------------

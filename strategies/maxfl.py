@@ -15,27 +15,25 @@ arXiv:2205.14840).
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from logging import WARNING
 from typing import Unpack
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 
 from flower_ext._flower import log
 from flower_ext.client.half import ClientHalf, Local
 from flower_ext.client.seeds import random_seed, seed_torch
 from flower_ext.client.task import Batch, evaluate, num_examples
 from flower_ext.client.trainer import train
-from flower_ext.core.arrays import Arrays, scale, zeros_like
+from flower_ext.core.arrays import Arrays
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import at_least, positive, refuse, whole
-from flower_ext.core.protocol import Metrics
-from flower_ext.core.replies import MalformedReply, read_scalar
-from flower_ext.server.additive import AdditiveStrategy, Config
+from flower_ext.core.protocol import Config, Metrics, Reply, Round
+from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
 
@@ -283,6 +281,8 @@ class MaxFL(AdditiveStrategy):
         "requirement: the loss there that the client would settle for",
     )
     consumed_metrics = (WEIGHT, APPEALED, OPTED_OUT)
+    declares_weight = True
+    scalars = {APPEALED: ()}
 
     def __init__(
         self,
@@ -313,10 +313,9 @@ class MaxFL(AdditiveStrategy):
         self.requirement = requirement
         self.warmup_rounds = warmup_rounds
         self.opt_out_from = opt_out_from
-        self._equal = False  # whether all clients weigh the same in this round
         self._seen: set[int] = set()
 
-    def client_config(self) -> Config:
+    def tell(self, round: Round) -> Config:
         """Tell clients temperature, source of their requirement, if they may leave."""
         told = {
             TEMPERATURE_KEY: self.temperature,
@@ -327,72 +326,46 @@ class MaxFL(AdditiveStrategy):
             told[REQUIREMENT_KEY] = float(self.requirement)
         return told
 
-    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
-        r"""Return :math:`q_k \Delta_k` and :math:`q_k`; nothing without examples."""
-        weight, appealed = read_scalar(reply, WEIGHT), read_scalar(reply, APPEALED)
-        for name, value, high in ((WEIGHT, weight, 0.25), (APPEALED, appealed, 1.0)):
-            if value > high:
-                raise MalformedReply(f"metric {name!r}={value} must be <= {high:g}")
-        trained = read_scalar(reply, self.weighted_by_key) > 0
-        left = not trained and _scalars(reply).get(OPTED_OUT) == 1
+    def contribution(self, reply: Reply, round: Round) -> Contribution:
+        r"""Return :math:`\Delta_k` of weight :math:`q_k`; of 0 without examples."""
+        weight, appealed = reply.share(WEIGHT, 0.25), reply.share(APPEALED)
+        trained = reply.num_examples > 0
+        left = not trained and reply.has(OPTED_OUT) and reply.number(OPTED_OUT) == 1
         if not trained:
             weight = appealed = 0.0
-        elif self._equal:
+        elif self._all_alike(round):
             weight = 0.25
-        delta = {k: scale(x, weight) for k, x in self.delta(reply, sent).items()}
-        scalars = {WEIGHT: weight, APPEALED: appealed}
-        if not self._private:
+        scalars = {APPEALED: appealed}
+        if not round.private:
             scalars |= {VOTES: float(trained or left), OPTED_OUT: float(left)}
-        return Contribution({DELTA: delta}, scalars=scalars)
+        return Contribution({DELTA: reply.delta(round)}, weight, scalars)
 
-    def zero(self, sent: Arrays) -> Contribution:
-        """Return the term of a client that is far from being won."""
-        return Contribution(
-            {DELTA: zeros_like(sent)}, scalars={WEIGHT: 0.0, APPEALED: 0.0}
-        )
+    def update(self, total: Total, round: Round) -> Arrays:
+        r"""Return :math:`\sum q\Delta / (\sum q + \epsilon)`."""
+        return total.mean(plus=0.0 if self._all_alike(round) else self.epsilon)
 
-    def divisor(self, total: Total) -> float:
-        r"""Return :math:`\sum q + \epsilon`; no epsilon where all weigh the same."""
-        epsilon = 0.0 if self._equal else self.epsilon
-        return float(total.scalars[WEIGHT]) + epsilon
+    def advance(self, total: Total, round: Round) -> None:
+        """Remember who has been asked to train."""
+        self._seen.update(round.cohort)
 
-    def update(self, total: Total) -> Arrays:
-        r"""Return :math:`\sum q\Delta / (\sum q + \epsilon)`.
-
-        Under a mechanism the sum of weights counts as no less than the standard
-        deviation of its noise.
-        """
-        least = total.noise.get(WEIGHT, 0.0) - float(total.scalars[WEIGHT])
-        total.weight = self.divisor(total) + max(0.0, least)
-        return total.mean()
-
-    def report(self, total: Total) -> Metrics:
+    def report(self, total: Total, round: Round) -> Metrics:
         """Return the cohort's appeal and the sum of its weights."""
-        metrics: Metrics = {"appeal-weight-sum": float(total.scalars[WEIGHT])}
+        metrics: Metrics = {"appeal-weight-sum": total.weight}
         if votes := float(total.scalars.get(VOTES, total.count)):
             metrics["gm-appeal"] = float(total.scalars[APPEALED]) / votes
         if self.opt_out_from and OPTED_OUT in total.scalars:
             metrics["num-opted-out"] = int(total.scalars[OPTED_OUT])
         return metrics
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Draw the cohort, and remember who has been asked."""
-        self._equal = server_round <= self.warmup_rounds
-        messages = super().configure_train(server_round, arrays, config, grid)
-        self._seen.update(self._cohort.values())
-        return messages
-
-    def report_evaluate(self, replies: list[Message]) -> Metrics:
+    def report_evaluate(self, replies: Sequence[Reply], round: Round) -> Metrics:
         """Return the appeal, and all metrics by whether a client was asked to train.
 
         ``-seen`` and ``-unseen`` are means in which every client counts once.
         """
         values: dict[str, list[float]] = {}
         for reply in replies:
-            seen = self._clients.get(reply.metadata.src_node_id) in self._seen
-            for name, value in _scalars(reply.content).items():
+            who = "seen" if reply.client in self._seen else "unseen"
+            for name, value in _scalars(reply).items():
                 if name == APPEALED:
                     if not 0 <= value <= 1:
                         problem = "metric %r=%s left out, it must be from 0 to 1"
@@ -402,9 +375,12 @@ class MaxFL(AdditiveStrategy):
                     values.setdefault(name, []).append(value)
                 elif name in (self.weighted_by_key, WEIGHT):
                     continue
-                who = "seen" if seen else "unseen"
                 values.setdefault(f"{name}-{who}", []).append(value)
         return {name: sum(found) / len(found) for name, found in values.items()}
+
+    def _all_alike(self, round: Round) -> bool:
+        """Whether all clients weigh the same in a round."""
+        return round.number <= self.warmup_rounds
 
     def state_dict(self) -> dict[str, object]:
         """Add the clients that were asked to train."""
@@ -428,11 +404,11 @@ class MaxFL(AdditiveStrategy):
         }
 
 
-def _scalars(content: RecordDict) -> dict[str, float]:
+def _scalars(reply: Reply) -> dict[str, float]:
     """Return the finite numbers of a reply's metrics."""
     return {
         name: float(value)
-        for record in content.metric_records.values()
+        for record in reply.content.metric_records.values()
         for name, value in record.items()
         if isinstance(value, int | float) and abs(value) <= sys.float_info.max
     }

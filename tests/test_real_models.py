@@ -388,7 +388,7 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize("strategy", [AdditiveStrategy, FedFish])
 def test_noise_leaves_variances_positive_for_200_rounds(strategy):
-    mechanism = noisy(rounds=200)._private.mechanism
+    mechanism = noisy(rounds=200).private_sum.mechanism
     lowest = []
 
     def look(server_round, arrays):

@@ -209,9 +209,9 @@ class AnythingGoes(Contribution):
 
 
 class AveragesNaN(AdditiveStrategy):
-    def contribution(self, reply, sent):
-        term = super().contribution(reply, sent)
-        return AnythingGoes(term.arrays, term.weight)
+    def contribution(self, reply, round):
+        term = super().contribution(reply, round)
+        return AnythingGoes(term.arrays, reply.num_examples)
 
 
 class CountsErrors(AdditiveStrategy):
@@ -255,14 +255,15 @@ class LosesItsState(AdditiveStrategy):
 class TakesAnythingForItsMetric(AdditiveStrategy):
     consumed_metrics = ("score",)
 
-    def contribution(self, reply, sent):
-        score = reply["metrics"].get("score", 0.0)
-        term = super().contribution(reply, sent)
-        return Contribution(term.arrays, term.weight * (1 + np.nan_to_num(score)))
+    def contribution(self, reply, round):
+        score = reply.content["metrics"].get("score", 0.0)
+        term = super().contribution(reply, round)
+        weight = reply.num_examples * (1 + np.nan_to_num(score))
+        return Contribution(term.arrays, weight)
 
 
 class DoesNothing(AdditiveStrategy):
-    def update(self, total):
+    def update(self, total, round):
         return {name: 0 * x for name, x in total.mean().items()}
 
 

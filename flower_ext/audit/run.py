@@ -6,7 +6,7 @@ r"""Auditing a run, to see whether it leaks more than its accountant says.
 Every client of an in-process run is a canary: its contribution is a direction of its
 own, far above the clipping norm, and a fair coin decides whether it is really sent. The
 strategy draws its cohorts, clips, adds up and adds noise as it always does; the audit
-looks at the noisy sums that it hands to ``update`` and asks which canaries are in them.
+looks at the noisy sums that are released and asks which canaries are in them.
 """
 
 import logging
@@ -38,9 +38,10 @@ from flower_ext.audit.canaries import (
     sampled_scores,
     whitening,
 )
-from flower_ext.core.arrays import Arrays, Lazy, is_averaged
+from flower_ext.core.arrays import Lazy, from_record, is_averaged
 from flower_ext.core.contribution import Contribution, Total
 from flower_ext.core.errors import one_of, open_unit, refuse, whole
+from flower_ext.core.protocol import Reply, Round
 from flower_ext.privacy.accounting.accountants import (
     GaussianAccountant,
     RoundAccountant,
@@ -173,7 +174,7 @@ def audit(
     Notes
     -----
     The attack knows who takes part, unless the accounting counts on cohorts being
-    secret. It covers what happens between a client's contribution and ``update``:
+    secret. It covers what happens between a client's contribution and the release:
     cohorts, clipping, sum and noise. Not covered: what the strategy does with the
     raw replies elsewhere, metrics of clients, the bits of adaptive clipping, and
     whether the generator of the noise can be guessed.
@@ -307,7 +308,7 @@ class _CanaryRun:
         arrays: ArrayRecord | None,
         seed: list[int],
     ) -> None:
-        private = strategy._private
+        private = strategy.private_sum
         if private is None or private.accountant is None:
             raise ValueError(
                 "the strategy must have a mechanism with noise: nothing is claimed"
@@ -341,9 +342,9 @@ class _CanaryRun:
         self._releases: list[Floats] = []
         self._norms: list[float] = []
         self._strategy = strategy
-        self._update = strategy.update
+        self._release = private.release
         strategy.contribution = self._contribute  # type: ignore[method-assign]
-        strategy.update = self._listen  # type: ignore[method-assign]
+        private.release = self._listen  # type: ignore[method-assign]
         strategy.fraction_evaluate = 0.0
         # There may be more canaries than clients are planned for.
         private.require_population = lambda known: None  # type: ignore[method-assign]
@@ -354,17 +355,17 @@ class _CanaryRun:
         rounds = self.private.mechanism.num_rounds
         self._strategy.start(grid, self._arrays, num_rounds=rounds)
 
-    def _contribute(self, reply: RecordDict, sent: Arrays) -> Contribution:
+    def _contribute(self, reply: Reply, round: Round) -> Contribution:
         """Return a canary's direction, or nothing if it is held out."""
-        index = int(next(iter(reply.metric_records.values()))[CANARY])  # type: ignore[arg-type]
+        index = reply.whole(CANARY, len(self.included))
         self._present.append(index)
-        zero = self._strategy.zero(sent)
+        zero = self._strategy.zero(round.sent).carried()
         loudness = self._loudness
         if not self.included[index]:
             if not self._replaced:
                 return zero
             loudness = -loudness
-        direction = self._known(zero).direction(index)
+        direction = self._known.direction(index)
         pieces = {
             key: value * (loudness / self._scale(key))
             for key, value in direction.items()
@@ -377,12 +378,11 @@ class _CanaryRun:
             for part, named in zero.arrays.items()
         }
         scalars = {name: pieces[name] for name in zero.scalars}
-        return Contribution(arrays, zero.weight, scalars)
+        return Contribution(arrays, scalars=scalars)
 
-    def _listen(self, total: Total) -> Arrays:
+    def _listen(self, total: Total) -> Total:
         """Project the noisy sums on the canaries before the strategy uses them."""
-        assert self._strategy._sent is not None
-        canaries = self._known(self._strategy.zero(self._strategy._sent))
+        total = self._release(total)
         pieces: dict[str, Floats] = {
             f"{part}/{name}": value * self._scale(part)
             for part, named in total.arrays.items()
@@ -390,21 +390,21 @@ class _CanaryRun:
         }
         pieces |= {k: x * self._scale(k) for k, x in total.scalars.items()}
         self._norms.append(float(self.private.metrics()["clipping-norm"]))  # type: ignore[arg-type]
-        self._releases.append(canaries.project(pieces))
+        self._releases.append(self._known.project(pieces))
         self._cohorts.append(self._present)
         self._present = []
-        return self._update(total)
+        return total
 
-    def _known(self, zero: Contribution) -> Canaries:
-        """Return the canaries, made for the layout of a contribution."""
+    @property
+    def _known(self) -> Canaries:
+        """The canaries, made for the layout of a contribution."""
         if self._canaries is None:
+            zero = self._strategy.zero(from_record(self._arrays))
             shapes = {
-                f"{part}/{name}": value.shape
-                for part, named in zero.arrays.items()
-                for name, value in named.items()
-                if isinstance(value, Lazy) or is_averaged(value)
+                key: piece.shape
+                for key, piece in zero.layout().items()
+                if isinstance(piece, Lazy) or is_averaged(piece)
             }
-            shapes |= {name: np.shape(value) for name, value in zero.scalars.items()}
             size, count = sum(map(prod, shapes.values())), len(self.included)
             if size < count:
                 refuse("clients", count, f"<= {size} parameters")

@@ -1,53 +1,127 @@
 """One client's term, and the sum of the terms."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 from flwr.common import NDArray
 
-from flower_ext.core.arrays import Arrays, Term, accumulate, all_finite, can_move, scale
+from flower_ext.core.arrays import (
+    Arrays,
+    Term,
+    accumulate,
+    all_finite,
+    can_move,
+    scale,
+    zeros_like,
+)
 
 DELTA = "delta"
+# What weights and counts are called where they are part of the summed vector, under a
+# mechanism; ``Mechanism(scales=...)`` knows them by these names.
+WEIGHT = "weight"
+_WEIGHT_OF = "weight-of-"
+_COUNT_OF = "count-of-"
 
 
 @dataclass
 class Contribution:
     """One client's term of the sum.
 
+    What is absent is zero: a part, an array of it, a scalar.
+
     Parameters
     ----------
     arrays : dict[str, dict[str, ndarray or Lazy]]
         Named parts, each of named arrays: ``{"delta": {"conv.weight": ...}}``.
-    weight : float (default: 1.0)
-        Multiplies every array, and is itself added up.
+    weight : float, optional
+        Multiplies every array, and is itself added up. By default the client's number
+        of examples; 1 under a mechanism, where all clients weigh the same. One that is
+        given depends on data: under a mechanism it is clipped and noised with the rest,
+        for which the strategy says ``declares_weight = True``.
     scalars : dict[str, float | ndarray]
         Added up as they are: sums and counts of shape ``()`` or ``(groups,)``.
+    weights : dict[str, float]
+        Of single parts, in the place of ``weight``.
+    counts : dict[str, dict[str, ndarray or Lazy]]
+        Of single parts: for each of their arrays what each coordinate counts, of its
+        shape, or of shape ``()`` for all of it. The mean of such a part divides every
+        coordinate by the weighted sum of its counts.
     """
 
     arrays: Mapping[str, Mapping[str, Term]]
-    weight: float = 1.0
+    weight: float | None = None
     scalars: Mapping[str, float | NDArray] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, Mapping[str, Term]] = field(default_factory=dict)
+
+    def weight_of(self, part: str) -> float:
+        """Return what a part is multiplied with."""
+        weight = 1.0 if self.weight is None else self.weight
+        return self.weights.get(part, weight)
+
+    def weighed(self, plain: float) -> "Contribution":
+        """Return the same of a given weight: ``plain``, unless it has its own."""
+        return replace(self, weight=plain) if self.weight is None else self
+
+    def carried(self) -> "Contribution":
+        """Return the same with all weights multiplied in.
+
+        Weights become scalars and counts become arrays of the term itself, so that one
+        norm bounds all that a client can move.
+        """
+        scalars = dict(self.scalars)
+        if self.weight is not None:
+            scalars[WEIGHT] = self.weight
+        scalars |= {_WEIGHT_OF + part: w for part, w in self.weights.items()}
+        arrays = {
+            part: {n: scale(x, self.weight_of(part)) for n, x in named.items()}
+            for part, named in self.arrays.items()
+        } | {
+            _COUNT_OF + part: {n: scale(x, self.weight_of(part)) for n, x in c.items()}
+            for part, c in self.counts.items()
+        }
+        return Contribution(arrays, scalars=scalars)
+
+    def layout(self) -> dict[str, Term]:
+        """Return the pieces of :meth:`carried` as they are, unweighted."""
+        one = None if self.weight is None else 1.0
+        ones = replace(self, weight=one, weights=dict.fromkeys(self.weights, 1.0))
+        return dict(ones.carried().pieces())
 
     def is_finite(self) -> bool:
         """Whether no weighted array, weight or scalar is NaN or infinite."""
-        return _are_finite(self) and all(
-            all_finite(scale(x, self.weight) for x in arrays.values())
-            for arrays in self.arrays.values()
+        numbers = (self.weight or 0.0, *self.weights.values(), *self.scalars.values())
+        return all_finite(np.asarray(x, np.float64) for x in numbers) and all(
+            all_finite(scale(x, self.weight_of(part)) for x in arrays.values())
+            for group in (self.arrays, self.counts)
+            for part, arrays in group.items()
         )
 
     def can_move(self, sent: Arrays) -> bool:
-        """Whether all is finite, and the model can take the change alone."""
-        return self.is_finite() and can_move(sent, self.arrays.get(DELTA, {}))
+        """Whether all is finite, and the model can take the change alone.
+
+        A change of no weight moves nothing, however large it is.
+        """
+        counts = self.weight_of(DELTA) != 0
+        change = self.arrays.get(DELTA, {}) if counts else {}
+        return self.is_finite() and can_move(sent, change)
+
+    def pieces(self) -> Iterator[tuple[str, Term]]:
+        """Yield arrays as ``part/name``, counts likewise, and scalars by name."""
+        for part, arrays in self.arrays.items():
+            for name, x in arrays.items():
+                yield f"{part}/{name}", x
+        for part, arrays in self.counts.items():
+            for name, x in arrays.items():
+                yield f"{_COUNT_OF}{part}/{name}", x
+        for name, value in self.scalars.items():
+            yield name, np.asarray(value, np.float64)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of arrays, as ``part/name``, and of scalars, by name."""
-        return {
-            f"{part}/{name}": x.shape
-            for part, arrays in self.arrays.items()
-            for name, x in arrays.items()
-        } | {name: np.shape(x) for name, x in self.scalars.items()}
+        """Return the shapes of all pieces."""
+        return {key: piece.shape for key, piece in self.pieces()}
 
 
 @dataclass
@@ -67,6 +141,10 @@ class Total:
     noise : dict[str, float]
         Under a mechanism, standard deviation of the noise in each coordinate of a part
         or scalar; what is smaller tells nothing.
+    weights : dict[str, float]
+        ``sum(weight)`` of parts with a weight of their own.
+    counts : dict[str, dict[str, ndarray]]
+        ``sum(weight * count)`` of parts with counts.
     """
 
     arrays: dict[str, dict[str, npt.NDArray[np.float64]]] = field(default_factory=dict)
@@ -74,62 +152,143 @@ class Total:
     scalars: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     count: int = 0
     noise: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, dict[str, npt.NDArray[np.float64]]] = field(default_factory=dict)
+    _means: dict[str, Arrays] = field(default_factory=dict, repr=False)
 
     def add(self, *terms: Contribution) -> None:
         """Add terms in place, in their order: the result is that of one at a time."""
-        added: dict[tuple[str, str], list[tuple[Term, float]]] = {}
+        added: dict[tuple[bool, str, str], list[tuple[Term, float]]] = {}
         for term in terms:
-            for part, arrays in term.arrays.items():
-                for name, array in arrays.items():
-                    added.setdefault((part, name), []).append((array, term.weight))
+            for is_count, group in ((False, term.arrays), (True, term.counts)):
+                for part, arrays in group.items():
+                    for name, array in arrays.items():
+                        key = is_count, part, name
+                        added.setdefault(key, []).append((array, term.weight_of(part)))
             for name, value in term.scalars.items():
                 self.scalars[name] = np.asarray(
                     self.scalars.get(name, 0.0) + np.asarray(value, np.float64)
                 )
-            self.weight += term.weight
+            for part, weight in term.weights.items():
+                self.weights[part] = self.weights.get(part, 0.0) + weight
+            self.weight += 1.0 if term.weight is None else term.weight
             self.count += 1
-        for (part, name), weighted in added.items():
-            sums = self.arrays.setdefault(part, {})
+        for (is_count, part, name), weighted in added.items():
+            sums = (self.counts if is_count else self.arrays).setdefault(part, {})
             if name not in sums:
                 sums[name] = np.zeros(weighted[0][0].shape)
             accumulate(sums[name], weighted)
 
     def merge(self, other: "Total") -> None:
         """Add another sum in place; ``other`` stays as it is."""
-        for part, arrays in other.arrays.items():
-            sums = self.arrays.setdefault(part, {})
-            for name, array in arrays.items():
-                if name in sums:
-                    sums[name] += array
-                else:
-                    sums[name] = array.copy()
+        for mine, others in (
+            (self.arrays, other.arrays),
+            (self.counts, other.counts),
+        ):
+            for part, arrays in others.items():
+                sums = mine.setdefault(part, {})
+                for name, array in arrays.items():
+                    if name in sums:
+                        sums[name] += array
+                    else:
+                        sums[name] = array.copy()
         for name, value in other.scalars.items():
             self.scalars[name] = np.asarray(self.scalars.get(name, 0.0) + value)
+        for part, weight in other.weights.items():
+            self.weights[part] = self.weights.get(part, 0.0) + weight
         self.weight += other.weight
         self.count += other.count
 
+    def fill(self, zero: Contribution) -> None:
+        """Let what nobody contributed be the zeros of the strategy's ``zero``."""
+        for mine, theirs in (
+            (self.arrays, zero.arrays),
+            (self.counts, zero.counts),
+        ):
+            for part, arrays in theirs.items():
+                sums = mine.setdefault(part, {})
+                for name, x in arrays.items():
+                    if name not in sums:
+                        sums[name] = np.zeros(x.shape)
+        for name, value in zero.scalars.items():
+            if name not in self.scalars:
+                self.scalars[name] = np.zeros(np.shape(value))
+        for part in zero.weights:
+            self.weights.setdefault(part, 0.0)
+
+    def uncarried(self) -> "Total":
+        """Undo :meth:`Contribution.carried` on the noisy sum.
+
+        A sum of weights or counts that is smaller than its noise tells nothing, and may
+        be negative: it counts as no less than the noise's standard deviation.
+        """
+        if WEIGHT in self.scalars:
+            least = self.noise.get(WEIGHT, 0.0)
+            self.weight = max(float(self.scalars.pop(WEIGHT)), least)
+        for key in [k for k in self.scalars if k.startswith(_WEIGHT_OF)]:
+            found = max(float(self.scalars.pop(key)), self.noise.get(key, 0.0))
+            self.weights[key.removeprefix(_WEIGHT_OF)] = found
+        for key in [k for k in self.arrays if k.startswith(_COUNT_OF)]:
+            least = self.noise.get(key, 0.0)
+            self.counts[key.removeprefix(_COUNT_OF)] = {
+                name: np.maximum(x, least, out=x)
+                for name, x in self.arrays.pop(key).items()
+            }
+        return self
+
     def is_finite(self) -> bool:
         """Whether no sum has overflowed."""
-        return _are_finite(self) and all(
-            all_finite(arrays.values()) for arrays in self.arrays.values()
+        numbers = (self.weight, *self.weights.values(), *self.scalars.values())
+        return all_finite(np.asarray(x, np.float64) for x in numbers) and all(
+            all_finite(arrays.values())
+            for group in (self.arrays, self.counts)
+            for arrays in group.values()
         )
 
     def can_move(self, sent: Arrays) -> bool:
         """Whether all is finite, and the model can take the mean change."""
-        mean = 1 / self.weight if self.weight > 0 else 1.0
+        weight = self.weights.get(DELTA, self.weight)
+        mean = 1 / weight if weight > 0 else 1.0
         return self.is_finite() and can_move(sent, self.arrays.get(DELTA, {}), mean)
 
     def take(self, part: str = DELTA) -> Arrays:
         """Hand over the sums of a part, which the caller may change."""
         return dict(self.arrays.pop(part))
 
-    def mean(self, part: str = DELTA) -> Arrays:
-        """Hand over ``sum(weight * arrays) / sum(weight)`` of a part."""
-        arrays = self.take(part)
-        return {name: np.divide(x, self.weight, out=x) for name, x in arrays.items()}
+    def mean(self, part: str = DELTA, *, plus: float = 0.0) -> Arrays:
+        r"""Return ``sum(weight * arrays) / (sum(weight) + plus)`` of a part.
+
+        With counts each coordinate is divided by its own. What would be divided by 0 is
+        0. Asked twice, it is the same arrays: who changes them changes them for all.
+        """
+        if part not in self._means:
+            counts = self.counts.get(part, {})
+            weight = self.weights.get(part, self.weight) + plus
+            self._means[part] = {
+                name: _divide(x, counts[name] + plus if name in counts else weight)
+                for name, x in self.take(part).items()
+            }
+        return dict(self._means[part])
 
 
-def _are_finite(term: Contribution | Total) -> bool:
-    """Whether weight and scalars are."""
-    values = (np.asarray(x, np.float64) for x in (term.weight, *term.scalars.values()))
-    return all_finite(values)
+def _divide(
+    x: npt.NDArray[np.float64], by: float | npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Divide in place; 0 where the divisor is."""
+    if isinstance(by, float):
+        by = np.asarray(by)
+    known = np.broadcast_to(by > 0, x.shape)
+    np.divide(x, by, out=x, where=known)
+    x[~known] = 0.0
+    return x
+
+
+def no_change(
+    sent: Arrays, scalars: Mapping[str, tuple[int, ...]], *, weighs: bool
+) -> Contribution:
+    """Return the contribution of a client that changes nothing: its layout."""
+    return Contribution(
+        {DELTA: zeros_like(sent)},
+        0.0 if weighs else None,
+        {name: np.zeros(shape) for name, shape in scalars.items()},
+    )

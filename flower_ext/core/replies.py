@@ -28,7 +28,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class MalformedReply(ValueError):
-    """A reply that a strategy cannot read; it is left out of the sum."""
+    """A reply that a strategy cannot read; it is left out of the round."""
+
+    #: The client whose reply it is, where that is known.
+    client: int | None = None
 
 
 def unreadable(error: Exception) -> str:
@@ -123,6 +126,11 @@ def read_vector(
             "float32"
         )
     return [float(v) for v in values]
+
+
+def has_metric(reply: RecordDict, key: str) -> bool:
+    """Whether a reply has a metric of that name."""
+    return any(key in x for x in reply.values() if isinstance(x, MetricRecord))
 
 
 def _find(reply: RecordDict, key: str) -> MetricRecordValues:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from flower_ext._flower import PrivacyBudgetExhausted
 from flower_ext.core.arrays import Lazy, Term, is_averaged, norm, scale
-from flower_ext.core.contribution import Contribution, Total
+from flower_ext.core.contribution import WEIGHT, Contribution, Total
 from flower_ext.core.errors import refuse
 from flower_ext.core.protocol import Metrics
 from flower_ext.core.replies import MalformedReply
@@ -207,7 +207,7 @@ class PrivateSum:
         """
         shapes: dict[str, tuple[int, ...]] = {}
         silent: dict[str, tuple[int, ...]] = {}
-        for key, piece in _pieces(zero).items():
+        for key, piece in zero.layout().items():
             if isinstance(piece, Lazy) or is_averaged(piece):
                 shapes[key] = piece.shape
             else:  # a counter: it cannot be noised, and is not released
@@ -240,15 +240,19 @@ class PrivateSum:
             If it is not laid out as the strategy said in ``zero``: NumPy would stretch
             a small array over a large one after its norm was taken.
         ValueError
-            If the strategy weighs its clients outside the contribution.
+            If the strategy weighs its clients without having said so.
         """
-        if term.weight != 1:
+        pieces = {
+            key: piece
+            for key, piece in term.carried().pieces()
+            if key not in self._silent
+        }
+        if term.weight is not None and WEIGHT not in self._shapes:
             raise ValueError(
-                f"a contribution of weight={term.weight:g} must have weight 1 under a "
-                "mechanism: a weight that depends on data belongs into the "
-                "contribution, multiplied in, and summed as a scalar where needed"
+                f"a contribution has weight={term.weight:g}, for which no noise is "
+                "planned: a strategy whose weights depend on data says "
+                "declares_weight = True"
             )
-        pieces = {k: x for k, x in _pieces(term).items() if k not in self._silent}
         if unknown := sorted(pieces.keys() - self._shapes.keys()):
             raise MalformedReply(
                 f"the contribution has {unknown[:5]}, which the strategy's zero() has "
@@ -290,7 +294,7 @@ class PrivateSum:
         noise = self._stream.next(self.noise_std) if self._stream else {}
         found, square = _pieces(total), 0.0
         for key, shape in self._shapes.items():
-            value = cast("Float64", found.get(key, np.zeros(shape)))
+            value = found[key] if key in found else np.zeros(shape)
             if noise:
                 factor = self._noise_factor(key)
                 value += np.multiply(noise[key], factor, dtype=np.float64)
@@ -447,20 +451,17 @@ class PrivateSum:
         return described
 
 
-def _pieces(term: Contribution | Total) -> dict[str, Term]:
+def _pieces(total: Total) -> dict[str, Float64]:
     """Return arrays as ``part/name`` and scalars by name."""
-    pieces: dict[str, Term] = {
+    return {
         f"{part}/{name}": x
-        for part, arrays in term.arrays.items()
+        for part, arrays in total.arrays.items()
         for name, x in arrays.items()
-    }
-    return pieces | {
-        name: np.asarray(x, np.float64) for name, x in term.scalars.items()
-    }
+    } | total.scalars
 
 
 def _contribution(pieces: Mapping[str, Term]) -> Contribution:
-    """Undo `_pieces`."""
+    """Undo `Contribution.pieces`."""
     arrays: dict[str, dict[str, Term]] = {}
     scalars = {}
     for key, piece in pieces.items():

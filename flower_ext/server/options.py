@@ -51,8 +51,8 @@ class FedAvgOptions(TypedDict, total=False):
     evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None
 
 
-class AdditiveOptions(FedAvgOptions, total=False):
-    """Options passed on to :class:`flower_ext.AdditiveStrategy`, Flower's among them.
+class RoundOptions(FedAvgOptions, total=False):
+    """Options passed on to :class:`flower_ext.RoundStrategy`, Flower's among them.
 
     Parameters
     ----------
@@ -63,15 +63,24 @@ class AdditiveOptions(FedAvgOptions, total=False):
         ``fraction_train``, ``min_train_nodes`` and their like say how many clients.
     min_replies : int (default: 1)
         A round with fewer usable replies keeps the model.
+    """
+
+    server_optimizer: ServerOptimizer | None
+    sampler: Sampler | None
+    min_replies: int
+
+
+class AdditiveOptions(RoundOptions, total=False):
+    """Options passed on to :class:`flower_ext.AdditiveStrategy`, with all of these.
+
+    Parameters
+    ----------
     mechanism : Mechanism, optional
         Makes the run differentially private, see
         :class:`~flower_ext.privacy.Mechanism`. It says how many clients are drawn, all
         clients weigh the same, and their own metrics are withheld.
     """
 
-    server_optimizer: ServerOptimizer | None
-    sampler: Sampler | None
-    min_replies: int
     mechanism: Mechanism | None
 
 

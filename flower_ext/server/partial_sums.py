@@ -13,12 +13,12 @@ that of a few models, whatever the cohort.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from flower_ext.core.arrays import Arrays
 from flower_ext.core.contribution import Contribution, Total
+from flower_ext.core.protocol import Reply, ReplyKeys, Round
 from flower_ext.core.replies import (
     LONG_INTEGERS,
     MalformedReply,
@@ -30,18 +30,30 @@ from flower_ext.wire.traffic import Measured, measure_content
 NOT_FINITE = "the contribution is not finite, or beyond what the model can hold"
 
 
+class Contributing(Protocol):
+    """What a worker needs of a strategy."""
+
+    #: Whether clients that have examples all weigh the same.
+    equal_weights: ClassVar[bool]
+
+    def contribution(self, reply: Reply, round: Round) -> Contribution:
+        """Return one client's term."""
+
+
 @dataclass(frozen=True)
 class Summand:
     """Makes the terms of replies: all that a worker needs to add them up.
 
     Attributes
     ----------
-    sent : dict[str, ndarray]
-        The model that was broadcast.
-    weigh : callable
-        ``reply -> weight`` that its metrics are averaged with; must not raise.
-    contribution : callable
-        ``(reply, sent) -> Contribution``.
+    strategy : Contributing
+        Of the strategy what does not begin with ``_``.
+    round : Round
+        The round, without its cohort.
+    places : Mapping[int, int]
+        The place of every node that was asked.
+    keys : ReplyKeys
+        Where in a reply what is found.
     shapes : dict[str, tuple]
         Of a contribution's arrays and scalars, as far as the strategy names them.
     clip : callable or None
@@ -49,19 +61,22 @@ class Summand:
         finite.
     """
 
-    sent: Arrays
-    weigh: Callable[[RecordDict], float]
-    contribution: Callable[[RecordDict, Arrays], Contribution]
+    strategy: Contributing
+    round: Round
+    places: Mapping[int, int]
+    keys: ReplyKeys
     shapes: Mapping[str, tuple[int, ...]]
     clip: Callable[[Contribution], Contribution | None] | None
 
-    def term(self, reply: RecordDict, *, check: bool) -> Contribution:
+    def term(self, content: RecordDict, node: int, *, check: bool) -> Contribution:
         """Return the clipped term of a reply.
 
         Parameters
         ----------
-        reply : RecordDict
-            Of one client.
+        content : RecordDict
+            Of one client's reply.
+        node : int
+            The client's node.
         check : bool
             Whether to look for values that would spoil the model; where terms are
             clipped, none can.
@@ -71,9 +86,10 @@ class Summand:
         MalformedReply
             If the reply is to be left out.
         """
+        reply = Reply(content, self.places[node], self.keys)
         try:
-            self.weigh(reply)
-            term = self.contribution(reply, self.sent)
+            plain = self._plain_weight(reply)
+            term = self.strategy.contribution(reply, self.round)
             shapes = term.shapes()
         except MalformedReply:
             raise
@@ -86,7 +102,8 @@ class Summand:
                     f"strategy's zero() it has {self.shapes[key]}"
                 )
         if self.clip is None:
-            if check and not term.can_move(self.sent):
+            term = term.weighed(plain)
+            if check and not term.can_move(self.round.sent):
                 raise MalformedReply(NOT_FINITE)
             return term
         try:
@@ -96,6 +113,11 @@ class Summand:
         if clipped is None:
             raise MalformedReply(NOT_FINITE)
         return clipped
+
+    def _plain_weight(self, reply: Reply) -> float:
+        """Return the weight of a contribution that declares none."""
+        examples = reply.num_examples  # read in any case: who does not say is left out
+        return float(examples > 0) if self.strategy.equal_weights else examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +155,8 @@ class PartialSum:
         self._summand = summand
         self.total = Total()
 
-    def add(self, reply: RecordDict) -> Summed:
-        """Add a reply's term to the sum, unless it is unusable; return what is left."""
+    def add(self, reply: RecordDict, node: int) -> Summed:
+        """Add a node's term to the sum, unless it is unusable; return what is left."""
         rest = Summed(
             {k: x for k, x in reply.items() if not isinstance(x, ArrayRecord)}
         )
@@ -142,7 +164,7 @@ class PartialSum:
         try:
             if has_long_integers(rest):  # the server leaves it out whatever its arrays
                 raise MalformedReply(LONG_INTEGERS)
-            term = self._summand.term(reply, check=True)
+            term = self._summand.term(reply, node, check=True)
         except MalformedReply as problem:
             rest.problem = str(problem)
         else:

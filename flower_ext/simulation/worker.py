@@ -38,7 +38,7 @@ class Answer:
     summed: tuple[Traffic, str] | None = None
 
     @classmethod
-    def of(cls, outcome: Outcome, into: PartialSum | None) -> "Answer":
+    def of(cls, outcome: Outcome, client: int, into: PartialSum | None) -> "Answer":
         """Make it of an outcome, whose arrays stay here if they are added up."""
         key, content, seconds = outcome.key, outcome.content, outcome.seconds
         if content is None:
@@ -47,7 +47,7 @@ class Answer:
             return cls(key, None, error, seconds)
         if into is None:
             return cls(key, to_wires(content), None, seconds)
-        rest = into.add(content)
+        rest = into.add(content, client)
         return cls(key, to_wires(rest), None, seconds, (rest.traffic, rest.problem))
 
     def is_in_sum(self) -> bool:
@@ -166,7 +166,7 @@ class Worker:
         for sent in jobs:
             sent.job.own.update(from_wires(sent.own))
             outcome = run_client(app, self._setting, sent.job, self._shared, states)
-            answers.append(Answer.of(outcome, into))
+            answers.append(Answer.of(outcome, sent.job.client, into))
         total = into.total if into else None
         return PackAnswer(answers, total, states.changed)
 

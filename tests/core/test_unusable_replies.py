@@ -274,7 +274,7 @@ def test_a_strategy_that_stumbles_over_a_reply_drops_it(exchange, reply, phase):
 
 def test_a_report_that_stumbles_over_a_reply_is_left_out(exchange, reply, caplog):
     class Stumbles(AdditiveStrategy):
-        def report_evaluate(self, replies):
+        def report_evaluate(self, replies, round):
             return {"worst": max(x.content["metrics"]["worst"] for x in replies)}
 
     strategy = Stumbles()

@@ -19,7 +19,7 @@ class AddingGrid(LocalGrid):
         for i, reply in enumerate(replies):
             if reply.has_error():
                 continue
-            rest = into[i % PACKS].add(reply.content)
+            rest = into[i % PACKS].add(reply.content, reply.metadata.src_node_id)
             assert not rest.array_records
             reply.content = rest
             if not rest.problem:

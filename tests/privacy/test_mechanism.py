@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from flower_ext import AdditiveStrategy
 from flower_ext._flower import InconsistentMessageReplies, PrivacyBudgetExhausted
-from flower_ext.core.arrays import from_record, to_record
-from flower_ext.core.contribution import DELTA, Contribution
+from flower_ext.core.arrays import Lazy, from_record, to_record
+from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.replies import MalformedReply
 from flower_ext.core.sampling import (
     AllClients,
@@ -82,9 +82,7 @@ def released(strategy, aggregate, contents, rounds=1):
 class Equal(AdditiveStrategy):
     """The non-private strategy: every client weighs the same."""
 
-    def weight(self, reply):
-        super().weight(reply)
-        return 1.0
+    equal_weights = True
 
 
 def clipped_mean(changes, clipping_norm):
@@ -148,14 +146,14 @@ def test_correlated_noise_is_the_streams(cohort, aggregate):
     )
     root = SquareRootToeplitz(ROUNDS)
     noise = np.linalg.solve(root.strategy_matrix(), np.eye(ROUNDS))
-    assert strategy._private.noise_std == pytest.approx(
+    assert strategy.private_sum.noise_std == pytest.approx(
         0.7 * root.sensitivity(1, ROUNDS).value
     )
     fresh = NoiseStream(plan().choose(UniformSampler()), {"w": (3,), "b": ()}, seed=5)
     z = np.array([fresh.next()["w"] for _ in range(ROUNDS)])
     found = released(strategy, aggregate, cohort(0.0, 0.0, 0.0), ROUNDS)
     values = np.array([new["w"] for new, _ in found])
-    scale = strategy._private.noise_std / 3 / 4.0
+    scale = strategy.private_sum.noise_std / 3 / 4.0
     np.testing.assert_allclose(values, noise @ z * scale, rtol=1e-4, atol=1e-6)
 
 
@@ -179,7 +177,6 @@ def test_an_empty_poisson_cohort_is_released(aggregate, cohort, monkeypatch):
     )
     monkeypatch.setattr(PoissonSampler, "sample", lambda *args: [])
     new, _ = aggregate(strategy, SENT, cohort(1.0, 1.0, 1.0))
-    assert strategy._cohort == {}
     assert np.all(new["w"] != SENT["w"])
 
 
@@ -216,8 +213,8 @@ class Pair(AdditiveStrategy):
 
     scales = {"more": 3.0, "sums": 0.1}
 
-    def contribution(self, reply, sent):
-        delta = self.delta(reply, sent)
+    def contribution(self, reply, round):
+        delta = reply.delta(round)
         return Contribution(
             {DELTA: delta, "more": {"w": delta["w"]}},
             scalars={"one": 5.0, "sums": np.array([1.0, -40.0])},
@@ -241,7 +238,7 @@ def pieces_of(term):
     }
     for name, x in term.scalars.items():
         norms[name] = np.linalg.norm(x) * Pair.scales.get(name, 1.0)
-    return {name: term.weight * float(norm) for name, norm in norms.items()}
+    return {name: float(norm) for name, norm in norms.items()}
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -253,13 +250,13 @@ def pieces_of(term):
 def test_no_contribution_exceeds_the_norm(values, bound, layered):
     clipping = PerLayerClipping(bound) if layered else bound
     strategy = Pair(mechanism=plan(clipping=clipping))
-    strategy._private.open(strategy.zero(SENT))
+    strategy.private_sum.open(strategy.zero(SENT))
     delta = {"w": np.float32(values), "b": np.float32(values[0])}
     term = Contribution(
         {DELTA: delta, "more": {"w": delta["w"]}},
         scalars={"one": 5.0, "sums": np.array([1.0, -40.0])},
     )
-    norms = pieces_of(strategy._private.clip(term))
+    norms = pieces_of(strategy.private_sum.clip(term))
     assert math.hypot(*norms.values()) <= bound
     if layered:
         assert max(norms.values()) <= bound / math.sqrt(len(norms)) * (1 + 1e-9)
@@ -272,7 +269,7 @@ def test_one_client_moves_the_sum_by_at_most_the_norm(cohort, aggregate):
         seen = {}
 
         class Spy(Pair):
-            def update(self, total):
+            def update(self, total, round):
                 seen.update(scalars=dict(total.scalars), arrays=dict(total.arrays))
                 return total.mean()
 
@@ -294,13 +291,72 @@ def test_one_client_moves_the_sum_by_at_most_the_norm(cohort, aggregate):
         assert 0 < distance <= 2.0 * (1 + 1e-6)
 
 
-def test_a_weight_outside_the_contribution_is_refused(cohort, aggregate):
-    class Weighs(AdditiveStrategy):
-        def weight(self, reply):
-            return 2.0
+class Weighs(AdditiveStrategy):
+    """Weighs clients by data, and says so."""
 
-    with pytest.raises(ValueError, match="weight=2 must have weight 1"):
-        aggregate(Weighs(mechanism=plan()), SENT, cohort(1.0, 1.0, 1.0))
+    declares_weight = True
+
+    def contribution(self, reply, round):
+        return Contribution({DELTA: reply.delta(round)}, reply.number("q"))
+
+
+def test_a_weight_that_was_not_declared_is_refused(cohort, aggregate):
+    class Forgets(AdditiveStrategy):
+        contribution = Weighs.contribution
+
+    contents = cohort(1.0, 1.0, 1.0)
+    for content in contents:
+        content["metrics"]["q"] = 2.0
+    with pytest.raises(ValueError, match="weight=2, for which no noise is planned"):
+        aggregate(Forgets(mechanism=plan()), SENT, contents)
+
+
+def test_a_declared_weight_is_clipped_and_noised_with_the_rest(cohort, aggregate):
+    """In the limit it weighs as without a mechanism; else a term has one norm."""
+    contents = cohort(1.0, 2.0, -1.0)
+    for content, q in zip(contents, (3.0, 1.0, 0.5), strict=True):
+        content["metrics"]["q"] = q
+    free = plan(noise_multiplier=0, clipping=math.inf)
+    found, _ = aggregate(Weighs(mechanism=free), SENT, contents)
+    expected, _ = aggregate(Weighs(), SENT, contents)
+    assert found["w"] == pytest.approx(expected["w"])
+    assert expected["w"] - SENT["w"] == pytest.approx((3 + 2 - 0.5) / 4.5)
+    strategy = Weighs(mechanism=plan(clipping=2.0))
+    strategy.private_sum.open(strategy.zero(SENT))
+    delta = {"w": np.float32([1.0, 2.0, -2.0]), "b": np.float32(0.0)}
+    clipped = strategy.private_sum.clip(Contribution({DELTA: delta}, 4.0))
+    assert clipped.scalars["weight"] == pytest.approx(2 * 4 / math.hypot(4, 12))
+    assert math.hypot(*pieces_of(clipped).values()) == pytest.approx(2.0)
+    loud, _ = aggregate(Weighs(mechanism=plan(noise_multiplier=50.0)), SENT, contents)
+    assert np.all(np.isfinite(loud["w"]))
+
+
+def test_weights_and_counts_of_parts_are_carried_as_well():
+    term = Contribution(
+        {DELTA: {"w": np.array([1.0, 2.0])}, "more": {"w": np.array([3.0, 4.0])}},
+        scalars={"one": 5.0},
+        weights={"more": 2.0},
+        counts={DELTA: {"w": np.array([1.0, 0.0])}},
+    )
+    carried = dict(term.carried().pieces())
+    assert {key: np.asarray(as_numpy(x)).tolist() for key, x in carried.items()} == {
+        "delta/w": [1.0, 2.0],
+        "more/w": [6.0, 8.0],
+        "count-of-delta/w": [1.0, 0.0],
+        "one": 5.0,
+        "weight-of-more": 2.0,
+    }
+    total = Total()
+    total.add(term.carried(), term.carried())
+    total.noise = {"weight-of-more": 7.0, "count-of-delta": 0.5}
+    total.uncarried()
+    assert total.weights == {"more": 7.0}  # no less than its noise
+    assert total.mean("more")["w"].tolist() == [12 / 7, 16 / 7]
+    assert total.mean()["w"].tolist() == [1.0, 8.0]
+
+
+def as_numpy(x):
+    return x.numpy() if isinstance(x, Lazy) else x
 
 
 def test_what_zero_does_not_name_is_refused(cohort, aggregate):
@@ -332,9 +388,9 @@ def test_a_contribution_that_numpy_would_stretch_is_no_contribution(
     """Its norm is 1 before, and far more once it is added to a larger array."""
 
     class Stretches(Pair):
-        def contribution(self, reply, sent):
-            term = super().contribution(reply, sent)
-            if float(reply["arrays"]["b"].numpy()) < 5:
+        def contribution(self, reply, round):
+            term = super().contribution(reply, round)
+            if float(reply.content["arrays"]["b"].numpy()) < 5:
                 return term
             arrays = {**term.arrays, **stretched.get("arrays", {})}
             return Contribution(
@@ -342,10 +398,10 @@ def test_a_contribution_that_numpy_would_stretch_is_no_contribution(
             )
 
     strategy = Stretches(mechanism=plan())
-    strategy._private.open(strategy.zero(SENT))
+    strategy.private_sum.open(strategy.zero(SENT))
     bad = {"arrays": {}, "scalars": {}, **stretched}
     with pytest.raises(MalformedReply, match="shape"):
-        strategy._private.clip(Contribution(bad["arrays"], scalars=bad["scalars"]))
+        strategy.private_sum.clip(Contribution(bad["arrays"], scalars=bad["scalars"]))
     for mechanism in (plan(), plan(noise_multiplier=0, clipping=math.inf), None):
         contents = cohort(1.0, 9.0, 2.0)
         found, metrics = aggregate(Stretches(mechanism=mechanism), SENT, contents)
@@ -358,9 +414,9 @@ def test_a_contribution_that_numpy_would_stretch_is_no_contribution(
 @pytest.mark.parametrize("kind", [np.complex64, object])
 def test_a_contribution_of_no_real_numbers_is_no_contribution(cohort, aggregate, kind):
     class Odd(AdditiveStrategy):
-        def contribution(self, reply, sent):
-            term = super().contribution(reply, sent)
-            if float(reply["arrays"]["b"].numpy()) < 5:
+        def contribution(self, reply, round):
+            term = super().contribution(reply, round)
+            if float(reply.content["arrays"]["b"].numpy()) < 5:
                 return term
             odd = {
                 name: x.numpy().astype(kind) for name, x in term.arrays[DELTA].items()
@@ -399,7 +455,7 @@ def test_poisson_epsilon_is_dp_accountings(cohort, aggregate):
     )
     expected = one.self_compose(4).get_epsilon_for_delta(1e-3)
     assert metrics["epsilon"] == pytest.approx(expected, rel=1e-5)
-    assert strategy._private.noise_std == 1.1
+    assert strategy.private_sum.noise_std == 1.1
 
 
 @pytest.mark.parametrize(
@@ -425,7 +481,7 @@ def test_poisson_epsilon_is_dp_accountings(cohort, aggregate):
 def test_a_target_is_met_and_not_exceeded(sampler, changes):
     mechanism = plan(noise_multiplier=None, max_epsilon=3.0, **changes)
     strategy = AdditiveStrategy(mechanism=mechanism, sampler=sampler)
-    accountant = strategy._private.accountant
+    accountant = strategy.private_sum.accountant
     spent = accountant.epsilon_after(ROUNDS, 1e-3)
     assert 2.97 < spent <= 3.0
     accountant.require_budget(ROUNDS)
@@ -438,7 +494,7 @@ def test_the_run_stops_before_its_budget_is_exceeded(cohort, scripted):
     result = strategy.start(grid, to_record(SENT), num_rounds=ROUNDS)
     done = len(result.train_metrics_clientapp)
     assert 1 <= done < ROUNDS
-    accountant = strategy._private.accountant
+    accountant = strategy.private_sum.accountant
     assert result.train_metrics_clientapp[done]["epsilon"] <= 4.0
     assert accountant.epsilon_after(done + 1, 1e-3) > 4.0
     assert not np.array_equal(from_record(result.arrays)["w"], SENT["w"])
@@ -515,7 +571,7 @@ def test_signal_to_noise_is_estimated_from_the_release(aggregate, reply):
     rows = np.linalg.norm(np.linalg.inv(root.strategy_matrix()), axis=1)
     for t in range(3):
         _, metrics = aggregate(strategy, sent, contents, t + 1)
-        noise = 50.0 * strategy._private.noise_std * rows[t] * math.sqrt(size)
+        noise = 50.0 * strategy.private_sum.noise_std * rows[t] * math.sqrt(size)
         expected = 25.0 * clients / noise
         assert metrics["signal-to-noise"] == pytest.approx(expected, rel=0.05)
         assert metrics["noise-std"] == pytest.approx(noise / math.sqrt(size) / clients)
@@ -537,7 +593,7 @@ def test_a_simulated_cohort_moves_as_the_planned_one(aggregate, cohort):
     assert metrics["planned-cohort"] == 300
     assert metrics["simulated-cohort"] == 3
     large = AdditiveStrategy(mechanism=plan(**planned), sampler=sampler)
-    assert large._private.noise_std == small._private.noise_std
+    assert large.private_sum.noise_std == small.private_sum.noise_std
     assert "simulated with 3" in str(small.settings()["Mechanism"])
     assert "planned cohort" in str(small.settings()["Privacy"])
 
@@ -548,7 +604,7 @@ def test_in_a_simulation_held_out_clients_stay_held_out():
     strategy = AdditiveStrategy(
         mechanism=plan(simulated_cohort=3, **planned), sampler=held_out
     )
-    assert strategy._private.sampler is strategy.sampler
+    assert strategy.private_sum.sampler is strategy.sampler
     assert isinstance(strategy.sampler, HeldOutSampler)
 
 
@@ -578,7 +634,7 @@ def test_noise_belongs_to_the_norm_that_clipped(cohort, aggregate):
         {"w": (3,), "b": (), "bit": ()},
         seed=5,
     )
-    norm, std = 1.0, strategy._private.noise_std
+    norm, std = 1.0, strategy.private_sum.noise_std
     changes = (100.0, 100.0, 100.0)
     for found, metrics in released(strategy, aggregate, cohort(*changes), 3):
         noise = stream.next(std)
@@ -590,10 +646,10 @@ def test_noise_belongs_to_the_norm_that_clipped(cohort, aggregate):
 
 
 def test_the_bit_is_paid_for():
-    plain = AdditiveStrategy(mechanism=plan())._private
+    plain = AdditiveStrategy(mechanism=plan()).private_sum
     adaptive = AdditiveStrategy(
         mechanism=plan(clipping=AdaptiveClipping(1.0, clipped_count_stddev=2.0))
-    )._private
+    ).private_sum
     # mu^2 of the change and of the bit (sensitivity 1/2 a round) add up to the plan's.
     change = math.sqrt(ROUNDS) / adaptive.noise_std
     bit = 0.5 * math.sqrt(ROUNDS) / 2.0
@@ -705,8 +761,8 @@ def test_a_crash_after_the_release_does_not_repeat_it(cohort, scripted, tmp_path
     strategy, run = start()
     result = run()
     assert sorted(result.train_metrics_clientapp) == [1, 2, 3]
-    assert strategy._private.accountant.num_releases == 3
-    assert strategy._private._stream._round == 3
+    assert strategy.private_sum.accountant.num_releases == 3
+    assert strategy.private_sum._stream._round == 3
 
 
 # What is refused ------------------------------------------------------------------

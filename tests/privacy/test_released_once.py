@@ -116,7 +116,7 @@ def test_cohorts_noise_and_epsilon_follow_the_releases_over_all_starts(kind, len
         result = parts.start(again, MODEL, num_rounds=rounds)
         spent += [m["epsilon"] for m in result.train_metrics_clientapp.values()]
     assert again.asked == once.asked
-    accountant = whole._private.accountant
+    accountant = whole.private_sum.accountant
     assert spent == [accountant.epsilon_after(r, 1e-3) for r in range(1, ROUNDS + 1)]
     with pytest.raises(PrivacyBudgetExhausted, match="after the 8 planned rounds"):
         parts.start(again, MODEL, num_rounds=1)
@@ -152,7 +152,7 @@ def test_a_cohort_is_for_one_release(kind):
     for one in (strategy, shallow):
         with pytest.raises(ValueError, match="release 2 needs a cohort of its own"):
             one.aggregate_train(1, replies[1])
-    assert strategy._private.accountant.num_releases == 1
+    assert strategy.private_sum.accountant.num_releases == 1
 
 
 def test_a_seed_is_for_one_run():
@@ -212,7 +212,7 @@ def test_a_strategy_goes_on_from_its_own_checkpoint(tmp_path):
     strategy.start(Asking(), MODEL, num_rounds=2, checkpoint=tmp_path)
     result = strategy.start(Asking(), MODEL, num_rounds=4, checkpoint=tmp_path)
     assert sorted(result.train_metrics_clientapp) == [1, 2, 3, 4]
-    assert strategy._private.accountant.num_releases == 4
+    assert strategy.private_sum.accountant.num_releases == 4
 
 
 # A disk that fails ------------------------------------------------------------------

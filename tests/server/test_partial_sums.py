@@ -30,6 +30,12 @@ from flower_ext.strategies import (
 )
 
 
+def asked(strategy):
+    """Let a strategy ask eight clients, of nodes 1000 to 1007."""
+    grid = LocalGrid(ClientApp(), 8)
+    strategy.configure_train(1, to_record(SENT), ConfigRecord(), grid)
+
+
 def private(**options):
     return Mechanism(
         **{
@@ -256,12 +262,12 @@ def test_a_number_that_cannot_travel_takes_no_other_reply_of_its_pack_along(
 
 def test_one_client_moves_a_partial_sum_by_at_most_the_norm(reply):
     strategy = no_evaluation(mechanism=private(clipping=0.25))
-    grid = LocalGrid(ClientApp(), 8)
-    strategy.configure_train(1, to_record(SENT), ConfigRecord(), grid)
+    asked(strategy)
     part = PartialSum(pickle.loads(pickle.dumps(strategy.summand())))
-    part.add(reply(model(500, -700), 10))
+    node = next(iter(strategy.summand().places))
+    part.add(reply(model(500, -700), 10), node)
     assert np.linalg.norm(part.total.arrays["delta"]["w"]) == pytest.approx(0.25)
-    part.add(reply(model(500, -700), 10))
+    part.add(reply(model(500, -700), 10), node)
     assert np.linalg.norm(part.total.arrays["delta"]["w"]) == pytest.approx(0.5)
 
 
@@ -275,11 +281,10 @@ def test_neither_seeds_nor_noise_go_to_workers(app):
     strategy = no_evaluation(
         mechanism=private(seed=987_654_321), sampler=Secret(2, seed=123_456_789)
     )
-    grid = LocalGrid(app, 8)
-    strategy.configure_train(1, to_record(SENT), ConfigRecord(), grid)
-    bare = strategy.summand().contribution.__self__
-    assert bare.sampler is None and bare.mechanism.seed is None
-    assert bare._private._stream is None and bare._private.accountant is None
+    asked(strategy)
+    bare = strategy.summand().strategy
+    assert vars(bare)["fraction_evaluate"] == 0.0
+    assert not any(name.startswith("_") for name in vars(bare))
     sent = pickle.dumps(strategy.summand())
     for seed in (987_654_321, 123_456_789):
         assert seed.to_bytes(4, "little") not in sent
@@ -302,14 +307,14 @@ def test_a_strategy_that_reads_replies_itself_gets_them(app, initial):
 
 def test_merging_adds_everything_and_leaves_the_other_alone(reply):
     strategy = BoundedGroupLoss(groups=["a"], upper_bound=1.0)
-    strategy._sent = SENT
+    asked(strategy)
     summand = strategy.summand()
     sums = {"group-loss-sums": 2.0, "group-counts": 4.0}
     contents = [reply(model(i, -i), i + 4, **sums) for i in range(4)]
     whole, parts = PartialSum(summand), [PartialSum(summand) for _ in range(2)]
     for i, content in enumerate(contents):
-        whole.add(content)
-        parts[i // 2].add(content)
+        whole.add(content, 1000 + i)
+        parts[i // 2].add(content, 1000 + i)
     before = pickle.dumps(parts[1].total)
     for part in parts:
         for arrays in part.total.arrays.values():
@@ -327,9 +332,9 @@ def test_merging_adds_everything_and_leaves_the_other_alone(reply):
 
 def test_a_summed_reply_is_a_record_dict_without_arrays(reply):
     strategy = no_evaluation()
-    strategy._sent = SENT
-    rest = PartialSum(strategy.summand()).add(reply(model(1, 1), 3, loss=0.5))
+    asked(strategy)
+    rest = PartialSum(strategy.summand()).add(reply(model(1, 1), 3, loss=0.5), 1000)
     assert isinstance(rest, Summed) and rest.problem == ""
     assert dict(rest.metric_records["metrics"]) == {"num-examples": 3, "loss": 0.5}
-    asked = Message(rest, 7, "train")
-    assert asked.content is rest
+    answered = Message(rest, 7, "train")
+    assert answered.content is rest

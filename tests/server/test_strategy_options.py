@@ -107,21 +107,20 @@ class Maximum(AdditiveStrategy):
 
     consumed_metrics = ("own",)
 
-    def contribution(self, reply, sent):
-        return Contribution(
-            {"delta": self.delta(reply, sent)}, 2.0, {"own": reply["metrics"]["own"]}
-        )
+    def contribution(self, reply, round):
+        delta = reply.delta(round)
+        return Contribution({"delta": delta}, 2.0, {"own": reply.number("own")})
 
-    def update(self, total):
+    def update(self, total, round):
         return {name: 10 * x for name, x in total.mean().items()}
 
-    def report(self, total):
+    def report(self, total, round):
         return {"sum-of-own": float(total.scalars["own"]), "terms": total.count}
 
-    def report_evaluate(self, replies):
+    def report_evaluate(self, replies, round):
         return {"evaluators": len(replies)}
 
-    def client_config(self):
+    def tell(self, round):
         return {"lr": 9.0, "more": "yes"}
 
 
@@ -148,7 +147,7 @@ def test_report_evaluate_adds_metrics(exchange, reply):
     assert strategy.aggregate_evaluate(1, replies)["evaluators"] == 1
 
 
-def test_client_config_goes_before_the_users(scripted):
+def test_what_is_told_goes_before_the_users(scripted):
     strategy = Maximum()
     config = ConfigRecord({"lr": 0.5, "seed": 3})
     messages = strategy.configure_train(1, to_record(SENT), config, scripted([0, 0]))

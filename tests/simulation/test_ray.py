@@ -166,7 +166,7 @@ def test_a_strategy_that_cannot_be_pickled_runs_without_sums(make, caplog):
 
 def test_what_contribution_raises_for_all_ends_the_run_with_the_reason(make):
     class Wrong(AdditiveStrategy):
-        def contribution(self, reply, sent):
+        def contribution(self, reply, round):
             raise KeyError("no such thing")
 
     with pytest.raises(InconsistentMessageReplies, match="no such thing"):

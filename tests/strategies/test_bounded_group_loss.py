@@ -19,6 +19,7 @@ from torch import nn
 from flower_ext.client.app import client_app
 from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, to_record
+from flower_ext.core.protocol import Round
 from flower_ext.core.sampling import UniformSampler
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD
@@ -335,10 +336,12 @@ def test_values_of_the_certificate_by_hand():
     # F + 0.5 (L - 1) is 6, and the tangent 6 - 0.5 + ... falls to -11.5 at w = -1.
     gap = DualityGap(radius=1.0)
     model = {"w": np.array([2.0])}
-    gap.add(4.0, np.array([3.0]), np.array([0.5]), {"w": np.array([6.0])}, model)
+    slope = {"w": np.array([6.0])}
+    gap = gap.after(4.0, np.array([3.0]), np.array([0.5]), slope, model)
     assert gap.values(2.0) == (4 + 2 * 3, 4 + 0.5 * 3 - 6 * 2 - 6)
     model = {"w": np.array([0.0])}
-    gap.add(0.0, np.array([-1.0]), np.array([0.0]), {"w": np.array([0.0])}, model)
+    flat = {"w": np.array([0.0])}
+    gap = gap.after(0.0, np.array([-1.0]), np.array([0.0]), flat, model)
     assert gap.values(2.0) == ((4 + 2 * 2) / 2, (5.5 - 12 - 6) / 2)
 
 
@@ -582,7 +585,7 @@ def test_minibatches_weigh_examples_as_full_batches(linear_task, play):
 
 
 def told(strategy):
-    return np.array(strategy.client_config()["group-multipliers"])
+    return np.array(strategy.tell(Round(1, SENT))["group-multipliers"])
 
 
 def sums_reply(reply, sums, counts, w=1.0, n=None):
@@ -918,7 +921,7 @@ def test_broken_test_data_do_not_stop_the_run(point_task, play):
 
 def test_half_needs_its_strategy(point_task):
     strategy = BoundedGroupLoss(**TWO)
-    strategy.client_config = dict
+    strategy.tell = lambda round: {}
     task = point_task([{"c": [0.0], "group": [0]}] * 2)
     grid = LocalGrid(client_app(task, BoundedGroupLossClient), 2, STEP)
     sent = to_record({"w": np.float32(0)})
@@ -1076,7 +1079,7 @@ def test_state_round_trip(solve):
     assert other.dual != pytest.approx(strategy.dual)
     other.load_state_dict(saved)
     assert other.dual.tolist() == strategy.dual.tolist()
-    assert other.client_config() == strategy.client_config()
+    assert told(other).tolist() == told(strategy).tolist()
     assert set(other.iterates()) == {"average", "best-feasible"}
     for name, record in strategy.iterates().items():
         assert other.iterates()[name]["w"].numpy() == record["w"].numpy()

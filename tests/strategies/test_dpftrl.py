@@ -82,7 +82,7 @@ def test_its_mechanism_is_chosen_from_participation():
     many = {**USUAL, "num_rounds": 64, "population_size": 96, "target_delta": 1e-3}
     free = DPFTRL(**{**many, "min_separation": 1})
     apart = DPFTRL(**{**many, "min_separation": 32})
-    assert free._private.noise_std > 2 * apart._private.noise_std
+    assert free.private_sum.noise_std > 2 * apart.private_sum.noise_std
     assert "identity" not in str(apart.settings()["Mechanism"])
 
 
@@ -99,7 +99,7 @@ def test_options_of_the_mechanism_are_known_by_name():
 
 def test_a_target_says_how_much_noise():
     strategy = DPFTRL(**{**USUAL, "noise_multiplier": None, "max_epsilon": 2.0})
-    spent = strategy._private.accountant.epsilon_after(8, 1e-2)
+    spent = strategy.private_sum.accountant.epsilon_after(8, 1e-2)
     assert spent == pytest.approx(2.0, rel=1e-9)
     assert spent <= 2.0
 

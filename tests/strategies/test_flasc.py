@@ -18,7 +18,6 @@ from flower_ext.client.adapters import AdapterModel, adapter_task, causal_lm_los
 from flower_ext.client.app import client_app
 from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, to_record
-from flower_ext.core.contribution import DELTA, Contribution
 from flower_ext.privacy import Mechanism
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD, Adam, TorchOptimizer
@@ -136,8 +135,7 @@ def test_run_is_the_algorithm(play, scope, freeze, download, upload):
 class Uniform(AdditiveStrategy):
     """FedAvg of clients that weigh the same."""
 
-    def contribution(self, reply, sent):
-        return Contribution({DELTA: self.delta(reply, sent)})
+    equal_weights = True
 
 
 @pytest.mark.parametrize(

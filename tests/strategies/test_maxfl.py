@@ -207,7 +207,7 @@ def test_client_without_examples_has_no_say(asked, aggregate):
         assert metrics["gm-appeal"] == 1.0
         assert metrics["num-replies"] == 3
     new, metrics = aggregate(MaxFL(), SENT, empty)
-    assert np.array_equal(new["w"], SENT["w"])
+    assert new is None  # nobody weighs anything: the model is kept
     assert "gm-appeal" not in metrics
 
 
@@ -595,10 +595,15 @@ def test_appeal_of_seen_and_unseen_clients_is_a_hand_count(point_task, play, spi
 
 def test_metrics_of_seen_and_unseen_clients_count_each_once(reply, scripted):
     values = [(1.0, 10, 0.2), (0.0, 1, 0.8), (1.0, 5, 0.5)]
-    grid = scripted([reply(None, n, appealed=a, accuracy=x) for a, n, x in values])
+    own = {"appeal-weight": 0.25}
+    grid = scripted(
+        [reply(SENT, n, appealed=a, accuracy=x, **own) for a, n, x in values]
+    )
     strategy, sent = MaxFL(fraction_train=0.5, min_train_nodes=1), to_record(SENT)
     (trains,) = strategy.configure_train(1, sent, ConfigRecord(), grid)
-    seen = strategy.client_of(trains.metadata.dst_node_id)
+    nodes = list(grid.get_node_ids())
+    seen = nodes.index(trains.metadata.dst_node_id)
+    strategy.aggregate_train(1, grid.send_and_receive([trains]))
     asked = strategy.configure_evaluate(1, sent, ConfigRecord(), grid)
     found = strategy.aggregate_evaluate(1, grid.send_and_receive(asked))
     others = [x for k, (_, _, x) in enumerate(values) if k != seen]

@@ -11,16 +11,14 @@ import math
 from collections.abc import Mapping
 from typing import Unpack
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord
 
-from flower_ext.server.additive import AdditiveStrategy, Config
-from flower_ext.core.arrays import Arrays, scale, zeros_like
 from flower_ext.client.half import ClientHalf, Local
-from flower_ext.core.protocol import Metrics
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import at_least
+from flower_ext.core.protocol import Config, Metrics, Reply, Round
+from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.options import AdditiveOptions
-from flower_ext.core.replies import read_scalar
 
 STRENGTH_KEY = "template-strength"
 WEIGHT = "template-weight"
@@ -90,6 +88,7 @@ class Template(AdditiveStrategy):
 
     client_half = TemplateClient
     consumed_metrics = (WEIGHT,)
+    declares_weight = True  # q_k depends on data: a mechanism noises it, too
 
     def __init__(
         self, *, strength: float = 1.0, **options: Unpack[AdditiveOptions]
@@ -97,32 +96,17 @@ class Template(AdditiveStrategy):
         super().__init__(**options)
         self.strength = at_least("strength", strength, 0)
 
-    def client_config(self) -> Config:
+    def tell(self, round: Round) -> Config:
         """Tell clients the strength."""
         return {STRENGTH_KEY: self.strength}
 
-    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
-        r"""Return :math:`q_k \Delta_k` and :math:`q_k`."""
-        weight = read_scalar(reply, WEIGHT)
-        delta = {k: scale(x, weight) for k, x in self.delta(reply, sent).items()}
-        return Contribution({DELTA: delta}, scalars={WEIGHT: weight})
+    def contribution(self, reply: Reply, round: Round) -> Contribution:
+        r"""Return :math:`\Delta_k`, of weight :math:`q_k`."""
+        return Contribution({DELTA: reply.delta(round)}, reply.number(WEIGHT))
 
-    def zero(self, sent: Arrays) -> Contribution:
-        """Return the term of a client that changes nothing."""
-        return Contribution({DELTA: zeros_like(sent)}, scalars={WEIGHT: 0.0})
-
-    def divisor(self, total: Total) -> float:
-        r"""Return :math:`\sum q`."""
-        return float(total.scalars[WEIGHT])
-
-    def update(self, total: Total) -> Arrays:
-        r"""Return :math:`\sum q\Delta / \sum q`; under noise, the sum is no less."""
-        total.weight = max(self.divisor(total), total.noise.get(WEIGHT, 0.0))
-        return total.mean()
-
-    def report(self, total: Total) -> Metrics:
+    def report(self, total: Total, round: Round) -> Metrics:
         """Return the mean weight of the cohort."""
-        return {"mean-weight": self.divisor(total) / total.count}
+        return {"mean-weight": total.weight / total.count}
 
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""

@@ -4,8 +4,8 @@ from flwr.app import UserConfig
 
 from fedfish.client_app import BarrierClient
 from flower_ext import AdditiveStrategy
+from flower_ext.core.protocol import Config, Round
 from flower_ext.core.sampling import HeldOutSampler
-from flower_ext.server.additive import Config
 from flower_ext.strategies import FedFish
 
 
@@ -16,9 +16,9 @@ class WithEpochs(FedFish):
         super().__init__(barrier=True, **options)  # type: ignore[arg-type]
         self.local_epochs = local_epochs
 
-    def client_config(self) -> Config:
+    def tell(self, round: Round) -> Config:
         """Tell clients."""
-        return {**super().client_config(), "local-epochs": self.local_epochs}
+        return {**super().tell(round), "local-epochs": self.local_epochs}
 
 
 class FedAvg(WithEpochs):

@@ -1,24 +1,21 @@
 """The strategies that are compared, with the same cohorts and options."""
 
-from flwr.app import RecordDict, UserConfig
+import numpy as np
+from flwr.app import UserConfig
 
 from flower_ext import AdditiveStrategy
-from flower_ext.core.arrays import Arrays, norm, scale, zeros_like
-from flower_ext.core.contribution import DELTA, Contribution, Total
-from flower_ext.core.protocol import Metrics
-from flower_ext.core.replies import read_scalar
+from flower_ext.core.arrays import norm, scale
+from flower_ext.core.contribution import DELTA, Contribution
+from flower_ext.core.protocol import Config, Reply, Round
 from flower_ext.core.sampling import HeldOutSampler
 from flower_ext.strategies import MaxFL
 from maxfl.client_app import LOSS, PROXIMAL_MU
-
-STEP = "q-fedavg-step"
 
 
 class FedAvg(MaxFL):
     """FedAvg with MaxFL's metrics: the weights are the numbers of examples."""
 
     contribution = AdditiveStrategy.contribution
-    divisor = AdditiveStrategy.divisor
     update = AdditiveStrategy.update
     report = AdditiveStrategy.report
 
@@ -30,9 +27,9 @@ class FedProx(FedAvg):
         super().__init__(**options)  # type: ignore[arg-type]
         self.proximal_mu = proximal_mu
 
-    def client_config(self) -> dict[str, object]:
+    def tell(self, round: Round) -> Config:
         """Tell clients how near."""
-        return {**super().client_config(), PROXIMAL_MU: self.proximal_mu}
+        return {**super().tell(round), PROXIMAL_MU: self.proximal_mu}
 
 
 class QFedAvg(FedAvg):
@@ -48,31 +45,19 @@ class QFedAvg(FedAvg):
         self.q = q
         self.lipschitz = 1 / learning_rate
 
-    def contribution(self, reply: RecordDict, sent: Arrays) -> Contribution:
-        """Return the weighted gradient and its h; nothing without examples."""
-        if not self.weight(reply):
-            return Contribution({DELTA: zeros_like(sent)}, scalars={STEP: 0.0})
-        loss = read_scalar(reply, LOSS) + 1e-10
-        delta = self.delta(reply, sent)
+    def contribution(self, reply: Reply, round: Round) -> Contribution:
+        """Return the weighted gradient, of which each counts h; 0 without examples."""
+        if not reply.num_examples:
+            return Contribution({}, 0.0)
+        loss = reply.number(LOSS) + 1e-10
+        delta = reply.delta(round)
         length = self.lipschitz * norm(delta.values())
         step = self.q * loss ** (self.q - 1) * length**2
         step += self.lipschitz * loss**self.q
         factor = self.lipschitz * loss**self.q
         weighted = {name: scale(x, factor) for name, x in delta.items()}
-        return Contribution({DELTA: weighted}, scalars={STEP: step})
-
-    def divisor(self, total: Total) -> float:
-        """Return the sum of h."""
-        return float(total.scalars[STEP])
-
-    def update(self, total: Total) -> Arrays:
-        """Return the step."""
-        total.weight = self.divisor(total)
-        return total.mean()
-
-    def report(self, total: Total) -> Metrics:
-        """Return nothing of its own."""
-        return {}
+        counts = dict.fromkeys(delta, np.float64(step))
+        return Contribution({DELTA: weighted}, 1.0, counts={DELTA: counts})
 
 
 def make_strategy(name: str, config: UserConfig) -> MaxFL:

@@ -1,0 +1,785 @@
+"""RoundStrategy: one federated round, whatever the server makes of the replies.
+
+::
+
+    sample -> payload -> [clients train] -> read replies -> aggregate -> optimizer
+
+A strategy that is a sum derives from :class:`~flower_ext.server.additive
+.AdditiveStrategy`, which adds privacy and partial sums. This is the floor below, for
+those that must see all replies side by side.
+"""
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import ClassVar, Unpack, cast
+
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+
+from flower_ext._flower import (
+    AggregationError,
+    InconsistentMessageReplies,
+    in_simulation,
+    log,
+)
+from flower_ext.client.half import ClientHalf
+from flower_ext.core.arrays import (
+    Arrays,
+    all_finite,
+    can_move,
+    finite_or_unchanged,
+    from_record,
+    is_averaged,
+    to_record,
+)
+from flower_ext.core.errors import fraction, refuse, whole
+from flower_ext.core.nodes import NodeOrder, is_fixed, ordered_nodes, wait_for_nodes
+from flower_ext.core.protocol import (
+    CLIENT_HALF_KEY,
+    WRONG_HALF,
+    Config,
+    Metrics,
+    Payload,
+    Phase,
+    Reply,
+    ReplyKeys,
+    Round,
+)
+from flower_ext.core.replies import (
+    MalformedReply,
+    aggregate_metrics,
+    array_key,
+    log_dropped,
+    sort_replies,
+    unreadable,
+)
+from flower_ext.core.sampling import Sampler, TooFewClients, UniformSampler
+from flower_ext.core.ties import (
+    TIED_KEY,
+    TIED_TO_KEY,
+    Ties,
+    equal_in_all,
+    read_ties,
+)
+from flower_ext.privacy.private_sum import PrivateSum
+from flower_ext.server.callbacks import Callback
+from flower_ext.server.drop_in import DropIn
+from flower_ext.server.optimizers import SGD, ServerOptimizer, State, keep_variances
+from flower_ext.server.options import FedAvgOptions, by_name, require_known
+from flower_ext.server.partial_sums import NOT_FINITE
+from flower_ext.server.rounds import run_rounds
+from flower_ext.server.tracking import Tracker
+
+_NOT_HELD = "the new model, or the server optimizer, would not be finite"
+
+
+@dataclass
+class Core:
+    """What a strategy has of a run at work, in one place.
+
+    Of a strategy what begins with ``_`` stays on the server: moments are large, seeds
+    secret.
+
+    Attributes
+    ----------
+    server_optimizer, sampler
+        As the strategy was given them.
+    private : PrivateSum or None
+        The mechanism at work, if there is one.
+    rounds : dict[str, Round]
+        The last round of each phase.
+    asked : dict[str, dict[int, int]]
+        Of each phase the nodes that were asked, with the places of their clients.
+    places : Mapping[int, int]
+        Of all nodes: ids are new in every run, a client's place is not.
+    number : int
+        What the sampler was last told to be the round of training.
+    configured : dict[str, int]
+        The number of the round that was last configured, by phase.
+    understood : bool
+        Whether any reply has ever been usable.
+    tied : dict[str, str] or None
+        Not known before replies, or under a mechanism before a first model.
+    """
+
+    server_optimizer: ServerOptimizer
+    sampler: Sampler
+    private: PrivateSum | None = None
+    rounds: dict[Phase, Round] = field(default_factory=dict)
+    asked: dict[Phase, dict[int, int]] = field(
+        default_factory=lambda: {"train": {}, "evaluate": {}}
+    )
+    places: Mapping[int, int] = field(default_factory=dict)
+    number: int = 0
+    configured: dict[Phase, int] = field(default_factory=dict)
+    understood: bool = False
+    tied: Ties | None = None
+
+
+@dataclass
+class Outcome:
+    """What the server made of the replies of a round.
+
+    Attributes
+    ----------
+    used : list of RecordDict
+        Contents of the replies that count.
+    direction : dict[str, ndarray] or None
+        Where the model moves; None keeps it.
+    metrics : dict
+        The strategy's own.
+    problem : str
+        Why the model is kept, if it is.
+    """
+
+    used: list[RecordDict]
+    direction: Arrays | None = None
+    metrics: Metrics = field(default_factory=dict)
+    problem: str = ""
+
+
+class RoundStrategy(FedAvg):
+    """A federated round, and the base of strategies that are no sums.
+
+    Against Flower's :class:`~flwr.serverapp.strategy.FedAvg`: cohorts are seeded; what
+    clients are sent may differ; replies are read in client order, so that the result
+    does not depend on who finished first; a reply that is malformed, not finite,
+    ambiguous or unasked for is left out and counted instead of ending the run or
+    spoiling the model; integer arrays keep their dtype; the server moves the model by a
+    server optimizer; runs are saved, continued and tracked.
+
+    Parameters
+    ----------
+    *flowers
+        Flower's own options by position, as its FedAvg takes them.
+    server_optimizer, sampler, min_replies
+        See :class:`~flower_ext.server.options.RoundOptions`.
+    **options
+        Flower's own options, see :class:`~flower_ext.server.options.FedAvgOptions`.
+
+    Notes
+    -----
+    A subclass says :meth:`aggregate`, and, where it needs them, :meth:`tell`,
+    :meth:`variant`, :meth:`payload`, :meth:`finish`, :meth:`report_evaluate`,
+    :meth:`state_dict` and :meth:`settings`. Every hook is told the round, and who
+    speaks. Round metrics hold ``num-replies``, ``num-errors`` and ``num-dropped``
+    beside the clients' own.
+    """
+
+    #: The client half whose replies the strategy needs; None takes any.
+    client_half: ClassVar[type[ClientHalf] | None] = None
+    #: What a client with a training loop of its own adds to be one of this strategy's.
+    drop_in: ClassVar[DropIn] = DropIn()
+    #: Metrics that the strategy reads itself; averaging them would mean nothing.
+    consumed_metrics: tuple[str, ...] = ()
+    #: Keys of array records in a reply that are not its model.
+    other_arrays: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        *flowers: object,
+        server_optimizer: ServerOptimizer | None = None,
+        sampler: Sampler | None = None,
+        min_replies: int = 1,
+        **options: Unpack[FedAvgOptions],
+    ) -> None:
+        options = by_name(flowers, options)
+        require_known(type(self), options)
+        super().__init__(**options)
+        fraction("fraction_train", self.fraction_train)
+        fraction("fraction_evaluate", self.fraction_evaluate)
+        whole("min_train_nodes", self.min_train_nodes, 0)
+        whole("min_evaluate_nodes", self.min_evaluate_nodes, 0)
+        whole("min_available_nodes", self.min_available_nodes, 0)
+        whole("min_replies", min_replies, 1)
+        if not isinstance(sampler, Sampler | None):
+            refuse("sampler", sampler, "a Sampler", "an instance, not the class")
+        if not isinstance(server_optimizer, ServerOptimizer | None):
+            refuse(
+                "server_optimizer",
+                server_optimizer,
+                "a ServerOptimizer",
+                "wrap a torch.optim factory in TorchOptimizer(factory)",
+            )
+        self.min_replies = min_replies
+        self._core = Core(server_optimizer or SGD(), sampler or UniformSampler())
+
+    @property
+    def server_optimizer(self) -> ServerOptimizer:
+        """What applies the aggregated direction."""
+        return self._core.server_optimizer
+
+    @property
+    def sampler(self) -> Sampler:
+        """What draws the cohorts."""
+        return self._core.sampler
+
+    @property
+    def _keys(self) -> ReplyKeys:
+        """Where in a reply what is found."""
+        return ReplyKeys(self.arrayrecord_key, self.weighted_by_key, self.other_arrays)
+
+    @property
+    def _hides_cohorts(self) -> bool:
+        """Whether nothing that depends on a cohort may leave the server."""
+        private = self._core.private
+        return private is not None and private.mechanism.hides_cohorts
+
+    # What a strategy says ---------------------------------------------------------
+
+    def tell(self, round: Round) -> Config:
+        """Return what clients are told besides the user's configuration."""
+        return {}
+
+    def variant(self, client: int, round: Round) -> Hashable:
+        """Return the kind of payload that a client is sent; None is that of all."""
+        return None
+
+    def payload(self, variant: Hashable, round: Round) -> Payload:
+        """Return what clients of a kind are sent; made once for all of them."""
+        return Payload(round.sent)
+
+    def aggregate(self, round: Round, replies: Sequence[Reply]) -> Arrays:
+        """Return the direction to move the model along.
+
+        Parameters
+        ----------
+        round : Round
+            The round.
+        replies : sequence of Reply
+            In client order, at least ``min_replies``.
+
+        Returns
+        -------
+        dict[str, ndarray]
+            What to add to ``round.sent``, in float64.
+
+        Notes
+        -----
+        It changes nothing, and may be called again: a reply over which it raises
+        :class:`~flower_ext.core.replies.MalformedReply` is left out, and so are those
+        whose arrays would make the model infinite.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say aggregate()")
+
+    def finish(self, round: Round, replies: Sequence[Reply]) -> Metrics:
+        """Take over what crosses rounds, once a round; return its metrics."""
+        return {}
+
+    def report_evaluate(self, replies: Sequence[Reply], round: Round) -> Metrics:
+        """Return metrics of an evaluation, from its usable replies."""
+        return {}
+
+    # The round --------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw the cohort that trains and send each client its payload.
+
+        Raises
+        ------
+        PrivacyBudgetExhausted
+            If a mechanism has no budget, or no planned round, left for it.
+        TooFewClients
+            If the sampler is to stop a run that is short of clients.
+        """
+        if self.fraction_train == 0.0:
+            return []
+        sent = from_record(arrays)
+        for name, array in sent.items():
+            if array.dtype.kind not in "fiub":
+                refuse(f"array {name!r}", array.dtype, "of floats, integers or flags")
+        self._prepare(sent)
+        return self._send(server_round, arrays, sent, config, grid, "train")
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw the cohort that evaluates and send each client its payload.
+
+        Nobody is asked where the answers would be withheld.
+        """
+        if not self._evaluates:
+            return []
+        sent = from_record(arrays)
+        return self._send(server_round, arrays, sent, config, grid, "evaluate")
+
+    def _prepare(self, sent: Arrays) -> None:
+        """Look at the model before a cohort is drawn to train it."""
+
+    def adopt(
+        self,
+        phase: Phase,
+        server_round: int,
+        arrays: ArrayRecord,
+        messages: list[Message],
+        grid: Grid,
+    ) -> None:
+        """Take over whom a subclass's own ``configure_train`` has asked, and what.
+
+        Such a method may leave out messages of ``super().configure_train``, change
+        them, or write all of them itself.
+
+        Raises
+        ------
+        ValueError
+            If the strategy depends on its own messages: under a mechanism clients are
+            drawn as they are accounted for, and some clients must be told settings.
+        """
+        asked = [message.metadata.dst_node_id for message in messages]
+        own = self._core.configured.get(phase) == server_round
+        cohort = self._core.asked[phase]
+        if not asked or (own and cohort.keys() >= set(asked)):
+            return
+        if phase == "train":
+            self._require_own_messages(own)
+        if not own:
+            cohort.clear()
+            self._core.places = NodeOrder(ordered_nodes(grid))
+            round = self._round_of(server_round, from_record(arrays), phase)
+            self._core.rounds[phase] = round
+        cohort.update({node: self._core.places[node] for node in asked})
+
+    def _require_own_messages(self, own: bool) -> None:
+        cause = ""
+        if self._core.private:
+            cause = "who is asked is what the mechanism accounts for; choose a sampler"
+        elif not own and (
+            self.client_half or type(self).tell is not RoundStrategy.tell
+        ):
+            cause = "the clients must be told the strategy's settings"
+        if cause:
+            refuse(
+                "configure_train",
+                f"{type(self).__name__}'s own",
+                "one that returns messages of super().configure_train",
+                cause,
+            )
+
+    def _send(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        sent: Arrays,
+        config: ConfigRecord,
+        grid: Grid,
+        phase: Phase,
+    ) -> list[Message]:
+        """Draw a cohort; make the payload of each kind of client, and its messages."""
+        nodes = self._draw(server_round, grid, phase)
+        self._core.configured[phase] = server_round
+        if not self._hides_cohorts:
+            log(
+                INFO,
+                "configure_%s: Sampled %s nodes (out of %s)",
+                phase,
+                len(nodes),
+                len(self._core.places),
+            )
+        config["server-round"] = server_round  # where Flower's strategies leave it
+        cohort = {node: self._core.places[node] for node in nodes}
+        round = self._round_of(server_round, sent, phase, list(cohort.values()))
+        round = replace(round, told={**config, **self.tell(round)})
+        self._core.rounds[phase], self._core.asked[phase] = round, cohort
+        kind = MessageType.TRAIN if phase == "train" else MessageType.EVALUATE
+        contents: dict[Hashable, RecordDict] = {}
+        messages = []
+        for node, client in cohort.items():
+            variant = self.variant(client, round)
+            if variant not in contents:
+                payload = self.payload(variant, round)
+                contents[variant] = self._content(payload, round, arrays)
+            messages.append(Message(contents[variant], node, kind))
+        return messages
+
+    def _round_of(
+        self, number: int, sent: Arrays, phase: Phase, cohort: Sequence[int] = ()
+    ) -> Round:
+        plan = self._core.private.mechanism if self._core.private else None
+        return Round(
+            number,
+            sent,
+            phase=phase,
+            population=plan.population_size if plan else len(self._core.places),
+            private=plan is not None,
+            cohort=cohort,
+            ties=self._ties,
+        )
+
+    def _content(
+        self, payload: Payload, round: Round, arrays: ArrayRecord
+    ) -> RecordDict:
+        """Return the records of a payload; the model's own record is not made again."""
+        told = ConfigRecord({**round.told, **payload.config})
+        if self.client_half is not None:
+            told[CLIENT_HALF_KEY] = self.client_half.name
+        if self._core.private and self._ties:
+            told[TIED_KEY], told[TIED_TO_KEY] = list(self._ties), [*self._ties.values()]
+        return RecordDict(
+            {
+                self.arrayrecord_key: _as_record(payload.arrays, round, arrays),
+                self.configrecord_key: told,
+                **{key: to_record(x) for key, x in payload.beside.items()},
+            }
+        )
+
+    def _draw(self, server_round: int, grid: Grid, phase: Phase) -> list[int]:
+        """Return the nodes of a cohort; wait for nodes where there are too few."""
+        share, least = (
+            (self.fraction_train, self.min_train_nodes)
+            if phase == "train"
+            else (self.fraction_evaluate, self.min_evaluate_nodes)
+        )
+        sampler = self._core.private.sampler if self._core.private else self.sampler
+        number, quiet = server_round, self._hides_cohorts
+        if self._core.private:
+            if phase == "train":
+                self._core.number = self._core.private.number(server_round)
+            number = self._core.number or server_round
+        while True:
+            nodes = wait_for_nodes(
+                grid,
+                min_available_nodes=self.min_available_nodes,
+                **{f"min_{phase}_nodes": least},
+            )
+            self._core.places = NodeOrder(nodes)
+            # In a simulation ids are new in every run; places are the partitions.
+            names = range(len(nodes)) if in_simulation(grid) else nodes
+            if self._core.private and phase == "train":
+                self._core.private.require_nodes(len(nodes))
+                size = self._core.private.mechanism.cohort
+            else:
+                size = max(int(len(nodes) * share), least)
+            try:
+                chosen = sampler.sample(names, size, number, phase)
+            except TooFewClients as problem:
+                if sampler.when_short != "wait" or is_fixed(grid):
+                    raise
+                log(INFO, "%s; waiting for others to connect", problem)
+                time.sleep(1)
+                continue
+            if self._core.private:
+                self._core.private.require_population(sampler.num_known)
+                noisy = self._core.private.accountant is not None and not quiet
+                if phase == "train" and noisy and 2 * len(chosen) < size:
+                    log(
+                        WARNING,
+                        "round %s has %s of its %s planned clients: %s are connected, "
+                        "and some may have to wait. The rest is noise",
+                        server_round,
+                        len(chosen),
+                        size,
+                        len(nodes),
+                    )
+            return [nodes[i] for i in chosen] if names is not nodes else chosen
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate the replies and move the model."""
+        if "train" not in self._core.rounds:
+            if not list(replies):
+                return None, None
+            raise AggregationError("aggregate_train needs configure_train before it")
+        sent = self._core.rounds["train"].sent
+        quiet = self._hides_cohorts
+        sorted_ = sort_replies(replies, self._core.asked["train"], quiet=quiet)
+        if not self._core.understood and not sorted_.usable and not quiet:
+            for line in "\n".join(sorted_.errors).splitlines():
+                if WRONG_HALF in line:
+                    raise InconsistentMessageReplies(line)
+        found = self._combine(sorted_.usable, sorted_.dropped)
+        metrics = MetricRecord()
+        if self._tells_metrics:
+            metrics = aggregate_metrics(
+                found.used,
+                self.weighted_by_key,
+                self.train_metrics_aggr_fn,
+                self.consumed_metrics,
+            )
+        metrics.update(found.metrics)
+        if not quiet:
+            log_dropped(sorted_.dropped, server_round)
+            metrics["num-replies"] = len(found.used)
+            metrics["num-errors"] = len(sorted_.errors)
+            metrics["num-dropped"] = sorted_.dropped.total()
+        if found.direction is None:
+            log(WARNING, "round %s: %s: the model is kept", server_round, found.problem)
+            return None, metrics
+        new = self._move(sent, found.direction)
+        if new is None:
+            log(WARNING, "round %s: %s: the model is kept", server_round, _NOT_HELD)
+            return None, metrics
+        # Noise knows no sign; by halves a variance stays one, however often it falls.
+        private = self._core.private
+        noisy = private is not None and private.mechanism.is_private
+        new = keep_variances(new, sent, 0.5 if noisy else 0.0)
+        if noisy:  # a mask with infinities is no weight
+            new |= {name: x for name, x in sent.items() if not all_finite([x])}
+        if not self._core.private and found.used:
+            self._core.tied = self._agree_on_ties(found.used, sent)
+        new |= {name: new[first] for name, first in self._ties.items()}
+        return to_record(new), metrics
+
+    def _combine(self, usable: list[Message], dropped: Counter[str]) -> Outcome:
+        """Aggregate what can be read; count the rest in ``dropped``."""
+        round = self._core.rounds["train"]
+        replies = [self._reply(message, "train") for message in usable]
+        try:
+            while True:
+                if len(replies) < self.min_replies:
+                    return Outcome(
+                        [reply.content for reply in replies],
+                        problem=f"{len(replies)} usable replies, at least "
+                        f"{self.min_replies} are needed",
+                    )
+                try:
+                    direction = self.aggregate(round, replies)
+                except MalformedReply as problem:
+                    left = [r for r in replies if r.client != problem.client]
+                    if len(left) == len(replies):  # of no single reply
+                        raise
+                    dropped[str(problem)] += 1
+                    replies = left
+                    continue
+                spoiling = (
+                    []
+                    if can_move(round.sent, direction)
+                    else [reply for reply in replies if not _is_finite(reply)]
+                )
+                if not spoiling:
+                    break
+                dropped[NOT_FINITE] += len(spoiling)
+                replies = [reply for reply in replies if reply not in spoiling]
+        finally:
+            self._require_understood(bool(replies), dropped)
+        metrics = self.finish(round, replies)
+        return Outcome([reply.content for reply in replies], direction, metrics)
+
+    def _require_understood(self, used: bool, left_out: Counter[str]) -> None:
+        """End a run whose first round has replies that the strategy cannot read.
+
+        Raises
+        ------
+        InconsistentMessageReplies
+            If none could be used, for another reason than that it was not finite.
+        """
+        self._core.understood |= used or NOT_FINITE in left_out
+        if left_out and not self._core.understood and not self._hides_cohorts:
+            half = self.client_half
+            raise InconsistentMessageReplies(
+                f"{type(self).__name__} can use no reply of its first round"
+                + (f", which needs the client half {half.__name__}" if half else "")
+                + f": {next(iter(left_out))}"
+            )
+
+    def _reply(self, message: Message, phase: Phase) -> Reply:
+        client = self._core.asked[phase][message.metadata.src_node_id]
+        return Reply(message.content, client, self._keys)
+
+    @property
+    def _ties(self) -> Ties:
+        """The further names of tensors, each with the first, as far as known."""
+        return self._core.tied or {}
+
+    def _agree_on_ties(self, used: list[RecordDict], sent: Arrays) -> Ties:
+        """Return the ties that most replies tell of.
+
+        Loops of the user's own do not tell. There, arrays that were equal and that all
+        replies return equal are taken for one.
+        """
+        told = Counter(
+            tie for content in used for tie in read_ties(content, sent).items()
+        )
+        if told:
+            return {tie[0]: tie[1] for tie, n in told.items() if 2 * n > len(used)}
+        records = [
+            content.get(array_key(content, self.arrayrecord_key, self.other_arrays))
+            for content in used
+        ]
+        return equal_in_all(records, sent)
+
+    def _move(self, sent: Arrays, direction: Arrays) -> Arrays | None:
+        """Return the new model, or None if it, or the optimizer, does not stay finite.
+
+        Then the optimizer's moments stay as they were.
+        """
+        optimizer = self.server_optimizer
+        before = copy.deepcopy(optimizer.state_dict())
+        new = optimizer.step(sent, direction)
+        moments = (x for slot in optimizer.state_dict().values() for x in slot.values())
+        if finite_or_unchanged(new, sent) and all_finite(moments):
+            return new
+        optimizer.load_state_dict(before)
+        return None
+
+    @property
+    def _tells_metrics(self) -> bool:
+        """Whether averages of the clients' own metrics may be reported."""
+        private = self._core.private
+        return private is None or private.mechanism.unprotected_metrics
+
+    @property
+    def _evaluates(self) -> bool:
+        """Whether clients are asked to evaluate: if anybody is to read the answers."""
+        own = type(self).aggregate_evaluate is not RoundStrategy.aggregate_evaluate
+        return self.fraction_evaluate > 0 and (self._tells_metrics or own)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the metrics of the clients that evaluated."""
+        quiet = self._hides_cohorts
+        sorted_ = sort_replies(replies, self._core.asked["evaluate"], quiet=quiet)
+        used = []
+        for message in sorted_.usable:
+            reply = self._reply(message, "evaluate")
+            try:
+                reply.num_examples  # noqa: B018
+            except MalformedReply as problem:
+                sorted_.dropped[str(problem)] += 1
+            except Exception as error:  # no reply ends a run
+                sorted_.dropped[unreadable(error)] += 1
+            else:
+                used.append(reply)
+        if not quiet:
+            log_dropped(sorted_.dropped, server_round)
+        if not used or not self._tells_metrics:
+            return None
+        metrics = aggregate_metrics(
+            [reply.content for reply in used],
+            self.weighted_by_key,
+            self.evaluate_metrics_aggr_fn,
+            self.consumed_metrics,
+        )
+        try:
+            metrics.update(self.report_evaluate(used, self._core.rounds["evaluate"]))
+        except Exception as error:  # no reply ends a run
+            log(WARNING, "no report: %s", unreadable(error), exc_info=True)
+        return metrics
+
+    # The run ----------------------------------------------------------------------
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        *,
+        checkpoint: Path | str | None = None,
+        tracker: Tracker | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> Result:
+        """Run the rounds as Flower does, with three options more.
+
+        Parameters
+        ----------
+        grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config,
+        evaluate_fn
+            As in :meth:`flwr.serverapp.strategy.Strategy.start`.
+        checkpoint : path, optional
+            Folder to save the run in after each round, and to continue it from.
+        tracker : Tracker, optional
+            Told of every round.
+        callbacks : sequence of Callback, optional
+            Told of every round, after the tracker.
+
+        Returns
+        -------
+        Result
+            Flower's result; ``arrays`` is the initial model if no round changed it.
+
+        Raises
+        ------
+        ValueError
+            If the mechanism is planned for fewer rounds.
+        """
+        if isinstance(initial_arrays, ArrayRecord) and not initial_arrays:
+            refuse("initial_arrays", {}, "a model", "an ArrayRecord without arrays")
+        return run_rounds(
+            self,
+            grid,
+            initial_arrays,
+            num_rounds=num_rounds,
+            timeout=timeout,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+            evaluate_fn=evaluate_fn,
+            checkpoint=checkpoint,
+            tracker=tracker,
+            callbacks=callbacks,
+        )
+
+    def state_dict(self) -> dict[str, object]:
+        """Return what crosses rounds: JSON values and arrays, nested by name."""
+        return {
+            "sampler": self.sampler.state_dict(),
+            "server-optimizer": self.server_optimizer.state_dict(),
+            "server-optimizer-kind": self.server_optimizer.kind,
+            "tied": self._core.tied,
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue where a run with the same settings was saved."""
+        self.sampler.load_state_dict(cast("Mapping[str, object]", state["sampler"]))
+        kind = self.server_optimizer.kind
+        if state["server-optimizer-kind"] != kind:
+            raise ValueError(
+                f"the saved run used the server optimizer "
+                f"{state['server-optimizer-kind']}, this one {kind}"
+            )
+        moments = cast(State, state["server-optimizer"])
+        self.server_optimizer.load_state_dict(moments)
+        self._core.tied = cast("Ties | None", state["tied"])
+
+    def summary(self) -> None:
+        """Log the settings."""
+        log(INFO, "\t├──> %s settings:", type(self).__name__)
+        for name, value in self.settings().items():
+            log(INFO, "\t│\t├── %s: %s", name, value)
+        super().summary()
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings that :meth:`summary` logs, by name."""
+        seed = "secret" if self.sampler.is_secret else self.sampler.seed
+        return {
+            "Server optimizer": self.server_optimizer,
+            "Sampler": f"{type(self.sampler).__name__}(seed={seed})",
+            "Minimum replies": self.min_replies,
+        }
+
+
+def _as_record(
+    found: Arrays | ArrayRecord, round: Round, arrays: ArrayRecord
+) -> ArrayRecord:
+    """Return a payload's arrays as a record: that of the model is there already."""
+    if isinstance(found, ArrayRecord):
+        return found
+    return arrays if found is round.sent else to_record(found)
+
+
+def _is_finite(reply: Reply) -> bool:
+    """Whether no array of real numbers in a reply has a NaN or an infinity."""
+    return all(
+        not is_averaged(x) or all_finite([x])
+        for record in reply.content.array_records.values()
+        for x in from_record(record).values()
+    )
