@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     from flower_ext.client.app import client_app as client_app
     from flower_ext.client.half import ClientHalf as ClientHalf
     from flower_ext.client.task import Task as Task
+    from flower_ext.core.contribution import Contribution as Contribution
+    from flower_ext.core.contribution import Total as Total
+    from flower_ext.core.protocol import Payload as Payload
+    from flower_ext.core.protocol import Reply as Reply
+    from flower_ext.core.protocol import Round as Round
+    from flower_ext.core.replies import MalformedReply as MalformedReply
+    from flower_ext.privacy.mechanism import Mechanism as Mechanism
     from flower_ext.server.additive import AdditiveStrategy as AdditiveStrategy
+    from flower_ext.server.callbacks import KeepBest as KeepBest
+    from flower_ext.server.callbacks import Schedule as Schedule
+    from flower_ext.server.callbacks import StopWhen as StopWhen
     from flower_ext.server.strategy import RoundStrategy as RoundStrategy
     from flower_ext.server.tracking import Tracker as Tracker
     from flower_ext.simulation.local import LocalGrid as LocalGrid
@@ -24,10 +34,20 @@ __version__ = version("flower-ext")
 _HOME = {
     "AdditiveStrategy": "server.additive",
     "ClientHalf": "client.half",
+    "Contribution": "core.contribution",
+    "KeepBest": "server.callbacks",
     "LocalGrid": "simulation.local",
-    "RoundStrategy": "server.strategy",
+    "MalformedReply": "core.replies",
+    "Mechanism": "privacy.mechanism",
     "PackedGrid": "simulation.packed_grid",
+    "Payload": "core.protocol",
+    "Reply": "core.protocol",
+    "Round": "core.protocol",
+    "RoundStrategy": "server.strategy",
+    "Schedule": "server.callbacks",
+    "StopWhen": "server.callbacks",
     "Task": "client.task",
+    "Total": "core.contribution",
     "Tracker": "server.tracking",
     "client_app": "client.app",
     "run_local": "simulation.local",

@@ -438,7 +438,8 @@ def total_of(strategy, grid, change=list):
             part: {name: x.copy() for name, x in arrays.items()}
             for part, arrays in total.arrays.items()
         }
-        kept.append(Contribution(arrays, scalars=dict(total.scalars)))
+        weight = {"weight": total.weight} if strategy.declares_weight else {}
+        kept.append(Contribution(arrays, scalars={**total.scalars, **weight}))
         return update(total, *more)
 
     strategy.update = spy
