@@ -13,7 +13,6 @@ import torch
 from flwr.serverapp.strategy import QFedAvg
 
 from flower_ext.core.arrays import to_record
-from flower_ext.core.sampling import UniformSampler
 from flower_ext.runs.report import write_summary
 from flower_ext.simulation.local import app_config
 
@@ -166,13 +165,13 @@ def test_who_leaves_has_no_weight_in_any_strategy(baseline, reply, aggregate):
     config = app_config(BASELINES / "maxfl")
     away = {name: x + 9 for name, x in SENT.items()}
     for name in str(config["strategies"]).split():
-        made = baseline.make_strategy(name, {**config, "fraction-train": 1.0})
-        made.sampler = UniformSampler()
         models = []
         for leavers in (0, 2):
             here = {"appeal-weight": 0.1, "appealed": 1.0, "received-loss": 1.0}
             gone = {**here, "appeal-weight": 0.0, "appealed": 0.0, "opted-out": 1.0}
             replies = [reply(away, 5, **here)] * 2 + [reply(away, 0, **gone)] * leavers
+            all_train = {"fraction-train": 1.0, "num-training-clients": len(replies)}
+            made = baseline.make_strategy(name, {**config, **all_train})
             models.append(aggregate(made, SENT, replies)[0])
         for array, alone in zip(models[1].values(), models[0].values(), strict=True):
             np.testing.assert_array_equal(array, alone)
