@@ -39,7 +39,6 @@ from flower_ext.client.half import ClientHalf
 from flower_ext.core.arrays import (
     Arrays,
     all_finite,
-    can_move,
     finite_or_unchanged,
     from_record,
     is_averaged,
@@ -270,8 +269,8 @@ class RoundStrategy(FedAvg):
         Notes
         -----
         It changes nothing, and may be called again: a reply over which it raises
-        :class:`~flower_ext.core.replies.MalformedReply` is left out, and so are those
-        whose arrays would make the model infinite.
+        :class:`~flower_ext.core.replies.MalformedReply` is left out. Replies without
+        their number of examples, or that are not finite, do not get here.
         """
         raise NotImplementedError(f"{type(self).__name__} must say aggregate()")
 
@@ -538,37 +537,36 @@ class RoundStrategy(FedAvg):
     def _combine(self, usable: list[Message], dropped: Counter[str]) -> Outcome:
         """Aggregate what can be read; count the rest in ``dropped``."""
         round = self._core.rounds["train"]
-        replies = [self._reply(message, "train") for message in usable]
+        replies = []
+        for message in usable:
+            reply = self._reply(message, "train")
+            try:
+                _require_numbers(reply, round)
+            except MalformedReply as problem:
+                dropped[str(problem)] += 1
+            else:
+                replies.append(reply)
+        direction = None
+        # It is pure: where it stumbles over a reply, it is asked again without that.
+        while direction is None and len(replies) >= self.min_replies:
+            try:
+                direction = self.aggregate(round, replies)
+            except MalformedReply as problem:
+                left = [r for r in replies if r.client != problem.client]
+                if len(left) == len(replies):  # of no single reply
+                    raise
+                dropped[str(problem)] += 1
+                replies = left
+        self._require_understood(bool(replies), dropped)
+        used = [reply.content for reply in replies]
+        if direction is None:
+            few = f"{len(used)} usable replies, at least {self.min_replies} are needed"
+            return Outcome(used, problem=few)
         try:
-            while True:
-                if len(replies) < self.min_replies:
-                    return Outcome(
-                        [reply.content for reply in replies],
-                        problem=f"{len(replies)} usable replies, at least "
-                        f"{self.min_replies} are needed",
-                    )
-                try:
-                    direction = self.aggregate(round, replies)
-                except MalformedReply as problem:
-                    left = [r for r in replies if r.client != problem.client]
-                    if len(left) == len(replies):  # of no single reply
-                        raise
-                    dropped[str(problem)] += 1
-                    replies = left
-                    continue
-                spoiling = (
-                    []
-                    if can_move(round.sent, direction)
-                    else [reply for reply in replies if not _is_finite(reply)]
-                )
-                if not spoiling:
-                    break
-                dropped[NOT_FINITE] += len(spoiling)
-                replies = [reply for reply in replies if reply not in spoiling]
-        finally:
-            self._require_understood(bool(replies), dropped)
-        metrics = self.finish(round, replies)
-        return Outcome([reply.content for reply in replies], direction, metrics)
+            return Outcome(used, direction, self.finish(round, replies))
+        except MalformedReply as problem:
+            log(WARNING, "no report: %s", problem)
+            return Outcome(used, direction)
 
     def _require_understood(self, used: bool, left_out: Counter[str]) -> None:
         """End a run whose first round has replies that the strategy cannot read.
@@ -776,10 +774,21 @@ def _as_record(
     return arrays if found is round.sent else to_record(found)
 
 
-def _is_finite(reply: Reply) -> bool:
-    """Whether no array of real numbers in a reply has a NaN or an infinity."""
-    return all(
-        not is_averaged(x) or all_finite([x])
-        for record in reply.content.array_records.values()
-        for x in from_record(record).values()
-    )
+def _require_numbers(reply: Reply, round: Round) -> None:
+    """Refuse a reply without its number of examples, or with infinities of its own.
+
+    Raises
+    ------
+    MalformedReply
+        If an array of real numbers has a NaN or an infinity that the model of the
+        round has not.
+    """
+    reply.num_examples  # noqa: B018
+    for record in reply.content.array_records.values():
+        try:
+            arrays = from_record(record)
+        except (ValueError, TypeError, EOFError) as error:
+            raise MalformedReply(f"arrays cannot be read: {error}") from error
+        for name, x in arrays.items():
+            if is_averaged(x) and name not in round.infinite and not all_finite([x]):
+                raise MalformedReply(NOT_FINITE)
