@@ -40,9 +40,10 @@ class PrivateSum:
     mechanism : Mechanism
         What was planned.
     sampler : Sampler
-        Its promises are what the noise is calibrated for.
+        Its guarantee is what the noise is calibrated for.
     scales : Mapping[str, float]
-        The strategy's factors for parts and scalars; the mechanism's go before them.
+        The strategy's factors for parts and scalars, applied before clipping and taken
+        back after. Those of the mechanism take their place.
 
     Raises
     ------
@@ -57,18 +58,16 @@ class PrivateSum:
         self.factorization = mechanism.choose(sampler)
         self.accountant = mechanism.account(self.factorization, sampler)
         mechanism.require_clients(sampler)
+        # Last, so that a plan that was refused has not used up the seed.
         mechanism.take_seed()
         if mechanism.hides_cohorts:
             sampler.keep_secret()
-        # A simulation's few clients cannot keep the promises of the planned many.
         simulated = mechanism.simulated_cohort is not None
-        keeps = not simulated or isinstance(sampler, UniformSampler)
+        keeps = not simulated or mechanism.keeps_in_simulation(sampler)
         self.sampler = sampler if keeps else UniformSampler(sampler.seed)
-        self.needs_all_nodes = (
-            mechanism.amplified
-            and not simulated
-            and isinstance(sampler, UniformSampler)
-        )
+        self.needs_all_nodes = mechanism.needs_all_nodes(sampler)
+        # Contributions are clipped with the one; the other is what it becomes where the
+        # noise restarts.
         self.clipping_norm = self._next_norm = mechanism.clipping.clipping_norm
         self.noise_std = self.accountant.noise_std if self.accountant else 0.0
         self._scales = {**scales, **mechanism.scales}
@@ -98,6 +97,7 @@ class PrivateSum:
                 "for another; identity and TreeAggregation(restart_every=...) do",
             )
         self._adaptive = adaptive
+        # In numbers of clients, as the class documents it.
         self._count_std = adaptive.clipped_count_stddev or max(
             self.mechanism.num_sampled_clients / 20, self.noise_std
         )
@@ -271,11 +271,13 @@ class PrivateSum:
         factors = self.mechanism.clipping.factors(norms, self.clipping_norm)
         clipped = {key: scale(piece, factors[key]) for key, piece in pieces.items()}
         if self._adaptive:
+            # Shifted, so that a client moves the sum of bits by 1/2 and not by 1.
             clipped[_BIT] = np.asarray(float(length <= self._next_norm) - 0.5)
         return _contribution(clipped)
 
     def clipper(self) -> PrivateSum:
         """Return what clips as this does in this round: without noise and its seed."""
+        # It goes to workers, which neither count nor draw: their copy cannot release.
         bare = object.__new__(PrivateSum)
         vars(bare).update(vars(self))
         bare.mechanism = copy.copy(self.mechanism)
@@ -290,6 +292,7 @@ class PrivateSum:
         ``weight`` and ``count`` of the result are the planned divisor, as if all had
         replied.
         """
+        # Of one coordinate, in units of the clipping norm and before scales are undone.
         deviation = self.noise_std * math.sqrt(self._variances[self._done])
         noise = self._stream.next(self.noise_std) if self._stream else {}
         found, square = _pieces(total), 0.0
@@ -323,12 +326,13 @@ class PrivateSum:
         return self._metrics
 
     def _scale(self, key: str) -> float:
-        """Return the factor that a piece is multiplied with before it is clipped."""
+        """Return the factor that is applied to a piece before clipping."""
         return self._scales.get(key.partition("/")[0], 1.0)
 
     def _noise_factor(self, key: str) -> float:
         """Return what the stream's noise is multiplied with for a piece."""
         if key == _BIT:
+            # Noise of its own size: the stream's has noise_std.
             return self._count_std * self.mechanism.shrink / self.noise_std
         return self.clipping_norm * self.mechanism.shrink / self._scale(key)
 
@@ -347,6 +351,7 @@ class PrivateSum:
             metrics["simulated-cohort"] = plan.simulated_cohort
         if self.accountant:
             size = sum(math.prod(shape) for shape in self._shapes.values())
+            # The squared norm is that of the signal plus size * deviation^2 on average.
             ratio = square / (size * deviation**2)
             self.accountant.advance()
             spent = self.accountant.get_privacy_spent()
@@ -360,7 +365,8 @@ class PrivateSum:
         return metrics
 
     def _adapt(self, adaptive: AdaptiveClipping, bits: float) -> None:
-        """Move the norm; it clips from the next restart on."""
+        """Move the norm (Andrew et al. 2021, Alg. 1); it clips from a restart on."""
+        # bits / cohort + 1/2 undoes the shift.
         self._next_norm = update_clipping_norm(
             self._next_norm,
             bits / self.mechanism.cohort + 0.5,

@@ -163,6 +163,16 @@ def test_cohorts_that_cannot_be_secret_do_not_amplify():
         private(PublicCoins(), amplified=True)
 
 
+def test_a_simulation_keeps_samplers_that_have_no_limits():
+    def drawn(sampler):
+        return type(private(sampler, simulated_cohort=2).sampler)
+
+    assert drawn(Own()) is Own
+    assert drawn(HeldOutSampler(num_training_clients=6)) is HeldOutSampler
+    for kind in ("poisson", "cyclic-poisson", "limited", "all"):
+        assert drawn(SAMPLERS[kind]()) is UniformSampler
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [

@@ -925,7 +925,11 @@ def test_a_client_more_than_planned_for_ends_the_run(cohort, scripted, caplog):
     contents = cohort(*[1.0] * 8)
 
     class Moving(type(scripted(contents))):
+        is_fixed = False
         gone = 0
+
+        def get_node_ids(self):
+            return list(super().get_node_ids())  # a range is a simulation's
 
         def get_nodes(self):
             return list(super().get_nodes())[self.gone : self.gone + 6]

@@ -136,6 +136,9 @@ def test_a_run_short_of_clients_waits(app, monkeypatch, play):
         is_fixed = False
         connected = 9
 
+        def get_node_ids(self):
+            return list(super().get_node_ids())  # a range is a simulation's
+
         def get_nodes(self):
             return list(super().get_nodes())[: self.connected]
 
