@@ -16,6 +16,7 @@ from flower_ext.runs.comparison import (
 )
 from flower_ext.runs.report import SUMMARY_FILE, table
 from flower_ext.server.additive import AdditiveStrategy
+from flower_ext.server.callbacks import KeepBest, StopWhen
 from flower_ext.server.tracking import read_metrics
 
 
@@ -54,6 +55,34 @@ def test_each_starts_anew_and_is_in_the_table(task, grid, initial, central, tmp_
     assert (tmp_path / COMPARISON_FILE).stat().st_size > 5000
     for array, old in zip(initial.values(), before, strict=True):
         assert (array.numpy() == old).all()
+
+
+def test_each_run_has_callbacks_of_its_own(task, grid, initial, central, tmp_path):
+    made = {}
+
+    def make(name):
+        made[name] = KeepBest("central/loss", folder=tmp_path / name / "best")
+        return [made[name], StopWhen("central/loss", at_most=100.0)]
+
+    compare(
+        grid,
+        {"ours": AdditiveStrategy(), "flowers": FedAvg()},
+        initial,
+        num_rounds=3,
+        results=tmp_path,
+        columns={"central/loss": "loss"},
+        panels=["central/loss"],
+        evaluate_fn=central_evaluation(task, central, {}),
+        callbacks=make,
+    )
+    assert {name: best.number for name, best in made.items()} == {
+        "ours": 1,
+        "flowers": 1,
+    }
+    for name in made:
+        assert [row["round"] for row in read_metrics(tmp_path / name)] == [1]
+        assert (tmp_path / name / "best" / "best.safetensors").exists()
+    assert "flowers" in table(tmp_path)
 
 
 def test_the_server_evaluates_the_arrays_that_it_is_given(task, central):

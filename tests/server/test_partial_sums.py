@@ -19,7 +19,7 @@ from flower_ext.core.sampling import MinSeparationSampler
 from flower_ext.privacy import AdaptiveClipping, Mechanism, PerLayerClipping
 from flower_ext.server.partial_sums import PartialSum, Summed, SummingGrid
 from flower_ext.server.rounds import EveryClientFailed
-from flower_ext.server.tracking import Tracker, read_metrics
+from flower_ext.server.tracking import Tracker, read_clients, read_metrics
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies import (
     FLASC,
@@ -105,6 +105,19 @@ def test_results_are_those_of_replies_that_arrive(name, app, initial, tmp_path):
         traffic = {k for k in expected if "bytes" in k or "parameters" in k}
         assert traffic
         assert {k: found[k] for k in traffic} == {k: expected[k] for k in traffic}
+
+
+def test_rows_of_single_clients_are_those_of_replies_that_arrive(
+    app, initial, tmp_path
+):
+    found = []
+    for kind in (LocalGrid, AddingGrid):
+        tracker = Tracker(tmp_path / kind.__name__, False, per_client=True)
+        AdditiveStrategy().start(kind(app, 8), initial, num_rounds=2, tracker=tracker)
+        found.append(read_clients(tmp_path / kind.__name__))
+    assert len(found[0]) == 2 * 2 * 8
+    assert all(row["train/num-examples"] > 0 for row in found[0][:8])
+    assert found[0] == found[1]
 
 
 def test_the_sum_does_not_depend_on_who_replied_first(app, initial):
