@@ -227,8 +227,8 @@ class _Watch(Callback):
     def _may_come(self, this: FinishedRound) -> bool:
         """Whether a later round may have what this one has not.
 
-        ``evaluate_fn`` may measure in some rounds only, and a round that too few
-        clients have replied in has no metrics of theirs.
+        ``evaluate_fn`` may measure in some rounds only, and a round without usable
+        replies has no metrics of clients.
         """
         phase = self.metric.partition("/")[0]
         if phase == "central":

@@ -89,7 +89,7 @@ class FinishedRound:
     number : int
         From 1.
     arrays : ArrayRecord
-        The model after it.
+        The model after it: the run's own, not to be changed.
     train, evaluate, central : MetricRecord or None
         Metrics of the clients' training, of their evaluation, of ``evaluate_fn``.
     seconds_train, seconds_evaluate : float or None

@@ -167,6 +167,9 @@ def test_any_strategy_runs_with_all_of_them(make, grid, tmp_path):
     plain = start(grid, [callbacks[-1]], 4, strategy=make())
     assert sorted(result.train_metrics_clientapp) == list(range(1, 8))
     assert best.number == 4
+    if make is FedAvg:  # the mean moves by what the clients are told
+        moved = 1 + 1 + 5 * 0.5
+        assert from_record(result.arrays)["w"] == pytest.approx(moved, rel=1e-5)
     np.testing.assert_allclose(
         from_record(best.arrays)["w"], from_record(plain.arrays)["w"], rtol=1e-6
     )
@@ -260,9 +263,10 @@ def test_the_best_of_a_hand_made_sequence_is_kept(folder, tmp_path):
 def test_the_largest_is_best_where_it_is_asked_for():
     best = KeepBest("central/f1", mode="max")
     best.begin(RunInfo(3))
-    for number, value in enumerate([0.5, math.nan, 0.75, 0.75], 1):
+    for number, value in enumerate([math.nan, 0.5, math.nan, 0.75, 0.75], 1):
         best.round(finished(number, 1.0, f1=value))
-    assert (best.number, best.value) == (3, 0.75)
+        assert (best.number is None) == (number == 1)
+    assert (best.number, best.value) == (4, 0.75)
 
 
 @pytest.mark.parametrize(
@@ -496,11 +500,17 @@ def test_a_central_evaluation_may_measure_in_some_rounds_only(grid, caplog):
     assert "must be one that the rounds have, of ['central/loss'" in caplog.text
 
 
-def test_a_round_that_too_few_have_replied_in_is_waited_for(grid):
+def test_a_round_without_a_reply_tells_nothing_of_the_metrics():
     best = KeepBest("train/loss")
-    kept = start(grid, [best], 2, strategy=AdditiveStrategy(min_replies=4))
-    assert "loss" not in kept.train_metrics_clientapp[2]
-    assert best.number is None
+    best.begin(RunInfo(3))
+    counts = {"num-replies": 0, "num-errors": 0, "num-dropped": 0}
+    best.round(FinishedRound(1, train=MetricRecord(counts)))
+    best.round(FinishedRound(2, train=MetricRecord({**counts, "loss": 0.5})))
+    assert best.number == 2
+    best = KeepBest("train/an-error")
+    best.begin(RunInfo(3))
+    with pytest.raises(ValueError, match="must be one that the rounds have"):
+        best.round(FinishedRound(2, train=MetricRecord({**counts, "loss": 0.5})))
 
 
 def test_a_metric_must_be_one_number(grid):
