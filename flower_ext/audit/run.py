@@ -42,6 +42,7 @@ from flower_ext.core.arrays import Lazy, from_record, is_averaged
 from flower_ext.core.contribution import Contribution, Total
 from flower_ext.core.errors import one_of, open_unit, refuse, whole
 from flower_ext.core.protocol import Reply, Round
+from flower_ext.core.typing import Floats
 from flower_ext.privacy.accounting.accountants import (
     GaussianAccountant,
     RoundAccountant,
@@ -56,7 +57,6 @@ from flower_ext.privacy.private_sum import PrivateSum
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.simulation.local import LocalGrid
 
-Floats = NDArray[np.float64]
 Method = Literal["auto", "gaussian", "trade-off", "counts", "one-run"]
 
 CANARY = "canary"

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 from flwr.common import NDArray
 
 from flower_ext.core.arrays import (
@@ -16,6 +15,7 @@ from flower_ext.core.arrays import (
     scale,
     zeros_like,
 )
+from flower_ext.core.typing import Floats
 
 DELTA = "delta"
 # What weights and counts are called where they are part of the summed vector, under a
@@ -147,13 +147,13 @@ class Total:
         ``sum(weight * count)`` of parts with counts.
     """
 
-    arrays: dict[str, dict[str, npt.NDArray[np.float64]]] = field(default_factory=dict)
+    arrays: dict[str, dict[str, Floats]] = field(default_factory=dict)
     weight: float = 0.0
-    scalars: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    scalars: dict[str, Floats] = field(default_factory=dict)
     count: int = 0
     noise: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, dict[str, npt.NDArray[np.float64]]] = field(default_factory=dict)
+    counts: dict[str, dict[str, Floats]] = field(default_factory=dict)
     _means: dict[str, Arrays] = field(default_factory=dict, repr=False)
 
     def add(self, *terms: Contribution) -> None:
@@ -271,9 +271,7 @@ class Total:
         return dict(self._means[part])
 
 
-def _divide(
-    x: npt.NDArray[np.float64], by: float | npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
+def _divide(x: Floats, by: float | Floats) -> Floats:
     """Divide in place; 0 where the divisor is."""
     if isinstance(by, float):
         by = np.asarray(by)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flower_ext._flower import PrivacyBudgetExhausted
 from flower_ext.core.arrays import Lazy, Term, is_averaged, norm, scale
@@ -18,6 +17,7 @@ from flower_ext.core.errors import refuse
 from flower_ext.core.protocol import Metrics
 from flower_ext.core.replies import MalformedReply
 from flower_ext.core.sampling import Sampler, UniformSampler
+from flower_ext.core.typing import Floats
 from flower_ext.privacy.clipping import (
     AdaptiveClipping,
     split_noise_multiplier,
@@ -26,8 +26,6 @@ from flower_ext.privacy.clipping import (
 from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.privacy.noise import NoiseStream
 from flower_ext.privacy.noise import State as NoiseState
-
-Float64 = NDArray[np.float64]
 
 _BIT = "within-clipping-norm"
 
@@ -214,6 +212,9 @@ class PrivateSum:
                 silent[key] = piece.shape
         if self._adaptive:
             shapes[_BIT] = ()
+        # A rule that does not know all pieces says so now, not at the first reply.
+        pieces = dict.fromkeys(shapes.keys() - {_BIT}, 0.0)
+        self.mechanism.clipping.factors(pieces, self.clipping_norm)
         if self._shapes:
             if (shapes, silent) != (self._shapes, self._silent):
                 raise ValueError(
@@ -265,6 +266,8 @@ class PrivateSum:
                     f"strategy's zero() it has {self._shapes[key]}"
                 )
         norms = {key: self._scale(key) * norm([x]) for key, x in pieces.items()}
+        # What is left out is zero: a rule sees the same pieces of every client.
+        norms |= dict.fromkeys(self._shapes.keys() - norms.keys() - {_BIT}, 0.0)
         length = math.hypot(*norms.values())
         if not math.isfinite(length):
             return None
@@ -457,7 +460,7 @@ class PrivateSum:
         return described
 
 
-def _pieces(total: Total) -> dict[str, Float64]:
+def _pieces(total: Total) -> dict[str, Floats]:
     """Return arrays as ``part/name`` and scalars by name."""
     return {
         f"{part}/{name}": x
@@ -479,7 +482,7 @@ def _contribution(pieces: Mapping[str, Term]) -> Contribution:
     return Contribution(arrays, scalars=scalars)
 
 
-def _place(total: Total, key: str, value: Float64) -> None:
+def _place(total: Total, key: str, value: Floats) -> None:
     """Set one piece of a sum."""
     part, _, name = key.partition("/")
     if name:

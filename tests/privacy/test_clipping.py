@@ -7,10 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flower_ext.core.contribution import Contribution
+from flower_ext.core.sampling import AllClients
 from flower_ext.privacy import (
     AdaptiveClipping,
     FlatClipping,
+    Mechanism,
     PerLayerClipping,
+    PrivateSum,
     clipping_factor,
     split_clipping_norm,
     split_noise_multiplier,
@@ -130,3 +134,37 @@ def test_noise_split_adds_up():
         split_noise_multiplier(1.0, 0.5)
     with pytest.raises(ValueError, match="noise_multiplier=nan"):
         split_noise_multiplier(math.nan, 1.0)
+
+
+# In a contribution ----------------------------------------------------------------
+
+
+def private_sum(clipping):
+    mechanism = Mechanism(
+        num_rounds=1,
+        num_sampled_clients=1,
+        population_size=1,
+        clipping=clipping,
+        noise_multiplier=0,
+    )
+    return PrivateSum(mechanism, AllClients(), {})
+
+
+LAYOUT = Contribution({"delta": {"w": np.zeros(2), "b": np.zeros(1)}})
+
+
+@pytest.mark.parametrize("weights", [None, {"delta/w": 1.0, "delta/b": 1.0}])
+def test_what_a_contribution_lacks_is_zero(weights):
+    """A client that sends less does not get the share of what it left out."""
+    private = private_sum(PerLayerClipping(1.0, weights))
+    private.open(LAYOUT)
+    found = private.clip(Contribution({"delta": {"w": np.array([3.0, 4.0])}}))
+    length = np.linalg.norm(found.arrays["delta"]["w"].numpy())
+    assert length == pytest.approx(1 / math.sqrt(2))
+    assert list(found.arrays["delta"]) == ["w"]
+
+
+def test_bounds_for_other_pieces_are_refused_before_the_first_round():
+    private = private_sum(PerLayerClipping(1.0, {"delta/w": 1.0, "delta/c": 1.0}))
+    with pytest.raises(ValueError, match=r"weights=\['delta/b', 'delta/c'\]"):
+        private.open(LAYOUT)
