@@ -114,6 +114,7 @@ def check_strategy(
 
     Examples
     --------
+    >>> from flower_ext import AdditiveStrategy
     >>> report = check_strategy(AdditiveStrategy)
     >>> report.limitations
     {}

@@ -18,8 +18,8 @@ from flower_ext.core.arrays import (
 from flower_ext.core.typing import Floats
 
 DELTA = "delta"
-# What weights and counts are called where they are part of the summed vector, under a
-# mechanism; ``Mechanism(scales=...)`` knows them by these names.
+# Under a mechanism weights and counts are pieces of the clipped vector, with these
+# names, under which ``Mechanism(scales=...)`` may scale them too.
 WEIGHT = "weight"
 _WEIGHT_OF = "weight-of-"
 _COUNT_OF = "count-of-"
@@ -29,23 +29,23 @@ _COUNT_OF = "count-of-"
 class Contribution:
     """One client's term of the sum.
 
-    What is absent is zero: a part, an array of it, a scalar.
+    A part, an array of a part or a scalar that is absent counts as zero.
 
     Parameters
     ----------
     arrays : dict[str, dict[str, ndarray or Lazy]]
         Named parts, each of named arrays: ``{"delta": {"conv.weight": ...}}``.
     weight : float, optional
-        Multiplies every array, and is itself added up. By default the client's number
-        of examples; 1 under a mechanism, where all clients weigh the same. One that is
-        given depends on data: under a mechanism it is clipped and noised with the rest,
-        for which the strategy says ``declares_weight = True``.
+        Multiplies every array, and is added up itself. By default the client's number
+        of examples, or 1 under a mechanism, where all clients weigh the same. A weight
+        that is given depends on data: under a mechanism it is clipped and noised with
+        the rest, and the strategy must say ``declares_weight = True``.
     scalars : dict[str, float | ndarray]
-        Added up as they are: sums and counts of shape ``()`` or ``(groups,)``.
+        Sums and counts of shape ``()`` or ``(groups,)``, added up without a weight.
     weights : dict[str, float]
-        Of single parts, in the place of ``weight``.
+        Weights of single parts, which replace ``weight`` for these.
     counts : dict[str, dict[str, ndarray or Lazy]]
-        Of single parts: for each of their arrays what each coordinate counts, of its
+        For single parts, how much each coordinate of an array counts: of the array's
         shape, or of shape ``()`` for all of it. The mean of such a part divides every
         coordinate by the weighted sum of its counts.
     """
@@ -57,20 +57,22 @@ class Contribution:
     counts: Mapping[str, Mapping[str, Term]] = field(default_factory=dict)
 
     def weight_of(self, part: str) -> float:
-        """Return what a part is multiplied with."""
+        """Return the factor of a part."""
         weight = 1.0 if self.weight is None else self.weight
         return self.weights.get(part, weight)
 
     def weighed(self, plain: float) -> "Contribution":
-        """Return the same of a given weight: ``plain``, unless it has its own."""
+        """Return the term with the weight ``plain``, unless it has one of its own."""
         return replace(self, weight=plain) if self.weight is None else self
 
     def carried(self) -> "Contribution":
-        """Return the same with all weights multiplied in.
+        """Return the term with all weights multiplied in.
 
-        Weights become scalars and counts become arrays of the term itself, so that one
-        norm bounds all that a client can move.
+        Weights become scalars of the term, and counts become arrays of it, so that one
+        norm bounds everything that a client can move.
         """
+        # A weight outside of the clipped vector would not be bounded: one client could
+        # outweigh all others, and the mean would tell that it was there.
         scalars = dict(self.scalars)
         if self.weight is not None:
             scalars[WEIGHT] = self.weight
@@ -85,7 +87,7 @@ class Contribution:
         return Contribution(arrays, scalars=scalars)
 
     def layout(self) -> dict[str, Term]:
-        """Return the pieces of :meth:`carried` as they are, unweighted."""
+        """Return the pieces of :meth:`carried`, not multiplied by their weights."""
         one = None if self.weight is None else 1.0
         ones = replace(self, weight=one, weights=dict.fromkeys(self.weights, 1.0))
         return dict(ones.carried().pieces())
@@ -139,8 +141,8 @@ class Total:
     count : int
         Number of terms.
     noise : dict[str, float]
-        Under a mechanism, standard deviation of the noise in each coordinate of a part
-        or scalar; what is smaller tells nothing.
+        Under a mechanism, the standard deviation of the noise in each coordinate of a
+        part or scalar. A sum that is smaller says nothing.
     weights : dict[str, float]
         ``sum(weight)`` of parts with a weight of their own.
     counts : dict[str, dict[str, ndarray]]
@@ -158,6 +160,8 @@ class Total:
 
     def add(self, *terms: Contribution) -> None:
         """Add terms in place, in their order: the result is that of one at a time."""
+        # By array and not by term, so that a sum is read and written once for all
+        # terms.
         added: dict[tuple[bool, str, str], list[tuple[Term, float]]] = {}
         for term in terms:
             for is_count, group in ((False, term.arrays), (True, term.counts)):
@@ -200,7 +204,7 @@ class Total:
         self.count += other.count
 
     def fill(self, zero: Contribution) -> None:
-        """Let what nobody contributed be the zeros of the strategy's ``zero``."""
+        """Put zeros, as in the strategy's ``zero``, where nobody has contributed."""
         for mine, theirs in (
             (self.arrays, zero.arrays),
             (self.counts, zero.counts),
@@ -219,8 +223,8 @@ class Total:
     def uncarried(self) -> "Total":
         """Undo :meth:`Contribution.carried` on the noisy sum.
 
-        A sum of weights or counts that is smaller than its noise tells nothing, and may
-        be negative: it counts as no less than the noise's standard deviation.
+        Noise may make a sum of weights or counts tiny or negative, and such a sum must
+        not become a divisor: it counts as at least the noise's standard deviation.
         """
         if WEIGHT in self.scalars:
             least = self.noise.get(WEIGHT, 0.0)
@@ -252,15 +256,16 @@ class Total:
         return self.is_finite() and can_move(sent, self.arrays.get(DELTA, {}), mean)
 
     def take(self, part: str = DELTA) -> Arrays:
-        """Hand over the sums of a part, which the caller may change."""
+        """Remove the sums of a part and return them; the caller may change them."""
         return dict(self.arrays.pop(part))
 
     def mean(self, part: str = DELTA, *, plus: float = 0.0) -> Arrays:
         r"""Return ``sum(weight * arrays) / (sum(weight) + plus)`` of a part.
 
-        With counts each coordinate is divided by its own. What would be divided by 0 is
-        0. Asked twice, it is the same arrays: who changes them changes them for all.
+        With counts each coordinate is divided by its own. Where the divisor is 0 the
+        mean is 0. Every call returns the same arrays: a change of them is seen by all.
         """
+        # Divided in place, since the sum of a large model is not held twice.
         if part not in self._means:
             counts = self.counts.get(part, {})
             weight = self.weights.get(part, self.weight) + plus
@@ -272,7 +277,7 @@ class Total:
 
 
 def _divide(x: Floats, by: float | Floats) -> Floats:
-    """Divide in place; 0 where the divisor is."""
+    """Divide in place; the result is 0 where the divisor is."""
     if isinstance(by, float):
         by = np.asarray(by)
     known = np.broadcast_to(by > 0, x.shape)

@@ -1,8 +1,8 @@
-"""What a round is made of: what server and clients say to each other, and its words.
+"""What server and clients say to each other in a round, and under which keys.
 
-A :class:`Round` is what every hook of a strategy is told, a :class:`Reply` what one
-client has said in it, a :class:`Payload` what clients are sent. The keys of records
-that both sides know are here, too.
+Every hook of a strategy is told the :class:`Round`. A :class:`Payload` is what clients
+are sent, a :class:`Reply` what one client answers. The keys of records that both sides
+must know are here as well.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,15 +44,21 @@ RUN_RESUMED = "resumed-after"
 # puts none of them back: what was charged after it was saved is spent all the same.
 ACCOUNT_PREFIX = "account/"
 
-# The server finds it in the reason of an error reply.
+# Part of a client's error: the server recognises by it that the app lacks a half.
 WRONG_HALF = "the strategy needs the client half"
 
 
 class Decoder(Protocol):
-    """What reads the change that clients have encoded."""
+    """Reads the change of the model that a client has encoded."""
 
     def decode(self, record: ArrayRecord, like: Arrays) -> Arrays:
-        """Return the change, laid out as ``like``; a wrong one is malformed."""
+        """Return the change with the names, shapes and dtypes of ``like``.
+
+        Raises
+        ------
+        MalformedReply
+            If it cannot be read.
+        """
 
 
 @dataclass(frozen=True)
@@ -62,21 +68,22 @@ class Round:
     Attributes
     ----------
     number : int
-        From 1; counted anew in every ``start`` but a resumed one.
+        Number of the round, from 1. Every ``start`` counts from 1 again, unless it
+        resumes a saved run.
     sent : dict[str, ndarray]
-        The model on the server, from which clients start.
+        The server's model, from which clients start.
     told : Mapping
-        The configuration that clients are told, the user's own in it.
+        The configuration that clients are told, the user's own included.
     phase : {"train", "evaluate"}
-        What clients are asked for.
+        What clients are asked to do.
     population : int
-        Clients that there are: connected nodes, or under a mechanism those planned.
+        Number of clients: the connected nodes, or those that a mechanism plans with.
     private : bool
         Whether a mechanism bounds and hides what each client contributes.
     cohort : sequence of int
-        Clients that are asked, by their place; empty where a worker adds up.
+        Places of the clients that are asked; empty in a worker, which is not told.
     ties : dict[str, str]
-        Further names of tensors, each with the first, as far as they are known.
+        Further names of tied tensors with the first name of each, where known.
     upload : Decoder, optional
         Reads the changes of clients that were asked to encode them.
     """
@@ -99,7 +106,7 @@ class Round:
 
 @dataclass(frozen=True)
 class ReplyKeys:
-    """Where in a reply a strategy looks for what.
+    """The keys under which a strategy finds things in a reply.
 
     Parameters
     ----------
@@ -118,9 +125,9 @@ class ReplyKeys:
 
 @dataclass(frozen=True)
 class Reply:
-    """What one client has replied.
+    """The reply of one client, read with checks.
 
-    Whatever is read of it is checked: what is missing or in another form raises
+    Anything that is missing or in another form than asked for raises
     :class:`~flower_ext.core.replies.MalformedReply`, and the reply is left out.
 
     Attributes
@@ -130,7 +137,7 @@ class Reply:
     client : int
         The client's place among the nodes, the same in every run.
     keys : ReplyKeys
-        Where what is looked for.
+        Keys of the model's record and of the number of examples.
     """
 
     content: RecordDict
@@ -148,9 +155,10 @@ class Reply:
         Parameters
         ----------
         round : Round
-            In which it was trained.
+            The round in which it was trained.
         like : dict[str, ndarray], optional
-            Names, shapes and kinds that it must have; by default those of the model.
+            Names, shapes and kinds of numbers that it must have; by default those of
+            the model that was sent.
         """
         key = array_key(self.content, self.keys.arrays, self.keys.others)
         return self._read(read_arrays, key, round.sent if like is None else like)
@@ -158,7 +166,8 @@ class Reply:
     def delta(self, round: Round) -> dict[str, Term]:
         """Return the client's model minus the model that it was sent.
 
-        A tensor that the client has under several names counts under the first.
+        The change of a tied tensor counts under its first name, and is 0 under the
+        others.
         """
         sent = round.sent
         if round.upload is not None:
@@ -169,7 +178,8 @@ class Reply:
             decode = round.upload.decode
             return dict(self._read(lambda _: decode(record, sent)))
         new = self.model(round)
-        # Under a mechanism no reply may say which of the model's arrays are one.
+        # Under a mechanism no reply may decide which arrays are tied: that would depend
+        # on who replied.
         tied = round.ties if round.private else read_ties(self.content, sent)
         return {
             name: subtract(
@@ -179,7 +189,7 @@ class Reply:
         }
 
     def arrays(self, key: str, like: Arrays) -> Arrays:
-        """Return the arrays under a key: those of ``like``, of its shapes and kinds."""
+        """Return the arrays under a key, with the names and shapes of ``like``."""
         return self._read(read_arrays, key, like)
 
     def has(self, key: str) -> bool:
@@ -187,7 +197,7 @@ class Reply:
         return key in self.content or has_metric(self.content, key)
 
     def number(self, key: str, low: float = 0.0) -> float:
-        """Return a metric that is a finite number, of float32 and at least ``low``."""
+        """Return a metric: a number of at least ``low`` that a float32 can hold."""
         return self._read(read_scalar, key, low)
 
     def share(self, key: str, high: float = 1.0) -> float:
@@ -205,11 +215,11 @@ class Reply:
         return int(found)
 
     def vector(self, key: str, size: int, low: float = 0.0) -> npt.NDArray[np.float64]:
-        """Return a metric of ``size`` finite numbers, see :meth:`number`."""
+        """Return a metric of ``size`` numbers, each as in :meth:`number`."""
         return np.array(self._read(read_vector, key, size, low))
 
     def _read(self, read: Callable[..., T], *how: object) -> T:
-        """Read the content; whoever catches the error knows whose reply it is."""
+        """Read the content, and note in an error whose reply it is."""
         try:
             return read(self.content, *how)
         except MalformedReply as problem:
@@ -224,16 +234,17 @@ class Reply:
 
 @dataclass(frozen=True)
 class Payload:
-    """What clients of one kind are sent.
+    """What the clients of one variant are sent.
 
     Parameters
     ----------
     arrays : dict[str, ndarray] or ArrayRecord
-        In the place of the model; a record travels as it is.
+        What clients receive as the model; a record travels as it is.
     config : Mapping
-        Told besides what :meth:`~flower_ext.server.strategy.RoundStrategy.tell` tells.
+        Settings for this variant, beside those of
+        :meth:`~flower_ext.server.strategy.RoundStrategy.tell`.
     beside : dict[str, dict[str, ndarray]]
-        Further arrays, each group in a record under its own key.
+        Further groups of arrays, each in a record under its own key.
     """
 
     arrays: Arrays | ArrayRecord

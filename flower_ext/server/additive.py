@@ -31,21 +31,25 @@ from flower_ext.server.options import RoundOptions
 from flower_ext.server.partial_sums import PackSum, Summand, Summed
 from flower_ext.server.strategy import Outcome, RoundStrategy
 
-# Enough for the sum to be read and written rarely, few enough to be held at a time.
+# Terms that are added to the sum together: many, so that the sum is read and written
+# rarely, but few enough to be held in memory at a time.
 _TERMS_AT_A_TIME = 16
-# What Flower's FedAvg has of public attributes that no contribution depends on.
+# Public attributes of Flower's FedAvg on which no contribution depends: functions,
+# which may not be picklable.
 _FLOWERS = {"train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"}
 
 
 class AdditiveStrategy(RoundStrategy):
     r"""Federated averaging as a sum, and the base of most of the pack's strategies.
 
-    At its defaults it is Flower's :class:`~flwr.serverapp.strategy.FedAvg`:
-    contribution :math:`n_k \Delta_k`, update :math:`\sum n_k\Delta_k / \sum n_k`.
-    Beside what :class:`~flower_ext.server.strategy.RoundStrategy` adds: replies are
-    added in client order in float64, where they arrive or where they are made (the
-    weighted mean of integer arrays is rounded; exact while change times total weight is
-    below 2**53), and a mechanism may make the run differentially private.
+    At its defaults it is Flower's :class:`~flwr.serverapp.strategy.FedAvg`, with the
+    contribution :math:`n_k \Delta_k` and the update
+    :math:`\sum n_k\Delta_k / \sum n_k`. In addition to what
+    :class:`~flower_ext.server.strategy.RoundStrategy` does, contributions are added up
+    in client order and in float64, on the server or in the workers that ran the
+    clients, and a mechanism can make the run differentially private. The weighted mean
+    of integer arrays is rounded; it is exact while change times total weight is below
+    2**53.
 
     Parameters
     ----------
@@ -56,13 +60,13 @@ class AdditiveStrategy(RoundStrategy):
 
     Notes
     -----
-    A subclass overrides :meth:`contribution` and :meth:`update`, and, where it needs
-    them, :meth:`zero`, :meth:`advance`, :meth:`report` and the hooks of
-    :class:`~flower_ext.server.strategy.RoundStrategy` but ``aggregate`` and ``finish``.
-    Contributions may be made in other processes, which have of the strategy what does
-    not begin with ``_``: settings are public, state that stays on the server is not.
-    Under a mechanism that counts on secret cohorts the numbers of replies, errors and
-    dropped replies are no metrics.
+    A subclass overrides :meth:`contribution` and :meth:`update`, and where it needs
+    them :meth:`zero`, :meth:`advance`, :meth:`report` and the hooks of
+    :class:`~flower_ext.server.strategy.RoundStrategy`, except ``aggregate`` and
+    ``finish``. Contributions may be made in other processes, which get those attributes
+    of the strategy whose names do not begin with ``_``: settings are public, state that
+    stays on the server is not. Under a mechanism that counts on secret cohorts, the
+    numbers of replies, errors and dropped replies are not among the metrics.
 
     Examples
     --------
@@ -70,14 +74,14 @@ class AdditiveStrategy(RoundStrategy):
     >>> strategy = AdditiveStrategy(fraction_train=0.1, server_optimizer=Adam())
     """
 
-    #: Whether clients that have examples all weigh the same, instead of by examples.
+    #: Whether all clients with examples weigh the same, whatever number they have.
     equal_weights: ClassVar[bool] = False
     #: Whether contributions have a weight of their own: ``Contribution(weight=...)``.
     declares_weight: ClassVar[bool] = False
     #: Shapes of the contribution's scalars, by name.
     scalars: Mapping[str, tuple[int, ...]] = {}
-    #: Under a mechanism, factors of parts and scalars that are applied before clipping
-    #: and undone after: they bring all to about the size of the change.
+    #: Under a mechanism, factors that are applied to parts and scalars before clipping
+    #: and undone afterwards; they bring all to about the size of the change.
     scales: ClassVar[Mapping[str, float]] = {}
 
     def __init__(
@@ -109,7 +113,8 @@ class AdditiveStrategy(RoundStrategy):
                 "1 with a mechanism",
                 "whether a round is released must not depend on the replies",
             )
-        # Another strategy may have been given the same: each run remembers its own.
+        # The user may give the same sampler to another strategy; each run has its own
+        # memory of who took part.
         if mechanism.hides_cohorts:
             self.sampler.take_seed()
         self._core.sampler = copy.deepcopy(self._core.sampler)
@@ -133,9 +138,9 @@ class AdditiveStrategy(RoundStrategy):
         Parameters
         ----------
         reply : Reply
-            Of one client.
+            What the client has answered.
         round : Round
-            The round, and in it the model that was sent.
+            The round, with the model that was sent.
 
         Raises
         ------
@@ -147,9 +152,10 @@ class AdditiveStrategy(RoundStrategy):
     def zero(self, sent: Arrays) -> Contribution:
         """Return the contribution of a client that changes nothing: its layout.
 
-        Whatever :meth:`contribution` may return must be in it, or a mechanism would
-        have no noise for it. Where it is more than the change, a weight and
-        :attr:`scalars`, a strategy says so here.
+        Everything that :meth:`contribution` may return must be in it, since a mechanism
+        adds noise to nothing else. By default these are the change, a weight if
+        contributions declare one, and :attr:`scalars`; a strategy with further parts
+        overrides it.
         """
         return no_change(sent, self.scalars, weighs=self.declares_weight)
 
@@ -158,7 +164,7 @@ class AdditiveStrategy(RoundStrategy):
         return total.mean()
 
     def advance(self, total: Total, round: Round) -> None:
-        """Take over what crosses rounds; called once a round, after :meth:`update`."""
+        """Change the state that crosses rounds; called once a round, after `update`."""
 
     def report(self, total: Total, round: Round) -> Metrics:
         """Return metrics of the round; called before :meth:`update`."""
@@ -202,8 +208,8 @@ class AdditiveStrategy(RoundStrategy):
     ) -> tuple[Total, list[RecordDict]]:
         """Sum the usable contributions; count the others in ``dropped``.
 
-        That none spoils the model is checked on their sum, which costs one pass a
-        round instead of one a reply; only where one does are those to blame looked for.
+        Whether any of them spoils the model is seen from the sum, which costs one pass
+        a round and not one a reply. Only if one does, each is checked to find it.
         """
         total, used, left_out = self._sum(replies)
         sent = self._core.rounds["train"].sent

@@ -1,6 +1,6 @@
-"""What is told of a run: before its first round, and of each round that is finished.
+"""What callbacks are told: of a run before its first round, and of finished rounds.
 
-Under a mechanism it is what may leave the server, and no more.
+Under a mechanism they are told what may leave the server, and no more.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,11 +25,11 @@ class ClientReply:
     client : int
         Its place among the nodes, the same in every run.
     metrics : Mapping
-        Its own, ``num-examples`` among them.
+        The metrics of its reply, ``num-examples`` among them.
     up : Traffic
-        What it has sent.
+        Bytes and numbers of its reply.
     error : str
-        Why it has failed, or empty.
+        Why it failed; empty if it did not.
     """
 
     phase: str
@@ -54,16 +54,16 @@ class ClientReply:
 def client_replies(
     phase: str, replies: Iterable[Message], places: Mapping[int, int]
 ) -> list[ClientReply]:
-    """Return what clients have said, in their order; of arrays the bytes alone.
+    """Return what clients have replied, in client order, without their arrays.
 
     Parameters
     ----------
     phase : str
-        Of the messages that they reply to.
+        ``"train"`` or ``"evaluate"``.
     replies : iterable of Message
-        Contents that are in a partial sum have their metrics still.
+        The replies. Those that are part of a partial sum still have their metrics.
     places : Mapping[int, int]
-        Each node's place among the nodes.
+        The place of each node among the nodes.
     """
     found = []
     for reply in replies:
@@ -82,12 +82,12 @@ def client_replies(
 
 @dataclass(frozen=True)
 class FinishedRound:
-    """What has come of one round.
+    """The results of one round.
 
     Attributes
     ----------
     number : int
-        From 1.
+        Number of the round, from 1.
     arrays : ArrayRecord
         The model after it: the run's own, not to be changed.
     train, evaluate, central : MetricRecord or None
@@ -95,10 +95,10 @@ class FinishedRound:
     seconds_train, seconds_evaluate : float or None
         From the first message sent to the last reply received.
     down, up : Traffic or None
-        What was sent to and received from all clients, both phases. Seconds and
-        traffic are None where they are withheld, since they tell a secret cohort.
+        What was sent to and received from all clients in both phases. Seconds and
+        traffic are None where cohorts are secret, of which they would tell the size.
     clients : tuple of ClientReply
-        Of every client that has replied, where a callback asks for them.
+        The replies of all clients, if a callback asks for them.
     """
 
     number: int
@@ -148,13 +148,13 @@ class RunInfo:
     Attributes
     ----------
     num_rounds : int
-        Of the whole run.
+        Rounds of the whole run.
     done : int
-        Rounds that were done before, in a run that is continued.
+        Rounds that are already done, in a run that is continued.
     strategy : str
-        Name of its class.
+        Name of the strategy's class.
     settings : Mapping
-        The strategy's, by name.
+        The strategy's settings by name.
     evaluates : bool
         Whether there is an ``evaluate_fn``, the source of central metrics.
     private : bool
@@ -162,9 +162,9 @@ class RunInfo:
     withheld : bool
         Whether the clients' own metrics are withheld, as a mechanism does.
     hidden : bool
-        Whether cohorts are secret: their seconds and bytes are withheld, too.
+        Whether cohorts are secret, so that seconds and bytes are withheld as well.
     restored : bool
-        Whether the callback has just been given its saved state; else it starts anew.
+        Whether the callback has just been given its saved state; otherwise it is new.
     """
 
     num_rounds: int

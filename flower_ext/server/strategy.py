@@ -4,9 +4,10 @@
 
     sample -> payload -> [clients train] -> read replies -> aggregate -> optimizer
 
-A strategy that is a sum derives from :class:`~flower_ext.server.additive
-.AdditiveStrategy`, which adds privacy and partial sums. This is the floor below, for
-those that must see all replies side by side.
+A strategy that is a sum derives from
+:class:`~flower_ext.server.additive.AdditiveStrategy`, which adds privacy and partial
+sums. This class is its base, and that of strategies which must see all replies side by
+side.
 """
 
 import copy
@@ -87,10 +88,10 @@ _NOT_HELD = "the new model, or the server optimizer, would not be finite"
 
 @dataclass
 class Core:
-    """What a strategy has of a run at work, in one place.
+    """What a strategy keeps of its run, in one place.
 
-    Of a strategy what begins with ``_`` stays on the server: moments are large, seeds
-    secret.
+    It is the private attribute ``_core``, and so stays on the server: moments are
+    large, and seeds are secret.
 
     Attributes
     ----------
@@ -101,17 +102,18 @@ class Core:
     rounds : dict[str, Round]
         The last round of each phase.
     asked : dict[str, dict[int, int]]
-        Of each phase the nodes that were asked, with the places of their clients.
+        For each phase the nodes that were asked, with the places of their clients.
     places : Mapping[int, int]
-        Of all nodes: ids are new in every run, a client's place is not.
+        The place of every node. Ids are new in every run, places are not.
     number : int
-        What the sampler was last told to be the round of training.
+        The number of the round of training that the sampler was last told.
     configured : dict[str, int]
         The number of the round that was last configured, by phase.
     understood : bool
-        Whether any reply has ever been usable.
+        Whether any reply of the run has been usable.
     tied : dict[str, str] or None
-        Not known before replies, or under a mechanism before a first model.
+        The tied tensors; None before the first replies, or under a mechanism before
+        the first model.
     """
 
     server_optimizer: ServerOptimizer
@@ -135,11 +137,11 @@ class Outcome:
     Attributes
     ----------
     used : list of RecordDict
-        Contents of the replies that count.
+        Contents of the replies that were used.
     direction : dict[str, ndarray] or None
-        Where the model moves; None keeps it.
+        The direction in which the model moves; None keeps it.
     metrics : dict
-        The strategy's own.
+        The strategy's own metrics.
     problem : str
         Why the model is kept, if it is.
     """
@@ -151,14 +153,18 @@ class Outcome:
 
 
 class RoundStrategy(FedAvg):
-    """A federated round, and the base of strategies that are no sums.
+    """A federated round, and the base of strategies that are not sums.
 
-    Against Flower's :class:`~flwr.serverapp.strategy.FedAvg`: cohorts are seeded; what
-    clients are sent may differ; replies are read in client order, so that the result
-    does not depend on who finished first; a reply that is malformed, not finite,
-    ambiguous or unasked for is left out and counted instead of ending the run or
-    spoiling the model; integer arrays keep their dtype; the server moves the model by a
-    server optimizer; runs are saved, continued and tracked.
+    It differs from Flower's :class:`~flwr.serverapp.strategy.FedAvg` in these points:
+
+    * cohorts are seeded, and clients may be sent different payloads;
+    * replies are read in client order, so that the result does not depend on who
+      finished first;
+    * a reply that is malformed, not finite, ambiguous or was not asked for is left out
+      and counted: it neither ends the run nor spoils the model;
+    * integer arrays keep their dtype;
+    * a server optimizer moves the model;
+    * runs are saved, continued and tracked.
 
     Parameters
     ----------
@@ -171,18 +177,18 @@ class RoundStrategy(FedAvg):
 
     Notes
     -----
-    A subclass says :meth:`aggregate`, and, where it needs them, :meth:`tell`,
+    A subclass overrides :meth:`aggregate`, and where it needs them :meth:`tell`,
     :meth:`variant`, :meth:`payload`, :meth:`finish`, :meth:`report_evaluate`,
-    :meth:`state_dict` and :meth:`settings`. Every hook is told the round, and who
-    speaks. Round metrics hold ``num-replies``, ``num-errors`` and ``num-dropped``
-    beside the clients' own.
+    :meth:`state_dict` and :meth:`settings`. Every hook is told the round, and which
+    client it is about. The metrics of a round hold ``num-replies``, ``num-errors`` and
+    ``num-dropped`` beside the clients' own.
     """
 
     #: The client half whose replies the strategy needs; None takes any.
     client_half: ClassVar[type[ClientHalf] | None] = None
-    #: What a client with a training loop of its own adds to be one of this strategy's.
+    #: The lines that a client with a training loop of its own adds for this strategy.
     drop_in: ClassVar[DropIn] = DropIn()
-    #: Metrics that the strategy reads itself; averaging them would mean nothing.
+    #: Metrics of replies that the strategy reads itself and that are not averaged.
     consumed_metrics: tuple[str, ...] = ()
     #: Keys of array records in a reply that are not its model.
     other_arrays: ClassVar[tuple[str, ...]] = ()
@@ -218,17 +224,17 @@ class RoundStrategy(FedAvg):
 
     @property
     def server_optimizer(self) -> ServerOptimizer:
-        """What applies the aggregated direction."""
+        """The optimizer that moves the model along the direction."""
         return self._core.server_optimizer
 
     @property
     def sampler(self) -> Sampler:
-        """What draws the cohorts."""
+        """The sampler that draws the cohorts."""
         return self._core.sampler
 
     @property
     def _keys(self) -> ReplyKeys:
-        """Where in a reply what is found."""
+        """The keys under which things are found in a reply."""
         return ReplyKeys(self.arrayrecord_key, self.weighted_by_key, self.other_arrays)
 
     @property
@@ -244,11 +250,11 @@ class RoundStrategy(FedAvg):
         return {}
 
     def variant(self, client: int, round: Round) -> Hashable:
-        """Return the kind of payload that a client is sent; None is that of all."""
+        """Return which payload a client is sent; by default None, the same for all."""
         return None
 
     def payload(self, variant: Hashable, round: Round) -> Payload:
-        """Return what clients of a kind are sent; made once for all of them."""
+        """Return what the clients of a variant are sent; made once for all of them."""
         return Payload(round.sent)
 
     def aggregate(self, round: Round, replies: Sequence[Reply]) -> Arrays:
@@ -259,7 +265,7 @@ class RoundStrategy(FedAvg):
         round : Round
             The round.
         replies : sequence of Reply
-            In client order, at least ``min_replies``.
+            At least ``min_replies``, in client order.
 
         Returns
         -------
@@ -268,18 +274,18 @@ class RoundStrategy(FedAvg):
 
         Notes
         -----
-        It changes nothing, and may be called again: a reply over which it raises
-        :class:`~flower_ext.core.replies.MalformedReply` is left out. Replies without
-        their number of examples, or that are not finite, do not get here.
+        It must not change any state, since it may be called again: a reply over which
+        it raises :class:`~flower_ext.core.replies.MalformedReply` is left out. Replies
+        that are not finite or lack their number of examples have been left out before.
         """
         raise NotImplementedError(f"{type(self).__name__} must say aggregate()")
 
     def finish(self, round: Round, replies: Sequence[Reply]) -> Metrics:
-        """Take over what crosses rounds, once a round; return its metrics."""
+        """Change the state that crosses rounds, and return the round's metrics."""
         return {}
 
     def report_evaluate(self, replies: Sequence[Reply], round: Round) -> Metrics:
-        """Return metrics of an evaluation, from its usable replies."""
+        """Return metrics of an evaluation from its usable replies."""
         return {}
 
     # The round --------------------------------------------------------------------
