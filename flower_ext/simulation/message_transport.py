@@ -6,7 +6,8 @@ Works wherever Flower does, on the simulation engine and in a deployment, with t
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from logging import INFO, WARNING
 
 from flwr.app import Error, Message, RecordDict
@@ -15,14 +16,8 @@ from flwr.serverapp import Grid
 from flower_ext._flower import NO_REPLY, log
 from flower_ext.server.partial_sums import Summand
 from flower_ext.simulation.jobs import Job, Outcome
-from flower_ext.simulation.mods import (
-    HOSTED_KEY,
-    PACK_KEY,
-    STATES_KEY,
-    Pack,
-    hear,
-    read_states,
-)
+from flower_ext.simulation.mods import HOSTED_KEY
+from flower_ext.simulation.pack_message import PACK_KEY, PackMessage, PackReply
 from flower_ext.simulation.packing import Workload, pack_evenly
 from flower_ext.simulation.records import Record
 from flower_ext.simulation.setting import Setting
@@ -73,6 +68,7 @@ class MessageTransport(Transport):
 
         Nothing is added up: a node must not run code that a message brings along.
         """
+        # A Flower message has one type and one group.
         alike: dict[tuple[str, str], list[Job]] = defaultdict(list)
         for job in jobs:
             alike[job.kind, job.group].append(job)
@@ -84,25 +80,27 @@ class MessageTransport(Transport):
                 packs.append((node, pack))
             ids = self._grid.push_messages(messages)
             self._running.update(zip(ids, packs, strict=True))
-        self._pause = _FIRST_PAUSE
+        self._pause = _FIRST_PAUSE  # the first replies of a round may come soon
 
     def _write(
         self, jobs: Sequence[Job], shared: Sequence[Record], node: int
     ) -> RecordDict:
-        setting = self._setting
-        pack = Pack(setting.num_clients, setting.client_timeout, jobs, shared)
-        if self.states:
+        setting, states = self._setting, self.states
+        pack = PackMessage(setting.num_clients, setting.client_timeout, jobs, shared)
+        if states:
             clients, named = (job.client for job in jobs), node in self._see_shelf
-            pack.shelf = self.states.shelf()
-            pack.lent = self.states.lend(clients, named=named)
+            lent = states.lend(clients, named=named)
+            pack = replace(pack, shelf=states.shelf(), lent=lent)
         return pack.write()
 
     def _nodes(self, kind: str) -> list[int]:
         """Return the nodes, once there are any; ask new ones whom they host."""
+        # Sorted: who runs where must not depend on who connected first.
         while not (nodes := sorted(self._grid.get_node_ids())):
             log(INFO, "Waiting for nodes to connect.")
             time.sleep(1)
         new = [node for node in nodes if node not in self._hosts]
+        # Of the kind that will follow, for which the app surely has a function.
         hello = [Message(self._write([], [], node), node, kind) for node in new]
         for reply in self._grid.send_and_receive(hello) if hello else ():
             node = reply.metadata.src_node_id
@@ -113,10 +111,9 @@ class MessageTransport(Transport):
                     f"mod, ClientApp(mods=[flower_ext.simulation.packed]); it sent "
                     f"{reason}"
                 )
-            said = hear(reply.content)
-            hosted = str(said["hosted"])
-            self._hosts[node] = parse_clients(hosted) if hosted else None
-            if said["sees-shelf"]:
+            found = PackReply.read(reply.content)
+            self._hosts[node] = parse_clients(found.hosted) if found.hosted else None
+            if found.sees_shelf:
                 self._see_shelf.add(node)
         return nodes
 
@@ -129,6 +126,7 @@ class MessageTransport(Transport):
         free = [node for node in nodes if self._hosts[node] is None]
         roaming = []
         for job in jobs:
+            # Its state comes first: anywhere else the client would start anew.
             home = self._homes.get(job.client)
             if home is not None and home not in nodes:
                 del self._homes[job.client]
@@ -141,6 +139,7 @@ class MessageTransport(Transport):
                 roaming.append(job)
             else:
                 self._fail(job, f"no node hosts it: see {HOSTED_KEY!r} of node-config")
+        # Nodes with work of their own already get less of the rest.
         sizes = [self.workload.size(job.client) for job in roaming]
         taken = [
             sum(self.workload.size(job.client) for job in packs[node]) for node in free
@@ -169,41 +168,27 @@ class MessageTransport(Transport):
             time.sleep(min(left, self._pause))
             self._pause = min(1.5 * self._pause, _LONGEST_PAUSE)
 
-    def _read(self, reply: Message) -> Iterator[Outcome]:
+    def _read(self, reply: Message) -> Sequence[Outcome]:
         """Turn the reply of a node into the outcomes of its clients."""
         node, jobs = self._running.pop(reply.metadata.reply_to_message_id)
         if reply.has_error():
-            for job in jobs:
-                yield Outcome(job.key, None, reply.error)
-            return
-        content: dict[int, RecordDict] = defaultdict(RecordDict)
-        for key, record in reply.content.items():
-            number, _, name = key.partition("/")
-            if name:
-                content[int(number)][name] = record
-        self._take_states(reply.content, {job.client for job in jobs})
-        answers = {said["key"]: said for said in hear(reply.content)["answers"]}
-        done = []
+            return [Outcome(job.key, None, reply.error) for job in jobs]
+        found = PackReply.read(reply.content)
+        outcomes = {outcome.key: outcome for outcome in found.outcomes}
+        # Of the jobs that are still awaited: others were given up meanwhile, and their
+        # clients are as they were.
+        done = [(job.client, outcomes[job.key]) for job in jobs]
         for job in jobs:
-            said = answers[job.key]
-            if said["state"]:
+            if job.key in found.stateful:
                 self._homes[job.client] = node
             else:
                 self._homes.pop(job.client, None)
-            if error := said["error"]:
-                outcome = Outcome(job.key, None, Error(*error), said["seconds"])
-            else:
-                outcome = Outcome(job.key, content[job.key], None, said["seconds"])
-            done.append((job.client, outcome))
-        self.workload.learn(jobs[0].kind, done)
-        for _, outcome in done:
-            yield outcome
-
-    def _take_states(self, content: RecordDict, clients: Collection[int]) -> None:
-        """Keep what became of the states of clients that are still awaited."""
         if self.states:
-            changed = read_states(content.config_records[STATES_KEY])
-            self.states.take_back({c: k for c, k in changed.items() if c in clients})
+            awaited = {job.client for job in jobs}
+            changed = {c: k for c, k in found.changed.items() if c in awaited}
+            self.states.take_back(changed)
+        self.workload.learn(jobs[0].kind, done)
+        return [outcome for _, outcome in done]
 
     def give_up(self, keys: Iterable[int]) -> None:
         """Forget jobs; a node that is at work on them goes on."""

@@ -1,20 +1,16 @@
 """Client mods: many virtual clients on one node, and GPUs for clients that differ."""
 
-import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from logging import WARNING
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from flower_ext._flower import log
 from flower_ext.simulation.clients import Call, run_client
-from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.machines import (
     ClientResources,
     Machine,
@@ -22,16 +18,15 @@ from flower_ext.simulation.machines import (
     ray_machines,
     require_room,
 )
-from flower_ext.simulation.records import Record, own_copy
+from flower_ext.simulation.pack_message import PACK_KEY, PackMessage, PackReply
+from flower_ext.simulation.records import own_copy
 from flower_ext.simulation.setting import Setting
-from flower_ext.simulation.states import Kept, PackStates, Shelf
+from flower_ext.simulation.states import PackStates
 
 #: Key of a SuperNode's ``--node-config``: the clients that live on it, ``"0-99,200"``.
 HOSTED_KEY = "logical-clients"
 
-PACK_KEY = "packed-clients"
-STATES_KEY = "packed-states"
-_STATE_KEY = "packed-state"
+_STATE_KEY = "client-state"
 
 Mod = Callable[[Message, Context, Call], Message]
 
@@ -52,7 +47,7 @@ def packed(message: Message, context: Context, call_next: Call) -> Message:
     """
     if PACK_KEY not in message.content:
         return call_next(message, context)
-    pack = Pack.read(message.content)
+    pack = PackMessage.read(message.content)
     setting = Setting(
         None,
         range(pack.num_clients),
@@ -63,30 +58,18 @@ def packed(message: Message, context: Context, call_next: Call) -> Message:
     )
     own = NodeStates(context.state)
     lent = PackStates(pack.lent, pack.shelf) if pack.shelf else None
-    content = RecordDict()
-    answers = []
-    for job in pack.jobs:
-        outcome = run_client(call_next, setting, job, pack.shared, lent or own)
-        answers.append(_say_outcome(outcome, job.client in own))
-        for name, record in (outcome.content or RecordDict()).items():
-            content[f"{job.key}/{name}"] = record
-    hosted = str(context.node_config.get(HOSTED_KEY, ""))
-    sees = pack.shelf is not None and pack.shelf.is_here()
-    content[PACK_KEY] = say({"answers": answers, "hosted": hosted, "sees-shelf": sees})
-    if lent:
-        content[STATES_KEY] = write_states(lent.changed)
-    return Message(content, reply_to=message)
-
-
-def _say_outcome(outcome: Outcome, has_state: bool) -> dict[str, object]:
-    """Return what is to say of a client, beside the records of its reply."""
-    error = outcome.error and [outcome.error.code, outcome.error.reason]
-    return {
-        "key": outcome.key,
-        "seconds": outcome.seconds,
-        "error": error,
-        "state": has_state,
-    }
+    outcomes = [
+        run_client(call_next, setting, job, pack.shared, lent or own)
+        for job in pack.jobs
+    ]
+    reply = PackReply(
+        hosted=str(context.node_config.get(HOSTED_KEY, "")),
+        outcomes=outcomes,
+        stateful={job.key for job in pack.jobs if job.client in own},
+        sees_shelf=pack.shelf is not None and pack.shelf.is_here(),
+        changed=lent.changed if lent else {},
+    )
+    return Message(reply.write(), reply_to=message)
 
 
 class NodeStates:
@@ -128,96 +111,6 @@ class NodeStates:
 
 def _state_key(client: int, name: str) -> str:
     return f"{_STATE_KEY}/{client}/{name}"
-
-
-def write_states(states: Mapping[int, Kept | None]) -> ConfigRecord:
-    """Write states that travel into a record; no bytes are an empty state."""
-    return ConfigRecord({str(c): b"" if k is None else k for c, k in states.items()})
-
-
-def read_states(record: ConfigRecord) -> dict[int, Kept | None]:
-    """Read what :func:`write_states` wrote."""
-    return {int(c): cast(Kept, kept) or None for c, kept in record.items()}
-
-
-@dataclass
-class Pack:
-    """What one Flower message asks of the virtual clients on a node.
-
-    Attributes
-    ----------
-    num_clients, client_timeout
-        As in :class:`Setting`.
-    jobs, shared
-        What the clients are asked, and the records that several jobs name.
-    shelf : Shelf or None
-        Where large states are. Without it, states are kept on the node.
-    lent : Mapping[int, Kept]
-        The states of those clients that have one.
-    """
-
-    num_clients: int
-    client_timeout: float | None
-    jobs: Sequence[Job]
-    shared: Sequence[Record]
-    shelf: Shelf | None = None
-    lent: Mapping[int, Kept] = field(default_factory=dict)
-
-    def write(self) -> RecordDict:
-        """Return the content of the Flower message: shared records are in it once."""
-        content = RecordDict()
-        for place in sorted({i for job in self.jobs for i in job.shared.values()}):
-            content[f"shared/{place}"] = self.shared[place]
-        for job in self.jobs:
-            for name, record in job.own.items():
-                content[f"own/{job.key}/{name}"] = record
-        content[PACK_KEY] = say(
-            {
-                "num-clients": self.num_clients,
-                "client-timeout": self.client_timeout,
-                "shelf": str(self.shelf.folder) if self.shelf else None,
-                "jobs": [
-                    [j.key, j.client, j.kind, j.group, j.shared, list(j.own)]
-                    for j in self.jobs
-                ],
-            }
-        )
-        content[STATES_KEY] = write_states(self.lent)
-        return content
-
-    @classmethod
-    def read(cls, content: RecordDict) -> "Pack":
-        """Read what :meth:`write` wrote."""
-        said = hear(content)
-        jobs, shared = [], {}
-        for key, client, kind, group, places, names in said["jobs"]:
-            own = {name: content[f"own/{key}/{name}"] for name in names}
-            jobs.append(Job(key, client, kind, group, places, own))
-            shared.update({i: content[f"shared/{i}"] for i in places.values()})
-        last = max(shared, default=-1)
-        unused = ConfigRecord()
-        records = [shared.get(i, unused) for i in range(last + 1)]
-        shelf = Shelf(Path(said["shelf"])) if said["shelf"] else None
-        lent = read_states(content.config_records[STATES_KEY])
-        return cls(
-            said["num-clients"],
-            said["client-timeout"],
-            jobs,
-            records,
-            shelf,
-            {client: kept for client, kept in lent.items() if kept is not None},
-        )
-
-
-def say(what: object) -> ConfigRecord:
-    """Write JSON into a record."""
-    return ConfigRecord({"json": json.dumps(what)})
-
-
-def hear(content: RecordDict) -> dict[str, Any]:
-    """Read what :func:`say` wrote into a message."""
-    said = json.loads(str(content.config_records[PACK_KEY]["json"]))
-    return cast(dict[str, Any], said)
 
 
 def resources(each: ClientResources) -> Mod:

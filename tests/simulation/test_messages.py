@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 from flower_ext._flower import NO_REPLY
 from flower_ext.simulation import LocalGrid, PackedGrid, packed
 from flower_ext.simulation.message_transport import parse_clients
+from flower_ext.simulation.pack_message import PackMessage
 
 
 class Nodes(LocalGrid):
@@ -52,12 +53,10 @@ def nodes(virtual):
 
 def where(nodes, of):
     """Return which node each client was sent to, by the last messages."""
-    from flower_ext.simulation.mods import Pack
-
     return {
         job.client: message.metadata.dst_node_id - 1000
         for message in of
-        for job in Pack.read(message.content).jobs
+        for job in PackMessage.read(message.content).jobs
     }
 
 
