@@ -26,7 +26,8 @@ from flower_ext.simulation.setting import Setting
 
 Call = Callable[[Message, Context], Message]
 
-# What ends a client and no more: its exit, too, and a task that it has cancelled.
+# What ends a client and no more: its exit, too, and a task that it has cancelled. An
+# interrupt from the keyboard is the user's, and ends the run.
 CLIENTS_OWN = (Exception, SystemExit, CancelledError)
 
 
@@ -92,7 +93,7 @@ def run_client(
     states : States
         Where the client's state is.
     """
-    ensure_task_identity(setting.run_id)
+    ensure_task_identity(setting.run_id)  # without it, Flower makes no messages
     try:
         state = states.read(job.client)
     except LostState as lost:
@@ -108,7 +109,7 @@ def run_client(
         with _limited(setting.client_timeout):
             reply = call(message, context)
         _check(reply, context)
-        if reply.has_error():
+        if reply.has_error():  # a mod may have caught what the client raised
             error = reply.error
         else:
             content = reply.content
@@ -149,6 +150,9 @@ def over_time(limit: float | None) -> Error:
 
 @contextmanager
 def _limited(seconds: float | None) -> Iterator[None]:
+    """Interrupt what takes too long, by the only means that needs no help from it."""
+    # Python handles signals in the main thread. In another, or where a client executes
+    # no Python code, the worker is stopped from outside.
     if seconds is None or threading.current_thread() is not threading.main_thread():
         yield
         return

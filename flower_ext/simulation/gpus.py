@@ -87,17 +87,21 @@ def plan(
     Returns
     -------
     Plan
-        A share of a GPU for each client. Those on a GPU fit into its memory. Ray fills
-        one GPU after the other; the share is so large that it comes to all of them
-        before the CPUs are used up, and none gets two clients more than another of its
-        machine. Of such shares, the one that lets most clients run at once. Since all
-        machines get the same one, that with the fewest CPUs for its GPUs holds the
-        others back: plan without it, and leave it out, if that is better.
+        The share of a GPU that each client gets. Those on one GPU fit into its memory,
+        no GPU of a machine gets two clients more than another, and of such shares it
+        is the one that lets most clients run at once. All machines get the same share,
+        so one with few CPUs for its GPUs holds the others back: plan without it, too,
+        and leave it out if that is better.
 
     Raises
     ------
     ValueError
         If nothing fits, with the reason.
+
+    Notes
+    -----
+    Ray fills one GPU after the other. With a small share and few CPUs, all clients
+    would be on the first GPUs, and the last ones would idle.
 
     Examples
     --------
@@ -110,6 +114,7 @@ def plan(
     gpus = sum(len(machine.gpus) for machine in machines)
     if not gpus:
         raise ValueError("Ray reports no GPU: leave client-resources-num-gpus at 0")
+    # How many clients fit into a GPU, by its memory; each has a CUDA of its own.
     most, fit = _STEPS, "memory was not asked about"
     if memory is not None:
         each = positive("memory", memory) + CUDA_MIB
@@ -121,12 +126,14 @@ def plan(
             f"a client takes {memory:g} MiB and {CUDA_MIB:g} MiB for CUDA, a GPU has "
             f"{gpu_memory:g} MiB: nothing fits; try smaller batches or half precision"
         )
+    # Of each machine with GPUs: the clients that its CPUs allow, and its GPUs.
     room = [
         (int(machine.cpus // num_cpus), len(machine.gpus))
         for machine in machines
         if machine.gpus
     ]
     if not any(clients for clients, _ in room):
+        # Raises, and says what there is.
         require_room(machines, {Resources(1.0, float(num_cpus)): 0})
     most = min(most, _STEPS)
     # One client a GPU is always even. Of equal numbers at once, the larger share.
@@ -151,6 +158,7 @@ def _is_even(clients: int, gpus: int, share: int) -> bool:
     It fills one after the other. A share that it, or Flower, cannot count is not even:
     in ten thousandths, more than ``share`` of them might fit.
     """
+    # For example 1/150 is 0.0066, of which 151 fit.
     step = _STEPS // share
     if _STEPS // step != share or gpus * _STEPS // step != gpus * share:
         return False

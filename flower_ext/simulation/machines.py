@@ -12,12 +12,15 @@ ResourcesFunction = Callable[[int, UserConfig], Mapping[str, float]]
 #: The same for all clients, or by client.
 ClientResources = Mapping[str, float] | ResourcesFunction
 
-_ROUNDING = 1e-6
+_ROUNDING = 1e-6  # three thirds of a GPU are one
 
 
 @dataclass(frozen=True, order=True)
 class Resources:
-    """CPUs, and GPUs: a fraction of one, or whole ones."""
+    """CPUs, and GPUs: a fraction of one, or whole ones.
+
+    The more GPUs, the greater: these are the hardest to place.
+    """
 
     num_gpus: float = 0.0
     num_cpus: float = 1.0
@@ -28,7 +31,7 @@ class Resources:
         if unknown := sorted(set(asked) - {"num_cpus", "num_gpus"}):
             refuse("resources", unknown, "of 'num_cpus' and 'num_gpus'")
         gpus = at_least("num_gpus", asked.get("num_gpus", 0.0), 0)
-        if gpus > 1 and gpus != int(gpus):
+        if gpus > 1 and gpus != int(gpus):  # as Ray has it
             refuse("num_gpus", gpus, "a fraction of one GPU or a whole number")
         return cls(gpus, positive("num_cpus", asked.get("num_cpus", 1.0)))
 
@@ -73,7 +76,7 @@ class Machine:
         """
         if self.cpus + _ROUNDING < resources.num_cpus:
             return None
-        if resources.num_gpus >= 1:
+        if resources.num_gpus >= 1:  # of GPUs that nobody uses
             free = [i for i, left in enumerate(self.gpus) if left > 1 - _ROUNDING]
             count = int(resources.num_gpus)
             return dict.fromkeys(free[:count], 1.0) if len(free) >= count else None
@@ -125,6 +128,7 @@ def require_room(machines: Sequence[Machine], clients: Mapping[Resources, int]) 
         One client for each of the resources that are asked for.
     """
     for resources, client in clients.items():
+        # Whatever is taken now will be free some time, so only what exists counts.
         if all(machine.empty().place(resources) is None for machine in machines):
             have = "; ".join(map(str, machines)) or "there is none"
             raise ValueError(

@@ -65,6 +65,7 @@ def packed(message: Message, context: Context, call_next: Call) -> Message:
     reply = PackReply(
         hosted=str(context.node_config.get(HOSTED_KEY, "")),
         outcomes=outcomes,
+        # The server must send these here again.
         stateful={job.key for job in pack.jobs if job.client in own},
         sees_shelf=pack.shelf is not None and pack.shelf.is_here(),
         changed=lent.changed if lent else {},
@@ -143,6 +144,7 @@ def resources(each: ClientResources) -> Mod:
         Resources.of(each)  # a mistake is told now, and not by every client
 
     def mod(message: Message, context: Context, call_next: Call) -> Message:
+        # Looked up and not imported: a SuperNode may have no Ray.
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             return call_next(message, context)
@@ -152,17 +154,20 @@ def resources(each: ClientResources) -> Mod:
         )
         if not found.num_gpus:
             return call_next(message, context)
+        # CPUs are not asked for: Flower's worker holds them while it waits.
         machines = [
             Machine(m.name, math.inf, m.gpus) for m in ray_machines(ray.nodes())
         ]
         require_room(machines, {found: client})
         _require_none_held()
+        # Not tried again: a client that kills its task would kill the next one, too.
         task = ray.remote(_work).options(
             num_cpus=0, num_gpus=found.num_gpus, max_retries=0
         )
         answer = task.remote(call_next, message, context)
         if not ray.wait([answer], timeout=_START_SECONDS)[0]:
             _say_who_waits(client, found)
+        # The task had copies: what the client changed in its state came back with it.
         reply, context.state = ray.get(answer)
         return cast(Message, reply)
 
@@ -174,7 +179,7 @@ def _require_none_held() -> None:
     import ray
 
     worker = ray.get_runtime_context()
-    if worker.get_actor_id() is None:
+    if worker.get_actor_id() is None:  # a driver, to which Ray gives no GPUs
         return
     assigned = worker.get_assigned_resources()  # type: ignore[no-untyped-call]
     if held := assigned.get("GPU", 0):

@@ -59,31 +59,32 @@ class PackedGrid(BaseGrid):
         go to the ClientApp of the nodes, which needs the mod ``packed``.
     transport : {"auto", "ray", "messages"}
         How clients are reached: in Ray actors of the grid's own, or by Flower's
-        messages to its nodes. ``"auto"`` is Ray where there is one, in Flower's
-        simulations and in scripts, and messages elsewhere, in deployments. In
-        ``run_local``, clients of a ``client_app`` run in this process.
+        messages to its nodes. ``"auto"`` takes Ray in Flower's simulations and in
+        scripts, and messages in deployments. In ``run_local`` it takes neither: with
+        a ``client_app``, clients run in this process.
     run_config : dict, optional
         What clients find in ``context.run_config``; hand on the server's. With
         messages they find their node's.
     num_workers : int, optional
-        Most processes that run clients; by default as many as have the CPUs and GPUs.
-        With messages, Flower's nodes are the workers.
+        The most processes that run clients; by default, as many as the CPUs and GPUs
+        allow. With messages, Flower's nodes are the workers.
     resources : Mapping or callable
         CPUs and GPUs of a client, ``{"num_cpus": 1, "num_gpus": 0.25}``, or a function
-        ``(partition_id, run_config)`` that returns them. A GPU is Ray's: its number is
-        in ``CUDA_VISIBLE_DEVICES`` of the worker. With messages, see the mod
-        ``resources``.
+        ``(partition_id, run_config)`` that returns them. Ray chooses the GPU, and
+        writes its number into the worker's ``CUDA_VISIBLE_DEVICES``. With messages,
+        see the mod ``resources``.
     client_timeout : float, optional
         Seconds a client may take; one that takes longer is stopped, which is its error.
     num_examples : sequence of float, optional
-        Sizes of the clients, to pack them longest first from the first round on;
-        by default sizes are learned from the ``num-examples`` that clients report.
+        Sizes of the clients, so that the largest begin first from the first round on;
+        by default, sizes are learned from the ``num-examples`` that clients report.
     partial_sums : bool (default: True)
         In Ray actors, for strategies that are sums: replies are added up where they are
         made, so that what travels, and the server's memory, do not grow with the
-        cohort. The result is that of the same numbers added in another order, in
-        float64, the same in every run with as many workers. ``train_metrics_aggr_fn``
-        then sees no arrays. With False, replies arrive as they are.
+        cohort. The same numbers are added, in float64, in another order: the last bit
+        may differ, but not between runs with as many workers.
+        ``train_metrics_aggr_fn`` then sees no arrays. With False, replies arrive as
+        they are.
     state_memory : int (default: 64 MiB)
         Bytes that the states of clients may take in the memory of the server. States
         beyond, and each of more than 64 KiB, are files in a temporary folder (below
@@ -134,7 +135,7 @@ class PackedGrid(BaseGrid):
         if not isinstance(partial_sums, bool):
             refuse("partial_sums", partial_sums, "True or False")
         run = grid.run if grid else Run.create_empty(run_id=1)
-        if grid is None:
+        if grid is None:  # Flower's grids know their run
             run.override_config = dict(run_config or {})
         setting = Setting(
             client_app,

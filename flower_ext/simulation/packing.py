@@ -12,10 +12,9 @@ from flwr.common import NDArray
 from flower_ext.simulation.jobs import Job, Outcome
 
 # A pack costs about a millisecond to send and fetch; what it holds should take longer.
-# What a worker idles at the end of a round is at most what a pack takes.
 _PACK_SECONDS = 0.05
 _FIRST_PACKS = 4  # a worker, before any client was timed
-_SUMMED_PACKS = 2  # a worker; each is a sum to send
+_SUMMED_PACKS = 2  # a worker
 _MEMORY = 0.5  # of the estimated pace
 
 
@@ -45,6 +44,7 @@ class Workload:
 
     def learn_size(self, client: int, num_examples: float) -> None:
         """Take note of a client's size."""
+        # The sum goes along: a mean over 100,000 clients for each reply takes too long.
         if 0 <= num_examples < math.inf:
             self._sum += num_examples - self._sizes.get(client, 0.0)
             self._sizes[client] = num_examples
@@ -54,6 +54,7 @@ class Workload:
         size = sum(self.size(client) for client, _ in done)
         if size > 0:
             pace = sum(seconds for _, seconds in done) / size
+            # Old times fade: the first of them hold imports and cold caches.
             old = self._pace.get(kind, pace)
             self._pace[kind] = _MEMORY * old + (1 - _MEMORY) * pace
 
@@ -91,6 +92,8 @@ class Workload:
             return []
         sizes = [self.size(job.client) for job in jobs]
         pace = self._pace.get(jobs[0].kind)
+        # Every sum is a model to send, so there are few. Other packs are as short as is
+        # worth sending: what a worker idles in the end is at most one of them.
         if summed:
             each = _SUMMED_PACKS
         elif pace is None:
@@ -123,6 +126,8 @@ def pack_evenly(sizes: Sequence[float], taken: Sequence[float]) -> list[list[int
     >>> pack_evenly([1, 5, 2, 3], [0, 0])
     [[1, 0], [3, 2]]
     """
+    # Longest processing time first: at most 4/3 of the best (Graham, "Bounds on
+    # multiprocessing timing anomalies", 1969).
     heap = [(total, pack) for pack, total in enumerate(taken)]
     heapq.heapify(heap)
     packs: list[list[int]] = [[] for _ in taken]

@@ -98,7 +98,7 @@ class Pool:
         found = self._start(resources)
         # While one like it works, idle others may stay: starting takes seconds.
         if all(worker.resources != resources for worker in self._busy):
-            while found is None and self._idle:
+            while found is None and self._idle:  # those that idle longest first
                 self.dismiss(self._idle[0])
                 found = self._start(resources)
         return found
@@ -129,6 +129,8 @@ class Pool:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        # Not restarted by Ray: the transport knows what a dead worker was running. On
+        # this machine or nowhere: what is free there was counted.
         options = {
             "num_cpus": resources.num_cpus if self._hold_cpus else 0,
             "num_gpus": resources.num_gpus,
@@ -178,7 +180,9 @@ class Pool:
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
         now = {machine.name: machine for machine in ray_machines(nodes)}
         known = {machine.name: machine for machine in self.machines}
+        # A machine that stays keeps what is taken of it.
         self.machines = [known.get(name, machine) for name, machine in now.items()]
+        # Who says how many workers there are has thought of the CPUs.
         if self._limit is not None:
             for machine in self.machines:
                 machine.cpus = math.inf

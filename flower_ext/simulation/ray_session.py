@@ -27,7 +27,7 @@ def connect(inside: bool) -> bool:
                 )
             time.sleep(0.05)
         return False
-    if ray.is_initialized():
+    if ray.is_initialized():  # by the user, whose it stays
         return False
     log(INFO, "Starting Ray")
     # Workers unpickle before they run code of ours: they must find this package, too.
@@ -67,7 +67,7 @@ def require_free_gpus() -> None:
                 "--federation-config 'client-resources-num-gpus=0', or by a "
                 "PackedGrid that was not closed"
             )
-        if held["CPU"] > 0:
+        if held["CPU"] > 0:  # Flower's workers are there, and hold no GPU
             return
         time.sleep(0.1)
 

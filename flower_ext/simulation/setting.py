@@ -22,8 +22,7 @@ class Setting:
         The ClientApp, or its import string ``"package.module:app"``. None where the
         nodes that run the clients have it.
     nodes : sequence of int
-        The node id of every client, in the order of their numbers; a range, unless
-        ids are told apart from numbers on purpose.
+        The node id of every client, in the order of their numbers.
     run_id, run_config, node_config
         What goes into every client's context.
     client_timeout : float or None
@@ -31,7 +30,8 @@ class Setting:
     resources : Mapping or callable
         CPUs and GPUs of a client: the same for all, or by client.
     num_workers : int or None
-        Most processes that run clients; None takes as many as have CPUs and GPUs.
+        The most processes that run clients; None takes as many as the CPUs and GPUs
+        allow.
     state_memory : int
         Bytes that the states of clients may take in the server's memory.
     num_examples : sequence of float or None

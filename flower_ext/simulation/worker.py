@@ -32,7 +32,7 @@ class Answer:
 
     key: int
     content: dict[str, Wire] | None
-    error: tuple[int, str] | None
+    error: Error | None
     seconds: float
     #: Of a reply that was to be added up: what it was, and why it is in no sum.
     summed: tuple[Traffic, str] | None = None
@@ -42,9 +42,7 @@ class Answer:
         """Make it of an outcome, whose arrays stay here if they are added up."""
         key, content, seconds = outcome.key, outcome.content, outcome.seconds
         if content is None:
-            assert outcome.error is not None
-            error = (outcome.error.code, outcome.error.reason or "")
-            return cls(key, None, error, seconds)
+            return cls(key, None, outcome.error, seconds)
         if into is None:
             return cls(key, to_wires(content), None, seconds)
         rest = into.add(content, client)
@@ -57,8 +55,7 @@ class Answer:
     def outcome(self, pack: PackSum | None) -> Outcome:
         """Return it as the grid takes it; ``pack`` is the sum it may be in."""
         if self.content is None:
-            assert self.error is not None
-            return Outcome(self.key, None, Error(*self.error), self.seconds)
+            return Outcome(self.key, None, self.error, self.seconds)
         if self.summed is None:
             content = from_wires(self.content)
             return Outcome(self.key, content, None, self.seconds)
@@ -125,7 +122,7 @@ class Worker:
         self._threads = threads
         self._app: ClientApp | None = None
         self._setting: Setting
-        self._number = -1
+        self._number = -1  # of the broadcast that was read last
         self._shared: list[Record] = []
         self._summand: Summand | None = None
 
@@ -164,6 +161,7 @@ class Worker:
         states = PackStates(lent, shelf)
         answers = []
         for sent in jobs:
+            # They came beside the job: Ray shares NumPy's arrays and not Flower's.
             sent.job.own.update(from_wires(sent.own))
             outcome = run_client(app, self._setting, sent.job, self._shared, states)
             answers.append(Answer.of(outcome, sent.job.client, into))
@@ -189,6 +187,8 @@ class Worker:
             # Only now: unpickling imports the module that has the app.
             self._setting = cloudpickle.loads(self._pickled)
             app = load_client_app(self._setting.client_app)
+            # Where torch was there before the variable. One that was not imported by
+            # the app is not imported for it: that takes seconds.
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(self._threads)
             self._app = app
