@@ -33,6 +33,7 @@ from flower_ext.server.finished import PHASES, FinishedRound, RunInfo
 Mode = Literal["min", "max"]
 # What a strategy counts of its replies; no client has measured it.
 _COUNTS = {"num-replies", "num-errors", "num-dropped"}
+_BEST, _SECOND = "best.safetensors", "best-before.safetensors"
 
 
 class Callback:
@@ -112,6 +113,7 @@ class Callbacks:
         """Prepare all; return why the run has already ended, or None."""
         reasons = []
         for name, callback in self._named.items():
+            # One without a state, such as a tracker, has nothing to be restored.
             restored = name in self._restored
             if run.done and not restored and callback.state_dict():
                 log(WARNING, "%s was not part of the saved run: it starts anew", name)
@@ -129,7 +131,7 @@ class Callbacks:
 
         Whatever one of them raises, the others see the round.
         """
-        self._seen += 1
+        self._seen += 1  # in this run or continuation: the first one judges mistakes
         reasons = []
         for name, callback in self._named.items():
             try:
@@ -202,6 +204,8 @@ class _Watch(Callback):
             refuse("metric", self.metric, "one of train/ or evaluate/", cause)
         if not run.restored:
             self.value = None
+        # A saved run has had the metric, though the first round of its continuation,
+        # which ``evaluate_fn`` may leave out, need not.
         self._run, self._known = run, self.value is not None
         return None
 
@@ -344,6 +348,7 @@ class KeepBest(_Watch):
         """Keep the model if none was better."""
         value = self.measured(this)
         if value is not None and self.improves(value):
+            # The file first: where it cannot be written, the best so far stays.
             if self.folder:
                 _write_best(self.folder, this.number, from_record(this.arrays))
             else:
@@ -376,13 +381,11 @@ class KeepBest(_Watch):
             self._arrays = None if arrays is None else to_record(arrays)
 
 
-_BEST, _SECOND = "best.safetensors", "best-before.safetensors"
-
-
 def _write_best(folder: Path, number: int, arrays: Arrays) -> None:
     """Write a best model; keep the one before it.
 
-    A run that is killed before it has saved the round is continued without it.
+    A run that is killed before the round is saved plays the round again, and the model
+    before is the best until then.
     """
     partial = folder / ".best.partial"
     arrays = {k: np.ascontiguousarray(x).reshape(x.shape) for k, x in arrays.items()}
@@ -468,7 +471,7 @@ class StopWhen(_Watch):
         if value is None:
             return None
         self._last = value
-        self._since += 1
+        self._since += 1  # 0 again, if it is the best
         if self.improves(value, self.min_change):
             self.value, self._since = value, 0
         return self._reason()

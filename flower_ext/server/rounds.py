@@ -1,4 +1,4 @@
-"""The rounds of a run: Flower's loop, with checkpoints and tracking."""
+"""The rounds of a run: Flower's loop, with checkpoints and callbacks."""
 
 import logging
 import time
@@ -233,20 +233,20 @@ class _Run:
         begun = time.monotonic()
         if self.done == 0:
             self._evaluate_centrally(0)
-        for current in range(self.done + 1, self.num_rounds + 1):
-            messages: list[Message] = []
+        current = self.done
+        # A reason may be there from the start: the last saved round ended the run.
+        while current < self.num_rounds and not reason:
             try:
-                # The last saved round may have been the one that ended the run.
-                if not reason:
-                    messages = self._ask_to_train(current)
+                messages = self._ask_to_train(current + 1)
             except (PrivacyBudgetExhausted, TooFewClients) as end:
-                if current == 1:
+                if current == 0:
                     raise
                 reason = str(end)
-            if reason:
-                log(WARNING, "The run ends after round %s: %s", current - 1, reason)
-                break
-            reason = self._round(current, messages)
+            else:
+                current += 1
+                reason = self._round(current, messages)
+        if reason and current < self.num_rounds:
+            log(WARNING, "The run ends after round %s: %s", current, reason)
         self._conclude(time.monotonic() - begun)
 
     def _restore(self) -> None:
