@@ -40,7 +40,7 @@ from flower_ext.client.task import Batch, Task
 from flower_ext.core.arrays import Arrays, from_record, layout
 from flower_ext.core.protocol import ARRAYS_KEY
 from flower_ext.core.replies import MalformedReply
-from flower_ext.server.checkpoint import Stateful
+from flower_ext.core.states import Stateful
 from flower_ext.server.strategy import RoundStrategy
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.wire.codec import PAYLOAD, Codec, Sending, num_values, seal

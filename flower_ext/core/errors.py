@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import NoReturn
 
+import numpy as np
+
+from flower_ext.core.typing import Floats
+
 
 def refuse(name: str, value: object, bound: str, cause: str = "") -> NoReturn:
     """Raise ``ValueError`` for an argument that is out of its bound."""
@@ -76,6 +80,36 @@ def one_of(name: str, value: str, choices: Sequence[str], cause: str = "") -> st
     if value not in choices:
         refuse(name, value, f"one of {tuple(choices)}", cause)
     return value
+
+
+def yes_or_no(name: str, value: object) -> bool:
+    """Require True or False."""
+    if not isinstance(value, bool):
+        refuse(name, value, "True or False")
+    return value
+
+
+def different_names(name: str, values: Sequence[str]) -> list[str]:
+    """Require a sequence of at least one name, no two of them equal."""
+    ok = isinstance(values, Sequence) and not isinstance(values, str)
+    if not ok or not values or len(set(values)) < len(values):
+        refuse(name, values, "a sequence of different names")
+    return list(values)
+
+
+def one_each(
+    name: str, value: object, names: Sequence[str], low: float = -math.inf
+) -> Floats:
+    """Require a finite number ``>= low`` for all names, or one for each of them."""
+    try:
+        values = np.array(value, np.float64)
+    except (TypeError, ValueError):
+        values = np.zeros((0, 0))
+    if values.shape not in ((), (len(names),)) or isinstance(value, bool | str):
+        refuse(name, value, f"one number or {len(names)}, for {list(names)}")
+    if not np.all(np.isfinite(values)) or np.any(values < low):
+        refuse(name, value, "finite" + f" and >= {low:g}" * math.isfinite(low))
+    return np.array(np.broadcast_to(values, (len(names),)))
 
 
 def _number(value: object) -> float:

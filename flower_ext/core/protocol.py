@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecordValues, MetricRecordValues, RecordDict
 
-from flower_ext.core.arrays import Arrays, Term, all_finite, subtract
+from flower_ext.core.arrays import Arrays, Term, all_finite, is_averaged, subtract
 from flower_ext.core.replies import (
     MalformedReply,
     array_key,
@@ -97,6 +97,11 @@ class Round:
     cohort: Sequence[int] = ()
     ties: Ties = field(default_factory=dict)
     upload: Decoder | None = None
+
+    @property
+    def floats(self) -> Arrays:
+        """The arrays of the model that hold real numbers."""
+        return {name: x for name, x in self.sent.items() if is_averaged(x)}
 
     @cached_property
     def infinite(self) -> frozenset[str]:

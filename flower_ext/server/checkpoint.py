@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, UserConfig
@@ -34,6 +34,7 @@ from safetensors.numpy import load_file, save_file
 from flower_ext._flower import log
 from flower_ext.core.arrays import Arrays, from_record, layout, to_record
 from flower_ext.core.files import flush
+from flower_ext.core.states import Stateful
 from flower_ext.core.strict_json import read, write
 from flower_ext.server.run_settings import (
     Changes,
@@ -60,17 +61,6 @@ _METRICS = (
 
 class CheckpointError(RuntimeError):
     """A run that cannot be saved in, or continued from, a folder."""
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """What a strategy must have to be saved."""
-
-    def state_dict(self) -> dict[str, object]:
-        """Return JSON values and arrays, nested by name."""
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take over a saved state."""
 
 
 class Checkpoint:

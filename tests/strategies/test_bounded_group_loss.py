@@ -17,21 +17,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flower_ext.client.app import client_app
+from flower_ext.client.groups import group_sums
 from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, to_record
+from flower_ext.core.groups import example_multipliers
 from flower_ext.core.protocol import Round
 from flower_ext.core.sampling import UniformSampler
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD
+from flower_ext.server.saddle import DualityGap, dual_step, dual_weights
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies.bounded_group_loss import (
     BoundedGroupLoss,
     BoundedGroupLossClient,
-    DualityGap,
-    dual_step,
-    dual_weights,
-    example_multipliers,
-    group_sums,
 )
 
 ANY = {"min_train_nodes": 0, "min_evaluate_nodes": 0, "min_available_nodes": 0}

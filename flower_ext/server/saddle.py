@@ -1,0 +1,172 @@
+r"""Saddle points: duals by exponentiated gradient, and how far a run is from one.
+
+For :math:`\min_w \max_{\lambda \ge 0, \|\lambda\|_1 \le B} F(w) + \sum_a \lambda_a
+(L_a(w) - \zeta_a)`, where clients descend in :math:`w` and the server ascends in
+:math:`\lambda` (Agarwal, Beygelzimer, Dudik, Langford and Wallach 2018, "A Reductions
+Approach to Fair Classification", ICML).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flower_ext.core.arrays import Arrays
+from flower_ext.core.errors import at_least, positive
+from flower_ext.core.protocol import Metrics
+from flower_ext.core.typing import Floats
+
+# Of one step of theta, and of theta above the slack and below: whatever the losses
+# were, a dual comes back within some tens of steps.
+_STEP, _HIGH, _LOW = 5.0, 10.0, -40.0
+
+
+def dual_weights(theta: Floats, dual_bound: float) -> Floats:
+    r"""Return :math:`\lambda_a = B e^{\theta_a} / (1 + \sum_b e^{\theta_b})`.
+
+    The 1 is the slack: all :math:`\lambda \ge 0` and their sum stays below :math:`B`
+    (and reaches it where a large :math:`\theta` rounds the slack away).
+
+    Examples
+    --------
+    >>> dual_weights(np.zeros(3), dual_bound=2.0)
+    array([0.5, 0.5, 0.5])
+    """
+    top = max(0.0, float(np.max(theta, initial=0.0)))
+    scaled = np.exp(theta - top)
+    return np.asarray(dual_bound * scaled / (np.exp(-top) + scaled.sum()))
+
+
+def dual_step(theta: Floats, step: Floats) -> Floats:
+    r"""Return :math:`\theta` after an exponentiated gradient step, kept in bounds.
+
+    A step of more than 5 counts as 5: the theory wants steps below 1, and one absurd
+    loss must not decide all that follows. Where the largest :math:`\theta` would exceed
+    10 all are lowered alike, which changes no ratio of two duals, and their sum by less
+    than :math:`e^{-10}`; none falls below -40.
+
+    Examples
+    --------
+    >>> dual_step(np.zeros(2), np.array([0.5, 1e300]))
+    array([0.5, 5. ])
+    >>> dual_step(np.array([9.0, 4.0]), np.array([3.0, 0.0]))
+    array([10.,  2.])
+    """
+    theta = theta + np.clip(step, -_STEP, _STEP)
+    return np.maximum(theta - max(0.0, float(theta.max()) - _HIGH), _LOW)
+
+
+class Dual:
+    r"""The dual variables :math:`\lambda` of a run, by exponentiated gradient.
+
+    Parameters
+    ----------
+    size : int
+        Number of constraints.
+    bound : float
+        :math:`B \ge 0`, bounds their sum.
+    learning_rate : float
+        :math:`\eta_\theta > 0`, see :func:`dual_step`.
+    """
+
+    def __init__(self, size: int, bound: float, learning_rate: float) -> None:
+        self.bound = at_least("dual_bound", bound, 0)
+        self.learning_rate = positive("dual_learning_rate", learning_rate)
+        self.theta = np.zeros(size)
+
+    @property
+    def weights(self) -> Floats:
+        r"""The current :math:`\lambda`."""
+        return dual_weights(self.theta, self.bound)
+
+    def step(self, excess: Floats) -> None:
+        r"""Ascend along :math:`L - \zeta`; what is NaN was not measured and stays."""
+        self.theta = dual_step(self.theta, self.learning_rate * np.nan_to_num(excess))
+
+    def state_dict(self) -> dict[str, object]:
+        r"""Return :math:`\theta`."""
+        return {"theta": self.theta}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state."""
+        self.theta = np.array(state["theta"])
+
+
+@dataclass
+class DualityGap:
+    r"""How far the average model may be from the optimum, for convex losses.
+
+    With :math:`\mathcal L(w, \lambda) = F(w) + \sum_a\lambda_a(L_a(w) - \zeta_a)`, the
+    :math:`T` models :math:`w_t` so far, duals :math:`\lambda_t` and gradients
+    :math:`g_t = \nabla_w \mathcal L(w_t, \lambda_t)`, convexity gives, over all
+    models of norm :math:`\le R`,
+
+    .. math::
+       \max_{\|\lambda\|_1 \le B} \mathcal L(\bar w, \lambda) \le
+       \bar F + B \max(0, \max_a \bar L_a - \zeta_a), \qquad
+       \min_w \mathcal L(w, \bar\lambda) \ge
+       \tfrac 1T \sum_t (\mathcal L(w_t, \lambda_t) - \langle g_t, w_t\rangle)
+       - R \|\bar g\|,
+
+    the primal and the dual value (bars are means over the rounds). By weak duality the
+    optimum under the bounds lies above the latter (Agarwal et al. 2018, Section 3,
+    whose best response we bound instead of computing it). It certifies what clients
+    report: losses, counts and gradients of all, none cut off at a bound of its own.
+    """
+
+    radius: float
+    rounds: int = 0
+    overall: float = 0.0
+    excess: Floats = field(default_factory=lambda: np.zeros(0))
+    constant: float = 0.0
+    gradient: dict[str, Floats] = field(default_factory=dict)
+
+    def after(
+        self,
+        overall: float,
+        excess: Floats,
+        dual: Floats,
+        gradient: Mapping[str, Floats],
+        model: Arrays,
+    ) -> "DualityGap":
+        r"""Return that after another :math:`F, L - \zeta, \lambda, g, w`."""
+        slope = sum(
+            float(np.vdot(array, model[name].astype(np.float64)))
+            for name, array in gradient.items()
+        )
+        return DualityGap(
+            self.radius,
+            self.rounds + 1,
+            self.overall + overall,
+            excess + (self.excess if self.excess.size else 0.0),
+            self.constant + overall + float(dual @ excess) - slope,
+            {k: g + self.gradient.get(k, 0.0) for k, g in gradient.items()},
+        )
+
+    def values(self, dual_bound: float) -> tuple[float, float]:
+        """Return the primal and the dual value."""
+        squares = sum(float(np.vdot(g, g)) for g in self.gradient.values())
+        worst = max(0.0, float(np.max(self.excess)))
+        primal = self.overall + dual_bound * worst
+        dual = self.constant - self.radius * math.sqrt(squares)
+        return primal / self.rounds, dual / self.rounds
+
+    def metrics(self, dual_bound: float) -> Metrics:
+        """Return both values and the gap between them."""
+        primal, dual = self.values(dual_bound)
+        return {
+            "primal-value": primal,
+            "dual-value": dual,
+            "duality-gap": primal - dual,
+        }
+
+    def state_dict(self) -> dict[str, object]:
+        """Return all but the radius, which is a setting."""
+        state = {k: x for k, x in vars(self).items() if k != "radius"}
+        return {**state, "gradient": dict(self.gradient)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state."""
+        vars(self).update({**state, "excess": np.array(state["excess"])})
