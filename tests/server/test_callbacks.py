@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import multiprocessing
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -403,21 +405,32 @@ def test_a_run_that_was_ended_stays_ended(grid, tmp_path, caplog):
     assert rounds_of(result) == list(range(1, 9))
 
 
-def test_a_run_that_is_killed_by_its_evaluation_ends_where_the_whole_does(
-    grid, tmp_path
-):
-    def killed(server_round, arrays):
-        if server_round == 6:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("killed_in", [1, 3, 5, 7])
+def test_a_run_that_is_killed_ends_where_the_whole_does(grid, tmp_path, killed_in):
+    def callbacks():
+        best = KeepBest("central/loss", folder=tmp_path / "best")
+        return [best, StopWhen("central/loss", patience=3)]
+
+    def kill(server_round, arrays):
+        if server_round == killed_in:
+            os._exit(9)  # no exception, no clean-up
         return central(server_round, arrays)
 
-    callbacks = [StopWhen("central/loss", patience=3), KeepBest("central/loss")]
-    with pytest.raises(KeyboardInterrupt):
-        start(grid, callbacks, checkpoint=tmp_path, evaluate_fn=killed)
-    best = KeepBest("central/loss")
-    stop = StopWhen("central/loss", patience=3)
-    assert rounds_of(start(grid, [stop, best], checkpoint=tmp_path))[-1] == 7
+    def run(evaluate_fn):
+        made = callbacks()
+        saved = tmp_path / "saved"
+        return made[0], start(grid, made, checkpoint=saved, evaluate_fn=evaluate_fn)
+
+    process = multiprocessing.get_context("fork").Process(target=run, args=[kill])
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    best, result = run(central)
+    whole = start(grid, [StopWhen("central/loss", patience=3)])
+    assert rounds_of(result) == rounds_of(whole) == list(range(1, 8))
+    assert result.arrays["w"].numpy().tolist() == whole.arrays["w"].numpy().tolist()
     assert best.number == 4
+    assert best.arrays["w"].numpy().tolist() == [4, 4]
 
 
 def test_time_before_an_interruption_counts(grid, tmp_path, monkeypatch):
