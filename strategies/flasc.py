@@ -53,6 +53,7 @@ from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import fraction, one_of, refuse, whole
 from flower_ext.core.protocol import ARRAYS_KEY, Config, Metrics, Payload, Reply, Round
 from flower_ext.core.replies import MalformedReply, array_key, read_arrays
+from flower_ext.core.schedules import Scheduled, value_in
 from flower_ext.core.ties import TIED_KEY
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
@@ -74,41 +75,7 @@ RESIDUAL = "flasc-residual"
 # Of names, shapes and dtypes: enough for 100,000 arrays.
 _LONGEST_DESCRIPTION = 1 << 24
 
-Schedule = float | Callable[[int], float]
 Aggregation = Literal["cohort", "senders"]
-
-
-@dataclass(frozen=True)
-class Decay:
-    """A density that shrinks: ``initial * rate ** ((server_round - 1) // every)``.
-
-    Parameters
-    ----------
-    initial : float
-        In the first rounds, at most 1.
-    rate : float
-        Between 0 and 1; 1 keeps the density.
-    every : int
-        Rounds between two steps.
-
-    Examples
-    --------
-    >>> [Decay(1.0, 0.5, 2)(r) for r in (1, 2, 3, 5)]
-    [1.0, 1.0, 0.5, 0.25]
-    """
-
-    initial: float
-    rate: float
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        fraction("initial", self.initial)
-        fraction("rate", self.rate)
-        whole("every", self.every, 1)
-
-    def __call__(self, server_round: int) -> float:
-        """Return the density of a round."""
-        return self.initial * self.rate ** ((server_round - 1) // self.every)
 
 
 @dataclass(frozen=True)
@@ -124,8 +91,8 @@ class Tier:
         by default all of them.
     """
 
-    download_density: Schedule | None = None
-    upload_density: Schedule | None = None
+    download_density: Scheduled | None = None
+    upload_density: Scheduled | None = None
     rank: int | None = None
 
     def __post_init__(self) -> None:
@@ -136,8 +103,8 @@ class Tier:
             whole("rank", self.rank, 1)
 
 
-def _density(name: str, schedule: Schedule, server_round: int) -> float:
-    value = schedule(server_round) if callable(schedule) else schedule
+def _density(name: str, schedule: Scheduled, server_round: int) -> float:
+    value = value_in(schedule, server_round)
     return fraction(name, value, "a share of the coordinates, 1 is all of them")
 
 
@@ -386,8 +353,8 @@ class FLASC(AdditiveStrategy):
     ----------
     download_density : float or callable (default: 0.25)
         Share of the coordinates that are sent, or ``server_round -> share``, such as
-        :class:`Decay`. 1 sends the whole model; 0 none of it, and all above at least
-        one coordinate of what ``scope`` chooses from.
+        :class:`~flower_ext.core.schedules.Decay`. 1 sends the whole model; 0 none of
+        it, and all above at least one coordinate of what ``scope`` chooses from.
     upload_density : float or callable (default: 0.25)
         Share of the coordinates that clients return; 1 is the whole change.
     scope : {"global", "tensor"}
@@ -484,8 +451,8 @@ class FLASC(AdditiveStrategy):
     def __init__(
         self,
         *flowers: object,
-        download_density: Schedule = 0.25,
-        upload_density: Schedule = 0.25,
+        download_density: Scheduled = 0.25,
+        upload_density: Scheduled = 0.25,
         scope: Scope = "global",
         client_freeze: bool = False,
         fixed_mask_after: int | None = None,
@@ -633,8 +600,8 @@ class FLASC(AdditiveStrategy):
             )
 
     def _share(self, name: str, tier: Tier, server_round: int) -> float:
-        own: Schedule | None = getattr(tier, name)
-        schedule: Schedule = getattr(self, name) if own is None else own
+        own: Scheduled | None = getattr(tier, name)
+        schedule: Scheduled = getattr(self, name) if own is None else own
         return _density(name, schedule, server_round)
 
     # What comes back --------------------------------------------------------------

@@ -18,6 +18,7 @@ from flower_ext.client.adapters import AdapterModel, adapter_task, causal_lm_los
 from flower_ext.client.app import client_app
 from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, to_record
+from flower_ext.core.schedules import Decay
 from flower_ext.privacy import Mechanism
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD, Adam, TorchOptimizer
@@ -25,7 +26,7 @@ from flower_ext.server.rounds import EveryClientFailed
 from flower_ext.server.tracking import Tracker, read_metrics
 from flower_ext.simulation import LocalGrid, PackedGrid, packed
 from flower_ext.strategies import flasc
-from flower_ext.strategies.flasc import FLASC, Decay, FLASCClient, Tier
+from flower_ext.strategies.flasc import FLASC, FLASCClient, Tier
 from flower_ext.wire.sparse import PAYLOAD, accept_sparse, decode, encode, num_values
 from flower_ext.wire.traffic import serialized_bytes
 
@@ -581,7 +582,7 @@ def test_settings_out_of_range(options, match):
 
 
 @pytest.mark.parametrize(
-    "make", [partial(Tier, 2.0), partial(Tier, rank=0), partial(Decay, 1.0, 2.0)]
+    "make", [partial(Tier, 2.0), partial(Tier, rank=0), partial(Tier, Decay(2.0, 0.5))]
 )
 def test_tiers_and_schedules_out_of_range(make):
     with pytest.raises(ValueError, match="must be"):

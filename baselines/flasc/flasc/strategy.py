@@ -3,8 +3,9 @@
 from flwr.app import UserConfig
 
 from flower_ext.core.sampling import UniformSampler
+from flower_ext.core.schedules import Decay
 from flower_ext.server.optimizers import Adam
-from flower_ext.strategies.flasc import FLASC, Decay, Tier
+from flower_ext.strategies.flasc import FLASC, Tier
 
 DENSE = {"download_density": 1.0, "upload_density": 1.0}
 NAMES = (
