@@ -1,0 +1,101 @@
+"""A script: rounds of personal clients with a checkpoint; the server is killed.
+
+``python killed_server.py FOLDER GRID WHEN``: WHEN is ``train:2:7`` (client 7 kills the
+server in round 2), ``flush:3:4`` (while round 3 is saved, before the fourth file is on
+the disk), ``rename:3`` or ``renamed:3`` (before or after round 3 has its name), or
+``never``.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord
+
+from flower_ext import AdditiveStrategy
+from flower_ext.core.arrays import from_record
+from flower_ext.server import checkpoint, saved_states
+from flower_ext.simulation import LocalGrid, PackedGrid
+
+CLIENTS, ROUNDS = 12, 5
+
+
+def die():
+    """End as if the power had gone."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def watch(what, server_round, count):
+    """Die while a round is saved."""
+    name, seen = f"round-{server_round:05d}", []
+    save, flush, rename = checkpoint.Checkpoint.save, checkpoint.flush, Path.rename
+
+    def saving(self, current, result):
+        seen.append(current)
+        return save(self, current, result)
+
+    def flushing(path):
+        if seen and seen[-1] == server_round:
+            seen.append(server_round)
+            if len(seen) > server_round + count - 1:
+                die()
+        flush(path)
+
+    def renaming(self, target):
+        if what == "rename" and Path(target).name == name:
+            die()
+        rename(self, target)
+        if what == "renamed" and Path(target).name == name:
+            die()
+
+    checkpoint.Checkpoint.save = saving
+    Path.rename = renaming
+    if what == "flush":
+        checkpoint.flush = saved_states.flush = flushing
+
+
+def digest(arrays):
+    """Return a digest of every bit."""
+    return hashlib.sha256(b"".join(x.tobytes() for x in arrays.values())).hexdigest()
+
+
+def main(folder, kind, when):
+    """Run or resume; print what there is in the end."""
+    what, *numbers = when.split(":")
+    config = ConfigRecord()
+    if what == "train":
+        config["kill"], config["server"] = list(map(int, numbers)), os.getpid()
+    elif what != "never":
+        watch(what, int(numbers[0]), int((numbers + ["1"])[1]))
+    if kind == "local":
+        from personal import app
+
+        grid = LocalGrid(app, CLIENTS)
+    else:
+        grid = PackedGrid(num_clients=CLIENTS, client_app="personal:app", num_workers=2)
+    initial = ArrayRecord({"w": Array(np.linspace(-1, 1, 20_000, dtype=np.float32))})
+    strategy = AdditiveStrategy(fraction_train=0.5, fraction_evaluate=0.0)
+    told = {k: config[k] for k in config}
+    configure = strategy.configure_train
+
+    def tell(current, arrays, settings, grid):
+        """Tell clients whom to kill, which is no setting of the run."""
+        return configure(current, arrays, ConfigRecord({**settings, **told}), grid)
+
+    strategy.configure_train = tell
+    result = strategy.start(grid, initial, num_rounds=ROUNDS, checkpoint=folder)
+    states = {c: grid.states.read(c) for c in sorted(grid.states.versions())}
+    found = {
+        "model": digest(from_record(result.arrays)),
+        "states": {c: digest(from_record(s["own"])) for c, s in states.items()},
+        "losses": [m["loss"] for m in result.train_metrics_clientapp.values()],
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
