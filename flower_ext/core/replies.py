@@ -30,20 +30,20 @@ _LARGEST = float(np.finfo(np.float32).max)
 class MalformedReply(ValueError):
     """A reply that a strategy cannot read; it is left out of the round."""
 
-    #: The client whose reply it is, where that is known.
+    #: The place of the client whose reply it is, where that is known.
     client: int | None = None
 
 
 def unreadable(error: Exception) -> str:
-    """Say that reading a reply raised something that nobody foresaw."""
+    """Return the reason for leaving out a reply whose reading raised an error."""
     return f"reading it raised {type(error).__name__}: {error}"
 
 
 def array_key(reply: RecordDict, key: str, others: Iterable[str] = ()) -> str:
     """Return where a reply's model is: under ``key``, or in its only ArrayRecord.
 
-    Flower's FedAvg takes the only one whatever its key. Those in ``others`` are no
-    models.
+    Flower's FedAvg takes the only one whatever its key is. Records whose keys are in
+    ``others`` are not models.
     """
     found = [name for name in reply.array_records if name not in others]
     return found[0] if key not in found and len(found) == 1 else key
@@ -73,6 +73,8 @@ def read_arrays(reply: RecordDict, key: str, like: Arrays) -> Arrays:
         arrays = from_record(record)
     except (ValueError, TypeError, EOFError) as error:
         raise MalformedReply(f"arrays of {key!r} cannot be read: {error}") from error
+    # A client may send a wider float than the model has, such as a float16 model as
+    # float32; what does not fit would become infinite in the model.
     for name, array in arrays.items():
         expected = like[name]
         if array.shape != expected.shape or array.dtype.kind != expected.dtype.kind:
@@ -147,7 +149,7 @@ def _find(reply: RecordDict, key: str) -> MetricRecordValues:
 
 @dataclass
 class Sorted:
-    """Replies told apart: usable ones in client order, reasons of errors, the rest."""
+    """Usable replies in client order, reasons of errors, reasons of dropped replies."""
 
     usable: list[Message]
     errors: list[str]
@@ -162,12 +164,13 @@ def sort_replies(
     Parameters
     ----------
     replies : iterable of Message
-        In whatever order they arrived.
+        In the order of their arrival.
     cohort : Mapping[int, int]
-        Place of every node that was asked. Replies of others are left out, and so are
-        all replies of a node that sent several, since none can be told to be right.
+        The place of every node that was asked. Replies of other nodes are left out, and
+        so are all replies of a node that sent several, since nothing says which of them
+        is right.
     quiet : bool (default: False)
-        Log nothing of the errors: they tell who is in the cohort.
+        Whether errors are not logged, since they tell who is in the cohort.
     """
     good, errors = [], []
     for reply in replies:
@@ -199,7 +202,7 @@ def sort_replies(
 
 
 def has_long_integers(content: RecordDict) -> bool:
-    """Whether a number cannot travel, which only simulations can do without."""
+    """Whether an integer is too long to travel, as it can only be in a simulation."""
     return any(
         isinstance(number, int) and number.bit_length() > 63
         for record in content.values()
@@ -221,12 +224,12 @@ def aggregate_metrics(
     aggregate: Aggregate,
     consumed: Iterable[str] = (),
 ) -> MetricRecord:
-    """Aggregate the metrics of replies, those that all of them have.
+    """Aggregate those metrics that all replies have.
 
-    Flower's average needs the same metrics in every reply, under the same key; one
-    client that reports less, or elsewhere, must not end the run, nor must what a
-    function of the user's own makes of it. Metrics in ``consumed`` are left out, and so
-    are replies that weigh nothing: a client without examples knows no loss.
+    Flower's average raises unless every reply has the same metrics under the same key.
+    Here one client that reports fewer, or under another key, does not end the run, and
+    neither does an error in a function of the user's own. Metrics in ``consumed`` are
+    left out, and so are replies of weight 0: a client without examples has no loss.
     """
     contents = [c for c in contents if _weighs(c, weighted_by_key)]
     if not contents:
@@ -244,7 +247,8 @@ def aggregate_metrics(
             "metrics %s are not in every reply, or not as long: left out",
             sorted(missing),
         )
-    # Where most replies have a metric; the weight first, where Flower looks for it.
+    # The record in which most replies have a metric; the weight's first, since Flower
+    # looks for it in the first record.
     homes = {
         name: Counter(metrics[name][0] for metrics in every).most_common(1)[0][0]
         for name in sorted({x for x, _ in common}, key=lambda x: x != weighted_by_key)
@@ -276,7 +280,7 @@ def _metrics(
 ) -> dict[str, tuple[str, MetricRecordValues]]:
     """Return a reply's metrics by name: the key of their record, and their value.
 
-    Of a name that occurs twice, the value beside the metric ``first`` counts.
+    If a name occurs twice, the value in the record of the metric ``first`` counts.
     """
     records = [(k, x) for k, x in content.items() if isinstance(x, MetricRecord)]
     records.sort(key=lambda item: first not in item[1])

@@ -1,14 +1,14 @@
-"""Save a run after each round and continue it: safetensors for arrays, JSON else.
+"""Save a run after each round and continue it, with safetensors for arrays.
 
 A saved round is a folder ``round-00012`` with ``model.safetensors``,
-``state.safetensors`` (moments and other arrays of the strategy and of callbacks) and
-``state.json``, and with the states of the clients where the grid has them.
-It is written under another name, flushed to the disk and renamed, so that a folder of
-that name is complete; only then is the round before the last one deleted.
+``state.safetensors`` (moments and other arrays of the strategy and of callbacks),
+``state.json``, and the states of the clients where the grid has them. It is written
+under another name, flushed to the disk and renamed, so that a folder of that name is
+complete. Only then is the round before the last one deleted.
 
 Under a mechanism a round is released once it is saved, and ``released.json`` says which
-was last: a run is never continued from a round before, since it would release another
-model in its place.
+one was released last. A run is never continued from an earlier round, since it would
+release another model in the place of the one that was seen.
 """
 
 import fcntl
@@ -73,16 +73,17 @@ class Checkpoint:
     strategy : Stateful
         Its ``state_dict`` is saved and restored.
     configs : Mapping[str, ConfigRecord], optional
-        The configurations that the run hands to its strategy, by name. What it changes
-        in them is saved and restored, too.
+        The configurations that the run hands to its strategy, by name. Changes that
+        the strategy makes in them are saved and restored as well.
     grid : Grid, optional
         If its clients' ``states`` are in reach, they are saved and restored, and so is
         what the grid itself has in its ``state_dict``.
     callbacks : Stateful, optional
-        Whose state is saved and restored beside the strategy's.
+        Their states are saved and restored beside the strategy's.
     run_config : Mapping, optional
-        What clients may find in their run config. Where it is another than that of the
-        saved run, a warning says so: part of it, such as a folder of results, may be.
+        The run config that clients may read. If it differs from that of the saved run,
+        a warning says so; it is not refused, since some of it, such as a folder of
+        results, may differ.
     releases : bool (default: False)
         Whether rounds are released under a mechanism, each once and for all.
 
@@ -122,6 +123,7 @@ class Checkpoint:
         self._run_config = readable(run_config or {})
         self._initial = ""
         self.releases = releases
+        # Tried now, so that a folder without permission does not cost the first round.
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / ".writable"
@@ -175,9 +177,10 @@ class Checkpoint:
         return sorted(int(match.group(1)) for match in matches if match)
 
     def save(self, server_round: int, result: Result) -> bool:
-        """Save a round; report and return False if the disk does not take it.
+        """Save a round; if the disk fails, log that and return False.
 
-        A round that was saved before, without its evaluation, is there all the time.
+        A round may be saved twice, first without its evaluation: at every moment one of
+        the two is complete on the disk.
         """
         partial = self.folder / f".partial-{os.getpid()}"
         final = self._path(server_round)
@@ -187,6 +190,8 @@ class Checkpoint:
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
             self._write(partial, server_round, result)
+            # A folder cannot be renamed over another one: the old one steps aside, and
+            # ``restore`` puts it back if the process is killed between the two steps.
             if final.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
                 final.rename(replaced)
@@ -211,6 +216,7 @@ class Checkpoint:
             )
             return False
         shutil.rmtree(replaced, ignore_errors=True)
+        # Two rounds are kept: if the last one is damaged, the one before can be used.
         for old in self.rounds()[:-2]:
             shutil.rmtree(self._path(old), ignore_errors=True)
         return True
@@ -244,6 +250,8 @@ class Checkpoint:
         if not rounds:
             self._say_whether_states_are_saved()
             return 0
+        # Everything is read and compared first: a run that is refused has changed
+        # neither the strategy nor the result.
         path = self._path(rounds[-1])
         try:
             saved = self._read(path)
@@ -311,7 +319,7 @@ class Checkpoint:
         return None
 
     def _say_whether_states_are_saved(self) -> None:
-        """Warn at the start of a run whose clients would start anew in the next."""
+        """Warn at the start if clients' states will not be in the checkpoint."""
         half = getattr(self.strategy, "client_half", None)
         if self._clients is None and getattr(half, "keeps_state", False):
             log(
@@ -322,7 +330,7 @@ class Checkpoint:
             )
 
     def _note_release(self, server_round: int) -> None:
-        """Write that a round is released, for good, before it is."""
+        """Write that a round is released, on the disk, before anybody sees it."""
         partial = self.folder / ".released"
         partial.write_text(write({"round": server_round}), "utf-8")
         flush(partial)
@@ -434,10 +442,11 @@ class Checkpoint:
             )
 
     def _compare_start(self, path: Path, initial: str, complete: bool) -> None:
-        """Compare initial models: the saved one counts, and a complete run has no use.
+        """Compare the initial model with that of the saved run.
 
-        A run that was interrupted is continued with a warning, because a model that is
-        initialised at random without a seed is another in every process.
+        A complete run with another one is refused, since its result would be returned
+        for the wrong start. An interrupted run is continued with a warning, because a
+        model that is initialised without a seed is another one in every process.
         """
         if initial in ("", self._initial):
             return
@@ -486,6 +495,7 @@ def _digest(path: Path) -> str:
 
 
 def _contiguous(arrays: Mapping[str, NDArray]) -> Arrays:
+    # safetensors writes memory as it lies; and NumPy makes 1-d arrays of 0-d ones here.
     return {
         name: np.ascontiguousarray(x).reshape(x.shape) for name, x in arrays.items()
     }

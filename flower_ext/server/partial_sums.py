@@ -1,4 +1,4 @@
-"""Partial sums: replies are added up where they are made, and never travel.
+"""Partial sums: workers add up the contributions of the clients that they ran.
 
 ::
 
@@ -7,8 +7,8 @@
                                                        +-> merged in client order
     worker:  reply -> term -> clipped term  > Total  --+
 
-What travels is one sum a pack, and every client's metrics. The server's memory is then
-that of a few models, whatever the cohort.
+One sum for each pack travels to the server, and the metrics of every client. The server
+then needs the memory of a few models, however large the cohort is.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -47,18 +47,18 @@ class Summand:
     Attributes
     ----------
     strategy : Contributing
-        Of the strategy what does not begin with ``_``.
+        The strategy, without the attributes whose names begin with ``_``.
     round : Round
         The round, without its cohort.
     places : Mapping[int, int]
         The place of every node that was asked.
     keys : ReplyKeys
-        Where in a reply what is found.
+        Keys of the model's record and of the number of examples.
     shapes : dict[str, tuple]
-        Of a contribution's arrays and scalars, as far as the strategy names them.
+        Shapes of a contribution's arrays and scalars, by the strategy's ``zero``.
     clip : callable or None
-        Under a mechanism: ``Contribution -> Contribution``, or None if it is not
-        finite.
+        Under a mechanism ``Contribution -> Contribution``; it returns None for a
+        contribution that is not finite.
     """
 
     strategy: Contributing
@@ -74,12 +74,11 @@ class Summand:
         Parameters
         ----------
         content : RecordDict
-            Of one client's reply.
+            Content of one client's reply.
         node : int
             The client's node.
         check : bool
-            Whether to look for values that would spoil the model; where terms are
-            clipped, none can.
+            Whether to look for values that would spoil the model. Clipped terms cannot.
 
         Raises
         ------

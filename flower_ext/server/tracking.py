@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 CLIENTS_FILE = "clients.jsonl"
 RUN_FILE = "run.json"
-# Whose versions decide what a run computes.
+# Packages whose versions decide what a run computes.
 _PACKAGES = ("flower-ext", "flwr", "ray", "torch", "numpy", "transformers", "peft")
 # Columns of what is spent in a round, which a plot adds up over the rounds.
 _SPENT = ("bytes/", "encoded-bytes/", "parameters/", "messages/", "seconds/")
@@ -35,20 +35,20 @@ _SPENT = ("bytes/", "encoded-bytes/", "parameters/", "messages/", "seconds/")
 class Tracker(Callback):
     """Writes every round to ``metrics.jsonl`` and logs one line of progress.
 
-    Each line is strict JSON; a metric that is not finite is there by its name, such as
-    ``"nan"`` or ``"-inf"``, of which :func:`read_metrics` makes a number again.
+    Each line is strict JSON. A metric that is not finite is written by its name, such
+    as ``"nan"`` or ``"-inf"``, which :func:`read_metrics` turns back into a number.
 
     Parameters
     ----------
     folder : path
         Results folder of one run; made if missing. A run that is continued keeps the
-        rounds before; a new run starts the file anew, and the curves of TensorBoard.
+        earlier rounds; a new run starts the file and TensorBoard's curves anew.
     tensorboard : bool, optional
         Write TensorBoard events too; by default if the package is installed.
     per_client : bool (default: False)
-        Write what every client has replied to ``clients.jsonl``, too: one line for each
-        of them in each phase, with its own metrics and bytes. Refused under a
-        mechanism, which no metric of a single client is covered by.
+        Also write the replies of single clients to ``clients.jsonl``: one line for each
+        client and phase, with its metrics and bytes. Refused under a mechanism, whose
+        epsilon does not cover the metrics of a single client.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Tracker(Callback):
         return None
 
     def round(self, this: FinishedRound) -> str | None:
-        """Record one round; a disk that does not take it is reported, not fatal."""
+        """Record one round; a disk that fails is logged and ends nothing."""
         row = this.row()
         self._append(METRICS_FILE, this.number, [row])
         if self.needs_clients:
@@ -161,7 +161,8 @@ class Tracker(Callback):
         """Begin a file of events; those of the round and later are void."""
         from torch.utils.tensorboard import SummaryWriter
 
-        # Files are read in the order of their names, which tell no more than seconds.
+        # TensorBoard reads files in the order of their names, which hold whole seconds:
+        # a second file in the same second could be read first.
         while any(self.folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
             time.sleep(0.05)
         self._events = SummaryWriter(str(self.folder), purge_step=number)
@@ -169,7 +170,8 @@ class Tracker(Callback):
 
 
 def _keep(path: Path, done: int) -> None:
-    """Keep the rows of the rounds that were done; write the others' anew."""
+    """Keep the rows of the rounds that were done; the others will be written anew."""
+    # By a rename, so that an interruption loses no row.
     kept = [row for row in _read(path) if int(str(row["round"])) <= done]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(write(row) + "\n" for row in kept), "utf-8")
@@ -215,7 +217,7 @@ def _rows(lines: Iterable[str]) -> Iterator[dict[str, object]]:
     for line in lines:
         try:
             yield numbers(json.loads(line))
-        except json.JSONDecodeError:
+        except json.JSONDecodeError:  # cut off by an interruption
             return
 
 
