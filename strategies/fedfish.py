@@ -14,7 +14,6 @@ confused with FedFisher (Jhunjhunwala et al. 2024), which is one-shot.
 """
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal, Unpack, get_args
 
@@ -36,8 +35,8 @@ from flower_ext.core.arrays import (
     zeros_like,
 )
 from flower_ext.core.contribution import DELTA, Contribution, Total
-from flower_ext.core.errors import refuse
-from flower_ext.core.protocol import Config, Metrics, Reply, Round
+from flower_ext.core.errors import at_least, one_of, refuse, yes_or_no
+from flower_ext.core.protocol import Config, Metrics, Reply, Round, weighted_mean
 from flower_ext.core.replies import MalformedReply
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
@@ -155,8 +154,7 @@ class FedFishClient(ClientHalf):
     def begin(self, local: Local) -> None:
         """Choose the passes that count."""
         estimator = local.config.get(ESTIMATOR_KEY, "last-epoch")
-        if estimator not in get_args(Estimator):
-            refuse("estimator", estimator, f"one of {get_args(Estimator)}")
+        one_of("estimator", str(estimator), get_args(Estimator))
         if estimator == "sampled" and local.task.sample_labels is None:
             refuse("estimator", estimator, "used with a Task that has sample_labels")
         if estimator in ("last-epoch", "all-epochs") and local.num_steps:
@@ -330,20 +328,12 @@ class FedFish(AdditiveStrategy):
         **options: Unpack[AdditiveOptions],
     ) -> None:
         super().__init__(*flowers, **options)
-        if isinstance(damping, bool) or not (
-            isinstance(damping, int | float) and damping >= 0
-        ):
-            refuse("damping", damping, ">= 0", "infinity is FedAvg, 0 no damping")
-        if not isinstance(barrier, bool):
-            refuse("barrier", barrier, "True or False")
-        if estimator not in get_args(Estimator):
-            refuse("estimator", estimator, f"one of {get_args(Estimator)}")
-        if normalization not in get_args(Normalization):
-            refuse("normalization", normalization, f"one of {get_args(Normalization)}")
-        self.damping = float(damping)
-        self.estimator = estimator
-        self.normalization = normalization
-        self.barrier = barrier
+        cause = "infinity is FedAvg, 0 no damping"
+        self.damping = at_least("damping", damping, 0, cause, allow_inf=True)
+        choices = get_args(Normalization)
+        self.normalization = one_of("normalization", normalization, choices)
+        self.estimator = one_of("estimator", estimator, get_args(Estimator))
+        self.barrier = yes_or_no("barrier", barrier)
 
     def tell(self, round: Round) -> Config:
         """Tell clients which Fisher to send."""
@@ -362,8 +352,8 @@ class FedFish(AdditiveStrategy):
         # Squares beyond float32 tell nothing, and would overflow in sums of float64.
         like = {
             name: np.broadcast_to(np.float32(0), x.shape)
-            for name, x in sent.items()
-            if name in record and is_averaged(x)
+            for name, x in round.floats.items()
+            if name in record
         }
         fisher = reply.arrays(FISHER_KEY, like)
         if not fisher or any(np.min(f, initial=0) < 0 for f in fisher.values()):
@@ -376,23 +366,17 @@ class FedFish(AdditiveStrategy):
 
     def zero(self, sent: Arrays) -> Contribution:
         """Return no change that nobody knows anything of."""
-        known = zeros_like({k: x for k, x in sent.items() if is_averaged(x)})
-        return Contribution(
-            {DELTA: zeros_like(sent), FISHER_KEY: known, FISHER_DELTA: known}
-        )
+        zeros = zeros_like(sent)
+        known = {name: x for name, x in zeros.items() if is_averaged(x)}
+        return Contribution({DELTA: zeros, FISHER_KEY: known, FISHER_DELTA: known})
 
     def update(self, total: Total, round: Round) -> Arrays:
         """Return the mean in function space."""
         fisher = total.take(FISHER_KEY)
         if floor := total.noise.get(FISHER_KEY):  # below it, sums may be negative
             fisher = {name: np.maximum(f, floor, out=f) for name, f in fisher.items()}
-        return function_space_mean(
-            total.take(FISHER_DELTA),
-            fisher,
-            total.take(DELTA),
-            total.weight,
-            self.damping,
-        )
+        product, delta = total.take(FISHER_DELTA), total.take(DELTA)
+        return function_space_mean(product, fisher, delta, total.weight, self.damping)
 
     def report(self, total: Total, round: Round) -> Metrics:
         """Return the mean Fisher of the cohort."""
@@ -401,16 +385,8 @@ class FedFish(AdditiveStrategy):
 
     def report_evaluate(self, replies: Sequence[Reply], round: Round) -> Metrics:
         """Return the Client-Server Barrier over the clients that know theirs."""
-        total = lost = 0.0
-        for reply in replies:
-            try:
-                barrier = reply.number(BARRIER, low=-sys.float_info.max)
-                weight = reply.number(BARRIER_EXAMPLES)
-            except MalformedReply:  # it did not train, or one of its models diverged
-                continue
-            total += weight
-            lost += weight * barrier
-        return {"client-server-barrier": lost / total} if total else {}
+        lost = weighted_mean(replies, BARRIER, BARRIER_EXAMPLES)
+        return {} if lost is None else {"client-server-barrier": lost}
 
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""

@@ -14,7 +14,6 @@ arXiv:2205.14840).
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -31,8 +30,8 @@ from flower_ext.client.task import Batch, evaluate, num_examples
 from flower_ext.client.trainer import train
 from flower_ext.core.arrays import Arrays
 from flower_ext.core.contribution import DELTA, Contribution, Total
-from flower_ext.core.errors import at_least, positive, refuse, whole
-from flower_ext.core.protocol import Config, Metrics, Reply, Round
+from flower_ext.core.errors import at_least, finite, positive, whole
+from flower_ext.core.protocol import Config, Metrics, Reply, Round, means_by_kind
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
@@ -296,35 +295,25 @@ class MaxFL(AdditiveStrategy):
         **options: Unpack[AdditiveOptions],
     ) -> None:
         super().__init__(*flowers, **options)
-        positive("temperature", temperature)
-        at_least("epsilon", epsilon, 0)
-        whole("warmup_steps", warmup_steps, 1)
-        if requirement is not None and (
-            isinstance(requirement, bool)
-            or not isinstance(requirement, int | float)
-            or not math.isfinite(requirement)
-        ):
-            refuse("requirement", requirement, "a finite number, or None")
-        whole("warmup_rounds", warmup_rounds, 0)
-        whole("opt_out_from", opt_out_from, 0)
-        self.temperature = temperature
-        self.epsilon = epsilon
-        self.warmup_steps = warmup_steps
+        self.temperature = positive("temperature", temperature)
+        self.epsilon = at_least("epsilon", epsilon, 0)
+        self.warmup_steps = whole("warmup_steps", warmup_steps, 1)
         self.requirement = requirement
-        self.warmup_rounds = warmup_rounds
-        self.opt_out_from = opt_out_from
+        if requirement is not None:
+            finite("requirement", requirement, "None lets clients find their own")
+        self.warmup_rounds = whole("warmup_rounds", warmup_rounds, 0)
+        self.opt_out_from = whole("opt_out_from", opt_out_from, 0)
         self._seen: set[int] = set()
 
     def tell(self, round: Round) -> Config:
         """Tell clients temperature, source of their requirement, if they may leave."""
-        told = {
+        rho = self.requirement
+        return {
             TEMPERATURE_KEY: self.temperature,
             WARMUP_KEY: self.warmup_steps,
             OPT_OUT_KEY: self.opt_out_from,
+            **({} if rho is None else {REQUIREMENT_KEY: float(rho)}),
         }
-        if self.requirement is not None:
-            told[REQUIREMENT_KEY] = float(self.requirement)
-        return told
 
     def contribution(self, reply: Reply, round: Round) -> Contribution:
         r"""Return :math:`\Delta_k` of weight :math:`q_k`; of 0 without examples."""
@@ -362,21 +351,20 @@ class MaxFL(AdditiveStrategy):
 
         ``-seen`` and ``-unseen`` are means in which every client counts once.
         """
-        values: dict[str, list[float]] = {}
+        rows, appeals, weights = [], [], (self.weighted_by_key, WEIGHT)
         for reply in replies:
-            who = "seen" if reply.client in self._seen else "unseen"
-            for name, value in _scalars(reply).items():
-                if name == APPEALED:
-                    if not 0 <= value <= 1:
-                        problem = "metric %r=%s left out, it must be from 0 to 1"
-                        log(WARNING, problem, name, value)
-                        continue
-                    name = "gm-appeal"
-                    values.setdefault(name, []).append(value)
-                elif name in (self.weighted_by_key, WEIGHT):
-                    continue
-                values.setdefault(f"{name}-{who}", []).append(value)
-        return {name: sum(found) / len(found) for name, found in values.items()}
+            metrics = reply.numbers()
+            appealed = metrics.pop(APPEALED, None)
+            if appealed is not None and 0 <= appealed <= 1:
+                metrics["gm-appeal"] = appealed
+                appeals.append(appealed)
+            elif appealed is not None:
+                problem = "metric %r=%s left out, it must be from 0 to 1"
+                log(WARNING, problem, APPEALED, appealed)
+            own = {k: x for k, x in metrics.items() if k not in weights}
+            rows.append(("seen" if reply.client in self._seen else "unseen", own))
+        overall = {"gm-appeal": sum(appeals) / len(appeals)} if appeals else {}
+        return {**overall, **means_by_kind(rows)}
 
     def _all_alike(self, round: Round) -> bool:
         """Whether all clients weigh the same in a round."""
@@ -402,13 +390,3 @@ class MaxFL(AdditiveStrategy):
             "Clients may leave from round": self.opt_out_from or "never",
             **super().settings(),
         }
-
-
-def _scalars(reply: Reply) -> dict[str, float]:
-    """Return the finite numbers of a reply's metrics."""
-    return {
-        name: float(value)
-        for record in reply.content.metric_records.values()
-        for name, value in record.items()
-        if isinstance(value, int | float) and abs(value) <= sys.float_info.max
-    }

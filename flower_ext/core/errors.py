@@ -26,11 +26,14 @@ def finite(name: str, value: object, cause: str = "") -> float:
     return number
 
 
-def at_least(name: str, value: object, low: float, cause: str = "") -> float:
-    """Require a finite number ``value >= low``."""
+def at_least(
+    name: str, value: object, low: float, cause: str = "", *, allow_inf: bool = False
+) -> float:
+    """Require a number ``value >= low``; infinity only where it has a meaning."""
     number = _number(value)
-    if not number >= low or math.isinf(number):
-        refuse(name, value, f"a finite number >= {low:g}", cause)
+    if not number >= low or (math.isinf(number) and not allow_inf):
+        kind = "" if allow_inf else "finite "
+        refuse(name, value, f"a {kind}number >= {low:g}", cause)
     return number
 
 

@@ -5,7 +5,8 @@ are sent, a :class:`Reply` what one client answers. The keys of records that bot
 must know are here as well.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NoReturn, Protocol, TypeVar
@@ -205,6 +206,15 @@ class Reply:
         """Return a metric: a number of at least ``low`` that a float32 can hold."""
         return self._read(read_scalar, key, low)
 
+    def numbers(self) -> dict[str, float]:
+        """Return all metrics that are single finite numbers; malformed is none."""
+        return {
+            name: float(value)
+            for record in self.content.metric_records.values()
+            for name, value in record.items()
+            if isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        }
+
     def share(self, key: str, high: float = 1.0) -> float:
         """Return a metric from 0 to ``high``."""
         found = self.number(key)
@@ -235,6 +245,40 @@ class Reply:
         problem = MalformedReply(reason)
         problem.client = self.client
         raise problem
+
+
+def weighted_mean(replies: Iterable[Reply], key: str, weight: str) -> float | None:
+    """Return the mean of a metric, weighted by another, over replies that have both."""
+    total = weighed = 0.0
+    for reply in replies:
+        try:
+            value = reply.number(key, low=-sys.float_info.max)
+            share = reply.number(weight)
+        except MalformedReply:  # it has none, or one that is not finite
+            continue
+        total += share
+        weighed += share * value
+    return weighed / total if total else None
+
+
+def means_by_kind(rows: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Return the mean of each metric over the clients of a kind, each counted once.
+
+    Parameters
+    ----------
+    rows : iterable of (str, Mapping[str, float])
+        A client's kind, and its metrics.
+
+    Examples
+    --------
+    >>> means_by_kind([("seen", {"loss": 1.0}), ("seen", {"loss": 3.0}), ("new", {})])
+    {'loss-seen': 2.0}
+    """
+    values: dict[str, list[float]] = {}
+    for kind, metrics in rows:
+        for name, value in metrics.items():
+            values.setdefault(f"{name}-{kind}", []).append(value)
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 @dataclass(frozen=True)

@@ -829,12 +829,12 @@ def test_summary_logs_the_settings(caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"damping": -0.1}, r"damping=-0\.1 must be >= 0: infinity is FedAvg"),
-        ({"damping": nan}, "damping=nan must be >= 0"),
-        ({"damping": -inf}, "damping=-inf must be >= 0"),
-        ({"damping": "0.1"}, "damping='0.1' must be >= 0"),
-        ({"damping": True}, "damping=True must be >= 0"),
-        ({"damping": None}, "damping=None must be >= 0"),
+        ({"damping": -0.1}, r"damping=-0\.1 must be a number >= 0: infinity is FedAvg"),
+        ({"damping": nan}, "damping=nan must be a number >= 0"),
+        ({"damping": -inf}, "damping=-inf must be a number >= 0"),
+        ({"damping": "0.1"}, "damping='0.1' must be a number >= 0"),
+        ({"damping": True}, "damping=True must be a number >= 0"),
+        ({"damping": None}, "damping=None must be a number >= 0"),
         ({"estimator": "exact"}, "estimator='exact' must be one of .*'last-epoch'"),
         ({"estimator": ["sampled"]}, r"estimator=\['sampled'\] must be one of"),
         ({"normalization": "mean"}, "normalization='mean' must be one of .*'client'"),
