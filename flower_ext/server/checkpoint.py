@@ -135,6 +135,16 @@ class Checkpoint:
                 f"{error.strerror}"
             ) from error
 
+    def contents(self) -> str:
+        """Return where rounds are saved, and whether clients' states are with them."""
+        if self._clients:
+            return f"{self.folder}, with what clients keep"
+        return (
+            f"{self.folder}, but not what clients keep in context.state: it is out of "
+            "this grid's reach, so that clients of a continued run start anew. A "
+            "LocalGrid has it in reach, and so has a PackedGrid in a simulation"
+        )
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep every other run out of the folder; until this one ends.
@@ -248,7 +258,6 @@ class Checkpoint:
         rounds = self.rounds()
         self._require_released(max(rounds, default=0))
         if not rounds:
-            self._say_whether_states_are_saved()
             return 0
         # Everything is read and compared first: a run that is refused has changed
         # neither the strategy nor the result.
@@ -317,17 +326,6 @@ class Checkpoint:
                 "hand to them: continue on a LocalGrid or a PackedGrid in a simulation"
             )
         return None
-
-    def _say_whether_states_are_saved(self) -> None:
-        """Warn at the start if clients' states will not be in the checkpoint."""
-        half = getattr(self.strategy, "client_half", None)
-        if self._clients is None and getattr(half, "keeps_state", False):
-            log(
-                WARNING,
-                "Clients' states are out of this grid's reach, and will not be in the "
-                "checkpoint: if the run is continued, clients start anew. A LocalGrid "
-                "has them in reach, and so has a PackedGrid in a simulation",
-            )
 
     def _note_release(self, server_round: int) -> None:
         """Write that a round is released, on the disk, before anybody sees it."""

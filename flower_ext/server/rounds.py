@@ -252,7 +252,7 @@ class _Run:
     def _restore(self) -> None:
         """Take over the last saved round, if there is one."""
         if self.saved:
-            log(INFO, "Rounds are saved in %s", self.saved.folder)
+            log(INFO, "Rounds are saved in %s", self.saved.contents())
             self.done = self.saved.restore(self.result, self.num_rounds)
         if self.done == self.num_rounds > 0:
             log(INFO, "The run is already complete: its result is returned")

@@ -243,12 +243,6 @@ def test_a_full_disk_leaves_the_round_before(tmp_path, monkeypatch):
 # Out of reach ------------------------------------------------------------------------
 
 
-class Personal:
-    """A client half that keeps a state."""
-
-    keeps_state = True
-
-
 def test_where_states_are_out_of_reach_the_log_says_so(tmp_path, caplog):
     def run():
         caplog.clear()
@@ -257,15 +251,15 @@ def test_where_states_are_out_of_reach_the_log_says_so(tmp_path, caplog):
         return run, caplog.text
 
     plain, text = run()
-    assert "reach" not in text
-    plain.checkpoint.strategy.client_half = Personal
-    plain.restore()
-    assert caplog.text.count("Clients' states are out of this grid's reach") == 1
+    assert "anew" not in text  # but in what the run says first
+    assert "clients of a continued run start anew" in plain.checkpoint.contents()
     plain.save(1)
     _, text = run()
     assert text.count("Clients start anew: their states are not in the checkp") == 1
     caplog.clear()
-    Run(tmp_path).restore()  # in reach now, too late
+    now = Run(tmp_path)
+    assert now.checkpoint.contents() == f"{tmp_path}, with what clients keep"
+    now.restore()  # in reach now, too late
     assert caplog.text.count("Clients start anew: their states are not in the ch") == 1
 
 
