@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flower_ext.runs.launch import run_app
+from flower_ext.runs.launch import RunFailed, run_app
 
 APP = Path(__file__).parent / "flower_app"
 pytestmark = pytest.mark.slow
@@ -14,8 +14,21 @@ pytestmark = pytest.mark.slow
 def test_both_transports_under_flwr_run_give_what_plain_clients_give(
     plain_clients, tmp_path
 ):
-    file = tmp_path / "results.json"
-    run_app(APP, run_config={"results": str(file)}, num_supernodes=2, timeout=300)
+    """With states, over messages, of a run whose server was killed within a round."""
+    file, saved = tmp_path / "results.json", tmp_path / "saved"
+    config = {"results": str(file), "checkpoint": str(saved)}
+    with pytest.raises(RunFailed):
+        run_app(
+            APP,
+            run_config={**config, "transports": "messages"},
+            num_supernodes=2,
+            timeout=300,
+        )
+    assert [path.name for path in (saved / "messages").glob("round-*")] == [
+        "round-00001"
+    ]
+    run_app(APP, run_config=config, num_supernodes=2, timeout=300)
+    assert (saved / "messages" / "round-00003").is_dir()
     results = json.loads(file.read_text("utf-8"))
     assert set(results) == {"ray", "messages"}
     workers, expected = {}, plain_clients(3)

@@ -66,6 +66,24 @@ def test_an_app_that_cannot_be_loaded_ends_the_run(make, ask, app, message):
     assert message in str(caught.value)
 
 
+def test_a_gigabyte_of_states_is_in_nobodys_memory(make, ask):
+    from heavy import resident
+
+    grid = make(1000, client_app="heavy:app")
+    first = max(values(ask(grid, range(10)), "mib"))
+    before = resident()
+    for count in (0, 1):
+        replies = ask(grid, range(10, 1000), timeout=300)
+        assert set(values(replies, "count")) == {count}
+        assert max(values(replies, "mib")) < first + 100
+        assert resident() < before + 100
+    assert grid.states.in_memory == 0
+    assert len(list(grid.states.shelf().folder.iterdir())) < 2000
+    folder = grid.states.shelf().folder
+    grid.close()
+    assert not folder.exists()
+
+
 # Workers that die, and clients that hang --------------------------------------------
 
 

@@ -1,9 +1,20 @@
-"""A client that counts its visits and moves the model by its number."""
+"""A client that counts its visits and moves the model by a momentum of its own."""
 
 import os
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 
 from flower_ext.simulation import packed
@@ -11,16 +22,30 @@ from flower_ext.simulation import packed
 app = ClientApp(mods=[packed])
 
 
+def _kill(context: Context, config: ConfigRecord) -> None:
+    """Kill the server in round 2, if its process is in a file that says so."""
+    victim = Path(str(context.run_config["checkpoint"])) / "victim"
+    if config["server-round"] == 2 and victim.is_file():
+        os.kill(int(victim.read_text()), signal.SIGKILL)
+        time.sleep(60)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Move the model by a step times the client's number."""
+    """Move the model by the momentum, which odd clients keep in a large state."""
     client = int(context.node_config["partition-id"])
+    _kill(context, message.content.config_records["config"])
     step = float(context.run_config["step"])
     visits = context.state.metric_records.get("visits", MetricRecord({"n": 0}))
     visits["n"] = int(visits["n"]) + 1
     context.state["visits"] = visits
+    momentum = np.zeros(20_000 if client % 2 else 1, np.float32)
+    if "momentum" in context.state:
+        momentum = context.state.array_records["momentum"]["v"].numpy()
+    momentum = momentum / 2 + np.float32(step * client)
+    context.state["momentum"] = ArrayRecord({"v": Array(momentum)})
     moved = {
-        name: Array(np.asarray(array.numpy() + np.float32(step * client)))
+        name: Array(np.asarray(array.numpy() + momentum[0]))
         for name, array in message.content.array_records["arrays"].items()
     }
     metrics = MetricRecord(

@@ -1,6 +1,7 @@
 """Some rounds on each transport; writes down what came out."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def collect(replies: list[RecordDict], weighted_by_key: str) -> MetricRecord:
 def main(grid: Grid, context: Context) -> None:
     """Run the strategy on a grid of each transport."""
     results = {}
+    checkpoint = str(context.run_config["checkpoint"])
+    victim = Path(checkpoint) / "victim"
+    if checkpoint and not victim.parent.exists():  # the first of two runs
+        victim.parent.mkdir()
+        victim.write_text(str(os.getpid()), "utf-8")
+    elif checkpoint:
+        victim.unlink()
     for transport in str(context.run_config["transports"]).split():
         clients = PackedGrid(
             grid,
@@ -42,6 +50,7 @@ def main(grid: Grid, context: Context) -> None:
             grid=clients,
             initial_arrays=ArrayRecord({"w": Array(np.zeros(4, np.float32))}),
             num_rounds=int(context.run_config["rounds"]),
+            checkpoint=f"{checkpoint}/{transport}" if checkpoint else None,
         )
         results[transport] = {
             "w": result.arrays["w"].numpy().tolist(),
