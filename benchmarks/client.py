@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from flower_ext.client.half import ClientHalf, Local, LocalSettings
 from flower_ext.client.task import Batch, Task
-from flower_ext.client.trainer import train
 from flower_ext.strategies import FedFishClient
 
 LIMIT = 1.15
@@ -72,7 +71,7 @@ def measure(name: str, model: nn.Module, task: Task, data: Batch, epochs: int) -
             context=Context(1, 1, {"partition-id": 0}, RecordDict(), {}),
             device=torch.device("cpu"),
         )
-        train(local, half)
+        local.session.train(local, half)
         half.records(local)
 
     ours, plain = medians(lambda: run(FedFishClient()), lambda: run(ClientHalf()))

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flower_ext.client.app import client_app as client_app
+    from flower_ext.client.dp_sgd import DPSGD as DPSGD
     from flower_ext.client.half import ClientHalf as ClientHalf
     from flower_ext.client.task import Task as Task
+    from flower_ext.client.trainer import Plain as Plain
     from flower_ext.core.contribution import Contribution as Contribution
     from flower_ext.core.contribution import Total as Total
     from flower_ext.core.protocol import Payload as Payload
@@ -35,12 +37,14 @@ _HOME = {
     "AdditiveStrategy": "server.additive",
     "ClientHalf": "client.half",
     "Contribution": "core.contribution",
+    "DPSGD": "client.dp_sgd",
     "KeepBest": "server.callbacks",
     "LocalGrid": "simulation.local",
     "MalformedReply": "core.replies",
     "Mechanism": "privacy.mechanism",
     "PackedGrid": "simulation.packed_grid",
     "Payload": "core.protocol",
+    "Plain": "client.trainer",
     "Reply": "core.protocol",
     "Round": "core.protocol",
     "RoundStrategy": "server.strategy",

@@ -71,8 +71,8 @@ class BoundedGroupLossClient(ClientHalf):
             self._gradient = {GRADIENT_KEY: mean_gradient(local, self.objective)}
 
     def objective(self, losses: Tensor, batch: Batch) -> Tensor:
-        """Return the weighted mean loss."""
-        return ((1 + self._multipliers[self._index(batch)]) * losses).mean()
+        """Return the weighted losses."""
+        return (1 + self._multipliers[self._index(batch)]) * losses
 
     def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
         """Return the sums of losses and the counts, and the gradient if asked for."""

@@ -19,13 +19,14 @@ from typing import Literal, Unpack, get_args
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, MetricRecord
+from flwr.app import ArrayRecord
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flower_ext.client.fisher import Batch, SquaredGradients, per_example, tensor_record
+from flower_ext.client.fisher import Batch, SquaredGradients, per_example
 from flower_ext.client.half import ClientHalf, Local
 from flower_ext.client.task import batches, num_examples
+from flower_ext.client.tensors import tensor_record
 from flower_ext.core.arrays import (
     Arrays,
     Term,
@@ -141,7 +142,7 @@ class FedFishClient(ClientHalf):
     r"""Collects the diagonal Fisher while the client trains.
 
     With the strategy's ``barrier=True`` it also keeps the loss of its trained model on
-    its training data, :math:`L(\theta_k; D_k)`, in ``context.state``, and at an
+    its training data, :math:`L(\theta_k; D_k)`, as personal state, and at an
     evaluation in the same round reports how much more the aggregate loses there.
     """
 
@@ -166,9 +167,9 @@ class FedFishClient(ClientHalf):
             )
 
     def objective(self, losses: Tensor, batch: Batch) -> Tensor:
-        """Return the mean loss, and count what it is the mean of."""
+        """Count the examples whose mean is minimised."""
         self._examples = len(losses)
-        return super().objective(losses, batch)
+        return losses
 
     def after_backward(self, model: nn.Module) -> None:
         """Take in the squared gradients."""
@@ -184,16 +185,15 @@ class FedFishClient(ClientHalf):
 
     def keep_loss(self, local: Local) -> None:
         """Keep the loss of the trained model until this round's evaluation."""
-        local.context.state[FISHER_KEY] = MetricRecord(
-            {"round": local.server_round, "loss": local.mean_loss(local.train)}
-        )
+        loss = local.mean_loss(local.train)
+        local.personal.save(barrier={"round": local.server_round, "loss": loss})
 
     def evaluate(self, local: Local) -> Metrics:
         """Return the client's term of the Client-Server Barrier, if it trained."""
-        kept = local.context.state.metric_records.get(FISHER_KEY)
-        if kept is None or kept["round"] != local.server_round:
+        kept = local.personal.numbers("barrier")
+        if kept.get("round") != local.server_round:
             return {}
-        lost = local.mean_loss(local.train) - float(kept["loss"])  # type: ignore[arg-type]
+        lost = local.mean_loss(local.train) - kept["loss"]
         return {BARRIER: lost, BARRIER_EXAMPLES: num_examples(local.train)}
 
 

@@ -21,13 +21,12 @@ from logging import WARNING
 from typing import Unpack
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord
 
 from flower_ext._flower import log
 from flower_ext.client.half import ClientHalf, Local
 from flower_ext.client.seeds import random_seed, seed_torch
 from flower_ext.client.task import Batch, evaluate, num_examples
-from flower_ext.client.trainer import train
 from flower_ext.core.arrays import Arrays
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import at_least, finite, positive, whole
@@ -44,7 +43,6 @@ TEMPERATURE_KEY = "maxfl-temperature"
 WARMUP_KEY = "maxfl-warmup-steps"
 REQUIREMENT_KEY = "maxfl-requirement"
 OPT_OUT_KEY = "maxfl-opt-out-from"
-_STATE = "maxfl"
 _OWN = "own-"
 
 
@@ -111,7 +109,7 @@ class MaxFLClient(ClientHalf):
     a model of the client's own, trained once from a fresh start for ``warmup_steps``
     steps. A model that training made no better, as where it diverged, is dropped for
     its fresh start. What is the client's own is fixed from then on and stays in
-    ``context.state``. The fresh start depends on the seed only and the training on
+    its personal state. The fresh start depends on the seed only and the training on
     seed, client and settings, so that a client that lost its state finds the same
     requirement. For this the settings belong in the run config, where training and
     evaluation both find them; a client may be asked for either first.
@@ -167,21 +165,21 @@ class MaxFLClient(ClientHalf):
         return metrics
 
     def _requires(self, local: Local) -> float:
-        return float(self._required(local)["requirement"])  # type: ignore[arg-type]
+        return self._required(local)["requirement"]
 
-    def _required(self, local: Local) -> MetricRecord:
+    def _required(self, local: Local) -> dict[str, float]:
         """Return the requirement and the own model's test metrics, kept or new."""
         if self._requirement is None and REQUIREMENT_KEY in local.config:
-            return MetricRecord({"requirement": local.number(REQUIREMENT_KEY, 0)})
-        kept = local.context.state.metric_records.get(_STATE)
-        if kept is None:
+            return {"requirement": local.number(REQUIREMENT_KEY, 0)}
+        kept = local.personal.numbers("maxfl")
+        if not kept:
             kept = (
                 _warm_up(local)
                 if self._requirement is None
-                else MetricRecord({"requirement": float(self._requirement(local))})
+                else {"requirement": float(self._requirement(local))}
             )
-            local.context.state[_STATE] = kept
-            own = float(kept["requirement"])  # type: ignore[arg-type]
+            local.personal.save(maxfl=kept)
+            own = kept["requirement"]
             if num_examples(local.train) and not math.isfinite(own):
                 log(
                     WARNING,
@@ -192,7 +190,7 @@ class MaxFLClient(ClientHalf):
         return kept
 
 
-def _warm_up(local: Local) -> MetricRecord:
+def _warm_up(local: Local) -> dict[str, float]:
     """Train a model of the client's own; return its training loss and test metrics."""
     steps = int(local.number(WARMUP_KEY, 100))
     with torch.random.fork_rng(devices=[]):
@@ -204,14 +202,14 @@ def _warm_up(local: Local) -> MetricRecord:
         settings=replace(local.settings, local_steps=steps),
         config=ConfigRecord({"server-round": 0}),
     )
-    train(own, ClientHalf())
+    own.fit()
     loss, before = (own.mean_loss(own.train, model) for model in (own.model, start))
     if not loss <= before:
         loss, own.model = before, start
-    found: Metrics = {"requirement": loss}
+    found = {"requirement": loss}
     for name, value in evaluate(own.task, own.model, own.test).items():
         found[_OWN + name] = value
-    return MetricRecord(found)
+    return found
 
 
 class MaxFL(AdditiveStrategy):

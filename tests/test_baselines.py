@@ -12,6 +12,7 @@ import pytest
 import torch
 from flwr.serverapp.strategy import QFedAvg
 
+from flower_ext.client.half import Proximal
 from flower_ext.core.arrays import to_record
 from flower_ext.runs.report import write_summary
 from flower_ext.simulation.local import app_config
@@ -141,13 +142,13 @@ def test_q_fedavg_is_flowers(baseline, reply, aggregate, exchange):
 
 @pytest.mark.parametrize("baseline", ["maxfl.client_app"], indirect=True)
 def test_proximal_term_is_half_mu_times_the_squared_distance(baseline):
-    half = baseline.Client()
-    now = torch.tensor([1.0, 3.0], requires_grad=True)
-    half._mu, half._pairs = 0.5, [(now, torch.tensor([0.0, 1.0]))]
-    loss = half.objective(torch.tensor([2.0, 4.0]), {})
-    assert float(loss) == pytest.approx(3.0 + 0.25 * 5.0)
-    loss.backward()
-    assert now.grad.tolist() == pytest.approx([0.5, 1.0])
+    half, model = baseline.Client(), torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 1.0)
+    half._term = Proximal({"weight": torch.tensor([[0.0, -1.0]])}, 0.5)
+    term = half.regularizer(model)
+    assert float(term) == pytest.approx(0.25 * 5.0)
+    term.backward()
+    assert model.weight.grad.tolist() == [pytest.approx([0.5, 1.0])]
 
 
 @pytest.mark.parametrize("baseline", ["maxfl.dataset"], indirect=True)

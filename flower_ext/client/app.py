@@ -30,9 +30,11 @@ from flower_ext.client.half import (
     LocalSettings,
     client_of,
 )
+from flower_ext.client.personal import kept_unless_done
 from flower_ext.client.seeds import random_seed, same_generators, seed_all
 from flower_ext.client.task import Batch, Task, evaluate, num_examples, tied_names
-from flower_ext.client.trainer import train
+from flower_ext.client.tensors import Tensors, read_tensors, tensor_record
+from flower_ext.client.trainer import Plain, Trainer
 from flower_ext.core.errors import refuse
 from flower_ext.core.protocol import (
     ARRAYS_KEY,
@@ -49,7 +51,12 @@ from flower_ext.wire.sparse import accept_sparse, unseal
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 
 
-def client_app(task: Task, *halves: HalfFactory, mods: Sequence[Mod] = ()) -> ClientApp:
+def client_app(
+    task: Task,
+    *halves: HalfFactory,
+    trainer: Trainer = Plain(),  # noqa: B008 (it keeps nothing)
+    mods: Sequence[Mod] = (),
+) -> ClientApp:
     """Make a ClientApp that trains and evaluates, for any strategy of the pack.
 
     Parameters
@@ -59,6 +66,9 @@ def client_app(task: Task, *halves: HalfFactory, mods: Sequence[Mod] = ()) -> Cl
     *halves : type of ClientHalf
         Client halves that the server may ask for, as classes or partials of them.
         Plain local training, which FedAvg and its like need, is always there.
+    trainer : Trainer (default: Plain())
+        How steps are taken, by every half: plain ones, or those of DP-SGD,
+        ``DPSGD(privacy)``.
     mods : sequence of callable
         Flower mods, such as :func:`~flower_ext.simulation.packed`.
 
@@ -82,61 +92,63 @@ def client_app(task: Task, *halves: HalfFactory, mods: Sequence[Mod] = ()) -> Cl
         refuse(
             "Task.model", type(task.model).__name__, "a function that makes it", cause
         )
+    if not isinstance(trainer, Trainer):
+        refuse("trainer", trainer, "a Trainer", "Plain() or DPSGD(privacy)")
     known: dict[str, HalfFactory] = {ClientHalf.name: ClientHalf}
     for half in halves:
         owner = _owner(half)
         name = getattr(owner, "name", None)
         if not callable(half) or not isinstance(name, str):
             refuse("halves", half, "classes derived from ClientHalf")
-        if len(halves) > 1 and getattr(owner, "exclusive", False):
-            refuse(
-                "halves",
-                [getattr(_owner(h), "__name__", h) for h in halves],
-                f"{getattr(owner, '__name__', owner)} alone",
-                "a server that asks for another half would get round its guarantee",
-            )
+        if isinstance(owner, type):
+            trainer.admit(owner)
         known[str(name)] = half
     app = ClientApp(mods=list(mods))
 
     @app.train()
     def train_(message: Message, context: Context) -> Message:
-        with _isolated():
-            local = _open(task, message, context)
-            half = _choose(known, local.config)
-            _require_told_ties(local.model, local.config)
-            loss = train(local, half)
-            arrays, metrics = half.records(local)
-        values: Metrics = {
-            "num-examples": num_examples(local.train),
-            "train-loss": loss,
-            **metrics,
-        }
-        values = half.release(values)
-        content = RecordDict(
-            {
-                ARRAYS_KEY: ArrayRecord(local.model.state_dict()),
-                **arrays,
-                METRICS_KEY: MetricRecord(values),
+        with kept_unless_done(context.state):
+            with _isolated():
+                local, half = _open(task, known, trainer, message, context)
+                _require_told_ties(local.model, local.config)
+                loss = local.session.train(local, half)
+                half.after_training(local)
+                arrays, metrics = half.records(local)
+            values: Metrics = {
+                "num-examples": num_examples(local.train),
+                "train-loss": loss,
+                **metrics,
             }
-        )
-        if tied := tied_names(local.model):
-            content[TIED_KEY] = ConfigRecord({**tied})
-        return Message(content, reply_to=message)
+            values = half.release(local.session.report(values))
+            content = RecordDict(
+                {
+                    ARRAYS_KEY: ArrayRecord(local.model.state_dict()),
+                    **{key: _record(group) for key, group in arrays.items()},
+                    METRICS_KEY: MetricRecord(values),
+                }
+            )
+            if tied := tied_names(local.model):
+                content[TIED_KEY] = ConfigRecord({**tied})
+            return Message(content, reply_to=message)
 
     @app.evaluate()
     def evaluate_(message: Message, context: Context) -> Message:
-        with _isolated():
-            local = _open(task, message, context)
-            half = _choose(known, local.config)
-            values: Metrics = {
-                "num-examples": num_examples(local.test),
-                **evaluate(task, local.model, local.test),
-                **half.evaluate(local),
-            }
-            values = half.release(values)
-        return Message(
-            RecordDict({METRICS_KEY: MetricRecord(values)}), reply_to=message
-        )
+        with kept_unless_done(context.state):
+            with _isolated():
+                local, half = _open(task, known, trainer, message, context)
+                own = half.model_to_evaluate(local)
+                values: Metrics = {
+                    "num-examples": num_examples(local.test),
+                    **(
+                        evaluate(task, local.model, local.test)
+                        if own is None
+                        else local.measure(own)
+                    ),
+                    **half.evaluate(local),
+                }
+                values = half.release(local.session.report_evaluation(values))
+            content = RecordDict({METRICS_KEY: MetricRecord(values)})
+            return Message(content, reply_to=message)
 
     return app
 
@@ -157,15 +169,16 @@ def _owner(half: HalfFactory) -> object:
     return half.func if isinstance(half, partial) else half
 
 
+def _record(group: ArrayRecord | Tensors) -> ArrayRecord:
+    return group if isinstance(group, ArrayRecord) else tensor_record(group)
+
+
 def _choose(known: Mapping[str, HalfFactory], config: ConfigRecord) -> ClientHalf:
     name = str(config.get(CLIENT_HALF_KEY, ClientHalf.name))
     if name not in known:
-        advice = "add its class to client_app(task, ...)"
-        for half in known.values():
-            if getattr(_owner(half), "exclusive", False):
-                advice = "a strategy of plain local training is all that it may serve"
         raise ValueError(
-            f"{WRONG_HALF} {name!r}, this ClientApp has {sorted(known)}: {advice}"
+            f"{WRONG_HALF} {name!r}, this ClientApp has {sorted(known)}: add its class "
+            "to client_app(task, ...)"
         )
     return known[name]()
 
@@ -185,8 +198,14 @@ def _require_told_ties(model: nn.Module, config: ConfigRecord) -> None:
             )
 
 
-def _open(task: Task, message: Message, context: Context) -> Local:
-    """Read a message: settings, model with the received weights, the client's data."""
+def _open(
+    task: Task,
+    known: Mapping[str, HalfFactory],
+    trainer: Trainer,
+    message: Message,
+    context: Context,
+) -> tuple[Local, ClientHalf]:
+    """Read a message: the half, settings, model with its weights, the client's data."""
     for key, kind in ((ARRAYS_KEY, ArrayRecord), (CONFIG_KEY, ConfigRecord)):
         if not isinstance(message.content.get(key), kind):
             raise ValueError(
@@ -195,6 +214,7 @@ def _open(task: Task, message: Message, context: Context) -> Local:
                 f"configrecord_key must be {ARRAYS_KEY!r} and {CONFIG_KEY!r}"
             )
     config = message.content.config_records[CONFIG_KEY]
+    half = _choose(known, config)
     settings = LocalSettings.read(config, context.run_config)
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
@@ -203,11 +223,11 @@ def _open(task: Task, message: Message, context: Context) -> Local:
     # of a client's data must be the same in every round.
     seed_all(settings.seed)
     model = accept_sparse(task.model(context.run_config))
-    record = unseal(message.content.array_records[ARRAYS_KEY])
-    model.load_state_dict(record.to_torch_state_dict())
     seed_all(random_seed(settings.seed, 0, client_of(context)))
     train_data, test_data = _columns(task.data(context), device)
-    return Local(
+    groups = message.content.array_records
+    arrays = read_tensors(unseal(groups[ARRAYS_KEY]))
+    local = Local(
         task=task,
         model=model.to(device),
         train=train_data,
@@ -217,7 +237,16 @@ def _open(task: Task, message: Message, context: Context) -> Local:
         context=context,
         device=device,
         run=message.content.config_records.get(RUN_KEY, ConfigRecord()),
+        received={
+            key: read_tensors(group, device)
+            for key, group in groups.items()
+            if key != ARRAYS_KEY
+        },
+        loaded=arrays,
     )
+    local.session = trainer.session(local, half)
+    local.load(half.receive(local, arrays))
+    return local, half
 
 
 def _columns(found: object, device: torch.device) -> tuple[Batch, Batch]:

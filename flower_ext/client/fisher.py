@@ -6,7 +6,6 @@ training steps it comes for free; per example it costs one more pass.
 """
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -22,6 +21,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from flower_ext.client.tensors import tensor_record
 from flower_ext.core.errors import refuse, whole
 
 Batch = Mapping[str, Tensor]
@@ -413,11 +413,6 @@ def _refuse_private(model: nn.Module) -> None:
                 "squares of its raw gradients would void the privacy of the model; "
                 "watch_fisher takes those that Opacus' optimizer releases",
             )
-
-
-def tensor_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return named tensors as an ArrayRecord."""
-    return ArrayRecord(OrderedDict((name, t.cpu()) for name, t in tensors.items()))
 
 
 def per_example(

@@ -112,7 +112,7 @@ def mean_gradient(
     local : Local
         The client at work; its model stays as it is.
     objective : callable
-        ``(losses, batch) -> scalar``, a mean over the batch.
+        ``(losses, batch) -> values`` of shape ``(batch,)``, as of a client half.
 
     Returns
     -------
@@ -123,7 +123,8 @@ def mean_gradient(
     for batch in batches(local.train, batch_size=256):
         losses = local.task.loss(local.model, batch)
         share = num_examples(batch) / num_examples(local.train)
-        (share * objective(losses, batch)).backward()  # type: ignore[no-untyped-call]
+        mean = objective(losses, batch).mean()
+        (share * mean).backward()  # type: ignore[no-untyped-call]
     found = {name: p.grad for name, p in local.model.named_parameters()}
     local.model.zero_grad()
     return ArrayRecord(

@@ -1,8 +1,9 @@
 """The client half: what a strategy's clients do besides plain local training."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from logging import WARNING
@@ -13,15 +14,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from torch import Tensor, nn
 
 from flower_ext._flower import log
+from flower_ext.client.personal import Personal
 from flower_ext.client.seeds import random_seed
-from flower_ext.client.task import (
-    Batch,
-    Task,
-    batches,
-    evaluate,
-    example_losses,
-    num_examples,
-)
+from flower_ext.client.task import Batch, Task, batches, evaluate, num_examples
+from flower_ext.client.tensors import Tensors
+from flower_ext.client.trainer import Session
 from flower_ext.core.errors import at_least, positive, refuse, whole
 from flower_ext.core.protocol import Metrics
 
@@ -137,12 +134,22 @@ class Local:
     config : ConfigRecord
         What the server sent along.
     context : Context
-        The client's own; ``context.state`` stays with it between rounds.
+        The client's own.
     device : torch.device
         The accelerator that was assigned to the client, or the CPU.
     run : ConfigRecord
         What the server says of a run that it saves: its ``name``, and the round that it
         is ``resumed-after``; empty otherwise.
+    received : dict[str, dict[str, Tensor]]
+        Groups of arrays that came beside the model, by their keys in the message.
+    loaded : dict[str, Tensor]
+        The arrays that the model began with, where they came in; see :attr:`start`.
+    session : Session
+        The trainer's, for this message.
+    branch : tuple of int
+        Which of the message's models it is: empty for the received one.
+    needs_two : bool
+        Whether the model cannot be trained on a single example.
     """
 
     task: Task
@@ -154,8 +161,16 @@ class Local:
     context: Context
     device: torch.device
     run: ConfigRecord = field(default_factory=ConfigRecord)
-    # Whether the model cannot be trained on a single example.
+    received: Mapping[str, Tensors] = field(default_factory=dict)
+    loaded: Tensors = field(default_factory=dict)
+    session: Session = field(default_factory=Session)
+    branch: tuple[int, ...] = ()
     needs_two: bool = False
+
+    def __post_init__(self) -> None:
+        self._branches = 0
+        if not self.loaded:
+            self._remember({})
 
     @property
     def client(self) -> int:
@@ -166,6 +181,21 @@ class Local:
     def server_round(self) -> int:
         """The current round."""
         return int(self.number("server-round", 0))
+
+    @property
+    def personal(self) -> Personal:
+        """What the client keeps over rounds, and never sends."""
+        return Personal(self.context.state, self.device)
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """The arrays that the model began this message with."""
+        return {name: x.to(self.device) for name, x in self.loaded.items()}
+
+    @property
+    def end(self) -> dict[str, Tensor]:
+        """The model's arrays as they are now: trained, once it is; no copies."""
+        return {name: x.detach() for name, x in self.model.state_dict().items()}
 
     def number(self, key: str, default: float) -> float:
         """Return a number from the server's configuration."""
@@ -191,24 +221,168 @@ class Local:
 
     def seed(self, stream: int = 0) -> int:
         """Return a seed for a use of its own: 0 is the order of the batches."""
-        return random_seed(self.settings.seed, self.server_round, self.client, stream)
+        return random_seed(
+            self.settings.seed, self.server_round, self.client, stream, *self.branch
+        )
+
+    def load(self, arrays: Tensors) -> None:
+        """Let the model begin with these arrays."""
+        self.model.load_state_dict(arrays)
+        self._remember(arrays)
+
+    def with_model(self, arrays: Tensors) -> "Local":
+        """Return the same client at work on a model of its own, such as a personal one.
+
+        Data, settings and trainer are the same; its random choices are its own, so that
+        the model of this one trains as it would have without. ::
+
+            personal = local.with_model(own)
+            personal.fit(Proximal(towards=local.start, strength=0.1))
+            local.personal.save(model=personal.end)
+
+        Parameters
+        ----------
+        arrays : dict[str, Tensor]
+            What the model begins with, under the names of the received one.
+        """
+        self._branches += 1
+        return self._on(arrays, (*self.branch, self._branches))
+
+    def fit(self, regularizer: "Regularizer | None" = None) -> float:
+        """Train the model in place as the client's trainer does, with no half.
+
+        Parameters
+        ----------
+        regularizer : callable, optional
+            See :meth:`ClientHalf.regularizer`.
+
+        Returns
+        -------
+        float
+            The mean objective over the steps, NaN without one.
+        """
+        with torch.enable_grad():
+            return self.session.train(self, _Regularized(regularizer))
 
     def mean_loss(self, data: Batch, model: nn.Module | None = None) -> float:
         """Return the mean loss of a model, in evaluation mode."""
         return float(evaluate(self.task, model or self.model, data)["loss"])
+
+    def loss_of(self, arrays: Tensors, data: Batch | None = None) -> float:
+        """Return the mean loss of a model with these arrays, by default in training."""
+        other = self._on(arrays, self.branch)
+        return other.mean_loss(self.train if data is None else data)
+
+    def measure(self, arrays: Tensors) -> dict[str, float]:
+        """Return loss and metrics of a model with these arrays on the test data."""
+        other = self._on(arrays, self.branch)
+        return evaluate(self.task, other.model, self.test)
+
+    def _on(self, arrays: Tensors, branch: tuple[int, ...]) -> "Local":
+        other = replace(self, model=_own_copy(self.model), branch=branch)
+        other.load(arrays)
+        return other
+
+    def _remember(self, arrays: Tensors) -> None:
+        state = self.model.state_dict()
+        if arrays.keys() != state.keys():  # they travelled in another form
+            arrays = {name: x.detach().clone() for name, x in state.items()}
+        self.loaded = arrays
+
+
+def _own_copy(model: nn.Module) -> nn.Module:
+    """Copy a model, but for frozen parameters that nobody sends, such as a base's."""
+    sent = model.state_dict()
+    shared = {
+        id(p): p
+        for name, p in model.named_parameters()
+        if not p.requires_grad and name not in sent
+    }
+    return deepcopy(model, {**shared})
+
+
+Regularizer = Callable[[nn.Module], Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Proximal:
+    r"""The proximal term of FedProx and Ditto, :math:`\frac{\mu}{2} \|w - w_0\|^2`.
+
+    Parameters
+    ----------
+    towards : dict[str, Tensor]
+        :math:`w_0`; trained parameters without an array of their name are left free.
+    strength : float
+        :math:`\mu \ge 0`; 0 is no term.
+
+    Examples
+    --------
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> term = Proximal({"weight": model.weight.detach() - 3}, strength=2.0)
+    >>> float(term(model))
+    9.0
+    """
+
+    towards: Tensors
+    strength: float
+
+    def __post_init__(self) -> None:
+        at_least("strength", self.strength, 0)
+
+    def __call__(self, model: nn.Module) -> Tensor | None:
+        """Return the term; None if there is none."""
+        if not self.strength:
+            return None
+        squares = [
+            (p - self.towards[name].to(p)).square().sum()
+            for name, p in trainable(model).items()
+            if name in self.towards
+        ]
+        if not squares:
+            names = f"with names of trained parameters {list(trainable(model))[:5]}"
+            refuse("towards", list(self.towards)[:5], names)
+        return self.strength / 2 * torch.stack(squares).sum()
 
 
 class ClientHalf:
     """What a strategy's clients do besides plain local training.
 
     A new one is made for every message. Override what differs; a half that overrides
-    nothing is plain local training.
+    nothing is plain local training. The hooks are called in this order:
+
+    ==================  ==============================================================
+    receive             before the model is loaded, in training and in evaluation
+    begin               before the first step, and ``optimizer`` after it
+    objective,          in every step, with ``batches`` for its examples; then
+    regularizer,        ``after_step``
+    after_backward
+    after_training      once the received model is trained
+    records             what is added to the reply
+    model_to_evaluate,  in evaluation
+    evaluate
+    release             last of all
+    ==================  ==============================================================
+
+    Steps are taken by the ClientApp's trainer, whichever it is: plain ones, or those
+    of DP-SGD.
     """
 
     #: Messages name the half that they need.
     name: ClassVar[str] = "plain"
-    #: What this half promises, another half of the same ClientApp would break.
-    exclusive: ClassVar[bool] = False
+    #: Models that it trains in a round: the received one, and those of ``with_model``.
+    num_trainings: int = 1
+    #: Whether all that it sends and keeps is made of trained models and of what the
+    #: server sent, and nothing of what else the client's data say. DPSGD takes no other
+    #: half that overrides hooks which see data. The class that overrides them says it.
+    post_processing: ClassVar[bool] = False
+
+    def receive(self, local: Local, arrays: Tensors) -> Tensors:
+        """Return the arrays that the model is to begin with, of those that came.
+
+        Override it where the server sends something else than one model, such as
+        several to choose from: ``local.loss_of(arrays)`` is the loss of one of them.
+        """
+        return arrays
 
     def begin(self, local: Local) -> None:
         """Look at model and data before the first step."""
@@ -216,7 +390,7 @@ class ClientHalf:
     def optimizer(self, local: Local) -> torch.optim.Optimizer:
         """Return the optimizer of this local training."""
         make = local.task.optimizer or _sgd
-        return make(trainable(local.model), local.settings)
+        return make(trainable(local.model).values(), local.settings)
 
     def batches(self, local: Local) -> Iterator[Batch]:
         """Return the batch of every step: epochs in an order of their own."""
@@ -234,31 +408,44 @@ class ClientHalf:
                 if steps == local.num_steps:
                     break
 
-    def step(
-        self, local: Local, optimizer: torch.optim.Optimizer, batch: Batch
-    ) -> float:
-        """Take one optimizer step; return the objective before it."""
-        optimizer.zero_grad()
-        loss = self.objective(example_losses(local.task, local.model, batch), batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.after_backward(local.model)
-        if local.settings.max_gradient_norm != math.inf:
-            nn.utils.clip_grad_norm_(
-                trainable(local.model), local.settings.max_gradient_norm
-            )
-        optimizer.step()
-        return float(loss.detach())
-
     def objective(self, losses: Tensor, batch: Batch) -> Tensor:
-        """Return the scalar to minimise, from losses of shape ``(batch,)``."""
-        return losses.mean()
+        """Return what each example adds to the objective, of shape ``(batch,)``.
+
+        The trainer minimises the mean, or, under DP-SGD, clips each example's gradient.
+        There an example's value may depend on that example only.
+        """
+        return losses
+
+    def regularizer(self, model: nn.Module) -> Tensor | None:
+        """Return a scalar that is added to the objective, which knows no data.
+
+        Such as :class:`Proximal`. Under DP-SGD its gradient is added after clipping and
+        noise.
+        """
+        return None
 
     def after_backward(self, model: nn.Module) -> None:
-        """Look at the gradients after each backward pass, before they are clipped."""
+        """Look at the gradients of a step, or change them, before it is taken.
 
-    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
-        """Return array records and metrics to add to the reply."""
+        They are not yet scaled to ``max-gradient-norm``. Under DP-SGD they are clipped
+        and noisy.
+        """
+
+    def after_step(self, local: Local) -> None:
+        """Change the model after a step: a projection, a mask."""
+
+    def after_training(self, local: Local) -> None:
+        """Do what comes after training, such as training a second, personal model."""
+
+    def records(
+        self, local: Local
+    ) -> tuple[Mapping[str, ArrayRecord | Tensors], Metrics]:
+        """Return groups of arrays and metrics to add to the reply."""
         return {}, {}
+
+    def model_to_evaluate(self, local: Local) -> Tensors | None:
+        """Return the arrays of the model to evaluate, None for the received one."""
+        return None
 
     def evaluate(self, local: Local) -> Metrics:
         """Return metrics to add to the reply to an evaluation."""
@@ -269,6 +456,16 @@ class ClientHalf:
         return metrics
 
 
+class _Regularized(ClientHalf):
+    """Plain local training with a regularizer."""
+
+    def __init__(self, regularizer: Regularizer | None) -> None:
+        self._regularizer = regularizer
+
+    def regularizer(self, model: nn.Module) -> Tensor | None:
+        return self._regularizer(model) if self._regularizer else None
+
+
 class HalfFactory(Protocol):
     """A client half's class, or a partial of it."""
 
@@ -276,9 +473,9 @@ class HalfFactory(Protocol):
         """Make a half for one message."""
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that are trained."""
-    return [p for p in model.parameters() if p.requires_grad]
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, under the names by which they travel."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def _sgd(

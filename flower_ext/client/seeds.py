@@ -8,9 +8,14 @@ import numpy as np
 import torch
 
 
-def random_seed(seed: int, server_round: int, client: int, stream: int = 0) -> int:
-    """Return the seed of one client in one round, the same wherever it runs."""
-    sequence = np.random.SeedSequence([seed, server_round, client, stream])
+def random_seed(
+    seed: int, server_round: int, client: int, stream: int = 0, *branch: int
+) -> int:
+    """Return the seed of one client in one round, the same wherever it runs.
+
+    A ``stream`` is one use of the client's; a ``branch`` one of its further models.
+    """
+    sequence = np.random.SeedSequence([seed, server_round, client, stream, *branch])
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 

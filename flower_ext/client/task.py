@@ -89,7 +89,7 @@ def batches(
 
 def example_losses(task: Task, model: nn.Module, batch: Batch) -> Tensor:
     """Return the task's losses, of shape ``(batch,)``."""
-    return _per_example("loss", task.loss(model, batch), batch)
+    return per_example("loss", task.loss(model, batch), batch)
 
 
 @torch.no_grad()
@@ -108,14 +108,14 @@ def evaluate(
         if task.metrics:
             found |= task.metrics(model, batch)
         for name, values in found.items():
-            total = float(_per_example(name, values, batch).double().sum())
+            total = float(per_example(name, values, batch).double().sum())
             sums[name] = sums.get(name, 0.0) + total
     model.train(was_training)
     size = num_examples(data)
     return {name: value / size if size else math.nan for name, value in sums.items()}
 
 
-def _per_example(name: str, values: Tensor, batch: Batch) -> Tensor:
+def per_example(name: str, values: Tensor, batch: Batch) -> Tensor:
     """Require one value for each example: a mean would be averaged twice."""
     size = num_examples(batch)
     shape = tuple(getattr(values, "shape", ("none",)))

@@ -1,52 +1,150 @@
-"""How a client takes its steps."""
+"""How a client takes its steps, whichever client half is served by them.
+
+A :class:`Trainer` is what a ClientApp is given. It makes a :class:`Session` for every
+message, which trains each model of that message, and that makes the :class:`Steps` of
+one training.
+"""
 
 import copy
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from flower_ext.client.half import ClientHalf, Local
 from flower_ext.client.seeds import same_generators, seed_all
-from flower_ext.client.task import num_examples
+from flower_ext.client.task import Batch, example_losses, num_examples, per_example
+from flower_ext.core.protocol import Metrics
+
+if TYPE_CHECKING:
+    from flower_ext.client.half import ClientHalf, Local
 
 
-def train(local: Local, half: ClientHalf) -> float:
-    """Train in place and return the mean objective over the steps.
+class Steps:
+    """The steps of one training: plain ones.
 
     Parameters
     ----------
     local : Local
         Model, data and settings.
     half : ClientHalf
-        Its ``begin`` is called first.
-
-    Returns
-    -------
-    float
-        NaN without a step.
-
-    Notes
-    -----
-    BatchNorm has nothing to normalise a single example with. Where it would raise, the
-    last example of an epoch goes into the batch before it, and a client that has one
-    example only trains with the statistics that it received.
+        Whose hooks are called.
     """
-    local.needs_two = _needs_two(local)
-    half.begin(local)
-    optimizer = half.optimizer(local)
-    local.model.train()
-    if local.needs_two and num_examples(local.train) == 1:
-        for layer in _batch_norms(local.model):
-            layer.eval()
-    total, steps = 0.0, 0
-    # Dropout has no generator of its own: it draws from torch's global one.
-    with same_generators():
-        seed_all(local.seed(stream=1))
-        for batch in half.batches(local):
-            total += half.step(local, optimizer, batch)
-            steps += 1
-    return total / steps if steps else math.nan
+
+    def __init__(self, local: "Local", half: "ClientHalf") -> None:
+        self.local, self.half = local, half
+        self.optimizer = half.optimizer(local)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the examples of every step."""
+        return self.half.batches(self.local)
+
+    def take(self, batch: Batch) -> float:
+        """Take one step; return the objective before it."""
+        local, half = self.local, self.half
+        self.optimizer.zero_grad()
+        losses = half.objective(example_losses(local.task, local.model, batch), batch)
+        loss = per_example("objective", losses, batch).mean()
+        if (extra := half.regularizer(local.model)) is not None:
+            loss = loss + extra
+        loss.backward()  # type: ignore[no-untyped-call]
+        half.after_backward(local.model)
+        if local.settings.max_gradient_norm != math.inf:
+            nn.utils.clip_grad_norm_(
+                [p for p in local.model.parameters() if p.requires_grad],
+                local.settings.max_gradient_norm,
+            )
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def end(self) -> None:
+        """Leave the model as one that nobody trains; called after errors too."""
+
+
+class Session:
+    """All trainings of one client for one message."""
+
+    def steps(self, local: "Local", half: "ClientHalf") -> Steps:
+        """Return the steps of one training, or refuse them before the first."""
+        return Steps(local, half)
+
+    def train(self, local: "Local", half: "ClientHalf") -> float:
+        """Train a model in place and return the mean objective over the steps.
+
+        Parameters
+        ----------
+        local : Local
+            Model, data and settings.
+        half : ClientHalf
+            Its ``begin`` is called first.
+
+        Returns
+        -------
+        float
+            NaN without a step.
+
+        Notes
+        -----
+        BatchNorm has nothing to normalise a single example with. Where it would raise,
+        the last example of an epoch goes into the batch before it, and a client that
+        has one example only trains with the statistics that it received.
+        """
+        local.needs_two = _needs_two(local)
+        half.begin(local)
+        steps = self.steps(local, half)
+        local.model.train()
+        if local.needs_two and num_examples(local.train) == 1:
+            for layer in _batch_norms(local.model):
+                layer.eval()
+        total, count = 0.0, 0
+        try:
+            # Dropout has no generator of its own: it draws from torch's global one.
+            with same_generators():
+                seed_all(local.seed(stream=1))
+                for batch in steps.batches():
+                    total += steps.take(batch)
+                    half.after_step(local)
+                    count += 1
+        finally:
+            steps.end()
+        return total / count if count else math.nan
+
+    def report(self, metrics: Metrics) -> Metrics:
+        """Return the metrics of a reply to training, with those of the trainer."""
+        return metrics
+
+    def report_evaluation(self, metrics: Metrics) -> Metrics:
+        """Return the metrics of a reply to an evaluation."""
+        return metrics
+
+
+class Trainer(ABC):
+    """How the clients of a ClientApp take their steps.
+
+    One trainer serves all messages, at the same time where an app has threads: what
+    belongs to one message is in its session.
+    """
+
+    @abstractmethod
+    def session(self, local: "Local", half: "ClientHalf") -> Session:
+        """Return what trains for one message.
+
+        Called with the client's data, before the half sees them and before the model
+        has its weights.
+        """
+
+    def admit(self, half: "type[ClientHalf]") -> None:  # noqa: B027
+        """Refuse a client half that cannot be served, when the ClientApp is made."""
+
+
+class Plain(Trainer):
+    """Plain steps of the task's optimizer, SGD by default."""
+
+    def session(self, local: "Local", half: "ClientHalf") -> Session:
+        """Return a session that keeps nothing."""
+        return Session()
 
 
 def _batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -56,7 +154,7 @@ def _batch_norms(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _needs_two(local: Local) -> bool:
+def _needs_two(local: "Local") -> bool:
     """Whether there is a batch of one, on which the model's BatchNorm raises."""
     examples, size = num_examples(local.train), local.settings.batch_size
     alone = examples == 1 or (size > 1 and examples % size == 1)

@@ -3,7 +3,8 @@
 *Factorizations* say how noise is correlated over rounds and what that costs; *noise
 streams* produce it; *clipping* bounds a contribution; *accountants* turn noise into
 (epsilon, delta) and back. A :class:`Mechanism` is all of it for one run, and what a
-strategy takes as an argument. :class:`ExampleLevelDP` is privacy inside every silo.
+strategy takes as an argument. Privacy inside every silo is the trainer
+:class:`~flower_ext.client.dp_sgd.DPSGD` of its ClientApp.
 """
 
 from importlib import import_module

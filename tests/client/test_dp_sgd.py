@@ -16,15 +16,16 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from flower_ext import AdditiveStrategy
-from flower_ext.client import dp_sgd
+from flower_ext.client import dp_sgd, noisy_steps
 from flower_ext.client.app import client_app
-from flower_ext.client.dp_sgd import ExampleLevelDP, keep_per_user, worst_silo
+from flower_ext.client.dp_sgd import DPSGD, keep_per_user, worst_silo
 from flower_ext.client.half import ClientHalf
+from flower_ext.client.noisy_steps import NoisySteps
 from flower_ext.client.task import Task
 from flower_ext.core.arrays import to_record
 from flower_ext.privacy import SiloPrivacy, StepLedger, silo_account
 from flower_ext.simulation import LocalGrid
-from flower_ext.strategies import FedFish, MaxFL
+from flower_ext.strategies import BoundedGroupLoss, FedFish, MaxFL
 
 EXAMPLES = 12
 NOTHING = {"noise_multiplier": 0.0, "clipping_norm": math.inf, "delta": 1e-3}
@@ -108,25 +109,28 @@ def first_arrays(net=Dense):
     return {name: tensor.numpy().copy() for name, tensor in state.items()}
 
 
-def recording(seen):
-    """The half, which leaves its batches in ``seen``."""
+@pytest.fixture
+def seen(monkeypatch):
+    """The batches that are drawn."""
+    found = []
 
-    class Recording(ExampleLevelDP):
-        def batches(self, local):
-            for batch in super().batches(local):
-                seen.append(batch)
+    class Recording(NoisySteps):
+        def batches(self):
+            for batch in super().batches():
+                found.append(batch)
                 yield batch
 
-    return Recording
+    monkeypatch.setattr(dp_sgd, "NoisySteps", Recording)
+    return found
 
 
 class Silo:
     """One ClientApp and its clients, which keep their state."""
 
-    def __init__(self, task, privacy, *, half=ExampleLevelDP, clients=3, **options):
+    def __init__(self, task, privacy, *halves, clients=3, **options):
         if isinstance(privacy, dict):
             privacy = SiloPrivacy(**privacy)
-        app = client_app(task, partial(half, privacy, **options))
+        app = client_app(task, *halves, trainer=DPSGD(privacy, **options))
         self.grid = LocalGrid(app, clients)
         self.nodes = list(self.grid.get_node_ids())
 
@@ -191,9 +195,9 @@ def close(found, expected, atol):
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-def test_without_noise_and_clipping_it_is_plain_sgd_on_the_same_batches(mode):
-    seen, arrays = [], first_arrays()
-    silo = Silo(make_task(), {**NOTHING, "seed": 1}, half=recording(seen), mode=mode)
+def test_without_noise_and_clipping_it_is_plain_sgd_on_the_same_batches(mode, seen):
+    arrays = first_arrays()
+    silo = Silo(make_task(), {**NOTHING, "seed": 1}, mode=mode)
     config = {"lr": 0.3, "momentum": 0.5, "weight_decay": 0.01}
     found, metrics = silo.train(arrays, batch_size=2, local_epochs=5, **config)
     assert len(seen) == 30 and any(len(batch["y"]) == 0 for batch in seen)
@@ -219,10 +223,10 @@ def test_without_noise_and_clipping_it_is_plain_sgd_on_the_same_batches(mode):
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 @pytest.mark.parametrize("net", [Dense, Conv, Tokens, Scaled])
 @pytest.mark.parametrize("clip", [0.1, 0.8])
-def test_both_modes_clip_every_example_as_torch_func_does(net, mode, clip):
-    seen, arrays = [], first_arrays(net)
+def test_both_modes_clip_every_example_as_torch_func_does(net, mode, clip, seen):
+    arrays = first_arrays(net)
     privacy = {**NOTHING, "clipping_norm": clip, "seed": 2}
-    silo = Silo(make_task(net), privacy, half=recording(seen), mode=mode)
+    silo = Silo(make_task(net), privacy, mode=mode)
     found, _ = silo.train(arrays, batch_size=4, local_epochs=2, lr=0.5, momentum=0.5)
     expected = by_hand(net, arrays, seen, clip, 4, 0.5, momentum=0.5)
     close(found, expected, 1e-5)
@@ -267,10 +271,9 @@ def test_noise_on_the_sum_has_the_promised_standard_deviation(mode, seed):
     assert abs(product) < 5 / math.sqrt(count)  # new in every round
 
 
-def test_an_empty_batch_is_a_step_that_leaves_only_frozen_parameters_alone():
+def test_an_empty_batch_is_a_step_that_leaves_only_frozen_parameters_alone(seen):
     arrays = first_arrays()
-    seen = []
-    silo = Silo(make_task(), {**NOISY, "seed": 0}, half=recording(seen))
+    silo = Silo(make_task(), {**NOISY, "seed": 0})
     for server_round in range(1, 30):
         seen.clear()
         found, metrics = silo.train(
@@ -302,7 +305,7 @@ def test_one_example_moves_a_step_by_at_most_clip_over_expected_batch(
         return nn.Linear(3, 2)
 
     # Of other data a seed would draw another batch; the divisor is not its size.
-    monkeypatch.setattr(dp_sgd, "_poisson", lambda *how: np.arange(7))
+    monkeypatch.setattr(noisy_steps, "_poisson", lambda *how: np.arange(7))
     clip, lr, models = 0.25, 0.7, []
     for weight in (0.0, size):
         data = columns(EXAMPLES)
@@ -405,11 +408,11 @@ def test_no_weights_let_one_example_move_a_step_by_more(
 
 
 @pytest.mark.parametrize("seed", [6, None])
-def test_every_example_is_in_a_batch_independently(seed):
-    seen, steps, rate = [], 1000, 0.25
+def test_every_example_is_in_a_batch_independently(seed, seen):
+    steps, rate = 1000, 0.25
     data = {"x": torch.zeros(20, 1), "i": torch.arange(20)}
     task = make_task(lambda: nn.Linear(1, 1), data, flat)
-    silo = Silo(task, {**NOTHING, "seed": seed}, half=recording(seen))
+    silo = Silo(task, {**NOTHING, "seed": seed})
     silo.train(first_arrays(lambda: nn.Linear(1, 1)), batch_size=5, local_steps=steps)
     table = np.zeros((steps, 20))
     for row, batch in zip(table, seen, strict=True):
@@ -425,9 +428,8 @@ def test_every_example_is_in_a_batch_independently(seed):
     assert np.abs(follow).max() < 5
 
 
-def test_a_batch_size_above_the_number_of_examples_takes_all():
-    seen = []
-    silo = Silo(make_task(), NOISY, half=recording(seen))
+def test_a_batch_size_above_the_number_of_examples_takes_all(seen):
+    silo = Silo(make_task(), NOISY)
     _, metrics = silo.train(first_arrays(), batch_size=99, local_epochs=2)
     assert [len(batch["y"]) for batch in seen] == [EXAMPLES] * 2
     exact = SiloPrivacy(**NOISY)
@@ -662,7 +664,7 @@ def test_nothing_is_trained_where_the_ledger_cannot_be_written(tmp_path, monkeyp
     privacy = {**NOISY, "ledger": tmp_path / "ledger.json"}
     silo, steps = Silo(make_task(), privacy), []
     monkeypatch.setattr(silo_account, "save_record", full)
-    monkeypatch.setattr(ExampleLevelDP, "step", lambda *how: steps.append(how))
+    monkeypatch.setattr(NoisySteps, "take", lambda *how: steps.append(how))
     with pytest.raises(RuntimeError, match="No space left on device"):
         silo.train(first_arrays())
     assert not steps and "account/example-level-dp" not in silo.state()
@@ -783,8 +785,7 @@ def test_users_keep_their_first_examples():
         keep_per_user(torch.zeros(3).long(), 0)
 
 
-def test_user_level_privacy_caps_users_and_counts_a_mixture_of_gaussians():
-    seen = []
+def test_user_level_privacy_caps_users_and_counts_a_mixture_of_gaussians(seen):
     data = columns(23)  # users 0 to 4 with five or four examples
     privacy = {
         "noise_multiplier": 4.0,
@@ -793,7 +794,7 @@ def test_user_level_privacy_caps_users_and_counts_a_mixture_of_gaussians():
         "max_examples_per_user": 2,
         "seed": 1,
     }
-    silo = Silo(make_task(data=data), privacy, half=recording(seen))
+    silo = Silo(make_task(data=data), privacy)
     _, metrics = silo.train(first_arrays(), batch_size=5, local_epochs=5)
     assert metrics["num-examples"] == 10
     rows = {tuple(row) for batch in seen for row in batch["x"].tolist()}
@@ -1015,10 +1016,10 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-def test_weights_that_two_layers_share_have_one_gradient(mode):
-    seen, arrays = [], first_arrays(Tied)
+def test_weights_that_two_layers_share_have_one_gradient(mode, seen):
+    arrays = first_arrays(Tied)
     privacy = {**NOTHING, "clipping_norm": 0.3, "seed": 2}
-    silo = Silo(make_task(Tied), privacy, half=recording(seen), mode=mode)
+    silo = Silo(make_task(Tied), privacy, mode=mode)
     found, _ = silo.train(arrays, batch_size=4, lr=0.5)
     expected = by_hand(Tied, arrays, seen, 0.3, 4, 0.5)
     np.testing.assert_allclose(found["one.weight"], expected["one.weight"], atol=1e-5)
@@ -1080,9 +1081,9 @@ def test_bad_promises_are_refused_with_name_value_and_bound(options, bound):
 
 def test_a_bad_half_is_refused():
     with pytest.raises(ValueError, match="mode='fast' must be one of"):
-        ExampleLevelDP(SiloPrivacy(**NOISY), mode="fast")
+        DPSGD(SiloPrivacy(**NOISY), mode="fast")
     with pytest.raises(ValueError, match="privacy=1.0 must be a SiloPrivacy"):
-        ExampleLevelDP(1.0)
+        DPSGD(1.0)
     with pytest.raises(RuntimeError, match=r"privacy\(context\)=None must be"):
         Silo(make_task(), lambda context: None).train(first_arrays())
 
@@ -1174,12 +1175,10 @@ def test_losses_are_withheld_unless_asked_for():
     assert "train-loss" not in asked.train(first_arrays())[1]
 
 
-def test_the_train_loss_is_that_of_the_batches():
-    seen = []
+def test_the_train_loss_is_that_of_the_batches(seen):
     silo = Silo(
         make_task(),
         NOTHING,
-        half=recording(seen),
         release_train_loss=True,
         mode="ghost",
     )
@@ -1191,25 +1190,65 @@ def test_the_train_loss_is_that_of_the_batches():
     assert metrics["train-loss"] == pytest.approx(total / 18, rel=1e-5)
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_no_other_half_is_let_into_the_app(order):
-    class Curious(ClientHalf):
-        name = "curious"
-
-    halves = [partial(ExampleLevelDP, SiloPrivacy(**NOISY)), Curious][::order]
-    with pytest.raises(ValueError, match="must be ExampleLevelDP alone") as caught:
-        client_app(make_task(), *halves)
-    assert "Curious" in str(caught.value)
+# Which halves it serves -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", [FedFish, MaxFL])
+HOOKS = [name for name, x in vars(ClientHalf).items() if callable(x)]
+UNSEEING = {"objective", "regularizer", "after_backward"}
+
+
+def overriding(hook, parent=ClientHalf, **attributes):
+    """A half with one hook of its own, which does what the parent's does."""
+
+    def same(self, *arguments):
+        return getattr(parent, hook)(self, *arguments)
+
+    return type("Mine", (parent,), {"name": "mine", hook: same, **attributes})
+
+
+def admitted(half):
+    try:
+        client_app(make_task(), half, trainer=DPSGD(SiloPrivacy(**NOISY)))
+    except ValueError as error:
+        assert "cannot be served by DPSGD" in str(error)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_half_whose_hooks_see_data_must_vouch_for_them(hook):
+    declared = overriding(hook, post_processing=True)
+    assert admitted(overriding(hook)) == (hook in UNSEEING)
+    assert admitted(declared) == (hook != "batches")
+    # A parent speaks for itself, a child for what it inherits too.
+    assert admitted(overriding(hook, declared)) == (hook in UNSEEING)
+    child = type("Child", (overriding(hook),), {"post_processing": True})
+    assert admitted(child) == (hook != "batches")
+    assert not admitted(type("Child", (child,), {"post_processing": False}))
+
+
+def test_a_half_that_a_function_makes_is_looked_at_before_it_trains():
+    def make():
+        return overriding("records")()
+
+    make.name = "mine"
+    silo = Silo(make_task(), NOISY, make)
+    with pytest.raises(RuntimeError, match="Mine cannot be served by DPSGD"):
+        silo.train(first_arrays(), client_half="mine")
+    assert "account/example-level-dp" not in silo.state()
+
+
+@pytest.mark.parametrize("strategy", [FedFish, MaxFL, BoundedGroupLoss])
 def test_strategies_that_read_raw_data_are_refused(strategy):
+    half = strategy.client_half
+    assert not admitted(half)
     silo = Silo(make_task(), NOISY)
-    with pytest.raises(Exception, match="plain local training is all") as caught:
-        strategy(fraction_evaluate=0.0).start(
+    options = {"groups": ["a"], "upper_bound": 1.0} if half.name[0] == "b" else {}
+    with pytest.raises(Exception, match="the strategy needs the client half") as caught:
+        strategy(fraction_evaluate=0.0, **options).start(
             silo.grid, to_record(first_arrays()), num_rounds=1
         )
-    assert strategy.client_half.name in str(caught.value)
+    assert half.name in str(caught.value)
     assert "account/example-level-dp" not in silo.state()
 
 

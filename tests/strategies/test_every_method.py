@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tampering import tamper
 
 from flower_ext import AdditiveStrategy, Task, Tracker, client_app
-from flower_ext.client.app import ClientHalf
+from flower_ext.client.half import ClientHalf
 from flower_ext.core.arrays import Lazy, from_record, to_record
 from flower_ext.core.contribution import Contribution
 from flower_ext.core.sampling import MinSeparationSampler

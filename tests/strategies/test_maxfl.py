@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flower_ext.client.app import client_app
+from flower_ext.client.personal import Personal
 from flower_ext.core.arrays import to_record
 from flower_ext.core.sampling import UniformSampler
 from flower_ext.server.additive import AdditiveStrategy
@@ -287,7 +288,9 @@ def test_gap_of_ten_thousand(point_task, play, requirement):
 def requirements(calls, kind="train"):
     """Return what is kept of each client's requirement, by round and client."""
     return {
-        (call.server_round, call.client): call.state["maxfl"]["requirement"]
+        (call.server_round, call.client): Personal(call.state).numbers("maxfl")[
+            "requirement"
+        ]
         for call in calls
         if call.kind == kind
     }
@@ -426,7 +429,7 @@ def test_own_model_that_diverged_is_dropped_for_its_fresh_start(
     strategy = MaxFL(warmup_steps=steps, fraction_train=0.0)
     found = play(strategy, grid, 2, {"w": 0.5}).evaluate()
     assert requirements(calls, "evaluate") == {(1, 0): 2.0, (1, 1): 8.0}
-    assert {call.state["maxfl"]["own-w"] for call in calls} == {3.0}
+    assert {Personal(call.state).numbers("maxfl")["own-w"] for call in calls} == {3.0}
     assert found["gm-appeal"] == 1
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 from flwr.app import ArrayRecord
-from torch import Tensor
+from torch import Tensor, nn
 
 from flower_ext import Task, client_app
-from flower_ext.client.half import Local
+from flower_ext.client.half import Local, Proximal
 from flower_ext.client.personalization import evaluate_fine_tuned
 from flower_ext.client.task import num_examples
 from flower_ext.core.protocol import Metrics
@@ -23,24 +23,18 @@ class Client(MaxFLClient):
 
     def __init__(self) -> None:
         super().__init__()
-        self._mu = 0.0
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._term: Proximal | None = None
         self._loss = 0.0
 
     def begin(self, local: Local) -> None:
-        """Measure the received model's loss, and remember where it is."""
+        """Measure the received model's loss, and remember the model."""
         super().begin(local)
         self._loss = local.mean_loss(local.train)
-        self._mu = local.number(PROXIMAL_MU, 0.0)
-        if self._mu:
-            self._pairs = [(p, p.detach().clone()) for p in local.model.parameters()]
+        self._term = Proximal(local.start, local.number(PROXIMAL_MU, 0.0))
 
-    def objective(self, losses: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Add FedProx' proximal term."""
-        mean = super().objective(losses, batch)
-        for now, received in self._pairs:
-            mean = mean + self._mu / 2 * (now - received).square().sum()
-        return mean
+    def regularizer(self, model: nn.Module) -> Tensor | None:
+        """Return FedProx' proximal term."""
+        return self._term and self._term(model)
 
     def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
         """Add the loss of the received model."""
