@@ -4,6 +4,7 @@ import doctest
 import math
 import pickle
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,15 +20,18 @@ from flower_ext import AdditiveStrategy
 from flower_ext.client import dp_sgd, noisy_steps
 from flower_ext.client.app import client_app
 from flower_ext.client.dp_sgd import DPSGD, keep_per_user, worst_silo
-from flower_ext.client.half import ClientHalf
+from flower_ext.client.half import ClientHalf, Proximal
 from flower_ext.client.noisy_steps import NoisySteps
+from flower_ext.client.personal import Personal
 from flower_ext.client.task import Task
+from flower_ext.client.trainer import Plain
 from flower_ext.core.arrays import to_record
 from flower_ext.privacy import SiloPrivacy, StepLedger, silo_account
 from flower_ext.simulation import LocalGrid
 from flower_ext.strategies import BoundedGroupLoss, FedFish, MaxFL
 
 EXAMPLES = 12
+ACCOUNT = "account/example-level-dp"
 NOTHING = {"noise_multiplier": 0.0, "clipping_norm": math.inf, "delta": 1e-3}
 NOISY = {"noise_multiplier": 1.0, "clipping_norm": 0.5, "delta": 1e-3}
 
@@ -130,16 +134,28 @@ class Silo:
     def __init__(self, task, privacy, *halves, clients=3, **options):
         if isinstance(privacy, dict):
             privacy = SiloPrivacy(**privacy)
-        app = client_app(task, *halves, trainer=DPSGD(privacy, **options))
+        trainer = options.pop("trainer", None) or DPSGD(privacy, **options)
+        app = client_app(task, *halves, trainer=trainer)
         self.grid = LocalGrid(app, clients)
         self.nodes = list(self.grid.get_node_ids())
 
-    def send(self, arrays, kind="train", client=0, server_round=1, run=None, **config):
+    def send(
+        self,
+        arrays,
+        kind="train",
+        client=0,
+        server_round=1,
+        run=None,
+        beside=None,
+        **config,
+    ):
         config = {k.replace("_", "-"): v for k, v in config.items()}
         record = ConfigRecord({"server-round": server_round, **config})
         content = RecordDict({"arrays": to_record(arrays), "config": record})
         if run is not None:
             content["run"] = run
+        if beside is not None:
+            content["beside"] = to_record(beside)
         message = Message(content, self.nodes[client], kind)
         [reply] = self.grid.send_and_receive([message])
         return reply
@@ -667,7 +683,7 @@ def test_nothing_is_trained_where_the_ledger_cannot_be_written(tmp_path, monkeyp
     monkeypatch.setattr(NoisySteps, "take", lambda *how: steps.append(how))
     with pytest.raises(RuntimeError, match="No space left on device"):
         silo.train(first_arrays())
-    assert not steps and "account/example-level-dp" not in silo.state()
+    assert not steps and ACCOUNT not in silo.state()
 
 
 def test_the_ledger_reads_what_it_wrote():
@@ -744,13 +760,13 @@ def test_a_round_beyond_the_budget_trains_nothing_and_spends_nothing():
     silo = Silo(make_task(loss=loss), {**NOISY, "max_epsilon": 3.0})
     _, first = silo.train(first_arrays(), batch_size=3, local_steps=4)
     calls.clear()
-    before = pickle.dumps(dict(silo.state()["account/example-level-dp"]))
+    before = pickle.dumps(dict(silo.state()[ACCOUNT]))
     reply = silo.send(first_arrays(), batch_size=3, local_steps=400, server_round=2)
     assert reply.has_error() and not reply.has_content()
     assert "would exceed max_epsilon=3.0 at delta=0.001" in reply.error.reason
     assert f"{first['example-epsilon']:.6g} is spent" in reply.error.reason
     assert calls == []
-    assert pickle.dumps(dict(silo.state()["account/example-level-dp"])) == before
+    assert pickle.dumps(dict(silo.state()[ACCOUNT])) == before
     # A round that still fits is trained.
     silo.train(first_arrays(), batch_size=3, local_steps=1, server_round=3)
 
@@ -824,7 +840,7 @@ def test_the_user_column_must_be_there():
 def refused(net, mode="hooks", loss=cross_entropy, data=None):
     silo = Silo(make_task(net, data, loss), NOISY, mode=mode)
     reply = silo.send(first_arrays(net), batch_size=4)
-    assert reply.has_error() and "account/example-level-dp" not in silo.state()
+    assert reply.has_error() and ACCOUNT not in silo.state()
     return reply.error.reason.splitlines()[0]
 
 
@@ -1136,7 +1152,9 @@ def test_a_seed_gives_the_same_reply_to_the_same_message_only(mode):
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-@pytest.mark.parametrize("other", ["model", "data", "settings", "frozen"])
+@pytest.mark.parametrize(
+    "other", ["model", "data", "settings", "frozen", "config", "beside", "personal"]
+)
 def test_no_other_message_has_its_noise_cancelled_by_a_seed(mode, other, monkeypatch):
     """Of two replies with one noise the difference would be the data's alone."""
 
@@ -1147,10 +1165,16 @@ def test_no_other_message_has_its_noise_cancelled_by_a_seed(mode, other, monkeyp
         elif changed in ("model", "frozen"):
             name = "out.bias" if changed == "model" else "frozen.bias"
             arrays[name] += 1e-6
-        decay = 1e-9 if changed == "settings" else 0.0
+        config = {"weight_decay": 1e-9 if changed == "settings" else 0.0}
+        config["strength"] = 0.5 if changed == "config" else 0.0
+        config["beside"] = {"x": np.full(2, 0.5 if changed == "beside" else 0.0)}
         privacy = {**NOISY, "noise_multiplier": 1e6, "seed": 5}
         silo = Silo(make_task(data=data), privacy, mode=mode)
-        found, _ = silo.train(arrays, batch_size=4, local_steps=1, weight_decay=decay)
+        own = 0.5 if changed == "personal" else 0.0
+        state, own = RecordDict(), 0.5 if changed == "personal" else 0.0
+        Personal(state).save(**{dp_sgd.PRIVATE: 1}, own={"w": torch.tensor(own)})
+        silo.grid.states.write(0, state)
+        found, _ = silo.train(arrays, batch_size=4, local_steps=1, **config)
         return np.concatenate(
             [np.ravel(found[k] - arrays[k]) for k in arrays if "frozen" not in k]
         )
@@ -1235,7 +1259,7 @@ def test_a_half_that_a_function_makes_is_looked_at_before_it_trains():
     silo = Silo(make_task(), NOISY, make)
     with pytest.raises(RuntimeError, match="Mine cannot be served by DPSGD"):
         silo.train(first_arrays(), client_half="mine")
-    assert "account/example-level-dp" not in silo.state()
+    assert ACCOUNT not in silo.state()
 
 
 @pytest.mark.parametrize("strategy", [FedFish, MaxFL, BoundedGroupLoss])
@@ -1249,7 +1273,326 @@ def test_strategies_that_read_raw_data_are_refused(strategy):
             silo.grid, to_record(first_arrays()), num_rounds=1
         )
     assert half.name in str(caught.value)
-    assert "account/example-level-dp" not in silo.state()
+    assert ACCOUNT not in silo.state()
+
+
+# Halves with terms and models of their own -------------------------------------------
+
+
+class Prox(ClientHalf):
+    """Drawn to a model that is 2 away from the received one in every coordinate."""
+
+    name = "prox"
+    post_processing = True
+    away, strength = 2.0, 0.5
+
+    def begin(self, local):
+        towards = {k: x + self.away for k, x in local.start.items()}
+        self.term = Proximal(towards, self.strength)
+
+    def regularizer(self, model):
+        return self.term(model)
+
+
+ALL = {"batch_size": EXAMPLES, "lr": 0.3}
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_half_without_noise_and_clipping_trains_as_it_does_by_plain_steps(mode):
+    class Weighed(Prox):
+        def objective(self, losses, batch):
+            return (1 + batch["x"][:, 0] ** 2) * losses
+
+        def after_backward(self, model):
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.grad *= 0.5
+
+        def after_step(self, local):
+            with torch.no_grad():
+                local.model.out.bias.clamp_(-0.01, 0.01)
+
+    Weighed.post_processing = True
+    config = {**ALL, "momentum": 0.5, "local_epochs": 4, "client_half": "prox"}
+    found = {}
+    for name, trainer in {
+        "plain": Plain(),
+        "private": DPSGD(SiloPrivacy(**NOTHING), mode=mode, release_train_loss=True),
+    }.items():
+        silo = Silo(make_task(), NOTHING, Weighed, trainer=trainer)
+        found[name] = silo.train(first_arrays(), **config)
+    # The order of the examples in a sum is all that differs.
+    close(found["private"][0], found["plain"][0], 1e-6)
+    losses = [metrics["train-loss"] for _, metrics in found.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    without, _ = Silo(make_task(), NOTHING).train(first_arrays(), **ALL, local_epochs=4)
+    moved = np.abs(vector(without) - vector(found["private"][0])).max()
+    assert moved > 0.1
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_proximal_term_is_outside_of_clipping(mode):
+    """One step: the clipped mean, as without the term, and the whole of the term."""
+    privacy = {**NOTHING, "clipping_norm": 0.01}
+    config = {**ALL, "local_steps": 1}
+    plain, _ = Silo(make_task(), privacy, mode=mode).train(first_arrays(), **config)
+    silo = Silo(make_task(), privacy, Prox, mode=mode)
+    found, _ = silo.train(first_arrays(), client_half="prox", **config)
+    for name, array in plain.items():
+        drawn = 0.0 if name.startswith("frozen") else -0.3 * 0.5 * -2.0
+        np.testing.assert_allclose(found[name], array + drawn, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 1e6])
+def test_what_an_example_adds_to_an_objective_is_clipped(weight, monkeypatch):
+    class Weighed(ClientHalf):
+        name = "weighed"
+
+        def objective(self, losses, batch):
+            return torch.where(batch["x"][:, 0] == marked, weight * losses, losses)
+
+    def net():
+        return nn.Linear(3, 2)
+
+    monkeypatch.setattr(noisy_steps, "_poisson", lambda *how: np.arange(EXAMPLES))
+    marked = columns(EXAMPLES)["x"][5, 0]
+    clip, lr = 0.25, 0.7
+    models = []
+    for half in ("plain", "weighed"):
+        silo = Silo(make_task(net), {**NOTHING, "clipping_norm": clip}, Weighed)
+        config = {"batch_size": 9, "local_steps": 1, "lr": lr, "client_half": half}
+        models.append(vector(silo.train(first_arrays(net), **config)[0]))
+    moved = np.linalg.norm(models[1] - models[0]) / (lr * clip / 9)
+    assert moved <= 1 + 1e-6
+    # Every gradient is longer than the clip, so that only a weight of 0 is seen.
+    assert moved == pytest.approx(float(weight == 0), abs=1e-4)
+
+
+def test_an_objective_that_mixes_examples_is_refused():
+    class Mixing(ClientHalf):
+        name = "mixing"
+
+        def objective(self, losses, batch):
+            return losses * losses.softmax(0).detach()
+
+    silo = Silo(make_task(), NOISY, Mixing)
+    with pytest.raises(RuntimeError, match="the client half's objective mixes them"):
+        silo.train(first_arrays(), client_half="mixing")
+    assert ACCOUNT not in silo.state()
+
+
+class Two(ClientHalf):
+    """Trains the received model, then one of its own that starts from the same."""
+
+    name = "two"
+    post_processing = True
+    num_trainings = 2
+
+    def after_training(self, local):
+        other = local.with_model(local.start)
+        other.fit()
+        local.personal.save(own=other.end)
+
+    def records(self, local):
+        return {"own": local.personal.arrays("own", like=local.start)}, {}
+
+
+class One(Two):
+    post_processing = True
+
+    def after_training(self, local):
+        local.personal.save(own=local.start)
+
+
+def both_models(silo, **config):
+    reply = silo.send(first_arrays(), client_half="two", **config)
+    assert reply.has_content(), reply.error.reason
+    keys = ("arrays", "own")
+    return [
+        {name: a.numpy() for name, a in reply.content[key].items()} for key in keys
+    ], dict(reply.content["metrics"])
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_second_model_leaves_the_first_as_it_is(mode):
+    options = {**NOISY, "seed": 3}
+    (first, own), _ = both_models(Silo(make_task(), options, Two, mode=mode), **ALL)
+    (alone, _), _ = both_models(Silo(make_task(), options, One, mode=mode), **ALL)
+    close(first, alone, 0)
+    assert not np.allclose(vector(own), vector(first), atol=1e-2)
+
+
+@pytest.mark.parametrize("secret", [3, None])
+def test_a_second_model_has_noise_and_batches_of_its_own(secret, seen):
+    """With the noise of the first the difference of the two would be free of it."""
+    loud = {"noise_multiplier": 1e6, "clipping_norm": 1.0, "delta": 1e-3}
+    silo = Silo(make_task(), {**loud, "seed": secret}, Two)
+    config = {"batch_size": 6, "local_steps": 1, "lr": 1e-4}
+    (first, own), _ = both_models(silo, **config)
+    # A later round sends the same model; the client's own one begins there again.
+    (later, again), _ = both_models(silo, **config)
+    noises = [
+        np.concatenate(
+            [(x[k] - first_arrays()[k]).ravel() for k in x if "frozen" not in k]
+        )
+        for x in (first, own, later, again)
+    ]
+    for i, one in enumerate(noises):
+        for other in noises[i + 1 :]:
+            assert np.abs(one - other).mean() > 0.1 * np.abs(one).mean()
+            correlation = np.corrcoef(one, other)[0, 1]
+            assert abs(correlation) < 5 / math.sqrt(len(one))
+    drawn = {tuple(sorted(batch["x"][:, 0].tolist())) for batch in seen}
+    assert len(drawn) > 1
+
+
+def test_a_second_model_is_charged_before_the_first_is_trained(tmp_path):
+    ledger, found = tmp_path / "ledger.json", []
+
+    def loss(model, batch):
+        found.append(StepLedger.load(ledger).total)
+        return cross_entropy(model, batch)
+
+    silo = Silo(make_task(loss=loss), {**NOISY, "ledger": ledger}, Two)
+    _, metrics = both_models(silo, batch_size=3, local_steps=4)
+    expected = sampled(1.0, 3 / EXAMPLES, 8).get_epsilon_for_delta(1e-3)
+    assert metrics["example-epsilon"] == pytest.approx(expected, rel=1e-5)
+    assert StepLedger.load(ledger) == StepLedger(1, {(0.25, 1.0): 8})
+    charged = found.index(8)
+    assert set(found[:charged]) == {0} and set(found[charged:]) == {8}
+
+
+def test_a_budget_for_one_model_is_none_for_two():
+    calls = []
+
+    def loss(model, batch):
+        calls.append(batch)
+        return cross_entropy(model, batch)
+
+    config = {"batch_size": 3, "local_steps": 20}
+    one = sampled(1.0, 0.25, 20).get_epsilon_for_delta(1e-3)
+    privacy = {**NOISY, "max_epsilon": one * 1.01}
+    silo = Silo(make_task(loss=loss), privacy, Two)
+    reply = silo.send(first_arrays(), client_half="two", **config)
+    assert "SiloBudgetExhausted" in reply.error.reason and not calls
+    assert ACCOUNT not in silo.state() and not list(Personal(silo.state()))
+    silo.train(first_arrays(), **config)
+
+
+def test_a_target_is_met_by_all_models_together():
+    target = {"epsilon": 2.0, "delta": 1e-3, "num_rounds": 2, "clipping_norm": 1.0}
+    silo = Silo(make_task(), target, Two)
+    for server_round in (1, 2):
+        _, metrics = both_models(silo, batch_size=3, server_round=server_round)
+    assert 2.0 * 0.999 < metrics["example-epsilon"] <= 2.0
+
+
+def longer(self, local):
+    settings = replace(local.settings, local_steps=9)
+    replace(local.with_model(local.start), settings=settings).fit()
+
+
+def on_other_data(self, local):
+    some = {name: column[:5] for name, column in local.train.items()}
+    replace(local.with_model(local.start), train=some).fit()
+
+
+def once_more(self, local):
+    for _ in range(2):
+        local.with_model(local.start).fit()
+
+
+@pytest.mark.parametrize("training", [longer, on_other_data, once_more])
+def test_a_model_that_is_not_charged_is_refused(training):
+    half = type("Greedy", (Two,), {"after_training": training, "post_processing": True})
+    silo = Silo(make_task(), NOISY, half)
+    with pytest.raises(RuntimeError, match="is not charged: .* num_trainings=2"):
+        silo.train(first_arrays(), client_half="two", batch_size=4, local_steps=2)
+
+
+def test_users_are_capped_for_every_model(seen):
+    privacy = {**NOISY, "max_examples_per_user": 1, "noise_multiplier": 4.0}
+    _, metrics = both_models(Silo(make_task(), privacy, Two), batch_size=5)
+    assert metrics["num-examples"] == 5
+    assert len(seen) == 2
+    assert all(len(batch["y"]) == 5 for batch in seen)
+
+
+def test_halves_of_one_app_share_an_account_and_keep_their_promise():
+    silo = Silo(make_task(), NOISY, Two, Prox)
+    config = {"batch_size": 3, "local_steps": 2}
+    both_models(silo, **config)
+    silo.train(first_arrays(), client_half="prox", **config)
+    _, metrics = silo.train(first_arrays(), **config)
+    expected = sampled(1.0, 0.25, 8).get_epsilon_for_delta(1e-3)
+    assert metrics["example-epsilon"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_personal_state_that_was_not_kept_privately_is_refused():
+    plain = Silo(make_task(), NOISY, Two, trainer=Plain())
+    both_models(plain, batch_size=4)
+    silo = Silo(make_task(), NOISY, Two)
+    silo.grid.states.write(0, plain.state())
+    with pytest.raises(RuntimeError, match=r"personal state=\['own'\] must be kept"):
+        silo.train(first_arrays(), client_half="two", batch_size=4)
+    assert ACCOUNT not in silo.state()
+    both_models(Silo(make_task(), NOISY, Two), batch_size=4)
+
+
+def test_personal_state_comes_back_without_the_account(tmp_path):
+    """As from a checkpoint, where what is spent is in the ledger only."""
+    privacy = {**NOISY, "ledger": tmp_path / "ledger.json"}
+    before, after = (Silo(make_task(), privacy, Two) for _ in range(2))
+    both_models(before, batch_size=4)
+    kept = {k: x for k, x in before.state().items() if k != ACCOUNT}
+    after.grid.states.write(0, RecordDict(kept))
+    _, metrics = both_models(after, batch_size=4, server_round=2)
+    expected = sampled(1.0, 1 / 3, 12).get_epsilon_for_delta(1e-3)
+    assert metrics["example-epsilon"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_a_half_measures_at_an_evaluation_is_withheld():
+    class Telling(Two):
+        post_processing = True
+
+        def model_to_evaluate(self, local):
+            return local.personal.arrays("own", like=local.start)
+
+        def evaluate(self, local):
+            return {"told": local.mean_loss(local.train)}
+
+    silo = Silo(make_task(), NOISY, Telling)
+    reply = silo.send(first_arrays(), "evaluate", client_half="two")
+    assert dict(reply.content["metrics"]) == {"num-examples": EXAMPLES}
+    asked = Silo(make_task(), NOISY, Telling, release_evaluation=True)
+    reply = asked.send(first_arrays(), "evaluate", client_half="two")
+    assert set(reply.content["metrics"]) == {"num-examples", "loss", "told"}
+
+
+def test_a_half_does_not_see_the_loss_that_is_withheld():
+    class Copying(ClientHalf):
+        name = "copying"
+        post_processing = True
+
+        def release(self, metrics):
+            return {**metrics, "seen": sorted(metrics)}
+
+    class Named(Copying):
+        post_processing = True
+
+        def records(self, local):
+            return {}, {"train-loss": 1.0, "mine": 2.0}
+
+        def release(self, metrics):
+            return metrics
+
+    silo = Silo(make_task(), NOISY, Named)
+    _, metrics = silo.train(first_arrays(), client_half="copying")
+    assert "train-loss" not in metrics and metrics["mine"] == 2.0
+    seen = []
+    Copying.release = lambda self, metrics: seen.extend(metrics) or metrics
+    Silo(make_task(), NOISY, Copying).train(first_arrays(), client_half="copying")
+    assert sorted(seen) == ["example-delta", "example-epsilon", "num-examples"]
 
 
 # Federations ------------------------------------------------------------------------
