@@ -355,6 +355,13 @@ def test_weights_and_counts_of_parts_are_carried_as_well():
     assert total.mean()["w"].tolist() == [1.0, 8.0]
 
 
+def test_a_sum_of_weights_below_its_noise_counts_as_the_noise():
+    total = Total({DELTA: {"w": np.array([4.0])}}, scalars={"weight": np.array(-3.0)})
+    total.noise = {"weight": 2.0}
+    assert total.uncarried().weight == 2.0
+    assert total.mean()["w"].tolist() == [2.0]
+
+
 def as_numpy(x):
     return x.numpy() if isinstance(x, Lazy) else x
 
