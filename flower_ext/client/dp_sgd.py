@@ -165,23 +165,22 @@ class DPSGD(Trainer):
 
     *Assumed*: a half with ``post_processing`` keeps its word, and ``regularizer`` knows
     no data. The loss of an example, what the half's ``objective`` makes of it, and its
-    gradient as it is computed, depend on
-    that example, not on the others of its batch or their number. Opacus' validators,
-    the comparison of an example's gradient with autograd's, and of its loss in two
-    batches, at the start of every round, find models and losses that break this,
-    though not all that one can think of. Libraries choose algorithms by the size of a
-    batch, which changes rounding: what weights that magnify it can do is not counted.
+    gradient as it is computed, depend on that example, not on the others of its batch
+    or their number. Opacus' validators, the comparison of an example's gradient with
+    autograd's, and of its loss in two batches, at the start of every round, find models
+    and losses that break this, though not all that one can think of. Libraries choose
+    algorithms by the size of a batch, which changes rounding: what weights that magnify
+    it can do is not counted.
 
     *Randomness*: batches and noise come from ``os.urandom``, or from NumPy's SFC64
     generator, which is not cryptographic, with a ``seed``: then from (seed, client,
     round, steps taken) and a digest of all that was received, of data, model, settings,
-    run config and personal state.
-    So a run can be repeated, and gives the same replies again, which tells nothing new;
-    on anything else batches and noise are others. Take a new seed with every change of
-    the silo's code, ``mode``, device or libraries. Opacus' own noise is not used:
-    torch's CPU generator has 32 bits of seed. Dropout does draw from torch's, seeded
-    secretly. Floating-point noise has gaps that a strong adversary may read (Mironov
-    2012).
+    run config and personal state. So a run can be repeated, and gives the same replies
+    again, which tells nothing new; on anything else batches and noise are others. Take
+    a new seed with every change of the silo's code, ``mode``, device or libraries.
+    Opacus' own noise is not used: torch's CPU generator has 32 bits of seed. Dropout
+    does draw from torch's, seeded secretly. Floating-point noise has gaps that a strong
+    adversary may read (Mironov 2012).
 
     *Several models*: their steps compose, whichever of the models leaves the silo, with
     batches and noise of their own.
@@ -293,6 +292,7 @@ class PrivateSession(Session):
         local.train = self._capped(local.train)
         # What the server may choose and the half may use, before the half has seen it.
         self._told = b"" if self._privacy.seed is None else _digest_of_told(local)
+        # What was kept before: what this message keeps is private as its models are.
         self._personal, self._kept = local.personal, set(local.personal)
         self._plan: NoisePlan | None = None
         self._spent = 0.0
@@ -352,6 +352,8 @@ class PrivateSession(Session):
                 stacklevel=3,
             )
         rate = min(1.0, local.settings.batch_size / size)
+        # All models at once: a budget that ends between two of them would leave one
+        # that is trained, spent and never sent.
         planned = self._trainings * count
         noise_multiplier = self._calibrated(kept, planned, rate)
         charged = ledger.add(rate, noise_multiplier, planned)

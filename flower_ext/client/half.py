@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, cached_property
 from logging import WARNING
 from typing import ClassVar, Protocol
 
@@ -187,7 +187,7 @@ class Local:
         """What the client keeps over rounds, and never sends."""
         return Personal(self.context.state, self.device)
 
-    @property
+    @cached_property
     def start(self) -> dict[str, Tensor]:
         """The arrays that the model began this message with."""
         return {name: x.to(self.device) for name, x in self.loaded.items()}
@@ -245,6 +245,7 @@ class Local:
         arrays : dict[str, Tensor]
             What the model begins with, under the names of the received one.
         """
+        # By its place among the models of the message, not by when it is trained.
         self._branches += 1
         return self._on(arrays, (*self.branch, self._branches))
 
@@ -285,14 +286,17 @@ class Local:
 
     def _remember(self, arrays: Tensors) -> None:
         state = self.model.state_dict()
-        if arrays.keys() != state.keys():  # they travelled in another form
+        # A copy only where they travelled in another form: it is as large as the model.
+        if arrays.keys() != state.keys():
             arrays = {name: x.detach().clone() for name, x in state.items()}
         self.loaded = arrays
+        self.__dict__.pop("start", None)  # it is of what was loaded before
 
 
 def _own_copy(model: nn.Module) -> nn.Module:
     """Copy a model, but for frozen parameters that nobody sends, such as a base's."""
     sent = model.state_dict()
+    # What is loaded into the copy must not be loaded into the model.
     shared = {
         id(p): p
         for name, p in model.named_parameters()
@@ -314,6 +318,12 @@ class Proximal:
         :math:`w_0`; trained parameters without an array of their name are left free.
     strength : float
         :math:`\mu \ge 0`; 0 is no term.
+
+    References
+    ----------
+    Li et al. 2020, "Federated optimization in heterogeneous networks", arXiv 1812.06127
+    (FedProx, equation 2); Li et al. 2021, "Ditto: fair and robust federated learning
+    through personalization", arXiv 2012.04221.
 
     Examples
     --------

@@ -157,13 +157,18 @@ class NoisySteps(Steps):
         self._keep_buffers()
 
     def take(self, batch: Batch) -> float:
-        """Clip, add up, add noise and step; return the summed objective over q n."""
+        """Clip, add up, add noise and step; return the summed objective over q n.
+
+        Algorithm 1 of Abadi et al. (2016), divided by the expected size of a batch.
+        """
         model, size = self.local.model, num_examples(batch)
         total, parts = self._backward(batch) if size else (0.0, [])
         bound, multiplier = self.plan.bound, self.plan.noise_multiplier
         clipped = clipped_sum(parts, size, bound)
         # "and": 0 noise of infinite scale is no noise.
         drawn = self._noise.next(multiplier and multiplier * bound)
+        # No hook after this one sees a gradient that is not noisy.
+        self._wrapped.zero_grad(set_to_none=True)
         for name, p in self._trained.items():
             noisy = torch.from_numpy(drawn[name]).to(p.device)
             if p in clipped:

@@ -92,6 +92,7 @@ class Session:
         has one example only trains with the statistics that it received.
         """
         local.needs_two = _needs_two(local)
+        # Before the steps are made, which may ask the half for an objective.
         half.begin(local)
         steps = self.steps(local, half)
         local.model.train()

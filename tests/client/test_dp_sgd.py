@@ -1305,6 +1305,8 @@ def test_a_half_without_noise_and_clipping_trains_as_it_does_by_plain_steps(mode
 
         def after_backward(self, model):
             for p in model.parameters():
+                # Gradients of single examples are nobody's to see.
+                assert getattr(p, "grad_sample", None) is None
                 if p.requires_grad:
                     p.grad *= 0.5
 

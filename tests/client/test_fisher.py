@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks as HOOKS_OF_ALL_OPTIMIZERS
 
-from flower_ext.client.fisher import SquaredGradients, per_example, tensor_record
+from flower_ext.client.fisher import SquaredGradients, per_example
+from flower_ext.client.tensors import tensor_record
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6], [0, 0, 1], [6, 2, 2], [3, 3, 5]])
 NUMBERS = torch.linspace(-2, 2, 20).reshape(5, 4).sin()

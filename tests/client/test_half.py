@@ -102,8 +102,9 @@ class ScaffoldClient(ClientHalf):
 
     def records(self, local):
         length = local.num_steps * local.settings.learning_rate
+        start, end = local.start, local.end
         new = {
-            n: self.own[n] - self.control[n] + (local.start[n] - local.end[n]) / length
+            n: self.own[n] - self.control[n] + (start[n] - end[n]) / length
             for n in self.own
         }
         local.personal.save(control=new)
