@@ -21,7 +21,7 @@ from flower_ext.simulation.machines import (
 from flower_ext.simulation.pack_message import PACK_KEY, PackMessage, PackReply
 from flower_ext.simulation.records import own_copy
 from flower_ext.simulation.setting import Setting
-from flower_ext.simulation.states import PackStates
+from flower_ext.simulation.states import PackStates, Shelf
 
 #: Key of a SuperNode's ``--node-config``: the clients that live on it, ``"0-99,200"``.
 HOSTED_KEY = "logical-clients"
@@ -48,6 +48,8 @@ def packed(message: Message, context: Context, call_next: Call) -> Message:
     if PACK_KEY not in message.content:
         return call_next(message, context)
     pack = PackMessage.read(message.content)
+    if pack.shelf:
+        _require_simulation(pack.shelf)
     setting = Setting(
         None,
         range(pack.num_clients),
@@ -71,6 +73,24 @@ def packed(message: Message, context: Context, call_next: Call) -> Message:
         changed=lent.changed if lent else {},
     )
     return Message(reply.write(), reply_to=message)
+
+
+def _require_simulation(shelf: Shelf) -> None:
+    """Keep states and files from a server that takes this node for a simulated one."""
+    if shelf.is_own():
+        return
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized() or not _is_actor():
+        raise PermissionError(
+            "the server asks for what clients keep, which does not leave this node"
+        )
+
+
+def _is_actor() -> bool:
+    """Whether this process is one of Ray's actors, as Flower's simulated nodes are."""
+    import ray
+
+    return ray.get_runtime_context().get_actor_id() is not None
 
 
 class NodeStates:
@@ -178,9 +198,9 @@ def _require_none_held() -> None:
     """Refuse to wait for GPUs that the waiting worker itself holds."""
     import ray
 
-    worker = ray.get_runtime_context()
-    if worker.get_actor_id() is None:  # a driver, to which Ray gives no GPUs
+    if not _is_actor():  # but a driver, to which Ray gives no GPUs
         return
+    worker = ray.get_runtime_context()
     assigned = worker.get_assigned_resources()  # type: ignore[no-untyped-call]
     if held := assigned.get("GPU", 0):
         raise ValueError(

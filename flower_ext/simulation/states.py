@@ -40,6 +40,8 @@ _ARRAYS, _METRICS, _CONFIG = "arrays", "metrics", "config"
 _LENGTH = struct.Struct("<Q")
 _PREFIX = "flower-ext-states-"
 
+_own_folders: set[Path] = set()
+
 #: A state as it travels: its bytes, or the name of its file on the shelf.
 Kept = bytes | str
 
@@ -117,6 +119,10 @@ class Shelf:
     def is_here(self) -> bool:
         """Whether this process sees the folder: it may run on another machine."""
         return self.folder.is_dir()
+
+    def is_own(self) -> bool:
+        """Whether this very process has made the folder."""
+        return self.folder in _own_folders
 
     def read(self, kept: Kept | None) -> RecordDict:
         """Return a client's state; an empty one if it has none.
@@ -226,6 +232,7 @@ class ClientStates:
             _remove_abandoned()
             folder, lock = _locked_folder()
             self._shelf = Shelf(folder)
+            _own_folders.add(folder)
             self._end = weakref.finalize(self, _remove, folder, lock)
         return self._shelf
 
@@ -402,5 +409,6 @@ def _remove_abandoned() -> None:
 
 
 def _remove(folder: Path, lock: int) -> None:
+    _own_folders.discard(folder)
     shutil.rmtree(folder, ignore_errors=True)
     os.close(lock)

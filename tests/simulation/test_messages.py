@@ -11,6 +11,7 @@ from flower_ext._flower import NO_REPLY
 from flower_ext.simulation import LocalGrid, PackedGrid, packed
 from flower_ext.simulation.message_transport import parse_clients
 from flower_ext.simulation.pack_message import PackMessage
+from flower_ext.simulation.states import Shelf
 
 
 class Nodes(LocalGrid):
@@ -216,6 +217,13 @@ def test_states_come_and_go_with_the_work_where_they_are_in_reach(virtual, ask):
     assert not inner.states.versions()  # nothing is left on the nodes
     deployed = Nodes(virtual, 3)
     assert PackedGrid(deployed, num_clients=30).states is None
+
+
+def test_a_node_of_a_deployment_gives_no_state_away(virtual, tmp_path):
+    pack = PackMessage(3, None, [], [], Shelf(tmp_path), {0: "file"})
+    message = Message(pack.write(), 1000, "train")
+    [reply] = Nodes(virtual, 1).send_and_receive([message])
+    assert "which does not leave this node" in reply.error.reason
 
 
 def test_other_messages_pass_through_the_mod(virtual):

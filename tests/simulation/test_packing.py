@@ -92,3 +92,19 @@ def test_the_pace_is_of_a_kind_of_message():
 
 def test_nobody_is_no_pack():
     assert Workload().packs([], 2) == []
+
+
+def test_a_run_that_goes_on_makes_the_packs_of_one_that_was_not_interrupted():
+    whole = Workload()
+    for client in range(20):
+        whole.learn_size(client, [1, 2.5, 30, 0.1][client % 4])
+    resumed = Workload()
+    resumed.load_state_dict(whole.state_dict())
+    for workload in (whole, resumed):
+        workload.learn_size(3, 17)
+
+    def packs(workload):
+        return workload.packs(jobs(range(25)), 2, summed=True)
+
+    assert packs(resumed) == packs(whole) != packs(Workload())
+    assert Workload().state_dict() == {}
