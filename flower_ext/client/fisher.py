@@ -5,6 +5,7 @@ The diagonal (empirical) Fisher of a model :math:`p_\theta` on data is
 training steps it comes for free; per example it costs one more pass.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -170,9 +171,13 @@ class SquaredGradients:
             self._batch_size = whole("batch_size", batch_size, 1)
         # Opacus calls the step of the optimizer that it wraps, with noised gradients.
         self._optimizer = getattr(optimizer, "original_optimizer", optimizer)
-        self._hooks.append(
-            self._model.register_forward_hook(self._on_forward, with_kwargs=True)
+        # Here and not as a decorator, since torch's compiler takes a second to import;
+        # partial, so that the hook of a copied model is the copy's own.
+        uncompiled = torch.compiler.disable(  # type: ignore[no-untyped-call]
+            type(self)._on_forward
         )
+        look = functools.partial(uncompiled, self)
+        self._hooks.append(self._model.register_forward_hook(look, with_kwargs=True))
         # Hooks on all optimizers stay when a client fails: a weak reference, so that
         # they do not keep its model in memory.
         me = weakref.ref(self)
@@ -195,7 +200,6 @@ class SquaredGradients:
             weakref.finalize(self, handle.remove)
         return self
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_forward(
         self, _: nn.Module, args: object, kwargs: object, output: object
     ) -> None:
