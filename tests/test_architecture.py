@@ -1,4 +1,4 @@
-"""Who may import whom: the rules that keep the rooms of the project apart."""
+"""Who may import and read what: the rules that keep the project's rooms apart."""
 
 import ast
 from pathlib import Path
@@ -182,6 +182,76 @@ def test_strategies_are_imported_by_their_public_name():
     assert names == set(flower_ext.strategies.__all__)
 
 
+TEMPLATE = ROOT / "tools" / "template"
+
+
+def users_of_the_core():
+    """The modules that use the core as anybody can, by path from the checkout."""
+    audit = sorted((PACKAGE / "audit").glob("*.py"))
+    files = [*audit, PACKAGE / "testing.py", PACKAGE / "check.py"]
+    files += [*strategy_files().values(), *sorted(TEMPLATE.glob("*.py"))]
+    return {f"{file.parent.name}/{file.name}": file for file in files} | {
+        f"baselines/{relative}": file for relative, file in baseline_files().items()
+    }
+
+
+def is_private(name):
+    return name.startswith("_") and not name.endswith("__")
+
+
+def is_itself(node):
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def own_names(tree):
+    """Return what a module defines: functions, methods, fields, attributes of self."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names |= {node.attr} if is_itself(node.value) else set()
+    return names
+
+
+def foreign_attributes(source):
+    """Return the private attributes of others that a module reads, with their lines.
+
+    Those of ``self`` and ``cls`` that the module itself defines are its own. A name in
+    ``getattr(x, "_name")`` is an attribute, too.
+    """
+    tree = ast.parse(source)
+    own, found = own_names(tree), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner, name = node.value, node.attr
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("getattr", "setattr", "hasattr", "delattr")
+            and len(node.args) > 1
+            and isinstance(node.args[1], ast.Constant)
+        ):
+            owner, name = node.args[0], str(node.args[1].value)
+        else:
+            continue
+        if is_private(name) and not (is_itself(owner) and name in own):
+            found.add((node.lineno, name))
+    return found
+
+
+def test_nobody_reads_private_attributes_of_the_core():
+    files = users_of_the_core()
+    assert {"strategies/flasc.py", "audit/run.py", "template/strategy.py"} <= set(files)
+    found = {
+        relative: foreign_attributes(file.read_text("utf-8"))
+        for relative, file in files.items()
+    }
+    assert {relative: names for relative, names in found.items() if names} == {}
+
+
 # The rules can be broken ----------------------------------------------------------
 
 
@@ -259,3 +329,25 @@ def test_private_import_is_seen(source, private):
 )
 def test_private_flwr_import_is_seen(source, private):
     assert bool(private_flwr_imports(source)) == private
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("class A:\n    def f(self): self._x = 1; return self._x", set()),
+        ("class A:\n    _x = 1\n    def f(self): return self._x", set()),
+        ("class A:\n    _x: int\n    def f(self): return self._x", set()),
+        ("class A:\n    def _x(self): pass\n    def f(self): self._x()", set()),
+        ("class A(B):\n    def f(self): return super().__init__()", set()),
+        ("x = y.__dict__", set()),
+        ("x = _helper()", set()),
+        ("class A(B):\n    def f(self): return self._sent", {(2, "_sent")}),
+        ("class A(B):\n    def f(self): super()._release()", {(2, "_release")}),
+        ("def f(strategy): return strategy._sent", {(1, "_sent")}),
+        ("def f(s): return s.sampler._cohort.x", {(1, "_cohort")}),
+        ('x = getattr(s, "_sent", None)', {(1, "_sent")}),
+        ("def f(self, other): self._x = other._x", {(1, "_x")}),
+    ],
+)
+def test_private_attribute_of_another_is_seen(source, names):
+    assert foreign_attributes(source) == names
