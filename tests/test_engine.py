@@ -1,10 +1,15 @@
-"""The baselines under ``flwr run`` on the Ray engine, on real data."""
+"""The baselines on real data: in this process, and two under ``flwr run`` on Ray.
+
+That the two ways give the same is tested with one of them.
+"""
 
 import importlib
 import json
+import pkgutil
 import statistics
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,7 @@ from flower_ext.server.tracking import read_metrics
 from flower_ext.simulation.local import app_config, run_local
 
 BASELINES = Path(__file__).parents[1] / "baselines"
+Value = str | int | float | bool
 pytestmark = pytest.mark.slow
 
 
@@ -26,6 +32,22 @@ def importable(request: pytest.FixtureRequest) -> Iterator[Path]:
     sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))
+    for module in [name for name in sys.modules if name.split(".")[0] == folder.name]:
+        del sys.modules[module]
+
+
+def run_here(
+    folder: Path, config: Mapping[str, Value], num_supernodes: int, results: Path
+) -> None:
+    """Run a baseline in this process: the apps that its pyproject.toml names."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))
+    apps = project["tool"]["flwr"]["app"]["components"]
+    run_local(
+        pkgutil.resolve_name(apps["serverapp"]),
+        pkgutil.resolve_name(apps["clientapp"]),
+        num_supernodes=num_supernodes,
+        run_config={**app_config(folder), **config, "results": str(results)},
+    )
 
 
 @pytest.mark.parametrize("importable", ["fedfish"], indirect=True)
@@ -41,14 +63,7 @@ def test_in_process_and_ray_give_the_same_metrics(
     }
     ray, local = tmp_path / "ray", tmp_path / "local"
     run_app(importable, run_config={**config, "results": str(ray)}, num_supernodes=8)
-    server = importlib.import_module("fedfish.server_app")
-    client = importlib.import_module("fedfish.client_app")
-    run_local(
-        server.app,
-        client.app,
-        num_supernodes=8,
-        run_config={**app_config(importable), **config, "results": str(local)},
-    )
+    run_here(importable, config, 8, local)
     for strategy in ("fedavg", "fedfish"):
         theirs, ours = read_metrics(ray / strategy), read_metrics(local / strategy)
         assert len(theirs) == len(ours) == 2
@@ -63,15 +78,7 @@ def test_in_process_and_ray_give_the_same_metrics(
 def test_half_of_the_main_job_shows_what_fedfish_is_for(
     importable: Path, tmp_path: Path
 ) -> None:
-    server = importlib.import_module("fedfish.server_app")
-    client = importlib.import_module("fedfish.client_app")
-    half = {"num-server-rounds": 20, "results": str(tmp_path)}
-    run_local(
-        server.app,
-        client.app,
-        num_supernodes=100,
-        run_config={**app_config(importable), **half},
-    )
+    run_here(importable, {"num-server-rounds": 20}, 100, tmp_path)
     fedavg, fedfish = (
         statistics.mean(
             row["central/loss"] for row in read_metrics(tmp_path / name)[-10:]
@@ -85,8 +92,6 @@ def test_half_of_the_main_job_shows_what_fedfish_is_for(
 def test_fedfish_on_images_with_held_out_clients(
     importable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = importlib.import_module("fedfish.server_app")
-    client = importlib.import_module("fedfish.client_app")
     config = {
         "dataset": "fashion-mnist",
         "strategies": "fedavg@1 fedfish@3",
@@ -98,14 +103,8 @@ def test_fedfish_on_images_with_held_out_clients(
         "hidden-size": 16,
         "finetune-steps": 3,
         "finetune-learning-rate": 0.05,
-        "results": str(tmp_path),
     }
-    run_local(
-        server.app,
-        client.app,
-        num_supernodes=20,
-        run_config={**app_config(importable), **config},
-    )
+    run_here(importable, config, 20, tmp_path)
     once, thrice = (
         read_metrics(tmp_path / name) for name in config["strategies"].split()
     )
@@ -139,7 +138,7 @@ def test_fedfish_on_images_with_held_out_clients(
 
 
 @pytest.mark.parametrize(
-    ("name", "num_supernodes", "config", "metric"),
+    ("importable", "num_supernodes", "config", "metric"),
     [
         (
             "maxfl",
@@ -160,21 +159,16 @@ def test_fedfish_on_images_with_held_out_clients(
             "central/worst-group-loss",
         ),
     ],
+    indirect=["importable"],
 )
 def test_a_round_of_each_baseline(
-    name: str,
+    importable: Path,
     num_supernodes: int,
-    config: dict[str, str | int | float | bool],
+    config: dict[str, Value],
     metric: str,
     tmp_path: Path,
 ) -> None:
-    outcome = run_app(
-        BASELINES / name,
-        run_config={**config, "num-server-rounds": 1, "results": str(tmp_path)},
-        num_supernodes=num_supernodes,
-        num_cpus=2,
-    )
-    assert outcome.status == "finished:completed"
+    run_here(importable, {**config, "num-server-rounds": 1}, num_supernodes, tmp_path)
     summary = json.loads((tmp_path / SUMMARY_FILE).read_text("utf-8"))
     assert len(summary["runs"]) == 2
     for values in summary["runs"].values():
@@ -182,21 +176,18 @@ def test_a_round_of_each_baseline(
     for run in summary["runs"]:
         row = read_metrics(tmp_path / run)[-1]
         assert 0.2 < row["evaluate/accuracy"] < 1
-        if name == "bounded_group_loss":  # by fairlearn, and by the clients' sums
+        if (
+            importable.name == "bounded_group_loss"
+        ):  # by fairlearn, and by clients' sums
             theirs = row["central/worst-group-loss"]
             assert theirs == pytest.approx(row["evaluate/worst-group-loss"], rel=1e-5)
     assert "fedavg" in table(tmp_path)
 
 
-def test_two_rounds_of_dpftrl(tmp_path: Path) -> None:
+@pytest.mark.parametrize("importable", ["dpftrl"], indirect=True)
+def test_two_rounds_of_dpftrl(importable: Path, tmp_path: Path) -> None:
     config = {"mechanisms": "none blt", "epsilons": "8", "central-examples": 500}
-    outcome = run_app(
-        BASELINES / "dpftrl",
-        run_config={**config, "num-server-rounds": 2, "results": str(tmp_path)},
-        num_supernodes=20,
-        num_cpus=2,
-    )
-    assert outcome.status == "finished:completed"
+    run_here(importable, {**config, "num-server-rounds": 2}, 20, tmp_path)
     runs = json.loads((tmp_path / SUMMARY_FILE).read_text("utf-8"))["runs"]
     assert list(runs) == ["none", "blt-8"]
     last = read_metrics(tmp_path / "blt-8")[-1]

@@ -14,6 +14,7 @@ log(logging.INFO, "said")
 logging.getLogger("other").warning("not Flower's")
 """
 BASIC = "logging.basicConfig(stream=sys.{})"
+ABSL = "from absl import logging as absl; absl.use_absl_handler()"
 FILE = "logging.getLogger().addHandler(logging.FileHandler({!r}))"
 
 
@@ -33,7 +34,7 @@ def said(first="", then=""):
     "other",
     [
         "import opacus",
-        "from absl import logging as absl; absl.use_absl_handler()",
+        ABSL,
         BASIC.format("stderr"),
         BASIC.format("stdout"),
     ],
@@ -47,11 +48,11 @@ def test_a_line_is_there_once(other, order):
 
 def test_a_file_of_the_root_logger_gets_the_line(tmp_path):
     path = tmp_path / "log"
-    said("import opacus", FILE.format(str(path)))
+    said(ABSL, FILE.format(str(path)))
     assert path.read_text().splitlines() == ["said", "not Flower's"]
 
 
 def test_without_flowers_own_console_the_root_loggers_is_used():
     quiet = "logging.getLogger('flwr').handlers.clear()"
-    lines = said("import opacus", quiet)
+    lines = said(ABSL, quiet)
     assert sum("said" in line for line in lines) == 1

@@ -1,6 +1,7 @@
 """The loop of a run: Flower's own, in the same order, and what it measures."""
 
 import functools
+import gc
 import logging
 from itertools import count
 from types import SimpleNamespace
@@ -142,6 +143,16 @@ def learners():
     return LocalGrid(app, 4)
 
 
+@pytest.fixture
+def little_garbage():
+    """Let QFedAvg, which collects garbage for every reply, look at what is new only."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("little_garbage")
 @pytest.mark.parametrize(
     "make",
     [

@@ -1,0 +1,76 @@
+"""Ray actors that stay: what is in them, and the sums that they make."""
+
+import threading
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord
+
+from flower_ext import AdditiveStrategy
+from flower_ext._flower import InconsistentMessageReplies
+from flower_ext.simulation import PackedGrid
+
+pytestmark = pytest.mark.slow
+
+INITIAL = ArrayRecord({"w": Array(np.zeros(3, np.float32))})
+
+
+@pytest.fixture(scope="module")
+def grid(ray_here):
+    """Return a grid whose two workers serve all tests that harm none."""
+    ray_here()
+    with PackedGrid(num_clients=12, client_app="virtual:app", num_workers=2) as grid:
+        yield grid
+
+
+def test_workers_stay_and_load_the_app_once(grid, ask):
+    replies = [reply for _ in range(3) for reply in ask(grid, range(12))]
+    metrics = [reply.content["metrics"] for reply in replies]
+    assert len({m["pid"] for m in metrics}) == len({m["loaded"] for m in metrics}) == 2
+
+
+def test_clients_without_gpus_see_none(grid, ask):
+    replies = ask(grid, range(4))
+    assert {reply.content["where"]["gpus"] for reply in replies} == {"none"}
+
+
+def test_replies_of_a_sum_are_few_and_without_arrays(grid, monkeypatch):
+    packs = []
+    send = grid.send_and_sum
+
+    def look(messages, summand, *, timeout):
+        replies = list(send(messages, summand, timeout=timeout))
+        packs.append({id(reply.content.pack): reply.content.pack for reply in replies})
+        assert not any(reply.content.array_records for reply in replies)
+        assert [r.metadata.src_node_id for r in replies] == list(range(12))
+        return replies
+
+    monkeypatch.setattr(grid, "send_and_sum", look)
+    runs = []
+    for _ in range(2):
+        strategy = AdditiveStrategy(fraction_evaluate=0.0)
+        runs.append(strategy.start(grid, INITIAL, num_rounds=2))
+        assert len(runs[-1].train_metrics_clientapp) == 2
+    assert runs[0].arrays == runs[1].arrays
+    for of_round in packs:
+        assert len(of_round) == 4  # two a worker
+        clients = [pack.clients for pack in of_round.values()]
+        assert sorted(c for pack in clients for c in pack) == list(range(12))
+        assert sum(pack.total.count for pack in of_round.values()) == 12
+
+
+def test_a_strategy_that_cannot_be_pickled_runs_without_sums(grid, caplog):
+    strategy = AdditiveStrategy(fraction_evaluate=0.0)
+    strategy.lock = threading.Lock()
+    result = strategy.start(grid, INITIAL, num_rounds=2)
+    assert result.train_metrics_clientapp[2]["num-replies"] == 12
+    assert caplog.text.count("without partial sums") == 1
+
+
+def test_what_contribution_raises_for_all_ends_the_run_with_the_reason(grid):
+    class Wrong(AdditiveStrategy):
+        def contribution(self, reply, round):
+            raise KeyError("no such thing")
+
+    with pytest.raises(InconsistentMessageReplies, match="no such thing"):
+        Wrong(fraction_evaluate=0.0).start(grid, INITIAL, num_rounds=1)
