@@ -27,6 +27,7 @@ def _kill(context: Context, config: ConfigRecord) -> None:
     victim = Path(str(context.run_config["checkpoint"])) / "victim"
     if config["server-round"] == 2 and victim.is_file():
         os.kill(int(victim.read_text()), signal.SIGKILL)
+        victim.rename(victim.with_name("killed"))
         time.sleep(60)
 
 

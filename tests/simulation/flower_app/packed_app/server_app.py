@@ -32,8 +32,6 @@ def main(grid: Grid, context: Context) -> None:
     if checkpoint and not victim.parent.exists():  # the first of two runs
         victim.parent.mkdir()
         victim.write_text(str(os.getpid()), "utf-8")
-    elif checkpoint:
-        victim.unlink()
     for transport in str(context.run_config["transports"]).split():
         clients = PackedGrid(
             grid,
