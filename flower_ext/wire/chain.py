@@ -11,7 +11,7 @@ of everything takes one byte; otherwise the shortest of
 
 import struct
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import get_args
@@ -21,6 +21,7 @@ from flwr.common import NDArray
 
 from flower_ext.core.arrays import Arrays, all_finite, is_averaged
 from flower_ext.core.errors import fraction, one_of, refuse
+from flower_ext.core.schedules import Scheduled, value_in
 from flower_ext.wire.codec import (
     MOST_STAGES,
     Codec,
@@ -34,7 +35,6 @@ from flower_ext.wire.mask_codes import MASK_CODES, MAX_SIZE, Positions, smallest
 from flower_ext.wire.masks import Mask, Masks, Scope, top_k
 from flower_ext.wire.value_codes import Exact
 
-Schedule = float | Callable[[int], float]
 # What was chosen of each array; None is all of it.
 Chosen = Mapping[str, Positions | None]
 
@@ -158,13 +158,13 @@ class TopK(Selection):
     {'w': array([ 3., -5.,  0.,  0.], dtype=float32)}
     """
 
-    density: Schedule
+    density: Scheduled
     scope: Scope = "global"
     dense: Sequence[str] = ("running_mean", "running_var", "modules_to_save")
     within_received: bool = False
 
     def __post_init__(self) -> None:
-        density = density_at("density", self.density, 1)
+        density = density_in("density", self.density, 1)
         if not callable(self.density):
             object.__setattr__(self, "density", density)
         one_of("scope", self.scope, get_args(Scope))
@@ -180,7 +180,7 @@ class TopK(Selection):
     def choose(self, arrays: Arrays, sending: Sending) -> Masks:
         """Return the largest coordinates of what may be masked."""
         within = sending.received if self.within_received else None
-        density = density_at("density", self.density, 1)
+        density = density_in("density", self.density, 1)
         if density >= 1:
             return within or {}
         apart = {*sending.tied, *sending.silent}
@@ -200,9 +200,9 @@ class TopK(Selection):
         }
 
 
-def density_at(name: str, schedule: Schedule, server_round: int) -> float:
+def density_in(name: str, schedule: Scheduled, server_round: int) -> float:
     """Return the density of a round, checked."""
-    value = schedule(server_round) if callable(schedule) else schedule
+    value = value_in(schedule, server_round)
     return fraction(name, value, "a share of the coordinates, 1 is all of them")
 
 
@@ -241,6 +241,11 @@ class Chain(Codec):
     def stages(self) -> tuple[type[Stage], ...]:
         """The classes of the links."""
         return tuple(type(link) for link in self.links)
+
+    @property
+    def within_received(self) -> bool:  # type: ignore[override]
+        """Whether a link is."""
+        return any(link.within_received for link in self.links)
 
     @property
     def lossless(self) -> bool:

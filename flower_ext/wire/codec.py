@@ -148,6 +148,8 @@ class Codec(ABC):
 
     #: Whether a client adds what its upload left out to its next one.
     feedback: bool = False
+    #: Whether a client chooses among the coordinates that it received, and no others.
+    within_received: bool = False
     #: Whether messages say names and shapes, for apps with a loop of their own.
     described: bool = False
 

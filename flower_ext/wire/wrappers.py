@@ -29,6 +29,11 @@ class _Around(Codec):
         return self.codec.feedback
 
     @property
+    def within_received(self) -> bool:  # type: ignore[override]
+        """Whether the codec inside is."""
+        return self.codec.within_received
+
+    @property
     def described(self) -> bool:  # type: ignore[override]
         """Whether the codec inside is."""
         return self.codec.described
