@@ -10,10 +10,12 @@ import torch
 from _timing import medians, report
 from flwr.app import RecordDict
 
-from flower_ext.wire.mask_codes import MASK_CODES, entropy_bytes
+from flower_ext.wire import Chain, Exact, FixedMask
+from flower_ext.wire.codec import PAYLOAD
+from flower_ext.wire.mask_codes import MASK_CODES, entropy_bytes, smallest
 from flower_ext.wire.masks import largest
-from flower_ext.wire.sparse import PAYLOAD, decode, encode, mask_codes
 from flower_ext.wire.traffic import serialized_bytes
+from flower_ext.wire.value_codes import VALUE_CODES
 
 SIZE, DENSITY, LIMIT = 10_000_000, 1 / 16, 3.0
 DENSITIES = (1 / 2, 1 / 4, 1 / 16, 1 / 64, 1 / 1024)
@@ -28,14 +30,15 @@ def update() -> dict[str, np.ndarray]:
 def speed() -> None:
     arrays = update()
     k = int(DENSITY * SIZE)
-    masks = {"w": largest(arrays["w"], k)}
+    codec = FixedMask({"w": largest(arrays["w"], k)})
     tensor = torch.from_numpy(arrays["w"])
 
     def both() -> None:
-        decode(encode(arrays, masks), arrays)
+        codec.decode(codec.encode(arrays), arrays)
 
     def all_three() -> None:
-        decode(encode(arrays, {"w": largest(arrays["w"], k)}), arrays)
+        chosen = FixedMask({"w": largest(arrays["w"], k)})
+        chosen.decode(chosen.encode(arrays), arrays)
 
     ours, whole, peer = medians(
         both, all_three, lambda: torch.topk(tensor.abs(), k), repeats=5
@@ -54,18 +57,18 @@ def size() -> None:
         positions = np.flatnonzero(mask)
         lengths = [c.length(positions, mask.size) for c in MASK_CODES.values()]
         least = entropy_bytes(len(positions), mask.size)
-        chosen = mask_codes(encode(arrays, {"w": mask}), arrays)["w"]
+        chosen = smallest(positions, mask.size)
         cells = " ".join(
             f"{n / len(positions):.3f} ({n / least:.2f}x)" for n in lengths
         )
         each = f"{least / len(positions):.3f} {chosen}"
         print(f"{'':25} 1/{1 / density:<7.0f} {cells} {each}")
     print("\nwhole payload over the dense record, as Flower serialises both:")
-    dense = serialized_bytes(RecordDict({"arrays": encode(arrays)}))
+    dense = serialized_bytes(RecordDict({"arrays": Exact().encode(arrays)}))
     for density in DENSITIES:
         mask = largest(arrays["w"], int(density * arrays["w"].size))
-        for precision in ("exact", "bfloat16", "nf4"):
-            record = encode(arrays, {"w": mask}, precision)
+        for precision, code in VALUE_CODES.items():
+            record = Chain(FixedMask({"w": mask}), code).encode(arrays)
             sent = serialized_bytes(RecordDict({"arrays": record}))
             encoded = record[PAYLOAD].shape[0]
             print(

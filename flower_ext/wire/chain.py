@@ -184,13 +184,14 @@ class TopK(Selection):
         if density >= 1:
             return within or {}
         apart = {*sending.tied, *sending.silent}
-        own = {n: x for n, x in self._maskable(arrays).items() if n not in apart}
+        own = {n: x for n, x in self.maskable(arrays).items() if n not in apart}
         masks = top_k(own, density, self.scope, within)
         copies = {n: masks[x] for n, x in sending.tied.items() if x in masks}
         silent = {n: np.zeros(arrays[n].shape, np.bool_) for n in sending.silent}
         return masks | copies | silent
 
-    def _maskable(self, arrays: Arrays) -> Arrays:
+    def maskable(self, arrays: Arrays) -> Arrays:
+        """Return the arrays of which a part may travel."""
         return {
             name: x
             for name, x in arrays.items()
