@@ -14,68 +14,41 @@ arXiv:2406.05233, as in its published code.) Weights outside the mask stay on th
 as they are, and come back once they are among the largest.
 """
 
-import json
-import zlib
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
 from logging import WARNING
 from typing import Literal, Unpack, cast, get_args
 
 import numpy as np
 import torch
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    ConfigRecordValues,
-    Context,
-    Message,
-    MessageType,
-    RecordDict,
-)
+from flwr.app import ArrayRecord
 from flwr.common import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from flower_ext._flower import log
-from flower_ext.client.app import Mod
 from flower_ext.client.half import ClientHalf, Local
-from flower_ext.client.task import tied_names
-from flower_ext.core.arrays import (
-    Arrays,
-    all_finite,
-    from_record,
-    is_averaged,
-    subtract,
-    to_record,
-)
+from flower_ext.core.arrays import Arrays, from_record, to_record
 from flower_ext.core.contribution import DELTA, Contribution, Total
-from flower_ext.core.errors import fraction, one_of, refuse, whole
-from flower_ext.core.protocol import ARRAYS_KEY, Config, Metrics, Payload, Reply, Round
-from flower_ext.core.replies import MalformedReply, array_key, read_arrays
-from flower_ext.core.schedules import Scheduled, value_in
-from flower_ext.core.ties import TIED_KEY
+from flower_ext.core.errors import one_of, refuse, whole
+from flower_ext.core.protocol import Metrics, Reply, Round
+from flower_ext.core.schedules import Scheduled
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.optimizers import TorchOptimizer
 from flower_ext.server.options import AdditiveOptions
-from flower_ext.wire.masks import Masks, Scope, first_ranks, top_k
-from flower_ext.wire.sparse import decode, encode, is_sparse, received_masks, seal
-from flower_ext.wire.value_codes import Precision
-
-UPLOAD_DENSITY = "upload-density"
-SCOPE = "mask-scope"
-PRECISION = "value-precision"
-FREEZE = "freeze-off-mask"
-FEEDBACK = "error-feedback"
-DENSE = "dense-arrays"
-DESCRIPTION = "array-description"
-RESIDUAL = "flasc-residual"
-
-# Of names, shapes and dtypes: enough for 100,000 arrays.
-_LONGEST_DESCRIPTION = 1 << 24
+from flower_ext.wire import Chain, Codec, Described, ErrorFeedback, FixedMask, Sending
+from flower_ext.wire.chain import TopK, density_in
+from flower_ext.wire.masks import Masks, Scope, first_ranks
+from flower_ext.wire.value_codes import VALUE_CODES, Precision
 
 Aggregation = Literal["cohort", "senders"]
+
+_EMPTY = (
+    "round %s: nothing of %s of %s arrays is sent, such as %s: clients see zeros there "
+    "until they are among the largest. scope='tensor' sends a part of each array, "
+    "dense=(word, ...) all of those named so"
+)
 
 
 @dataclass(frozen=True)
@@ -98,246 +71,32 @@ class Tier:
     def __post_init__(self) -> None:
         for name in ("download_density", "upload_density"):
             if getattr(self, name) is not None:
-                _density(name, getattr(self, name), 1)
+                density_in(name, getattr(self, name), 1)
         if self.rank is not None:
             whole("rank", self.rank, 1)
 
 
-def _density(name: str, schedule: Scheduled, server_round: int) -> float:
-    value = value_in(schedule, server_round)
-    return fraction(name, value, "a share of the coordinates, 1 is all of them")
-
-
-def _maskable(arrays: Mapping[str, NDArray], dense: Iterable[str]) -> Arrays:
-    """Return the arrays of which a part may travel.
-
-    One that holds an infinity, as masks of attention do, is no weight: it is whole.
-    """
-    words = list(dense)
-    return {
-        name: x
-        for name, x in arrays.items()
-        if is_averaged(x)
-        and not any(word in name for word in words)
-        and all_finite([x])
-    }
-
-
-def change(new: NDArray, old: NDArray) -> NDArray:
-    """Return ``new - old``: floats in float32 or wider, all else in int64."""
-    return subtract(new, old).numpy()
-
-
-def _change_like(sent: Mapping[str, NDArray]) -> Arrays:
-    """Return arrays with the shapes and dtypes of changes, which take no memory."""
-    zeros = {name: np.zeros((), x.dtype) for name, x in sent.items()}
-    return {
-        name: np.broadcast_to(change(zeros[name], zeros[name]), x.shape)
-        for name, x in sent.items()
-    }
-
-
 class FLASCClient(ClientHalf):
-    """Trains densely from the sparse model, and sends the largest of what changed."""
+    """Trains from the sparse model: all of it, or what it received of it.
+
+    What it sends back is chosen by the codec of its upload.
+    """
 
     name = "flasc"
-
-    def __init__(self) -> None:
-        self._received: Arrays = {}
-        self._frozen: Masks | None = None
-        self._gradient_masks: dict[str, Tensor] = {}
+    post_processing = True
 
     def begin(self, local: Local) -> None:
-        """Keep what was received, which the change is measured from."""
-        self._received = _state(local.model)
-        masks = received_masks(local.model)
-        if masks is not None and local.config.get(FREEZE, False):
-            self._frozen = {name: mask.numpy() for name, mask in masks.items()}
-            self._gradient_masks = {k: m.to(local.device) for k, m in masks.items()}
+        """Keep the masks of what was received, where nothing else may be trained."""
+        frozen = local.upload is not None and local.upload.within_received
+        own = (local.masks or {}) if frozen else {}
+        self._masks = {k: torch.from_numpy(m).to(local.device) for k, m in own.items()}
 
     def after_backward(self, model: nn.Module) -> None:
         """Keep frozen coordinates where they are."""
-        if self._gradient_masks:
-            for name, parameter in model.named_parameters():
-                # Another name of tied numbers, which travel once, has no mask.
-                if parameter.grad is not None and name in self._gradient_masks:
-                    parameter.grad *= self._gradient_masks[name]
-
-    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
-        """Return the largest coordinates of the change, in the place of the model."""
-        trained = _state(local.model)
-        delta = {n: change(trained[n], x) for n, x in self._received.items()}
-        tied = tied_names(local.model)
-        record = _upload(delta, local.config, local.context.state, self._frozen, tied)
-        return {ARRAYS_KEY: record}, {}
-
-
-def _upload(
-    delta: Arrays,
-    config: ConfigRecord,
-    state: RecordDict,
-    within: Masks | None,
-    tied: Collection[str] = (),
-) -> ArrayRecord:
-    """Return the largest coordinates of a client's change, as the server asked.
-
-    Of a tensor with further names, ``tied``, only what is under the first travels.
-    """
-    delta = delta | {name: np.zeros_like(delta[name]) for name in tied}
-    feedback = bool(config.get(FEEDBACK, False))
-    if feedback and RESIDUAL in state:
-        kept = from_record(state.array_records[RESIDUAL])
-        delta = delta | {name: delta[name] + x for name, x in kept.items()}
-    density = float(cast(float, config.get(UPLOAD_DENSITY, 1.0)))
-    masks = within
-    if density < 1:
-        arrays = _maskable(delta, cast(Sequence[str], config.get(DENSE, [])))
-        scope = cast(Scope, config.get(SCOPE, "global"))
-        own = {name: x for name, x in arrays.items() if name not in tied}
-        nothing = {name: np.zeros(delta[name].shape, np.bool_) for name in tied}
-        masks = top_k(own, density, scope, within) | nothing
-    record = encode(delta, masks, cast(Precision, config.get(PRECISION, "exact")))
-    if feedback:
-        sent, _ = decode(record, delta)
-        with np.errstate(invalid="ignore"):
-            left = {n: x - sent[n] for n, x in delta.items() if is_averaged(x)}
-        # It would come back in every round: one that diverged starts anew.
-        if all_finite(left.values()):
-            state[RESIDUAL] = to_record(left)
-        else:
-            state.pop(RESIDUAL, None)
-    return record
-
-
-def _state(model: nn.Module) -> Arrays:
-    return {
-        name: x.detach().cpu().numpy().copy() for name, x in model.state_dict().items()
-    }
-
-
-def flasc() -> Mod:
-    """Return a Flower mod that makes FLASC's clients of an app with its own loop.
-
-    The app's functions stay as they are: they receive dense arrays, zero where nothing
-    was sent, and reply with all that they trained; the mod sends the largest changes in
-    its place, under the same key. Other messages, and those of other strategies, pass
-    through. The strategy must describe its arrays, ``FLASC(describe_arrays=True)``.
-
-    Returns
-    -------
-    callable
-        For ``ClientApp(mods=[flasc()])``, or ``mods=[packed, flasc()]``.
-
-    Notes
-    -----
-    ``client_freeze`` and tiers of rank are refused: what the loop does with gradients
-    is not the mod's to say.
-    """
-    return _sparse_on_the_way
-
-
-def _sparse_on_the_way(
-    message: Message,
-    context: Context,
-    call_next: Callable[[Message, Context], Message],
-) -> Message:
-    content = message.content
-    keys = [key for key, x in content.array_records.items() if is_sparse(x)]
-    if not keys:
-        return call_next(message, context)
-    key = keys[0]
-    config = _instructions(content)
-    received, _ = decode(
-        content.array_records[key], _described(cast(bytes, config[DESCRIPTION]))
-    )
-    message.content = RecordDict({**content, key: to_record(received)})
-    try:
-        reply = call_next(message, context)
-    finally:
-        message.content = content
-    kind = message.metadata.message_type.partition(".")[0]
-    if reply.has_content() and kind == MessageType.TRAIN:
-        reply.content = _sparse_reply(
-            reply.content, key, received, config, context.state
-        )
-    return reply
-
-
-def _instructions(content: RecordDict) -> ConfigRecord:
-    """Return what the server said of its sparse record, if the mod can follow it."""
-    for config in content.config_records.values():
-        if config.get(FREEZE, False):
-            raise ValueError(
-                "client_freeze and tiers of rank need FLASCClient, in client_app(task, "
-                "FLASCClient): the mod flasc() cannot freeze what an app's loop trains"
-            )
-        if DESCRIPTION in config:
-            return config
-    raise ValueError(
-        "the mod flasc() needs the names and shapes of the arrays: make the strategy "
-        "with FLASC(describe_arrays=True)"
-    )
-
-
-def _sparse_reply(
-    content: RecordDict,
-    key: str,
-    received: Arrays,
-    config: ConfigRecord,
-    state: RecordDict,
-) -> RecordDict:
-    """Return the content of an app's reply with the upload in the model's place."""
-    key = array_key(content, key)
-    trained = read_arrays(content, key, received)
-    delta = {
-        name: change(trained[name].astype(x.dtype, copy=False), x)
-        for name, x in received.items()
-    }
-    tied = _alike(trained, received)
-    for name, first in tied.items():  # the last that was loaded is where it began
-        delta[first] = change(
-            trained[name].astype(received[name].dtype), received[name]
-        )
-    content = RecordDict({**content, key: _upload(delta, config, state, None, tied)})
-    if tied:
-        content[TIED_KEY] = ConfigRecord({**tied})
-    return content
-
-
-def _alike(trained: Arrays, received: Arrays) -> dict[str, str]:
-    """Return names of arrays that came back equal to an earlier one, and changed: ties.
-
-    A mask may have cut the copies of what was sent apart.
-    """
-    groups: dict[object, list[str]] = {}
-    for name, x in trained.items():
-        if is_averaged(x) and x.size > 1:
-            bits = blake2b(x.tobytes()).digest()
-            groups.setdefault((x.dtype, x.shape, bits), []).append(name)
-    return {
-        name: names[0]
-        for names in groups.values()
-        if not all(np.array_equal(trained[n], received[n]) for n in names)
-        for name in names[1:]
-    }
-
-
-def _describe(arrays: Mapping[str, NDArray]) -> bytes:
-    """Write names, dtypes and shapes in few bytes."""
-    text = json.dumps([[k, x.dtype.str, x.shape] for k, x in arrays.items()])
-    return zlib.compress(text.encode(), 9)
-
-
-def _described(data: bytes) -> Arrays:
-    """Return arrays as they were described, which take no memory."""
-    reader = zlib.decompressobj()
-    text = reader.decompress(data, _LONGEST_DESCRIPTION)
-    if not reader.eof:
-        raise ValueError(f"a description must be <= {_LONGEST_DESCRIPTION} bytes")
-    return {
-        name: np.broadcast_to(np.zeros((), np.dtype(dtype)), shape)
-        for name, dtype, shape in json.loads(text)
-    }
+        for name, parameter in model.named_parameters():
+            # Another name of tied numbers, which travel once, has no mask.
+            if parameter.grad is not None and name in self._masks:
+                parameter.grad *= self._masks[name]
 
 
 class FLASC(AdditiveStrategy):
@@ -384,9 +143,7 @@ class FLASC(AdditiveStrategy):
         How values travel, both ways.
     error_feedback : bool (default: False)
         A client adds what its upload left out, by choice or by rounding, to its next
-        change (Seide et al. 2014); it keeps that in ``context.state``. For clients that
-        are asked often: what is left out ages. What is kept is thrown away where it is
-        not finite, so that a client that diverged starts anew. Not in the paper.
+        change, see :class:`~flower_ext.wire.wrappers.ErrorFeedback`. Not in the paper.
     eval_masked : bool (default: True)
         Clients evaluate what they would have received, the new weights under the
         round's mask, as the paper's code does; False sends all weights.
@@ -398,7 +155,8 @@ class FLASC(AdditiveStrategy):
         such as embeddings.
     describe_arrays : bool (default: False)
         Names and shapes go along, some hundred bytes a message, for apps that train in
-        a loop of their own under the mod :func:`flasc`.
+        a loop of their own under the mod
+        :func:`~flower_ext.client.encoding.encoded`.
     server_optimizer : ServerOptimizer, optional
         By default that of the paper's code, ``torch.optim.AdamW`` with ``lr=1e-3`` and
         all else as torch has it, a weight decay of 0.01 among it.
@@ -442,8 +200,8 @@ class FLASC(AdditiveStrategy):
     client_half = FLASCClient
     equal_weights = True
     drop_in = DropIn(
-        imports="from flower_ext.strategies.flasc import flasc",
-        mod="flasc()",
+        imports="from flower_ext.client.encoding import encoded",
+        mod="encoded()",
         arguments=lambda num_clients: {"describe_arrays": True},
         written="describe_arrays=True",
     )
@@ -466,31 +224,22 @@ class FLASC(AdditiveStrategy):
         describe_arrays: bool = False,
         **options: Unpack[AdditiveOptions],
     ) -> None:
-        options["server_optimizer"] = options.get("server_optimizer") or TorchOptimizer(
-            partial(torch.optim.AdamW, lr=1e-3)
-        )
+        adam = TorchOptimizer(partial(torch.optim.AdamW, lr=1e-3))
+        options["server_optimizer"] = options.get("server_optimizer") or adam
         super().__init__(*flowers, **options)
-        _density("download_density", download_density, 1)
-        _density("upload_density", upload_density, 1)
-        one_of("scope", scope, get_args(Scope))
+        density_in("download_density", download_density, 1)
+        density_in("upload_density", upload_density, 1)
         one_of("aggregation", aggregation, get_args(Aggregation))
         one_of("precision", precision, get_args(Precision))
         if fixed_mask_after is not None:
             whole("fixed_mask_after", fixed_mask_after, 0)
         if not tiers or not all(isinstance(tier, Tier) for tier in tiers):
             refuse("tiers", tiers, "a sequence of at least one Tier")
-        if isinstance(dense, str):
-            refuse("dense", dense, "a sequence of words", "write ('classifier',)")
         if self.mechanism is not None and aggregation == "senders":
-            refuse(
-                "aggregation",
-                aggregation,
-                "'cohort' with a mechanism",
-                "who sent which coordinate depends on the data",
-            )
-        self.download_density = download_density
-        self.upload_density = upload_density
-        self.scope: Scope = scope
+            cause = "who sent which coordinate depends on the data"
+            refuse("aggregation", aggregation, "'cohort' with a mechanism", cause)
+        self.densities = {"download": download_density, "upload": upload_density}
+        self.chooses = TopK(1.0, scope, dense)
         self.client_freeze = client_freeze
         self.fixed_mask_after = fixed_mask_after
         self.tiers = tuple(tiers)
@@ -499,23 +248,15 @@ class FLASC(AdditiveStrategy):
         self.precision: Precision = precision
         self.error_feedback = error_feedback
         self.eval_masked = eval_masked
-        self.dense = tuple(dense)
         self.describe_arrays = describe_arrays
-        # Of every tier: what clients received in this round, None for everything.
+        # Of every tier what clients of this round receive, None for everything, and
+        # the model that it was chosen of.
         self._masks: dict[int, Masks | None] = {}
+        self._masked: Arrays | None = None
         self._fixed: dict[int, Masks] = {}
         self._warned = False
 
     # What travels -----------------------------------------------------------------
-
-    def tell(self, round: Round) -> Config:
-        """Tell clients how to choose, and how to write, what they send."""
-        return {
-            SCOPE: self.scope,
-            PRECISION: self.precision,
-            FEEDBACK: self.error_feedback,
-            DENSE: list(self.dense),
-        }
 
     def variant(self, client: int, round: Round) -> int:
         """Return the tier of a client."""
@@ -524,22 +265,28 @@ class FLASC(AdditiveStrategy):
             refuse(f"tier_of({client})", index, f"an index of {len(self.tiers)} tiers")
         return index
 
-    def payload(self, variant: Hashable, round: Round) -> Payload:
-        """Return a tier's part of the model."""
-        index = cast(int, variant)
-        tier = self.tiers[index]
-        if round.phase == "train":
-            self._masks[index] = self._choose(index, round)
-        masks = self._masks.get(index)
-        if round.phase == "evaluate" and not self.eval_masked:
-            masks = None
-        told: dict[str, ConfigRecordValues] = {
-            UPLOAD_DENSITY: self._share("upload_density", tier, round.number),
-            FREEZE: self.client_freeze or tier.rank is not None,
-        }
-        if self.describe_arrays:
-            told[DESCRIPTION] = _describe(round.sent)
-        return Payload(seal(encode(round.sent, masks, self.precision)), told)
+    def download_codec(self, variant: Hashable, round: Round) -> Codec:
+        """Return a tier's mask: that of the round, in its evaluation too."""
+        training = round.phase == "train"
+        # Tiers that train nobody in this round may evaluate in it.
+        if training and self._masked is not round.sent:
+            self._masks = {i: self._choose(i, round) for i in range(len(self.tiers))}
+            self._masked = round.sent
+        seen = training or self.eval_masked
+        masks = self._masks.get(cast(int, variant)) if seen else None
+        codec = Chain(FixedMask(masks or {}), VALUE_CODES[self.precision])
+        return Described(codec) if self.describe_arrays else codec
+
+    def upload_codec(self, variant: Hashable, round: Round) -> Codec:
+        """Return how a tier chooses, and writes, the largest of its change."""
+        tier = self.tiers[cast(int, variant)]
+        chooses = replace(
+            self.chooses,
+            density=self._density("upload", tier, round.number),
+            within_received=self.client_freeze or tier.rank is not None,
+        )
+        codec = Chain(chooses, VALUE_CODES[self.precision])
+        return ErrorFeedback(codec) if self.error_feedback else codec
 
     def masked(self, arrays: ArrayRecord, tier: int = 0) -> ArrayRecord:
         """Return a model as clients see it, for an ``evaluate_fn`` of the server.
@@ -551,35 +298,25 @@ class FLASC(AdditiveStrategy):
         tier : int (default: 0)
             Whose mask of the last round is taken.
         """
-        weights = from_record(arrays)
-        masks = self._masks.get(tier) or {}
-        return to_record(
-            {
-                k: np.where(masks[k], x, 0) if k in masks else x
-                for k, x in weights.items()
-            }
-        )
+        weights, mask = from_record(arrays), FixedMask(self._masks.get(tier) or {})
+        return to_record(mask.decode(mask.encode(weights), weights))
 
     def _choose(self, index: int, round: Round) -> Masks | None:
         """Return the mask of a tier in a round."""
-        server_round = round.number
         if index in self._fixed:
             return self._fixed[index]
-        tier = self.tiers[index]
-        arrays = {
-            name: x
-            for name, x in _maskable(round.sent, self.dense).items()
-            if name not in round.ties
-        }
-        within = None if tier.rank is None else first_ranks(arrays, tier.rank)
-        fixed = self.fixed_mask_after
-        density = self._share("download_density", tier, server_round)
-        if density >= 1 or (fixed is not None and server_round <= fixed):
+        tier, fixed = self.tiers[index], self.fixed_mask_after
+        density = self._density("download", tier, round.number)
+        maskable = self.chooses.maskable(round.sent)
+        own = {n: x for n, x in maskable.items() if n not in round.ties}
+        within = None if tier.rank is None else first_ranks(own, tier.rank)
+        if density >= 1 or (fixed is not None and round.number <= fixed):
             return within
-        masks = top_k(arrays, density, self.scope, within)
+        known = Sending(tied=round.ties, received=within)
+        chooses = replace(self.chooses, density=density, within_received=True)
+        masks = chooses.choose(round.sent, known)
         if density > 0 and not self._warned:
-            self._warn_of_empty(masks, server_round)
-        masks |= {k: masks[first] for k, first in round.ties.items() if first in masks}
+            self._warn_of_empty(masks, round.number)
         if fixed is not None:
             self._fixed[index] = masks
         return masks
@@ -588,41 +325,27 @@ class FLASC(AdditiveStrategy):
         empty = [name for name, mask in masks.items() if mask.size and not mask.any()]
         if empty:
             self._warned = True
-            log(
-                WARNING,
-                "round %s: nothing of %s of %s arrays is sent, such as %s: clients see "
-                "zeros there until they are among the largest. scope='tensor' sends a "
-                "part of each array, dense=(word, ...) all of those named so",
-                server_round,
-                len(empty),
-                len(masks),
-                empty[0],
-            )
+            log(WARNING, _EMPTY, server_round, len(empty), len(masks), empty[0])
 
-    def _share(self, name: str, tier: Tier, server_round: int) -> float:
-        own: Scheduled | None = getattr(tier, name)
-        schedule: Scheduled = getattr(self, name) if own is None else own
-        return _density(name, schedule, server_round)
+    def _density(self, way: str, tier: Tier, server_round: int) -> float:
+        own: Scheduled | None = getattr(tier, f"{way}_density")
+        schedule = self.densities[way] if own is None else own
+        return density_in(f"{way}_density", schedule, server_round)
 
     # What comes back --------------------------------------------------------------
 
     def contribution(self, reply: Reply, round: Round) -> Contribution:
-        r"""Return :math:`\Delta_k`; a client without examples has no weight."""
-        key = array_key(reply.content, self.arrayrecord_key)
-        record = reply.content.array_records.get(key)
-        if record is None:
-            raise MalformedReply(
-                f"no ArrayRecord {self.arrayrecord_key!r} in the reply"
-            )
-        delta, masks = decode(record, _change_like(round.sent))
-        senders = {DELTA: masks} if self.aggregation == "senders" else {}
-        return Contribution({DELTA: delta}, counts=senders)
+        r"""Return :math:`\Delta_k`, and who sent which coordinate where that counts."""
+        change = reply.change(round)
+        senders = change.masks if self.aggregation == "senders" else None
+        counts = {} if senders is None else {DELTA: senders}
+        return Contribution({DELTA: change.arrays}, counts=counts)
 
     def report(self, total: Total, round: Round) -> Metrics:
         """Return the densities of the round."""
         return {
-            f"{way}-density": self._share(f"{way}_density", Tier(), round.number)
-            for way in ("download", "upload")
+            f"{way}-density": self._density(way, Tier(), round.number)
+            for way in self.densities
         }
 
     # The run ----------------------------------------------------------------------
@@ -647,15 +370,15 @@ class FLASC(AdditiveStrategy):
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""
         return {
-            "Download density": self.download_density,
-            "Upload density": self.upload_density,
-            "Masks": f"{self.scope}, fixed after round {self.fixed_mask_after}"
-            if self.fixed_mask_after is not None
-            else self.scope,
+            "Download density": self.densities["download"],
+            "Upload density": self.densities["upload"],
+            "Scope": self.chooses.scope,
+            "Dense arrays": self.chooses.dense,
+            "Masks fixed after round": self.fixed_mask_after,
             "Clients train": "what they received" if self.client_freeze else "all",
             "Tiers": self.tiers,
             "Divided by": self.aggregation,
-            "Values": self.precision
-            + (", with error feedback" if self.error_feedback else ""),
+            "Values": self.precision,
+            "Error feedback": self.error_feedback,
             **super().settings(),
         }

@@ -93,7 +93,7 @@ def test_a_stock_app_is_told_the_lines_that_work(app, capsys):
     assert "+    fisher = watch_fisher(model, batches_per_epoch=" in fish
     flasc = parts["FLASC"]
     assert "which were tried (2 clients" in flasc
-    assert "mods=[flasc()]" in flasc
+    assert "mods=[encoded()]" in flasc
     assert "describe_arrays=True" in flasc
     assert "needs these lines, to be completed" in parts["MaxFL"]
     assert everything(app) == before

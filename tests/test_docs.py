@@ -183,7 +183,7 @@ def test_every_public_name_is_in_the_reference():
         for page in pages
         for name in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE)
     }
-    for package in ("", ".data", ".privacy", ".simulation", ".strategies"):
+    for package in ("", ".data", ".privacy", ".simulation", ".strategies", ".wire"):
         module = importlib.import_module(f"flower_ext{package}")
         for name in module.__all__:
             home = getattr(getattr(module, name), "__module__", None)

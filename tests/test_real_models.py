@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_ext import AdditiveStrategy, Task, client_app
+from flower_ext.client.encoding import encoded
 from flower_ext.client.half import ClientHalf
 from flower_ext.client.task import batches, tied_names
 from flower_ext.core.arrays import from_record, subtract, to_record
@@ -29,7 +30,7 @@ from flower_ext.strategies import (
     MaxFL,
     MaxFLClient,
 )
-from flower_ext.strategies.flasc import flasc
+from flower_ext.wire.registry import decode
 
 HALVES = (FedFishClient, FLASCClient, MaxFLClient, BoundedGroupLossClient)
 
@@ -213,7 +214,9 @@ def test_flasc_chooses_its_mask_as_if_a_tensor_had_one_name():
         strategy = FLASC(download_density=0.4, upload_density=1, server_optimizer=SGD())
         run(strategy, lambda names=names: Tied(names), tokens, rounds=1)
         weights = from_record(state(Tied(names)))
-        made.append(strategy._choose(0, weights, 2))
+        grid = LocalGrid(ClientApp(), 4)
+        asked = strategy.configure_train(2, state(Tied(names)), ConfigRecord(), grid)
+        made.append(decode(next(iter(asked)).content["arrays"], weights).masks)
     [one], [three] = models
     for name, mask in one.items():
         np.testing.assert_array_equal(three[name], mask)
@@ -325,7 +328,7 @@ def test_loops_that_do_not_tell_are_believed_when_all_return_copies(aggregate, r
 )
 def test_copies_stay_one_under_flascs_mod(options):
     """In a loop that does not tell, of which only a part of what it returns travels."""
-    app = ClientApp(mods=[flasc()])
+    app = ClientApp(mods=[encoded()])
 
     @app.train()
     def train(message, context):

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from flower_ext.client.task import Batch, MakeOptimizer, Task
 from flower_ext.core.errors import one_of, refuse, whole
-from flower_ext.wire.sparse import accept_sparse
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -627,4 +626,4 @@ def _sending(model: nn.Module, sent: set[str]) -> nn.Module:
 
     model.register_state_dict_post_hook(only_sent)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_post_hook(expect_sent)  # type: ignore[no-untyped-call]
-    return accept_sparse(model)
+    return model

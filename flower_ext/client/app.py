@@ -5,7 +5,7 @@ it may be asked for. People who have a loop of their own use the functions that 
 strategies export beside their halves instead.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import cast
@@ -23,6 +23,14 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
+from flower_ext.client.encoding import (
+    ENCODING,
+    Codecs,
+    Mod,
+    encode_upload,
+    read_download,
+    upload_codec,
+)
 from flower_ext.client.half import (
     ClientHalf,
     HalfFactory,
@@ -35,6 +43,7 @@ from flower_ext.client.seeds import random_seed, same_generators, seed_all
 from flower_ext.client.task import Batch, Task, evaluate, num_examples, tied_names
 from flower_ext.client.tensors import Tensors, read_tensors, tensor_record
 from flower_ext.client.trainer import Plain, Trainer
+from flower_ext.core.arrays import Arrays
 from flower_ext.core.errors import refuse
 from flower_ext.core.protocol import (
     ARRAYS_KEY,
@@ -46,15 +55,17 @@ from flower_ext.core.protocol import (
     Metrics,
 )
 from flower_ext.core.ties import TIED_KEY, TIED_TO_KEY
-from flower_ext.wire.sparse import accept_sparse, unseal
-
-Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
+from flower_ext.wire.codec import is_encoded
+from flower_ext.wire.masks import Masks
+from flower_ext.wire.messages import change
+from flower_ext.wire.registry import require_codecs
 
 
 def client_app(
     task: Task,
     *halves: HalfFactory,
     trainer: Trainer = Plain(),  # noqa: B008 (it keeps nothing)
+    codecs: Codecs = (),
     mods: Sequence[Mod] = (),
 ) -> ClientApp:
     """Make a ClientApp that trains and evaluates, for any strategy of the pack.
@@ -69,15 +80,18 @@ def client_app(
     trainer : Trainer (default: Plain())
         How steps are taken, by every half: plain ones, or those of DP-SGD,
         ``DPSGD(privacy)``.
+    codecs : sequence of type of Codec
+        Codecs of your own that the server may ask for; those of the package are known.
     mods : sequence of callable
         Flower mods, such as :func:`~flower_ext.simulation.packed`.
 
     Returns
     -------
     ClientApp
-        Replies to ``train`` with the trained arrays, ``num-examples``, ``train-loss``
-        and what the half adds; to ``evaluate`` with ``num-examples``, ``loss`` and the
-        task's metrics on the client's test data.
+        Replies to ``train`` with the trained arrays, or their change encoded as the
+        server asks for, ``num-examples``, ``train-loss`` and what the half adds; to
+        ``evaluate`` with ``num-examples``, ``loss`` and the task's metrics on the
+        client's test data.
 
     Notes
     -----
@@ -103,13 +117,14 @@ def client_app(
         if isinstance(owner, type):
             trainer.admit(owner)
         known[str(name)] = half
+    open_ = partial(_open, task, known, trainer, require_codecs(codecs))
     app = ClientApp(mods=list(mods))
 
     @app.train()
     def train_(message: Message, context: Context) -> Message:
         with kept_unless_done(context.state):
             with _isolated():
-                local, half = _open(task, known, trainer, message, context)
+                local, half = open_(message, context)
                 _require_told_ties(local.model, local.config)
                 loss = local.session.train(local, half)
                 half.after_training(local)
@@ -122,7 +137,7 @@ def client_app(
             values = half.release(local.session.report(values))
             content = RecordDict(
                 {
-                    ARRAYS_KEY: ArrayRecord(local.model.state_dict()),
+                    ARRAYS_KEY: _trained(local),
                     **{key: _record(group) for key, group in arrays.items()},
                     METRICS_KEY: MetricRecord(values),
                 }
@@ -135,7 +150,7 @@ def client_app(
     def evaluate_(message: Message, context: Context) -> Message:
         with kept_unless_done(context.state):
             with _isolated():
-                local, half = _open(task, known, trainer, message, context)
+                local, half = open_(message, context)
                 own = half.model_to_evaluate(local)
                 values: Metrics = {
                     "num-examples": num_examples(local.test),
@@ -173,6 +188,25 @@ def _record(group: ArrayRecord | Tensors) -> ArrayRecord:
     return group if isinstance(group, ArrayRecord) else tensor_record(group)
 
 
+def _trained(local: Local) -> ArrayRecord:
+    """Return what the client has trained: its model, or the change as it travels."""
+    if local.upload is None:
+        return ArrayRecord(local.model.state_dict())
+    start, end = (
+        {name: x.detach().cpu().numpy() for name, x in tensors.items()}
+        for tensors in (local.loaded, local.end)
+    )
+    return encode_upload(
+        local.upload,
+        {name: change(x, start[name]) for name, x in end.items()},
+        local.context.state,
+        server_round=local.server_round,
+        seed=local.seed(ENCODING),
+        tied=tied_names(local.model),
+        received=local.masks,
+    )
+
+
 def _choose(known: Mapping[str, HalfFactory], config: ConfigRecord) -> ClientHalf:
     name = str(config.get(CLIENT_HALF_KEY, ClientHalf.name))
     if name not in known:
@@ -202,6 +236,7 @@ def _open(
     task: Task,
     known: Mapping[str, HalfFactory],
     trainer: Trainer,
+    codecs: Codecs,
     message: Message,
     context: Context,
 ) -> tuple[Local, ClientHalf]:
@@ -222,11 +257,11 @@ def _open(
     # What is random in a model and not sent must agree between clients; a random split
     # of a client's data must be the same in every round.
     seed_all(settings.seed)
-    model = accept_sparse(task.model(context.run_config))
+    model = task.model(context.run_config)
     seed_all(random_seed(settings.seed, 0, client_of(context)))
     train_data, test_data = _columns(task.data(context), device)
     groups = message.content.array_records
-    arrays = read_tensors(unseal(groups[ARRAYS_KEY]))
+    arrays, masks = _read_model(groups[ARRAYS_KEY], config, model, codecs)
     local = Local(
         task=task,
         model=model.to(device),
@@ -237,6 +272,8 @@ def _open(
         context=context,
         device=device,
         run=message.content.config_records.get(RUN_KEY, ConfigRecord()),
+        upload=upload_codec(config, codecs),
+        masks=masks,
         received={
             key: read_tensors(group, device)
             for key, group in groups.items()
@@ -247,6 +284,23 @@ def _open(
     local.session = trainer.session(local, half)
     local.load(half.receive(local, arrays))
     return local, half
+
+
+def _read_model(
+    record: ArrayRecord, config: ConfigRecord, model: nn.Module, codecs: Codecs
+) -> tuple[dict[str, Tensor], Masks | None]:
+    """Return the arrays that were sent, and what of them was if it was not all."""
+    if not is_encoded(record):
+        return read_tensors(record), None
+
+    def like() -> Arrays:
+        return {name: x.cpu().numpy() for name, x in model.state_dict().items()}
+
+    found = read_download(record, config, like, codecs)
+    # A tensor with several names begins with what it is given last.
+    last = {first: name for name, first in tied_names(model).items()}
+    arrays = {k: found.arrays.get(last.get(k, k), x) for k, x in found.arrays.items()}
+    return {name: torch.from_numpy(x) for name, x in arrays.items()}, found.masks
 
 
 def _columns(found: object, device: torch.device) -> tuple[Batch, Batch]:

@@ -4,6 +4,7 @@
 :func:`encoded` for them.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from hashlib import blake2b
 from typing import NamedTuple, cast
@@ -44,6 +45,7 @@ Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Messag
 # Of a client's random numbers: 0 is the order of batches, 1 is dropout.
 ENCODING = 2
 _RESIDUAL = "upload-residual"
+_RESIDUAL_ROUND = "upload-residual-round"
 
 
 class Download(NamedTuple):
@@ -92,6 +94,7 @@ def encode_upload(
     changed: Arrays,
     state: RecordDict,
     *,
+    server_round: int,
     seed: int,
     tied: Collection[str] = (),
     received: Masks | None = None,
@@ -106,6 +109,8 @@ def encode_upload(
         Trained minus received.
     state : RecordDict
         The client's own, in which a residual stays for the next time.
+    server_round : int
+        A residual of this round, or of a later one, is left of another run.
     seed : int
         Of what the codec draws.
     tied : collection of str
@@ -117,7 +122,8 @@ def encode_upload(
     changed = changed | {name: np.zeros_like(changed[name]) for name in tied}
     sending = Sending(np.random.default_rng(seed), silent=tied, received=received)
     kept = None
-    if codec.feedback and _RESIDUAL in personal:
+    is_ours = personal.number(_RESIDUAL_ROUND, math.inf) < server_round
+    if codec.feedback and _RESIDUAL in personal and is_ours:
         floats = {n: torch.from_numpy(x) for n, x in changed.items() if is_averaged(x)}
         found = personal.arrays(_RESIDUAL, like=floats)
         kept = {name: x.numpy() for name, x in found.items()}
@@ -125,6 +131,7 @@ def encode_upload(
     if residual is not None:
         left = {name: torch.from_numpy(x) for name, x in residual.items()}
         personal.save(**{_RESIDUAL: left})
+        personal.save(**{_RESIDUAL_ROUND: float(server_round)})
     elif codec.feedback:
         personal.drop(_RESIDUAL)
     return record
@@ -182,8 +189,8 @@ def encoded(*codecs: type[Codec]) -> Mod:
                 key,
                 received,
                 codec,
-                context.state,
-                _seed({**context.run_config, **config}, context),
+                context,
+                {**context.run_config, **config},
             )
         return reply
 
@@ -225,8 +232,8 @@ def _encoded_reply(
     key: str,
     received: Arrays,
     codec: Codec,
-    state: RecordDict,
-    seed: int,
+    context: Context,
+    settings: Mapping[str, ConfigRecordValues],
 ) -> RecordDict:
     """Return the content of an app's reply with the upload in the model's place."""
     key = array_key(content, key)
@@ -240,19 +247,22 @@ def _encoded_reply(
         changed[first] = change(
             trained[name].astype(received[name].dtype), received[name]
         )
-    record = encode_upload(codec, changed, state, seed=seed, tied=tied)
+    seed, server_round = (
+        int(cast(int, settings.get(key, 0))) for key in ("seed", "server-round")
+    )
+    record = encode_upload(
+        codec,
+        changed,
+        context.state,
+        server_round=server_round,
+        # As client_app draws.
+        seed=random_seed(seed, server_round, client_of(context), ENCODING),
+        tied=tied,
+    )
     content = RecordDict({**content, key: record})
     if tied:
         content[TIED_KEY] = ConfigRecord({**tied})
     return content
-
-
-def _seed(config: Mapping[str, ConfigRecordValues], context: Context) -> int:
-    """Return the seed that ``client_app`` would use."""
-    seed, server_round = (
-        int(cast(int, config.get(key, 0))) for key in ("seed", "server-round")
-    )
-    return random_seed(seed, server_round, client_of(context), ENCODING)
 
 
 def _alike(trained: Arrays, received: Arrays) -> dict[str, str]:

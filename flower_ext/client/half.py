@@ -21,6 +21,8 @@ from flower_ext.client.tensors import Tensors
 from flower_ext.client.trainer import Session
 from flower_ext.core.errors import at_least, positive, refuse, whole
 from flower_ext.core.protocol import Metrics
+from flower_ext.wire.codec import Codec
+from flower_ext.wire.masks import Masks
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,10 @@ class Local:
     run : ConfigRecord
         What the server says of a run that it saves: its ``name``, and the round that it
         is ``resumed-after``; empty otherwise.
+    upload : Codec, optional
+        How the server wants the change; None is the trained model as it is.
+    masks : dict[str, ndarray of bool], optional
+        The coordinates of the model that were sent; None if all were.
     received : dict[str, dict[str, Tensor]]
         Groups of arrays that came beside the model, by their keys in the message.
     loaded : dict[str, Tensor]
@@ -161,6 +167,8 @@ class Local:
     context: Context
     device: torch.device
     run: ConfigRecord = field(default_factory=ConfigRecord)
+    upload: Codec | None = None
+    masks: Masks | None = None
     received: Mapping[str, Tensors] = field(default_factory=dict)
     loaded: Tensors = field(default_factory=dict)
     session: Session = field(default_factory=Session)

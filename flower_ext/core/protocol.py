@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NoReturn, Protocol, TypeVar
+from typing import Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,11 +49,26 @@ ACCOUNT_PREFIX = "account/"
 WRONG_HALF = "the strategy needs the client half"
 
 
-class Decoder(Protocol):
-    """Reads the change of the model that a client has encoded."""
+class Change(NamedTuple):
+    """What a client's training changed, as far as the server is told.
 
-    def decode(self, record: ArrayRecord, like: Arrays) -> Arrays:
-        """Return the change with the names, shapes and dtypes of ``like``.
+    Attributes
+    ----------
+    arrays : dict[str, ndarray or Lazy]
+        Trained minus received; zero where nothing was sent.
+    masks : dict[str, ndarray of bool] or None
+        The coordinates that were sent; None if all were.
+    """
+
+    arrays: Mapping[str, Term]
+    masks: Mapping[str, npt.NDArray[np.bool_]] | None = None
+
+
+class Decoder(Protocol):
+    """Reads the change that a client has encoded."""
+
+    def decode(self, record: ArrayRecord, start: Arrays) -> Change:
+        """Return the change from the arrays that a client started from.
 
         Raises
         ------
@@ -175,24 +190,40 @@ class Reply:
         The change of a tied tensor counts under its first name, and is 0 under the
         others.
         """
-        sent = round.sent
+        return dict(self.change(round).arrays)
+
+    def change(self, round: Round, start: Arrays | None = None) -> Change:
+        """Return the change with what of it was sent, see :meth:`delta`.
+
+        Parameters
+        ----------
+        round : Round
+            In which it was trained.
+        start : dict[str, ndarray], optional
+            What the client started from; by default the model.
+        """
+        sent = round.sent if start is None else start
         if round.upload is not None:
             key = array_key(self.content, self.keys.arrays, self.keys.others)
             record = self.content.array_records.get(key)
             if record is None:
                 self._refuse(f"no ArrayRecord {key!r} in the reply")
             decode = round.upload.decode
-            return dict(self._read(lambda _: decode(record, sent)))
-        new = self.model(round)
+            return self._read(lambda _: decode(record, sent))
+        new = self.model(round, sent)
         # Under a mechanism no reply may decide which arrays are tied: that would depend
         # on who replied.
         tied = round.ties if round.private else read_ties(self.content, sent)
-        return {
-            name: subtract(
-                x if name in tied else new[name], x, finite=name not in round.infinite
-            )
-            for name, x in sent.items()
-        }
+        return Change(
+            {
+                name: subtract(
+                    x if name in tied else new[name],
+                    x,
+                    finite=start is None and name not in round.infinite,
+                )
+                for name, x in sent.items()
+            }
+        )
 
     def arrays(self, key: str, like: Arrays) -> Arrays:
         """Return the arrays under a key, with the names and shapes of ``like``."""

@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from flower_ext.core.sampling import Sampler
 from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.server.optimizers import ServerOptimizer
+from flower_ext.wire.codec import Codec
 
 
 class FedAvgOptions(TypedDict, total=False):
@@ -63,11 +64,17 @@ class RoundOptions(FedAvgOptions, total=False):
         ``fraction_train``, ``min_train_nodes`` and their like say how many clients.
     min_replies : int (default: 1)
         A round with fewer usable replies keeps the model.
+    download, upload : Codec, optional
+        How the model travels to clients, and their change back, such as
+        ``Chain(TopK(1 / 16), NF4())``; by default as they are. See
+        :mod:`flower_ext.wire`.
     """
 
     server_optimizer: ServerOptimizer | None
     sampler: Sampler | None
     min_replies: int
+    download: Codec | None
+    upload: Codec | None
 
 
 class AdditiveOptions(RoundOptions, total=False):

@@ -36,7 +36,7 @@ from flower_ext.server.finished import (
 from flower_ext.server.partial_sums import Summable, Summand, SummingGrid
 from flower_ext.server.returned import messages_of, metrics_of, trained
 from flower_ext.server.tracking import Tracker
-from flower_ext.wire.sparse import CANNOT_READ, SEALED
+from flower_ext.wire.codec import CANNOT_READ, SEALED
 from flower_ext.wire.traffic import Traffic, measure
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]

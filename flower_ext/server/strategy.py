@@ -19,6 +19,7 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import ClassVar, Unpack, cast
 
+import numpy as np
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -82,6 +83,14 @@ from flower_ext.server.options import FedAvgOptions, by_name, require_known
 from flower_ext.server.partial_sums import NOT_FINITE
 from flower_ext.server.rounds import run_rounds
 from flower_ext.server.tracking import Tracker
+from flower_ext.wire.codec import Codec, Sending, is_encoded, seal
+from flower_ext.wire.messages import (
+    DESCRIPTION_KEY,
+    UPLOAD_KEY,
+    Uploads,
+    describe_arrays,
+)
+from flower_ext.wire.registry import describe
 
 _NOT_HELD = "the new model, or the server optimizer, would not be finite"
 
@@ -95,7 +104,7 @@ class Core:
 
     Attributes
     ----------
-    server_optimizer, sampler
+    server_optimizer, sampler, download, upload
         As the strategy was given them.
     private : PrivateSum or None
         The mechanism at work, if there is one.
@@ -118,6 +127,8 @@ class Core:
 
     server_optimizer: ServerOptimizer
     sampler: Sampler
+    download: Codec | None = None
+    upload: Codec | None = None
     private: PrivateSum | None = None
     rounds: dict[Phase, Round] = field(default_factory=dict)
     asked: dict[Phase, dict[int, int]] = field(
@@ -170,7 +181,7 @@ class RoundStrategy(FedAvg):
     ----------
     *flowers
         Flower's own options by position, as its FedAvg takes them.
-    server_optimizer, sampler, min_replies
+    server_optimizer, sampler, min_replies, download, upload
         See :class:`~flower_ext.server.options.RoundOptions`.
     **options
         Flower's own options, see :class:`~flower_ext.server.options.FedAvgOptions`.
@@ -199,6 +210,8 @@ class RoundStrategy(FedAvg):
         server_optimizer: ServerOptimizer | None = None,
         sampler: Sampler | None = None,
         min_replies: int = 1,
+        download: Codec | None = None,
+        upload: Codec | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         options = by_name(flowers, options)
@@ -220,7 +233,17 @@ class RoundStrategy(FedAvg):
                 "wrap a torch.optim factory in TorchOptimizer(factory)",
             )
         self.min_replies = min_replies
-        self._core = Core(server_optimizer or SGD(), sampler or UniformSampler())
+        for name, codec in (("download", download), ("upload", upload)):
+            hook = f"{name}_codec"
+            if not isinstance(codec, Codec | None):
+                refuse(name, codec, "a Codec", "an instance, not the class")
+            if codec and getattr(type(self), hook) is not getattr(RoundStrategy, hook):
+                refuse(name, codec, "left out", f"{type(self).__name__} has its own")
+        if upload is not None:
+            describe(upload.at(1))
+        self._core = Core(
+            server_optimizer or SGD(), sampler or UniformSampler(), download, upload
+        )
 
     @property
     def server_optimizer(self) -> ServerOptimizer:
@@ -256,6 +279,19 @@ class RoundStrategy(FedAvg):
     def payload(self, variant: Hashable, round: Round) -> Payload:
         """Return what the clients of a variant are sent; made once for all of them."""
         return Payload(round.sent)
+
+    def download_codec(self, variant: Hashable, round: Round) -> Codec | None:
+        """Return how the payload of a kind travels; None is as it is."""
+        codec = self._core.download
+        return None if codec is None else codec.at(round.number)
+
+    def upload_codec(self, variant: Hashable, round: Round) -> Codec | None:
+        """Return how clients of a kind send their change; None is their model.
+
+        It is one for all kinds, or for none, with settings as they please.
+        """
+        codec = self._core.upload
+        return None if codec is None else codec.at(round.number)
 
     def aggregate(self, round: Round, replies: Sequence[Reply]) -> Arrays:
         """Return the direction to move the model along.
@@ -364,7 +400,9 @@ class RoundStrategy(FedAvg):
         if self._core.private:
             cause = "who is asked is what the mechanism accounts for; choose a sampler"
         elif not own and (
-            self.client_half or type(self).tell is not RoundStrategy.tell
+            self.client_half
+            or self._core.upload
+            or type(self).tell is not RoundStrategy.tell
         ):
             cause = "the clients must be told the strategy's settings"
         if cause:
@@ -399,17 +437,33 @@ class RoundStrategy(FedAvg):
         cohort = {node: self._core.places[node] for node in nodes}
         round = self._round_of(server_round, sent, phase, list(cohort.values()))
         round = replace(round, told={**config, **self.tell(round)})
+        kinds = {node: self.variant(client, round) for node, client in cohort.items()}
+        uploads = self._uploads(dict.fromkeys(kinds.values()), round)
+        if uploads:
+            round = replace(round, upload=Uploads.of(uploads.values()))
         self._core.rounds[phase], self._core.asked[phase] = round, cohort
+        contents = {}
+        for place, variant in enumerate(dict.fromkeys(kinds.values())):
+            content = self._content(variant, place, round, arrays)
+            if variant in uploads:
+                told = content.config_records[self.configrecord_key]
+                told[UPLOAD_KEY] = describe(uploads[variant])
+            contents[variant] = content
         kind = MessageType.TRAIN if phase == "train" else MessageType.EVALUATE
-        contents: dict[Hashable, RecordDict] = {}
-        messages = []
-        for node, client in cohort.items():
-            variant = self.variant(client, round)
-            if variant not in contents:
-                payload = self.payload(variant, round)
-                contents[variant] = self._content(payload, round, arrays)
-            messages.append(Message(contents[variant], node, kind))
-        return messages
+        return [Message(contents[kinds[node]], node, kind) for node in cohort]
+
+    def _uploads(
+        self, kinds: Iterable[Hashable], round: Round
+    ) -> dict[Hashable, Codec]:
+        """Return the codec of each kind's upload; nobody trains in an evaluation."""
+        if round.phase == "evaluate":
+            return {}
+        found = {kind: self.upload_codec(kind, round) for kind in kinds}
+        codecs = {kind: codec for kind, codec in found.items() if codec is not None}
+        if codecs and len(codecs) < len(found):
+            cause = "Exact() sends a change as it is"
+            refuse("upload_codec(...)", None, "a codec for all kinds, or none", cause)
+        return codecs
 
     def _round_of(
         self, number: int, sent: Arrays, phase: Phase, cohort: Sequence[int] = ()
@@ -426,17 +480,25 @@ class RoundStrategy(FedAvg):
         )
 
     def _content(
-        self, payload: Payload, round: Round, arrays: ArrayRecord
+        self, variant: Hashable, place: int, round: Round, arrays: ArrayRecord
     ) -> RecordDict:
-        """Return the records of a payload; the model's own record is not made again."""
+        """Return what a kind is sent; the model's own record is not made again."""
+        payload = self.payload(variant, round)
         told = ConfigRecord({**round.told, **payload.config})
         if self.client_half is not None:
             told[CLIENT_HALF_KEY] = self.client_half.name
         if self._core.private and self._ties:
             told[TIED_KEY], told[TIED_TO_KEY] = list(self._ties), [*self._ties.values()]
+        record = _as_record(payload.arrays, round, arrays)
+        codec = self.download_codec(variant, round)
+        if codec is not None:
+            sent = from_record(record)
+            record = _encoded(codec, sent, round, place)
+            if codec.described:
+                told[DESCRIPTION_KEY] = describe_arrays(sent)
         return RecordDict(
             {
-                self.arrayrecord_key: _as_record(payload.arrays, round, arrays),
+                self.arrayrecord_key: record,
                 self.configrecord_key: told,
                 **{key: to_record(x) for key, x in payload.beside.items()},
             }
@@ -764,10 +826,12 @@ class RoundStrategy(FedAvg):
     def settings(self) -> dict[str, object]:
         """Return the settings that :meth:`summary` logs, by name."""
         seed = "secret" if self.sampler.is_secret else self.sampler.seed
+        codecs = {"Download": self._core.download, "Upload": self._core.upload}
         return {
             "Server optimizer": self.server_optimizer,
             "Sampler": f"{type(self.sampler).__name__}(seed={seed})",
             "Minimum replies": self.min_replies,
+            **{name: codec for name, codec in codecs.items() if codec is not None},
         }
 
 
@@ -778,6 +842,15 @@ def _as_record(
     if isinstance(found, ArrayRecord):
         return found
     return arrays if found is round.sent else to_record(found)
+
+
+def _encoded(codec: Codec, sent: Arrays, round: Round, place: int) -> ArrayRecord:
+    """Return the record of one kind of client, sealed, with draws of its own."""
+    seed = round.told.get("seed", 0)
+    draws = [seed if isinstance(seed, int) and seed >= 0 else 0, round.number, place]
+    ties = {name: x for name, x in round.ties.items() if {name, x} <= sent.keys()}
+    generator = np.random.default_rng([*draws, round.phase == "train"])
+    return seal(codec.encode(sent, Sending(generator, tied=ties)))
 
 
 def _require_numbers(reply: Reply, round: Round) -> None:
@@ -791,6 +864,10 @@ def _require_numbers(reply: Reply, round: Round) -> None:
     """
     reply.num_examples  # noqa: B018
     for record in reply.content.array_records.values():
+        if is_encoded(record):
+            if not all_finite(reply.change(round).arrays.values()):
+                raise MalformedReply(NOT_FINITE)
+            continue
         try:
             arrays = from_record(record)
         except (ValueError, TypeError, EOFError) as error:

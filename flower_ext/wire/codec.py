@@ -328,6 +328,11 @@ class _Frame(NamedTuple):
 
 
 def _payload(record: ArrayRecord) -> memoryview:
+    if not is_encoded(record):
+        raise ValueError(
+            "it is not encoded: an app with a loop of its own needs the mod "
+            "ClientApp(mods=[encoded()])"
+        )
     if set(record) != {PAYLOAD}:
         raise ValueError(f"it has one array {PAYLOAD!r}, not {sorted(record)[:5]}")
     payload = view(unseal(record)[PAYLOAD])

@@ -2,13 +2,16 @@
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ConfigRecordValues
+from flwr.app import ArrayRecord, ConfigRecordValues
 from flwr.common import NDArray
 
 from flower_ext.core.arrays import Arrays, subtract
+from flower_ext.core.protocol import Change
+from flower_ext.wire.codec import Codec, Stage, unpack
 
 # Keys of a message's configuration.
 UPLOAD_KEY = "upload-codec"
@@ -54,3 +57,41 @@ def change_like(sent: Mapping[str, NDArray]) -> Arrays:
         name: np.broadcast_to(change(zeros[name], zeros[name]), x.shape)
         for name, x in sent.items()
     }
+
+
+@dataclass(frozen=True)
+class Uploads:
+    """Reads the changes that clients encode as they were told.
+
+    Parameters
+    ----------
+    stages : frozenset of tuple of type of Stage
+        Of the codecs that were told: a record of another one is refused.
+    """
+
+    stages: frozenset[tuple[type[Stage], ...]]
+
+    @classmethod
+    def of(cls, codecs: Iterable[Codec]) -> "Uploads":
+        """Return what reads the records of codecs, whatever their settings."""
+        return cls(frozenset(codec.stages for codec in codecs))
+
+    def decode(self, record: ArrayRecord, start: Arrays) -> Change:
+        """Return the change of a client that started from these arrays.
+
+        Raises
+        ------
+        MalformedReply
+            If the record is not what the client was told to send.
+        """
+        found = unpack(record, change_like(start), self._find)
+        return Change(found.arrays, found.masks)
+
+    def _find(self, tags: Sequence[bytes]) -> Sequence[type[Stage]]:
+        known = {tuple(stage.tag for stage in stages): stages for stages in self.stages}
+        if tuple(tags) not in known:
+            raise ValueError(
+                f"it is coded as {list(tags)}, one of {[list(x) for x in known]} was "
+                "asked for"
+            )
+        return known[tuple(tags)]

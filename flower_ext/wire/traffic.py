@@ -7,7 +7,7 @@ from functools import lru_cache
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from flower_ext._flower import recorddict_to_proto
-from flower_ext.wire.sparse import num_values
+from flower_ext.wire.codec import num_values
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Traffic:
         Bytes of the records as Flower's protocol buffers hold them: names, headers and
         metrics included; not the envelope of the message (addresses, about 200 bytes).
     encoded : int
-        Bytes of the arrays' contents alone: values and, where they are sparse, masks.
+        Bytes of the arrays' contents alone: values and, where only some travel, what
+        tells their places.
     parameters : int
         Numbers in the arrays, without what tells where they belong: the measure of most
         papers.

@@ -65,7 +65,8 @@ class ErrorFeedback(_Around):
     A client adds what its upload left out, by choice or by rounding, to its next change
     (Seide et al. 2014, "1-bit stochastic gradient descent"); it keeps that in its own
     state. For clients that are asked often: what is left out ages. What is kept is
-    thrown away where it is not finite, so that a client that diverged starts anew.
+    thrown away where it is not finite, so that a client that diverged starts anew, and
+    in another run.
 
     Parameters
     ----------
@@ -128,9 +129,10 @@ def upload(
     if not codec.feedback:
         return Sent(codec.encode(change, sending), None)
     if kept is not None:
-        change |= {name: change[name] + x for name, x in kept.items()}
+        change |= {n: np.asarray(change[n] + x) for n, x in kept.items()}
     record = codec.encode(change, sending)
     sent = codec.decode(record, change)
     with np.errstate(invalid="ignore"):
-        left = {n: x - sent[n] for n, x in change.items() if is_averaged(x)}
+        floats = {n: x for n, x in change.items() if is_averaged(x)}
+        left = {n: np.asarray(x - sent[n]) for n, x in floats.items()}
     return Sent(record, left if all_finite(left.values()) else None)

@@ -175,10 +175,20 @@ def test_a_client_that_diverged_starts_anew():
         return call_next(message, context)
 
     grid = LocalGrid(app(keep, encoded(), spoil=spoil), 2)
-    for diverged, kept in (([], True), ([1], False), ([], True)):
+    for number, (diverged, kept) in enumerate([([], True), ([1], False), ([], True)]):
         spoil[:] = diverged
-        ask(grid, upload=ErrorFeedback(NF4()))
+        ask(grid, upload=ErrorFeedback(NF4()), rounds=(number + 1,))
         assert ("personal/upload-residual" in states[-1]) == kept
+
+
+@pytest.mark.parametrize(("rounds", "forgets"), [((1, 2), False), ((2, 2), True)])
+def test_what_another_run_left_out_is_not_added(rounds, forgets):
+    codec = ErrorFeedback(TopK(0.2))
+    grid = LocalGrid(app(encoded()), 1)
+    first, second = ask(grid, upload=codec, rounds=rounds)
+    found = [sent(reply, codec) for reply in (first, second)]
+    again = all(np.array_equal(x, found[1][name]) for name, x in found[0].items())
+    assert again == forgets
 
 
 def test_a_codec_of_ones_own_must_be_named():

@@ -11,6 +11,7 @@ from flower_ext.server.optimizers import SGD
 from flower_ext.server.options import AdditiveOptions
 from flower_ext.server.run_settings import settings_of
 from flower_ext.strategies import FLASC, BoundedGroupLoss, FedFish, MaxFL
+from flower_ext.wire import NF4
 
 
 def other_aggregate(contents, weighted_by_key):
@@ -32,6 +33,8 @@ SHARED = {
     "server_optimizer": SGD(0.3),
     "sampler": UniformSampler(7),
     "min_replies": 2,
+    "download": NF4(),
+    "upload": NF4(),
 }
 OWN = {
     FedFish: {
@@ -78,6 +81,7 @@ CASES = [
     (cls, name, value)
     for cls in (AdditiveStrategy, *OWN)
     for name, value in {**SHARED, **OWN.get(cls, {})}.items()
+    if cls is not FLASC or name not in {"download", "upload"}  # it has its own
 ]
 
 

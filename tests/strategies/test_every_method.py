@@ -42,6 +42,7 @@ from flower_ext.strategies import (
 )
 from flower_ext.strategies.flasc import Tier
 from flower_ext.testing import check_strategy
+from flower_ext.wire import NF4, BFloat16, Chain, ErrorFeedback, Exact, TopK
 
 # What a mechanism is asked for: three clients of three, or as a test says.
 PLAN = {
@@ -78,6 +79,8 @@ class Method:
         Options that a mechanism refuses, and the words; all if there is none.
     takes_plan : bool
         Whether what a mechanism is asked for are options of the method itself.
+    has_codecs : bool
+        Whether it has codecs of its own.
     """
 
     make: Callable[..., AdditiveStrategy]
@@ -88,6 +91,7 @@ class Method:
     private: tuple[Options, ...] = ({},)
     refuses: tuple[tuple[Options, str], ...] = ()
     takes_plan: bool = False
+    has_codecs: bool = False
 
     def plain(self, **options: object) -> AdditiveStrategy:
         """Make the strategy with its usual options and others."""
@@ -108,6 +112,15 @@ METHODS = {
             **{"server_optimizer": Adam(0.01), **options}
         ),
         fedavg={},
+    ),
+    "FedAvg-encoded": Method(
+        make=lambda **options: AdditiveStrategy(**options),
+        options={
+            "download": BFloat16(),
+            "upload": ErrorFeedback(Chain(TopK(0.25), NF4())),
+        },
+        others=({"download": TopK(0.5, "tensor"), "upload": NF4()},),
+        fedavg={"download": Exact(), "upload": TopK(1.0)},
     ),
     "FedFish": Method(
         make=FedFish,
@@ -135,6 +148,7 @@ METHODS = {
                 "error_feedback": True,
             },
         ),
+        has_codecs=True,
         fedavg={"download_density": 1, "upload_density": 1},
         refuses=(({"aggregation": "senders"}, "'cohort' with a mechanism"),),
     ),
@@ -258,17 +272,17 @@ def with_groups(task: Task, data) -> Task:
     return dataclasses.replace(task, data=grouped)
 
 
-def run_of(row, private):
+def run_of(row, private, **options):
     """Return what makes the strategy for a run of half of the six clients."""
     if not private:
         if row.takes_plan:
-            return lambda: row.plain(population_size=CLIENTS)
-        return lambda: row.plain(fraction_train=0.5)
+            return lambda: row.plain(population_size=CLIENTS, **options)
+        return lambda: row.plain(fraction_train=0.5, **options)
     plan = {"population_size": CLIENTS, "unprotected_metrics": True, "clipping": 0.02}
     sampler = {} if row.takes_plan else {"sampler": MinSeparationSampler(2)}
     if row.takes_plan:
-        return lambda: row.under({**plan, "min_separation": 2})
-    return lambda: row.under(plan, **row.private[0], **sampler)
+        return lambda: row.under({**plan, "min_separation": 2}, **options)
+    return lambda: row.under(plan, **row.private[0], **sampler, **options)
 
 
 PLAIN_AND_PRIVATE = pytest.mark.parametrize(
@@ -357,6 +371,25 @@ def test_partial_sums_give_the_same(row, private, app, initial, plain_run, tmp_p
     )
     require_same(found, expected, initial, rtol=1e-6, atol=1e-8)
     assert traffic(tmp_path) == its_traffic
+
+
+@PLAIN_AND_PRIVATE
+def test_codecs_that_lose_nothing_change_nothing(row, private, app, initial, plain_run):
+    if row.has_codecs:
+        with pytest.raises(ValueError, match="left out"):
+            row.plain(upload=Exact())
+        return
+    if "upload" in row.options:  # a row that is about what is lost
+        return
+    expected, _ = plain_run(run_of(row, private), (row.make, private))
+    for codecs in (
+        {"upload": Exact(), "download": TopK(1.0)},
+        {"upload": ErrorFeedback(Chain(TopK(1.0), Exact())), "download": Exact()},
+    ):
+        strategy = run_of(row, private, **codecs)()
+        grid = LocalGrid(app, CLIENTS, CONFIG)
+        found = strategy.start(grid, initial, num_rounds=ROUNDS)
+        require_same(found, expected, initial)
 
 
 @PLAIN_AND_PRIVATE

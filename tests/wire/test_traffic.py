@@ -1,11 +1,12 @@
-"""What messages cost, of any record: dense, sparse, or no array at all."""
+"""What messages cost, of any record: plain, encoded, or no array at all."""
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from flower_ext._flower import ensure_task_identity, recorddict_to_proto
 from flower_ext.core.arrays import to_record
-from flower_ext.wire.sparse import PAYLOAD, encode
+from flower_ext.wire import FixedMask
+from flower_ext.wire.codec import PAYLOAD
 from flower_ext.wire.traffic import Traffic, measure
 
 ensure_task_identity()
@@ -15,22 +16,22 @@ def message(content):
     return Message(content, dst_node_id=1, message_type="train")
 
 
-def test_dense_and_sparse_records():
+def test_plain_and_encoded_records():
     w = np.zeros((40, 5), np.float32)
     mask = np.zeros(w.shape, bool)
     mask[:2] = True
     dense = RecordDict({"arrays": to_record({"w": w}), "m": MetricRecord({"a": 1})})
-    sparse = RecordDict({"arrays": encode({"w": w}, {"w": mask})})
-    size = sparse["arrays"][PAYLOAD].shape[0]
-    expected = [(800, 200, dense), (size, 10, sparse)]
+    encoded_ = RecordDict({"arrays": FixedMask({"w": mask}).encode({"w": w})})
+    size = encoded_["arrays"][PAYLOAD].shape[0]
+    expected = [(800, 200, dense), (size, 10, encoded_)]
     for encoded, parameters, content in expected:
         serialized = recorddict_to_proto(content).ByteSize()
         found = measure([message(content)])
         assert found == Traffic(serialized, encoded, parameters, 1)
-    both = measure([message(dense), message(sparse), message(dense)])
+    both = measure([message(dense), message(encoded_), message(dense)])
     assert (both.parameters, both.messages) == (410, 3)
     assert both.serialized == sum(
-        recorddict_to_proto(x).ByteSize() for x in (dense, sparse, dense)
+        recorddict_to_proto(x).ByteSize() for x in (dense, encoded_, dense)
     )
 
 
