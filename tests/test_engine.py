@@ -1,6 +1,6 @@
-"""The baselines on real data: in this process, and two under ``flwr run`` on Ray.
+"""The baselines on real data: in this process, and one under ``flwr run``, too.
 
-That the two ways give the same is tested with one of them.
+That the two ways give the same is tested with that one.
 """
 
 import importlib
@@ -198,12 +198,9 @@ def test_two_rounds_of_dpftrl(importable: Path, tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 10_000
 
 
-def test_a_round_of_flasc(tmp_path: Path) -> None:
-    config = {"num-server-rounds": 1, "tokens": 8, "results": str(tmp_path)}
-    outcome = run_app(
-        BASELINES / "flasc", run_config=config, num_supernodes=12, num_cpus=2
-    )
-    assert outcome.status == "finished:completed"
+@pytest.mark.parametrize("importable", ["flasc"], indirect=True)
+def test_a_round_of_flasc(importable: Path, tmp_path: Path) -> None:
+    run_here(importable, {"num-server-rounds": 1, "tokens": 8}, 12, tmp_path)
     bytes_ = {}
     for name in ("lora", "flasc"):
         [row] = read_metrics(tmp_path / name)
