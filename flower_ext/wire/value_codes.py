@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from flwr.common import NDArray
 
 from flower_ext.core.arrays import Arrays, is_averaged
@@ -124,6 +123,9 @@ class BFloat16(ValueCode):
 
     def encode_values(self, values: NDArray, generator: np.random.Generator) -> bytes:
         """Return the nearest numbers, to even in a tie."""
+        # Here, so that workers whose clients do without torch need not wait for it.
+        import torch
+
         rounded = torch.from_numpy(np.array(values, np.float32)).to(torch.bfloat16)
         return rounded.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
 
