@@ -16,16 +16,13 @@ arXiv:2205.14840).
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from logging import WARNING
 from typing import Unpack
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord
 
 from flower_ext._flower import log
 from flower_ext.client.half import ClientHalf, Local
-from flower_ext.client.seeds import random_seed, seed_torch
 from flower_ext.client.task import Batch, evaluate, num_examples
 from flower_ext.core.arrays import Arrays
 from flower_ext.core.contribution import DELTA, Contribution, Total
@@ -43,7 +40,9 @@ TEMPERATURE_KEY = "maxfl-temperature"
 WARMUP_KEY = "maxfl-warmup-steps"
 REQUIREMENT_KEY = "maxfl-requirement"
 OPT_OUT_KEY = "maxfl-opt-out-from"
-_OWN = "own-"
+# What a client keeps: what it requires, and how its own model does on its test data.
+REQUIREMENT = "maxfl-requirement"
+OWN = "maxfl-own"
 
 
 def appeal_weight(gap: float, temperature: float = 1.0) -> float:
@@ -153,63 +152,40 @@ class MaxFLClient(ClientHalf):
         found = appeal(local.mean_loss(local.train), self._requires(local))
         votes = num_examples(local.train) > 0
         metrics: Metrics = {APPEALED: found[APPEALED]} if votes else {}
-        own = {
-            k.removeprefix(_OWN): v
-            for k, v in self._required(local).items()
-            if k.startswith(_OWN)
-        }
-        if own:
+        if own := local.personal.numbers(OWN):
             if found[APPEALED] or not votes:
-                own = {**evaluate(local.task, local.model, local.test)}
-            metrics |= {f"preferred-{k}": v for k, v in own.items()}
+                own = evaluate(local.task, local.model, local.test)
+            metrics |= {f"preferred-{name}": value for name, value in own.items()}
         return metrics
 
     def _requires(self, local: Local) -> float:
-        return self._required(local)["requirement"]
-
-    def _required(self, local: Local) -> dict[str, float]:
-        """Return the requirement and the own model's test metrics, kept or new."""
+        """Return the requirement, found in the first round of the client's."""
         if self._requirement is None and REQUIREMENT_KEY in local.config:
-            return {"requirement": local.number(REQUIREMENT_KEY, 0)}
-        kept = local.personal.numbers("maxfl")
-        if not kept:
-            kept = (
-                _warm_up(local)
-                if self._requirement is None
-                else {"requirement": float(self._requirement(local))}
-            )
-            local.personal.save(maxfl=kept)
-            own = kept["requirement"]
-            if num_examples(local.train) and not math.isfinite(own):
-                log(
-                    WARNING,
-                    "client %s requires a loss of %s: any finite one appeals to it",
-                    local.client,
-                    own,
+            return local.number(REQUIREMENT_KEY, 0)
+        if not local.personal.numbers(REQUIREMENT):
+            if self._requirement is None:
+                found, own = _warm_up(local)
+                local.personal.save(**{OWN: own})
+            else:
+                found = float(self._requirement(local))
+            local.personal.save(**{REQUIREMENT: {"loss": found}})
+            if num_examples(local.train) and not math.isfinite(found):
+                problem = (
+                    "client %s requires a loss of %s: any finite one appeals to it"
                 )
-        return kept
+                log(WARNING, problem, local.client, found)
+        return local.personal.numbers(REQUIREMENT)["loss"]
 
 
-def _warm_up(local: Local) -> dict[str, float]:
+def _warm_up(local: Local) -> tuple[float, dict[str, float]]:
     """Train a model of the client's own; return its training loss and test metrics."""
-    steps = int(local.number(WARMUP_KEY, 100))
-    with torch.random.fork_rng(devices=[]):
-        seed_torch(random_seed(local.settings.seed, 0, 0, stream=3))
-        start = local.task.model(local.context.run_config).to(local.device)
-    own = replace(
-        local,
-        model=deepcopy(start),
-        settings=replace(local.settings, local_steps=steps),
-        config=ConfigRecord({"server-round": 0}),
-    )
+    own = local.alone(int(local.number(WARMUP_KEY, 100)))
+    start = deepcopy(own.model)
     own.fit()
     loss, before = (own.mean_loss(own.train, model) for model in (own.model, start))
-    if not loss <= before:
+    if not loss <= before:  # training diverged
         loss, own.model = before, start
-    found = {"requirement": loss}
-    for name, value in evaluate(own.task, own.model, own.test).items():
-        found[_OWN + name] = value
-    return found
+    return loss, evaluate(own.task, own.model, own.test)
 
 
 class MaxFL(AdditiveStrategy):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flower_ext._flower import log
 from flower_ext.client.personal import Personal
-from flower_ext.client.seeds import random_seed
+from flower_ext.client.seeds import random_seed, seed_torch
 from flower_ext.client.task import Batch, Task, batches, evaluate, num_examples
 from flower_ext.client.tensors import Tensors
 from flower_ext.client.trainer import Session
@@ -256,6 +256,23 @@ class Local:
         # By its place among the models of the message, not by when it is trained.
         self._branches += 1
         return self._on(arrays, (*self.branch, self._branches))
+
+    def alone(self, local_steps: int) -> "Local":
+        """Return the client on a model from a fresh start, as if there were no server.
+
+        The start depends on the seed only, so that it is the same for all clients; the
+        training on seed, client and settings, so that it is the same in every round.
+        """
+        with torch.random.fork_rng(devices=[]):
+            seed_torch(random_seed(self.settings.seed, 0, 0, stream=3))
+            model = self.task.model(self.context.run_config).to(self.device)
+        return replace(
+            self,
+            model=model,
+            loaded={},
+            settings=replace(self.settings, local_steps=local_steps),
+            config=ConfigRecord({"server-round": 0}),
+        )
 
     def fit(self, regularizer: "Regularizer | None" = None) -> float:
         """Train the model in place as the client's trainer does, with no half.

@@ -204,16 +204,21 @@ class Total:
         self.count += other.count
 
     def fill(self, zero: Contribution) -> None:
-        """Put zeros, as in the strategy's ``zero``, where nobody has contributed."""
+        """Let what nobody contributed be the zeros of the strategy's ``zero``.
+
+        These are parts and scalars, and arrays of the change. In another part an array
+        that nobody has stays absent: nothing known of it is not the same as a sum of 0.
+        """
         for mine, theirs in (
             (self.arrays, zero.arrays),
             (self.counts, zero.counts),
         ):
             for part, arrays in theirs.items():
-                sums = mine.setdefault(part, {})
-                for name, x in arrays.items():
-                    if name not in sums:
-                        sums[name] = np.zeros(x.shape)
+                if part not in mine or part == DELTA:
+                    sums = mine.setdefault(part, {})
+                    for name, x in arrays.items():
+                        if name not in sums:
+                            sums[name] = np.zeros(x.shape)
         for name, value in zero.scalars.items():
             if name not in self.scalars:
                 self.scalars[name] = np.zeros(np.shape(value))

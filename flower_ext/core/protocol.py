@@ -170,6 +170,10 @@ class Reply:
         """The metric ``weighted_by_key``, by which FedAvg weighs."""
         return self.number(self.keys.weight)
 
+    def require_examples(self) -> None:
+        """Require the number of examples: who does not say it has no weight."""
+        self.number(self.keys.weight)
+
     def model(self, round: Round, like: Arrays | None = None) -> Arrays:
         """Return the model that the client has trained.
 

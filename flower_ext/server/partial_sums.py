@@ -115,7 +115,7 @@ class Summand:
 
     def _plain_weight(self, reply: Reply) -> float:
         """Return the weight of a contribution that declares none."""
-        examples = reply.num_examples  # read in any case: who does not say is left out
+        examples = reply.num_examples  # read in any case: who does not say has none
         return float(examples > 0) if self.strategy.equal_weights else examples
 
 

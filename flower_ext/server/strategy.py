@@ -715,11 +715,9 @@ class RoundStrategy(FedAvg):
         for message in sorted_.usable:
             reply = self._reply(message, "evaluate")
             try:
-                reply.num_examples  # noqa: B018
+                reply.require_examples()
             except MalformedReply as problem:
                 sorted_.dropped[str(problem)] += 1
-            except Exception as error:  # no reply ends a run
-                sorted_.dropped[unreadable(error)] += 1
             else:
                 used.append(reply)
         if not quiet:
@@ -862,7 +860,7 @@ def _require_numbers(reply: Reply, round: Round) -> None:
         If an array of real numbers has a NaN or an infinity that the model of the
         round has not.
     """
-    reply.num_examples  # noqa: B018
+    reply.require_examples()
     for record in reply.content.array_records.values():
         if is_encoded(record):
             if not all_finite(reply.change(round).arrays.values()):

@@ -859,3 +859,15 @@ def test_no_square_beyond_float32_holds_a_model_of_float64_back(aggregate, reply
     new, metrics = aggregate(FedFish(), {"w": np.ones(100)}, contents)
     assert new["w"].tolist() == pytest.approx([3] * 100)
     assert metrics["num-dropped"] == 1
+
+
+def test_arrays_without_a_fisher_are_not_in_its_mean(aggregate, reply):
+    # A buffer has no gradient: its squares are unknown, not zero.
+    sent = {"w": np.float32([0.0, 0.0]), "running": np.float32([0.0, 0.0])}
+    contents = []
+    for value in (1.0, 3.0):
+        content = reply({name: x + np.float32(value) for name, x in sent.items()})
+        content["fisher"] = to_record({"w": np.float32([2.0, 4.0])})
+        contents.append(content)
+    _, metrics = aggregate(FedFish(), sent, contents)
+    assert metrics["fisher-mean"] == 3.0
