@@ -95,7 +95,8 @@ def client_app(
 
     Notes
     -----
-    Learning rate, epochs and the other :class:`LocalSettings` come from the message's
+    Learning rate, epochs and the other settings of local training (see
+    :class:`~flower_ext.client.half.LocalSettings`) come from the message's
     configuration (``train_config``) or the run config. The result depends on seed,
     round and client only.
     """

@@ -1,7 +1,7 @@
-"""The client's end of codecs: what was sent is decoded, what is replied encoded.
+"""The client's end of codecs: messages are decoded, and replies are encoded.
 
-:func:`client_app` does both. An app with a loop of its own has the mod
-:func:`encoded` for them.
+An app made by :func:`~flower_ext.client.app.client_app` does both. An app with a loop
+of its own adds the mod :func:`encoded`.
 """
 
 import math

@@ -35,7 +35,7 @@ class PackMessage:
     Attributes
     ----------
     num_clients, client_timeout
-        As in :class:`Setting`.
+        As in :class:`~flower_ext.simulation.setting.Setting`.
     jobs, shared
         What the clients are asked, and the records that several jobs name.
     shelf : Shelf or None
