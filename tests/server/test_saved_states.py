@@ -1,5 +1,6 @@
 """Clients' states in a checkpoint: of the model's own round, and written once."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,10 +11,14 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
 
+from flower_ext.client.app import client_app
+from flower_ext.client.half import ClientHalf
 from flower_ext.core.arrays import to_record
 from flower_ext.server import saved_states as module
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.checkpoint import Checkpoint, CheckpointError
+from flower_ext.server.optimizers import SGD
+from flower_ext.simulation.local import LocalGrid
 from flower_ext.simulation.states import ClientStates
 
 LARGE = 50_000  # float32 numbers: 200 KB, in a file of the store
@@ -177,6 +182,48 @@ def test_a_run_without_states_writes_no_folder(tmp_path):
 def test_what_others_may_read_of_states_is_nothing(tmp_path):
     Run(tmp_path).save(1, c1=state(1, LARGE))
     assert (tmp_path / "round-00001" / "clients").stat().st_mode & 0o077 == 0
+
+
+# Halves ------------------------------------------------------------------------------
+
+
+class OwnModel(ClientHalf):
+    """Keeps a model that follows the trained one with momentum, and is evaluated."""
+
+    name = "own-model"
+
+    def after_training(self, local):
+        own = local.personal.arrays("model", like=local.start, first=local.start)
+        speed = local.personal.arrays("speed", like=local.start)
+        speed = {k: 0.9 * v + 0.3 * (local.end[k] - own[k]) for k, v in speed.items()}
+        own = {k: v + speed[k] for k, v in own.items()}
+        visits = local.personal.number("visits", 0) + 1
+        local.personal.save(model=own, speed=speed, visits=visits)
+
+    def model_to_evaluate(self, local):
+        return local.personal.arrays("model", like=local.start, first=local.start)
+
+
+class Personalized(AdditiveStrategy):
+    client_half = OwnModel
+
+
+@pytest.mark.parametrize("stops", [(1,), (2,), (1, 3)])
+def test_personal_models_continue_bit_for_bit(initial, tmp_path, task, stops):
+    def run(rounds, folder=None):
+        strategy = Personalized(fraction_train=0.5, server_optimizer=SGD(momentum=0.9))
+        grid = LocalGrid(client_app(task, OwnModel), 6, {"batch-size": 4, "lr": 0.1})
+        return strategy.start(grid, initial, num_rounds=rounds, checkpoint=folder)
+
+    whole = run(4)
+    for rounds in (*stops, 4):
+        resumed = run(rounds, tmp_path)
+    assert resumed == whole
+    # It is not so by itself: what clients evaluate depends on what they kept.
+    shutil.rmtree(tmp_path / "round-00004")
+    path = tmp_path / "round-00003" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "clients": None}))
+    assert run(4, tmp_path) != whole
 
 
 # Damage ------------------------------------------------------------------------------
