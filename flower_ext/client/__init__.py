@@ -1,1 +1,1 @@
-"""The client: the task, what a strategy adds to its training, and the ClientApp."""
+"""The client: tasks, client halves, trainers, personal state, and the ClientApp."""

@@ -1,8 +1,8 @@
 """The ClientApp: messages in, replies out, for any strategy of the pack.
 
 :func:`client_app` makes a complete ClientApp from a :class:`Task` and the client halves
-it may be asked for. People who have a loop of their own use the functions that the
-strategies export beside their halves instead.
+that strategies may ask for. For a training loop of one's own, strategies export plain
+functions beside their halves.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

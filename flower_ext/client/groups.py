@@ -1,4 +1,4 @@
-"""Groups of examples that cut across clients: whose an example is, and their losses."""
+"""Groups that cut across clients: the group of each example, and the groups' losses."""
 
 from collections.abc import Callable
 

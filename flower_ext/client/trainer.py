@@ -1,8 +1,8 @@
-"""How a client takes its steps, whichever client half is served by them.
+"""How a client takes its steps, for any client half.
 
-A :class:`Trainer` is what a ClientApp is given. It makes a :class:`Session` for every
-message, which trains each model of that message, and that makes the :class:`Steps` of
-one training.
+A ClientApp is given a :class:`Trainer`. It makes a :class:`Session` for every message,
+which trains all models of that message, and the session makes the :class:`Steps` of
+each training.
 """
 
 import copy

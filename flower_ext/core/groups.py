@@ -1,4 +1,4 @@
-"""Losses of groups that cut across clients: their sums, as replies have them."""
+"""Losses of groups that cut across clients, from the sums in replies."""
 
 import sys
 from collections.abc import Mapping, Sequence

@@ -1,1 +1,1 @@
-"""The server: the rounds, the sum, the server optimizer, checkpoints and tracking."""
+"""The server: strategies, rounds, server optimizers, checkpoints and callbacks."""

@@ -1,4 +1,4 @@
-"""Partial sums: workers add up the contributions of the clients that they ran.
+r"""Partial sums: workers add up the contributions of the clients that they ran.
 
 ::
 

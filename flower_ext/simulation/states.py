@@ -1,7 +1,7 @@
 """The states of virtual clients: small ones in memory, others in files.
 
-A state is what a client keeps in ``context.state``, whatever it is, as bytes. Their
-number decides where it is::
+A state is what a client keeps in ``context.state``, as bytes. Its size decides where it
+is kept::
 
     64 KiB or less, and all such states together within a bound    the server's memory
     else                                                           a file of its own
