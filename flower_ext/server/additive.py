@@ -117,8 +117,8 @@ class AdditiveStrategy(RoundStrategy):
         # memory of who took part.
         if mechanism.hides_cohorts:
             self.sampler.take_seed()
-        self._core.sampler = copy.deepcopy(self._core.sampler)
-        return PrivateSum(mechanism, self._core.sampler, self.scales)
+        self._core.cohorts.sampler = copy.deepcopy(self._core.cohorts.sampler)
+        return PrivateSum(mechanism, self._core.cohorts.sampler, self.scales)
 
     @property
     def mechanism(self) -> Mechanism | None:
@@ -194,7 +194,7 @@ class AdditiveStrategy(RoundStrategy):
             return Outcome(used, None, own, problem)
         metrics: Metrics = {}
         if self._core.private:
-            self._core.private.require_number(self._core.number)
+            self._core.private.require_number(self._core.cohorts.number)
             total = self._core.private.release(total).uncarried()
             metrics = {**self._core.private.metrics()}
         total.fill(zero)
@@ -272,7 +272,7 @@ class AdditiveStrategy(RoundStrategy):
         return Summand(
             bare,
             replace(round, cohort=()),
-            dict(self._core.asked["train"]),
+            dict(self._core.cohorts.asked["train"]),
             self._keys,
             self.zero(round.sent).shapes(),
             self._core.private.clipper().clip if self._core.private else None,

@@ -11,7 +11,6 @@ side.
 """
 
 import copy
-import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,6 @@ from flwr.serverapp.strategy import FedAvg, Result
 from flower_ext._flower import (
     AggregationError,
     InconsistentMessageReplies,
-    in_simulation,
     log,
 )
 from flower_ext.client.half import ClientHalf
@@ -47,7 +45,6 @@ from flower_ext.core.arrays import (
     to_record,
 )
 from flower_ext.core.errors import fraction, refuse, whole
-from flower_ext.core.nodes import NodeOrder, is_fixed, ordered_nodes, wait_for_nodes
 from flower_ext.core.protocol import (
     CLIENT_HALF_KEY,
     WRONG_HALF,
@@ -67,7 +64,7 @@ from flower_ext.core.replies import (
     sort_replies,
     unreadable,
 )
-from flower_ext.core.sampling import Sampler, TooFewClients, UniformSampler
+from flower_ext.core.sampling import Sampler, UniformSampler
 from flower_ext.core.ties import (
     TIED_KEY,
     TIED_TO_KEY,
@@ -77,6 +74,7 @@ from flower_ext.core.ties import (
 )
 from flower_ext.privacy.private_sum import PrivateSum
 from flower_ext.server.callbacks import Callback
+from flower_ext.server.cohorts import Cohorts
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.optimizers import SGD, ServerOptimizer, State, keep_variances
 from flower_ext.server.options import FedAvgOptions, by_name, require_known
@@ -104,20 +102,14 @@ class Core:
 
     Attributes
     ----------
-    server_optimizer, sampler, download, upload
+    server_optimizer, download, upload
         As the strategy was given them.
     private : PrivateSum or None
         The mechanism at work, if there is one.
     rounds : dict[str, Round]
         The last round of each phase.
-    asked : dict[str, dict[int, int]]
-        For each phase the nodes that were asked, with the places of their clients.
-    places : Mapping[int, int]
-        The place of every node. Ids are new in every run, places are not.
-    number : int
-        The number of the round of training that the sampler was last told.
-    configured : dict[str, int]
-        The number of the round that was last configured, by phase.
+    cohorts : Cohorts
+        Who is asked, drawn by the sampler.
     understood : bool
         Whether any reply of the run has been usable.
     tied : dict[str, str] or None
@@ -126,17 +118,11 @@ class Core:
     """
 
     server_optimizer: ServerOptimizer
-    sampler: Sampler
+    cohorts: Cohorts
     download: Codec | None = None
     upload: Codec | None = None
     private: PrivateSum | None = None
     rounds: dict[Phase, Round] = field(default_factory=dict)
-    asked: dict[Phase, dict[int, int]] = field(
-        default_factory=lambda: {"train": {}, "evaluate": {}}
-    )
-    places: Mapping[int, int] = field(default_factory=dict)
-    number: int = 0
-    configured: dict[Phase, int] = field(default_factory=dict)
     understood: bool = False
     tied: Ties | None = None
 
@@ -241,9 +227,8 @@ class RoundStrategy(FedAvg):
                 refuse(name, codec, "left out", f"{type(self).__name__} has its own")
         if upload is not None:
             describe(upload.at(1))
-        self._core = Core(
-            server_optimizer or SGD(), sampler or UniformSampler(), download, upload
-        )
+        cohorts = Cohorts(sampler or UniformSampler())
+        self._core = Core(server_optimizer or SGD(), cohorts, download, upload)
 
     @property
     def server_optimizer(self) -> ServerOptimizer:
@@ -253,7 +238,7 @@ class RoundStrategy(FedAvg):
     @property
     def sampler(self) -> Sampler:
         """The sampler that draws the cohorts."""
-        return self._core.sampler
+        return self._core.cohorts.sampler
 
     @property
     def _keys(self) -> ReplyKeys:
@@ -381,19 +366,17 @@ class RoundStrategy(FedAvg):
             If the strategy depends on its own messages: under a mechanism clients are
             drawn as they are accounted for, and some clients must be told settings.
         """
-        asked = [message.metadata.dst_node_id for message in messages]
-        own = self._core.configured.get(phase) == server_round
-        cohort = self._core.asked[phase]
-        if not asked or (own and cohort.keys() >= set(asked)):
+        nodes = [message.metadata.dst_node_id for message in messages]
+        cohorts = self._core.cohorts
+        own = cohorts.drawn.get(phase) == server_round
+        if not nodes or (own and cohorts.asked[phase].keys() >= set(nodes)):
             return
         if phase == "train":
             self._require_own_messages(own)
+        cohorts.adopt(grid, phase, nodes, added=own)
         if not own:
-            cohort.clear()
-            self._core.places = NodeOrder(ordered_nodes(grid))
             round = self._round_of(server_round, from_record(arrays), phase)
             self._core.rounds[phase] = round
-        cohort.update({node: self._core.places[node] for node in asked})
 
     def _require_own_messages(self, own: bool) -> None:
         cause = ""
@@ -423,25 +406,24 @@ class RoundStrategy(FedAvg):
         phase: Phase,
     ) -> list[Message]:
         """Draw a cohort; make the payload of each kind of client, and its messages."""
-        nodes = self._draw(server_round, grid, phase)
-        self._core.configured[phase] = server_round
-        if not self._hides_cohorts:
-            log(
-                INFO,
-                "configure_%s: Sampled %s nodes (out of %s)",
-                phase,
-                len(nodes),
-                len(self._core.places),
-            )
+        train = phase == "train"
+        cohort = self._core.cohorts.draw(
+            grid,
+            phase,
+            server_round,
+            share=self.fraction_train if train else self.fraction_evaluate,
+            least=self.min_train_nodes if train else self.min_evaluate_nodes,
+            available=self.min_available_nodes,
+            private=self._core.private,
+        )
         config["server-round"] = server_round  # where Flower's strategies leave it
-        cohort = {node: self._core.places[node] for node in nodes}
         round = self._round_of(server_round, sent, phase, list(cohort.values()))
         round = replace(round, told={**config, **self.tell(round)})
         kinds = {node: self.variant(client, round) for node, client in cohort.items()}
         uploads = self._uploads(dict.fromkeys(kinds.values()), round)
         if uploads:
             round = replace(round, upload=Uploads.of(uploads.values()))
-        self._core.rounds[phase], self._core.asked[phase] = round, cohort
+        self._core.rounds[phase] = round
         contents = {}
         for place, variant in enumerate(dict.fromkeys(kinds.values())):
             content = self._content(variant, place, round, arrays)
@@ -473,7 +455,7 @@ class RoundStrategy(FedAvg):
             number,
             sent,
             phase=phase,
-            population=plan.population_size if plan else len(self._core.places),
+            population=plan.population_size if plan else len(self._core.cohorts.places),
             private=plan is not None,
             cohort=cohort,
             ties=self._ties,
@@ -504,56 +486,6 @@ class RoundStrategy(FedAvg):
             }
         )
 
-    def _draw(self, server_round: int, grid: Grid, phase: Phase) -> list[int]:
-        """Return the nodes of a cohort; wait for nodes where there are too few."""
-        share, least = (
-            (self.fraction_train, self.min_train_nodes)
-            if phase == "train"
-            else (self.fraction_evaluate, self.min_evaluate_nodes)
-        )
-        sampler = self._core.private.sampler if self._core.private else self.sampler
-        number, quiet = server_round, self._hides_cohorts
-        if self._core.private:
-            if phase == "train":
-                self._core.number = self._core.private.number(server_round)
-            number = self._core.number or server_round
-        while True:
-            nodes = wait_for_nodes(
-                grid,
-                min_available_nodes=self.min_available_nodes,
-                **{f"min_{phase}_nodes": least},
-            )
-            self._core.places = NodeOrder(nodes)
-            # In a simulation ids are new in every run; places are the partitions.
-            names = range(len(nodes)) if in_simulation(grid) else nodes
-            if self._core.private and phase == "train":
-                self._core.private.require_nodes(len(nodes))
-                size = self._core.private.mechanism.cohort
-            else:
-                size = max(int(len(nodes) * share), least)
-            try:
-                chosen = sampler.sample(names, size, number, phase)
-            except TooFewClients as problem:
-                if sampler.when_short != "wait" or is_fixed(grid):
-                    raise
-                log(INFO, "%s; waiting for others to connect", problem)
-                time.sleep(1)
-                continue
-            if self._core.private:
-                self._core.private.require_population(sampler.num_known)
-                noisy = self._core.private.accountant is not None and not quiet
-                if phase == "train" and noisy and 2 * len(chosen) < size:
-                    log(
-                        WARNING,
-                        "round %s has %s of its %s planned clients: %s are connected, "
-                        "and some may have to wait. The rest is noise",
-                        server_round,
-                        len(chosen),
-                        size,
-                        len(nodes),
-                    )
-            return [nodes[i] for i in chosen] if names is not nodes else chosen
-
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -564,7 +496,7 @@ class RoundStrategy(FedAvg):
             raise AggregationError("aggregate_train needs configure_train before it")
         sent = self._core.rounds["train"].sent
         quiet = self._hides_cohorts
-        sorted_ = sort_replies(replies, self._core.asked["train"], quiet=quiet)
+        sorted_ = sort_replies(replies, self._core.cohorts.asked["train"], quiet=quiet)
         if not self._core.understood and not sorted_.usable and not quiet:
             for line in "\n".join(sorted_.errors).splitlines():
                 if WRONG_HALF in line:
@@ -654,7 +586,7 @@ class RoundStrategy(FedAvg):
             )
 
     def _reply(self, message: Message, phase: Phase) -> Reply:
-        client = self._core.asked[phase][message.metadata.src_node_id]
+        client = self._core.cohorts.asked[phase][message.metadata.src_node_id]
         return Reply(message.content, client, self._keys)
 
     @property
@@ -710,7 +642,9 @@ class RoundStrategy(FedAvg):
     ) -> MetricRecord | None:
         """Average the metrics of the clients that evaluated."""
         quiet = self._hides_cohorts
-        sorted_ = sort_replies(replies, self._core.asked["evaluate"], quiet=quiet)
+        sorted_ = sort_replies(
+            replies, self._core.cohorts.asked["evaluate"], quiet=quiet
+        )
         used = []
         for message in sorted_.usable:
             reply = self._reply(message, "evaluate")

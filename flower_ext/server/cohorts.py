@@ -1,0 +1,131 @@
+"""Who is asked in a round: drawing cohorts, and knowing clients by their places."""
+
+import time
+from collections.abc import Mapping, Sequence
+from logging import INFO, WARNING
+
+from flwr.serverapp import Grid
+
+from flower_ext._flower import in_simulation, log
+from flower_ext.core.nodes import NodeOrder, is_fixed, ordered_nodes, wait_for_nodes
+from flower_ext.core.protocol import Phase
+from flower_ext.core.sampling import Sampler, TooFewClients
+from flower_ext.privacy.private_sum import PrivateSum
+
+
+class Cohorts:
+    """The clients that are asked, in each phase of a round.
+
+    Attributes
+    ----------
+    sampler : Sampler
+        What draws them, unless a mechanism brings its own.
+    asked : dict[str, dict[int, int]]
+        For each phase the nodes that were asked, with the places of their clients.
+    places : Mapping[int, int]
+        The place of every node. Ids are new in every run, places are not.
+    number : int
+        The number of the round of training that the sampler was last told: under a
+        mechanism that of the release.
+    drawn : dict[str, int]
+        The number of the round for which a cohort was last drawn, by phase.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.asked: dict[Phase, dict[int, int]] = {"train": {}, "evaluate": {}}
+        self.places: Mapping[int, int] = {}
+        self.number = 0
+        self.drawn: dict[Phase, int] = {}
+
+    def draw(
+        self,
+        grid: Grid,
+        phase: Phase,
+        server_round: int,
+        *,
+        share: float,
+        least: int,
+        available: int,
+        private: PrivateSum | None = None,
+    ) -> dict[int, int]:
+        """Draw a cohort; wait for nodes where there are too few.
+
+        Parameters
+        ----------
+        grid : Grid
+            Of the nodes.
+        phase : {"train", "evaluate"}
+            What they are asked for.
+        server_round : int
+            The round.
+        share : float
+            Of the nodes that are asked, without a mechanism.
+        least, available : int
+            Nodes that are asked, and that there must be, at the least.
+        private : PrivateSum, optional
+            A mechanism, which says how many train.
+
+        Returns
+        -------
+        dict[int, int]
+            The place of every node that is to be asked.
+        """
+        number = server_round
+        if private:
+            if phase == "train":
+                self.number = private.number(server_round)
+            number = self.number or server_round
+        sampler = private.sampler if private else self.sampler
+        while True:
+            nodes = wait_for_nodes(
+                grid, min_available_nodes=available, **{f"min_{phase}_nodes": least}
+            )
+            self.places = NodeOrder(nodes)
+            # In a simulation ids are new in every run; places are the partitions.
+            names = range(len(nodes)) if in_simulation(grid) else nodes
+            size = max(int(len(nodes) * share), least)
+            if private and phase == "train":
+                private.require_nodes(len(nodes))
+                size = private.mechanism.cohort
+            try:
+                chosen = sampler.sample(names, size, number, phase)
+            except TooFewClients as problem:
+                if sampler.when_short != "wait" or is_fixed(grid):
+                    raise
+                log(INFO, "%s; waiting for others to connect", problem)
+                time.sleep(1)
+                continue
+            break
+        if private:
+            private.require_population(sampler.num_known)
+        if private is None or not private.mechanism.hides_cohorts:
+            planned = size if private and private.accountant else 0
+            _tell(phase, server_round, len(chosen), len(nodes), planned)
+        asked = [nodes[i] for i in chosen] if names is not nodes else chosen
+        self.drawn[phase] = server_round
+        self.asked[phase] = {node: self.places[node] for node in asked}
+        return self.asked[phase]
+
+    def adopt(
+        self, grid: Grid, phase: Phase, nodes: Sequence[int], *, added: bool
+    ) -> None:
+        """Take over nodes that somebody else has asked: to those drawn, or alone."""
+        if not added:
+            self.places = NodeOrder(ordered_nodes(grid))
+            self.asked[phase] = {}
+        self.asked[phase].update({node: self.places[node] for node in nodes})
+
+
+def _tell(phase: Phase, server_round: int, size: int, nodes: int, planned: int) -> None:
+    if phase == "train" and 2 * size < planned:
+        log(
+            WARNING,
+            "round %s has %s of its %s planned clients: %s are connected, and some may "
+            "have to wait. The rest is noise",
+            server_round,
+            size,
+            planned,
+            nodes,
+        )
+    log(INFO, "configure_%s: Sampled %s nodes (out of %s)", phase, size, nodes)
