@@ -65,6 +65,7 @@ class BoundedGroupLossClient(ClientHalf):
 
     def begin(self, local: Local) -> None:
         """Add up the losses of the received model."""
+        # Before the first step: duals are raised by the losses of the server's model.
         self._read(local)
         self._metrics = self._index.sums(local, local.train)
         if local.config.get(GRADIENT_KEY):
@@ -72,6 +73,8 @@ class BoundedGroupLossClient(ClientHalf):
 
     def objective(self, losses: Tensor, batch: Batch) -> Tensor:
         """Return the weighted losses."""
+        # The Lagrangian per example: multipliers are lambda_a n / n_a, since the loss
+        # of a group is a mean over n_a of all n examples.
         return (1 + self._multipliers[self._index(batch)]) * losses
 
     def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
@@ -277,6 +280,8 @@ class BoundedGroupLoss(AdditiveStrategy):
 
     def advance(self, total: Total, round: Round) -> None:
         """Take the dual step, and the model into the average."""
+        # All of it is about the model that was sent, with the duals that went along:
+        # the gap before the counts and the duals change, the dual step last.
         losses = self._groups.measured(total)
         self._gap = self._gap_after(total, round)
         self._groups.add(total)
@@ -355,6 +360,8 @@ class BoundedGroupLoss(AdditiveStrategy):
         counts = total.scalars[COUNTS]
         if self._gap is None or not counts.any():
             return self._gap
+        # Over the cohort's examples, as its losses are: weights are those of this
+        # round.
         losses = self._groups.latest(self._groups.measured(total))
         return self._gap.after(
             float(total.scalars[LOSS_SUMS].sum() / counts.sum()),

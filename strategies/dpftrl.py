@@ -106,6 +106,8 @@ class DPFTRL(AdditiveStrategy):
         server_optimizer: ServerOptimizer | None = None,
         **options: Unpack[DPFTRLOptions],
     ) -> None:
+        # Instead of secret sampling: how often, and how soon again, a client takes part
+        # is what the sensitivity of the noise is computed from (Kairouz et al. 2021).
         limits = MinSeparationSampler(min_separation, max_participations)
         if sampler is None:
             sampler = limits
@@ -119,6 +121,7 @@ class DPFTRL(AdditiveStrategy):
         if restart_every is not None:
             if options.get("factorization") != "tree":
                 refuse("restart_every", restart_every, 'used with factorization="tree"')
+            # A new tree changes the noise alone: the server's momentum goes on.
             tree = TreeAggregation(num_rounds, restart_every=restart_every)
             options = {**options, "factorization": tree}
         known = MechanismOptions.__annotations__

@@ -93,6 +93,7 @@ def function_space_mean(
     plain = {name: x / weight for name, x in delta.items()}
     if math.isinf(damping):
         return plain
+    # The mean is that of sum(p F): it has the factor sum(p) of the denominator in it.
     extra = damping * _mean(fisher)
     direction = dict(plain)
     for name, information in fisher.items():
@@ -100,7 +101,7 @@ def function_space_mean(
         direction[name] = np.divide(
             fisher_delta[name] + extra * plain[name],
             known,
-            out=np.array(plain[name]),
+            out=np.array(plain[name]),  # stays where nobody knows anything
             where=known > 0,
         )
     return direction
@@ -158,6 +159,8 @@ class FedFishClient(ClientHalf):
         one_of("estimator", str(estimator), get_args(Estimator))
         if estimator == "sampled" and local.task.sample_labels is None:
             refuse("estimator", estimator, "used with a Task that has sample_labels")
+        # The formula wants the Fisher at the client's own solution: the gradients of
+        # the last epoch are nearest to it, those before are skipped.
         if estimator in ("last-epoch", "all-epochs") and local.num_steps:
             window = local.num_steps
             if estimator == "last-epoch":
@@ -190,6 +193,7 @@ class FedFishClient(ClientHalf):
 
     def evaluate(self, local: Local) -> Metrics:
         """Return the client's term of the Client-Server Barrier, if it trained."""
+        # A loss that was kept in an earlier round is that of another model.
         kept = local.personal.numbers("barrier")
         if kept.get("round") != local.server_round:
             return {}
@@ -361,6 +365,7 @@ class FedFish(AdditiveStrategy):
         terms: dict[str, Term] = dict(fisher)
         if self.normalization == "client":
             terms = normalized(fisher, sum(x.size for x in sent.values()))
+        # Lazily, block by block while it is added: F Delta is never held as a whole.
         product = {name: multiply(f, delta[name]) for name, f in terms.items()}
         return Contribution({DELTA: delta, FISHER_KEY: terms, FISHER_DELTA: product})
 

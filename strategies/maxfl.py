@@ -60,6 +60,7 @@ def appeal_weight(gap: float, temperature: float = 1.0) -> float:
     >>> [round(appeal_weight(gap), 6) for gap in (0, 1, -1, 4)]
     [0.25, 0.196612, 0.196612, 0.017663]
     """
+    # s(1 - s) is even in the gap, and exp of a negative number cannot overflow.
     small = math.exp(-abs(temperature * gap))
     return small / (1 + small) ** 2
 
@@ -130,6 +131,7 @@ class MaxFLClient(ClientHalf):
 
     def begin(self, local: Local) -> None:
         """Measure the received model before the first step."""
+        # q_k is that of the received model: it is a weight in the gradient there.
         temperature = local.number(TEMPERATURE_KEY, 1.0)
         loss = local.mean_loss(local.train)
         self._metrics = {**appeal(loss, self._requires(local), temperature)}
@@ -297,8 +299,10 @@ class MaxFL(AdditiveStrategy):
         if not trained:
             weight = appealed = 0.0
         elif self._all_alike(round):
-            weight = 0.25
+            weight = 0.25  # the largest q, of a client exactly at its requirement
         scalars = {APPEALED: appealed}
+        # Under a mechanism nobody may learn who has examples or leaves; and each
+        # further scalar would take a part of the clipping norm.
         if not round.private:
             scalars |= {VOTES: float(trained or left), OPTED_OUT: float(left)}
         return Contribution({DELTA: reply.delta(round)}, weight, scalars)
@@ -314,6 +318,8 @@ class MaxFL(AdditiveStrategy):
     def report(self, total: Total, round: Round) -> Metrics:
         """Return the cohort's appeal and the sum of its weights."""
         metrics: Metrics = {"appeal-weight-sum": total.weight}
+        # Under a mechanism the share is of the planned cohort, which is the count
+        # there.
         if votes := float(total.scalars.get(VOTES, total.count)):
             metrics["gm-appeal"] = float(total.scalars[APPEALED]) / votes
         if self.opt_out_from and OPTED_OUT in total.scalars:
