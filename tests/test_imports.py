@@ -42,6 +42,11 @@ def test_what_is_seldom_used_is_imported_late():
     assert not found & SELDOM
 
 
+def test_workers_without_torch_start_without_it():
+    found = loaded("import flower_ext.simulation.worker, flower_ext.simulation.local")
+    assert "torch" not in found
+
+
 def test_commands_are_imported_once():
     """``python -m`` warns of a module that its package has imported before."""
     package = Path(flower_ext.__file__).parent
