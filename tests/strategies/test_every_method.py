@@ -351,7 +351,7 @@ def test_packed_clients_give_the_same_bit_for_bit(
     row, private, app, initial, plain_run
 ):
     make = run_of(row, private)
-    expected, _ = plain_run(make, (row.make, private))
+    expected, _ = plain_run(make, (id(row), private))
     inner = LocalGrid(ClientApp(), 1)
     options = {"num_clients": CLIENTS, "client_app": app, "run_config": CONFIG}
     with PackedGrid(inner, **options) as grid:
@@ -362,7 +362,7 @@ def test_packed_clients_give_the_same_bit_for_bit(
 @PLAIN_AND_PRIVATE
 def test_partial_sums_give_the_same(row, private, app, initial, plain_run, tmp_path):
     make = run_of(row, private)
-    expected, its_traffic = plain_run(make, (row.make, private))
+    expected, its_traffic = plain_run(make, (id(row), private))
     found = make().start(
         AddingGrid(app, CLIENTS, CONFIG),
         initial,
@@ -381,7 +381,7 @@ def test_codecs_that_lose_nothing_change_nothing(row, private, app, initial, pla
         return
     if "upload" in row.options:  # a row that is about what is lost
         return
-    expected, _ = plain_run(run_of(row, private), (row.make, private))
+    expected, _ = plain_run(run_of(row, private), (id(row), private))
     for codecs in (
         {"upload": Exact(), "download": TopK(1.0)},
         {"upload": ErrorFeedback(Chain(TopK(1.0), Exact())), "download": Exact()},
@@ -397,7 +397,7 @@ def test_a_run_resumed_after_every_round_is_the_same_bit_for_bit(
     row, private, app, initial, plain_run, tmp_path
 ):
     make = run_of(row, private)
-    expected, _ = plain_run(make, (row.make, private))
+    expected, _ = plain_run(make, (id(row), private))
     # What clients themselves keep between rounds is the grid's, which goes on.
     grid = LocalGrid(app, CLIENTS, CONFIG)
     for rounds in range(1, ROUNDS + 1):
