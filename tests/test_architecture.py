@@ -1,6 +1,8 @@
-"""Who may import and read what: the rules that keep the project's rooms apart."""
+"""Who may import and read what, and how long a strategy may be."""
 
 import ast
+import io
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -252,6 +254,36 @@ def test_nobody_reads_private_attributes_of_the_core():
     assert {relative: names for relative, names in found.items() if names} == {}
 
 
+MOST_LINES = 200  # of code in the file of a strategy
+NO_CODE = (
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+)
+
+
+def lines_of_code(source):
+    """Count the lines that are neither blank nor comment nor docstring."""
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in NO_CODE:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
+            text = node.body[0]
+            lines -= set(range(text.lineno, text.end_lineno + 1))
+    return len(lines)
+
+
+@pytest.mark.parametrize("name", sorted(strategy_files()))
+def test_a_strategy_is_short(name):
+    assert lines_of_code(strategy_files()[name].read_text("utf-8")) <= MOST_LINES
+
+
 # The rules can be broken ----------------------------------------------------------
 
 
@@ -351,3 +383,9 @@ def test_private_flwr_import_is_seen(source, private):
 )
 def test_private_attribute_of_another_is_seen(source, names):
     assert foreign_attributes(source) == names
+
+
+def test_lines_of_code_are_counted():
+    source = '"""Text.\n\nMore.\n"""\n\n# why\nx = """a\nb"""  # why\n\n\n'
+    source += 'def f(\n    y,\n):\n    """Text."""\n    return y\n'
+    assert lines_of_code(source) == 2 + 3 + 1
