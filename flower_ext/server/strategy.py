@@ -175,10 +175,10 @@ class RoundStrategy(FedAvg):
     Notes
     -----
     A subclass overrides :meth:`aggregate`, and where it needs them :meth:`tell`,
-    :meth:`variant`, :meth:`payload`, :meth:`finish`, :meth:`report_evaluate`,
-    :meth:`state_dict` and :meth:`settings`. Every hook is told the round, and which
-    client it is about. The metrics of a round hold ``num-replies``, ``num-errors`` and
-    ``num-dropped`` beside the clients' own.
+    :meth:`variant`, :meth:`payload`, :meth:`download_codec`, :meth:`upload_codec`,
+    :meth:`finish`, :meth:`report_evaluate`, :meth:`state_dict` and :meth:`settings`.
+    Every hook is told the round, and which client it is about. The metrics of a round
+    hold ``num-replies``, ``num-errors`` and ``num-dropped`` beside the clients' own.
     """
 
     #: The client half whose replies the strategy needs; None takes any.
