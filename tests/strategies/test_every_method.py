@@ -157,7 +157,7 @@ METHODS = {
         half=MaxFLClient,
         options={"warmup_steps": 3},
         others=({"requirement": 0.5, "temperature": 2.0},),
-        fedavg={"temperature": 1e-300, "epsilon": 0.0},
+        fedavg={"temperature": 1e-9, "epsilon": 0.0},
     ),
     "BoundedGroupLoss": Method(
         make=BoundedGroupLoss,

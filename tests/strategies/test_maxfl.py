@@ -36,6 +36,12 @@ STEP = {"lr": 1.0, "batch-size": 100, "local-steps": 1}
 # The weight -----------------------------------------------------------------------
 
 
+@given(st.floats(-1e3, 1e3))
+def test_no_honest_weight_is_more_than_the_server_takes(gap):
+    assert appeal_weight(gap) <= 0.25
+    assert appeal_weight(gap * 1e-12) <= 0.25
+
+
 def test_weights_of_the_specification():
     table = {0: 0.25, 1: 0.196612, 2: 0.104994, 4: 0.017663}
     for gap, q in table.items():
