@@ -8,6 +8,7 @@ functions beside their halves.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from logging import ERROR
 from typing import cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
+from flower_ext._flower import log
 from flower_ext.client.encoding import (
     ENCODING,
     Codecs,
@@ -53,6 +55,7 @@ from flower_ext.core.protocol import (
     RUN_KEY,
     WRONG_HALF,
     Metrics,
+    Phase,
 )
 from flower_ext.core.ties import TIED_KEY, TIED_TO_KEY
 from flower_ext.wire.codec import is_encoded
@@ -123,7 +126,7 @@ def client_app(
 
     @app.train()
     def train_(message: Message, context: Context) -> Message:
-        with kept_unless_done(context.state):
+        with _telling(trainer), kept_unless_done(context.state):
             with _isolated():
                 local, half = open_(message, context)
                 _require_told_ties(local.model, local.config)
@@ -143,13 +146,14 @@ def client_app(
                     METRICS_KEY: MetricRecord(values),
                 }
             )
+            local.session.end()
             if tied := tied_names(local.model):
                 content[TIED_KEY] = ConfigRecord({**tied})
             return Message(content, reply_to=message)
 
     @app.evaluate()
     def evaluate_(message: Message, context: Context) -> Message:
-        with kept_unless_done(context.state):
+        with _telling(trainer), kept_unless_done(context.state):
             with _isolated():
                 local, half = open_(message, context)
                 own = half.model_to_evaluate(local)
@@ -164,6 +168,7 @@ def client_app(
                 }
                 values = half.release(local.session.report_evaluation(values))
             content = RecordDict({METRICS_KEY: MetricRecord(values)})
+            local.session.end()
             return Message(content, reply_to=message)
 
     return app
@@ -178,6 +183,28 @@ def _isolated() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _telling(trainer: Trainer) -> Iterator[None]:
+    """Keep what an error says from the server where it may quote the data.
+
+    Errors of this package are told: they do not.
+    """
+    try:
+        yield
+    except Exception as error:
+        at = error.__traceback__
+        while at and at.tb_next:
+            at = at.tb_next
+        where = str(at.tb_frame.f_globals.get("__name__")) if at else ""
+        if not trainer.discreet or where.partition(".")[0] == "flower_ext":
+            raise
+        log(ERROR, "the client failed, and does not tell the server why", exc_info=True)
+        raise RuntimeError(
+            f"{type(error).__name__} in {where}: what it says may quote the client's "
+            "data, and is in the log of the client only"
+        ) from None
 
 
 def _owner(half: HalfFactory) -> object:
@@ -281,6 +308,7 @@ def _open(
             if key != ARRAYS_KEY
         },
         loaded=arrays,
+        phase=cast(Phase, message.metadata.message_type.partition(".")[0]),
     )
     local.session = trainer.session(local, half)
     local.load(half.receive(local, arrays))

@@ -22,12 +22,13 @@ from typing import cast, get_args
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from flower_ext.client.half import ClientHalf, Local
 from flower_ext.client.noisy_steps import GradSampleMode, NoisePlan, NoisySteps, word
+from flower_ext.client.personal import PERSONAL
 from flower_ext.client.task import Batch, num_examples
 from flower_ext.client.tensors import read_tensors
 from flower_ext.client.trainer import Session, Steps, Trainer
@@ -53,8 +54,11 @@ PRIVATE = "trained-privately"
 
 # As good as no clipping, and 0 times it is 0.
 _NO_CLIPPING = 1e30
-# Hooks that are given no data but the losses of a batch, which are clipped.
-_HARMLESS = {"objective", "regularizer", "after_backward"}
+# Hooks of which each alone sends nothing: the one sees data, which are clipped, the
+# others add to a step after its noise. Together they could hand over what was seen.
+_SEES_BATCHES = {"objective"}
+_AFTER_NOISE = {"regularizer", "after_backward"}
+_HARMLESS = _SEES_BATCHES | _AFTER_NOISE
 
 
 def keep_per_user(users: Tensor, most: int) -> Tensor:
@@ -158,10 +162,11 @@ class DPSGD(Trainer):
     releases noise. Steps are ``local-steps``, or ``local-epochs`` times
     :math:`\lceil n / \text{batch-size} \rceil`.
 
-    *Not protected*: n; who takes part when, and time; error replies; the test data of
-    evaluations and ``train-loss``, where they are released; anything that ``Task``
-    itself does with the data, such as standardising it. Momentum, weight decay and
-    other optimizers (``Task.optimizer``) are post-processing and free.
+    *Not protected*: n; who takes part when, and time; that a silo failed, and in which
+    class of error; the test data of evaluations and ``train-loss``, where they are
+    released; anything that ``Task`` itself does with the data, such as standardising
+    it. Momentum, weight decay and other optimizers (``Task.optimizer``) are
+    post-processing and free.
 
     *Assumed*: a half with ``post_processing`` keeps its word, and ``regularizer`` knows
     no data. The loss of an example, what the half's ``objective`` makes of it, and its
@@ -208,6 +213,8 @@ class DPSGD(Trainer):
     2407.07737 (ELS); Yousefpour et al. 2021, arXiv 2109.12298 (Opacus).
     """
 
+    discreet = True
+
     def __init__(
         self,
         privacy: SiloPrivacy | Callable[[Context], SiloPrivacy],
@@ -245,11 +252,16 @@ class DPSGD(Trainer):
                 f"{half.__name__}.batches cannot be served by DPSGD: batches must be "
                 "Poisson samples of all examples, which it draws itself"
             )
-        for kind in half.__mro__[: half.__mro__.index(ClientHalf)]:
+        line = half.__mro__[: half.__mro__.index(ClientHalf)]
+        vouching = [kind for kind in line if vars(kind).get("post_processing")]
+        every = set().union(*map(vars, line))
+        together = every & _SEES_BATCHES and every & _AFTER_NOISE
+        seeing = _HOOKS | _HARMLESS if together else _HOOKS
+        for kind in line:
+            if any(issubclass(x, kind) for x in vouching):
+                continue
             own = vars(kind)
-            if own.get("post_processing"):
-                return
-            hooks = sorted(own.keys() & _HOOKS)
+            hooks = sorted(own.keys() & seeing) or _replaced(kind, vouching)
             if hooks or "post_processing" in own:
                 raise ValueError(
                     f"{half.__name__} cannot be served by DPSGD: {kind.__name__} "
@@ -262,6 +274,9 @@ class DPSGD(Trainer):
     def session(self, local: Local, half: ClientHalf) -> "PrivateSession":
         """Return what trains for one message, and charges it to the silo's account."""
         self.admit(type(half))
+        if hooks := sorted(vars(half).keys() & (_HOOKS | _HARMLESS)):
+            cause = "an object's own would be called in the place of its class's"
+            refuse(f"{type(half).__name__}'s hooks", hooks, "methods of a class", cause)
         return PrivateSession(self, local, half.num_trainings)
 
 
@@ -270,6 +285,18 @@ _HOOKS = {
     for name, hook in vars(ClientHalf).items()
     if callable(hook) and name not in _HARMLESS
 }
+
+
+def _replaced(kind: type, vouching: Sequence[type]) -> list[str]:
+    """Return the methods of classes that vouch for them which a class replaces."""
+    known = set().union(*(vars(x) for x in vouching if issubclass(kind, x)))
+    return sorted(
+        name
+        for name, x in vars(kind).items()
+        if name in known - _HARMLESS
+        and not name.startswith("__")
+        and (callable(x) or isinstance(x, property))
+    )
 
 
 class PrivateSession(Session):
@@ -292,8 +319,21 @@ class PrivateSession(Session):
         local.train = self._capped(local.train)
         # What the server may choose and the half may use, before the half has seen it.
         self._told = b"" if self._privacy.seed is None else _digest_of_told(local)
-        # What was kept before: what this message keeps is private as its models are.
-        self._personal, self._kept = local.personal, set(local.personal)
+        # What was kept before: if that is private, what this message keeps is, too.
+        self._personal, self._kept = local.personal, sorted(local.personal)
+        marked = local.personal.numbers(PRIVATE)
+        self._sound = not self._kept or marked == mark_of(local.context.state)
+        self._state = local.context.state
+        # The message's own, which no half can replace by that of another model.
+        path = self._privacy.ledger
+        self._account = SiloAccount(
+            None if path is None else ledger_path(path),
+            local.context.state,
+            client=local.client,
+            server_round=local.server_round,
+            run=local.run,
+        )
+        self._phase = local.phase
         self._plan: NoisePlan | None = None
         self._spent = 0.0
         # Steps of the silo before this message, steps of it, and those still to come.
@@ -314,16 +354,8 @@ class PrivateSession(Session):
         if self._plan is not None:
             found = self._further(local, half, self._plan)
         else:
-            path = self._privacy.ledger
-            account = SiloAccount(
-                None if path is None else ledger_path(path),
-                local.context.state,
-                client=local.client,
-                server_round=local.server_round,
-                run=local.run,
-            )
-            with account.locked():
-                found = self._charged(local, half, account)
+            with self._account.locked():
+                found = self._charged(local, half, self._account)
         self._taken += count
         self._left -= count
         return found
@@ -333,18 +365,19 @@ class PrivateSession(Session):
         privacy, size, count = self._privacy, num_examples(local.train), local.num_steps
         kept = account.read()
         ledger = StepLedger.read(kept, privacy)
-        if not count:
-            self._spent = ledger.epsilon(privacy.delta)
-            return _NoSteps(local, half)
-        account.require(kept)
-        if self._kept and PRIVATE not in self._kept:
+        # Also where nothing is trained: a half may send what it has kept.
+        if not self._sound:
             refuse(
                 "personal state",
-                sorted(self._kept),
+                [name for name in self._kept if name != PRIVATE],
                 "kept under DPSGD",
                 "what a training that was not private has left would leave the silo "
                 "with the next models",
             )
+        if not count:
+            self._spent = ledger.epsilon(privacy.delta)
+            return _NoSteps(local, half)
+        account.require(kept)
         if privacy.delta >= 1 / size:
             warnings.warn(
                 f"delta={privacy.delta} should be < 1 / examples={1 / size:.3g}: "
@@ -458,9 +491,16 @@ class PrivateSession(Session):
         kept = keep_per_user(data[privacy.user], privacy.group_size)
         return {name: column[kept] for name, column in data.items()}
 
+    def measures(self) -> None:
+        """Refuse to show a half a loss, but for an evaluation, which is withheld."""
+        if self._phase == "train":
+            raise ValueError(
+                "loss_of, mean_loss and measure read the silo's data without noise: "
+                "under DPSGD a client half may not use them in training"
+            )
+
     def report(self, metrics: Metrics) -> Metrics:
         """Add what is spent so far; withhold the loss, unless it was asked for."""
-        self._vouch()
         users = self._privacy.max_examples_per_user is not None
         epsilon, delta = (
             (USER_EPSILON, USER_DELTA) if users else (EXAMPLE_EPSILON, EXAMPLE_DELTA)
@@ -474,15 +514,32 @@ class PrivateSession(Session):
 
     def report_evaluation(self, metrics: Metrics) -> Metrics:
         """Withhold all but the number of examples, unless it was asked for."""
-        self._vouch()
         if self._trainer.release_evaluation:
             return metrics
         return {"num-examples": metrics["num-examples"]}
 
-    def _vouch(self) -> None:
+    def end(self) -> None:
         """Note with the personal state, if there is any, that it was kept here."""
-        if set(self._personal) - {PRIVATE}:
-            self._personal.save(**{PRIVATE: 1})
+        # What was not private before does not become so by a message that trains
+        # nothing, such as an evaluation.
+        if self._sound and set(self._personal) - {PRIVATE}:
+            self._personal.save(**{PRIVATE: mark_of(self._state)})
+
+
+def mark_of(state: RecordDict) -> dict[str, float]:
+    """Return what tells personal state from any other: a digest, in words."""
+    own = {k: x for k, x in state.items() if k.startswith(PERSONAL)}
+    own.pop(PERSONAL + PRIVATE, None)
+    hashed = sha256()
+    for key, record in sorted(own.items()):
+        if isinstance(record, ArrayRecord):
+            for name, array in record.items():
+                hashed.update(repr((key, name, array.dtype, array.shape)).encode())
+                hashed.update(sha256(array.data).digest())
+        else:
+            hashed.update(repr((key, sorted(record.items()))).encode())
+    octets = hashed.digest()
+    return {f"word-{i}": word(octets[6 * i : 6 * i + 6]) for i in range(5)}
 
 
 class _NoSteps(Steps):

@@ -20,7 +20,7 @@ from flower_ext.client.task import Batch, Task, batches, evaluate, num_examples
 from flower_ext.client.tensors import Tensors
 from flower_ext.client.trainer import Session
 from flower_ext.core.errors import at_least, positive, refuse, whole
-from flower_ext.core.protocol import Metrics
+from flower_ext.core.protocol import Metrics, Phase
 from flower_ext.wire.codec import Codec
 from flower_ext.wire.masks import Masks
 
@@ -156,6 +156,8 @@ class Local:
         Which of the message's models it is: empty for the received one.
     needs_two : bool
         Whether the model cannot be trained on a single example.
+    phase : {"train", "evaluate"}
+        What the message asks for.
     """
 
     task: Task
@@ -174,6 +176,7 @@ class Local:
     session: Session = field(default_factory=Session)
     branch: tuple[int, ...] = ()
     needs_two: bool = False
+    phase: Phase = "train"
 
     def __post_init__(self) -> None:
         self._branches = 0
@@ -292,6 +295,7 @@ class Local:
 
     def mean_loss(self, data: Batch, model: nn.Module | None = None) -> float:
         """Return the mean loss of a model, in evaluation mode."""
+        self.session.measures()
         return float(evaluate(self.task, model or self.model, data)["loss"])
 
     def loss_of(self, arrays: Tensors, data: Batch | None = None) -> float:
@@ -301,6 +305,7 @@ class Local:
 
     def measure(self, arrays: Tensors) -> dict[str, float]:
         """Return loss and metrics of a model with these arrays on the test data."""
+        self.session.measures()
         other = self._on(arrays, self.branch)
         return evaluate(self.task, other.model, self.test)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, signature
+from logging import ERROR
 from types import SimpleNamespace
 from typing import Literal, cast
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flower_ext._flower import log
 from flower_ext.client.half import ClientHalf, Local, trainable
 from flower_ext.client.task import Batch, example_losses, num_examples, per_example
 from flower_ext.client.trainer import Steps
@@ -101,10 +103,10 @@ class NoisySteps(Steps):
                 )
         self._buffers = {n: b.clone() for n, b in local.model.named_buffers()}
         self._keys: Sequence[int] | None = None
-        with self._explained():
+        with self._explained(tells=True):
             self._wrapped = self._opacus.wrap[mode](local.model, loss_reduction="sum")
         try:
-            with self._explained():
+            with self._explained(tells=False):
                 self._probe()
             self.optimizer = half.optimizer(local)
             self._require_own_parameters()
@@ -113,15 +115,19 @@ class NoisySteps(Steps):
             raise
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Say what Opacus could not do."""
+    def _explained(self, *, tells: bool) -> Iterator[None]:
+        """Say what Opacus could not do; to the client alone where it saw the data."""
         try:
             yield
         except (IndexError, RuntimeError, TypeError) as error:
+            said: object = error
+            if not tells:
+                log(ERROR, "the model has no gradient per example", exc_info=True)
+                said = "the log of the client says what, which may quote its data"
             raise ValueError(
                 f"the model has no gradient per example in mode={self._mode!r}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+                f"{type(error).__name__}: {said}"
+            ) from (error if tells else None)
 
     def _require_own_parameters(self) -> None:
         groups = self.optimizer.param_groups

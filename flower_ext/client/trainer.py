@@ -9,7 +9,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -112,6 +112,9 @@ class Session:
             steps.end()
         return total / count if count else math.nan
 
+    def measures(self) -> None:
+        """Refuse that a half is shown a loss, where that would not be private."""
+
     def report(self, metrics: Metrics) -> Metrics:
         """Return the metrics of a reply to training, with those of the trainer."""
         return metrics
@@ -120,6 +123,9 @@ class Session:
         """Return the metrics of a reply to an evaluation."""
         return metrics
 
+    def end(self) -> None:
+        """See the client's personal state as it stays, after all else."""
+
 
 class Trainer(ABC):
     """How the clients of a ClientApp take their steps.
@@ -127,6 +133,9 @@ class Trainer(ABC):
     One trainer serves all messages, at the same time where an app has threads: what
     belongs to one message is in its session.
     """
+
+    #: Whether the server is not told what an error says that may quote the data.
+    discreet: ClassVar[bool] = False
 
     @abstractmethod
     def session(self, local: "Local", half: "ClientHalf") -> Session:

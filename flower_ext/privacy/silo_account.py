@@ -116,7 +116,13 @@ class SiloAccount:
     def write(self, record: ConfigRecord) -> None:
         """Keep the record: on the disk first, where there is a ledger."""
         if self._ledger is not None:
-            save_record(self._ledger, record)
+            try:
+                save_record(self._ledger, record)
+            except OSError as error:
+                why = (
+                    f"ledger={str(self._ledger)!r} cannot be written: {error.strerror}"
+                )
+                raise OSError(error.errno, why) from error
         self._state[_STATE] = record
         if self._key[0]:
             _remembered[self._key] = record

@@ -3,6 +3,7 @@
 import doctest
 import math
 import pickle
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -1172,7 +1173,8 @@ def test_no_other_message_has_its_noise_cancelled_by_a_seed(mode, other, monkeyp
         silo = Silo(make_task(data=data), privacy, mode=mode)
         own = 0.5 if changed == "personal" else 0.0
         state, own = RecordDict(), 0.5 if changed == "personal" else 0.0
-        Personal(state).save(**{dp_sgd.PRIVATE: 1}, own={"w": torch.tensor(own)})
+        Personal(state).save(own={"w": torch.tensor(own)})
+        Personal(state).save(**{dp_sgd.PRIVATE: dp_sgd.mark_of(state)})
         silo.grid.states.write(0, state)
         found, _ = silo.train(arrays, batch_size=4, local_steps=1, **config)
         return np.concatenate(
@@ -1249,6 +1251,78 @@ def test_a_half_whose_hooks_see_data_must_vouch_for_them(hook):
     child = type("Child", (overriding(hook),), {"post_processing": True})
     assert admitted(child) == (hook != "batches")
     assert not admitted(type("Child", (child,), {"post_processing": False}))
+
+
+def test_a_parent_does_not_vouch_for_what_comes_in_beside_it():
+    vouching = type("Vouching", (ClientHalf,), {"post_processing": True})
+    assert not admitted(type("Both", (vouching, overriding("records")), {"name": "x"}))
+
+
+def test_a_parent_does_not_vouch_for_its_methods_where_a_child_replaces_them():
+    class Reporting(ClientHalf):
+        name = "reporting"
+        post_processing = True
+
+        def records(self, local):
+            return {}, self.told(local)
+
+        def told(self, local):
+            return {}
+
+    leaking = {"told": lambda self, local: {"x": float(local.train["x"].sum())}}
+    assert admitted(Reporting)
+    assert not admitted(type("Leaking", (Reporting,), leaking))
+    assert admitted(type("Named", (Reporting,), {"name": "named", "strength": 2.0}))
+
+
+@pytest.mark.parametrize("hook", ["regularizer", "after_backward"])
+def test_what_an_objective_saw_cannot_come_in_after_the_noise(hook):
+    """Each alone is harmless; together they carry raw losses around the noise."""
+
+    class Keeping(ClientHalf):
+        name = "keeping"
+
+        def objective(self, losses, batch):
+            self.seen = losses.detach().mean()
+            return losses
+
+    def later(self, model):
+        return self.seen * next(model.parameters()).sum()
+
+    assert admitted(Keeping)
+    assert not admitted(type("Leaking", (Keeping,), {hook: later}))
+    both = {hook: later, "post_processing": True}
+    assert admitted(type("Vouching", (Keeping,), both))
+
+
+def test_an_object_with_hooks_of_its_own_is_refused():
+    class Sly(ClientHalf):
+        name = "sly"
+
+        def __init__(self):
+            self.records = lambda local: ({}, {"x": float(local.train["x"].sum())})
+
+    silo = Silo(make_task(), NOISY, Sly)
+    with pytest.raises(
+        RuntimeError, match=r"Sly's hooks=\['records'\] must be methods"
+    ):
+        silo.train(first_arrays(), client_half="sly")
+    assert ACCOUNT not in silo.state()
+
+
+@pytest.mark.parametrize("hook", ["receive", "begin", "after_training", "records"])
+@pytest.mark.parametrize("look", ["loss_of", "measure", "mean_loss"])
+def test_a_half_that_vouches_is_shown_no_loss_in_training(hook, look):
+    def looking(self, local, *how):
+        getattr(local, look)(local.train if look == "mean_loss" else local.start)
+        return getattr(ClientHalf, hook)(self, local, *how)
+
+    half = type("Looking", (ClientHalf,), {hook: looking, "post_processing": True})
+    half.name = "looking"
+    with pytest.raises(RuntimeError, match="read the silo's data without noise"):
+        Silo(make_task(), NOISY, half).train(first_arrays(), client_half="looking")
+    plain = Silo(make_task(), NOISY, half, trainer=Plain())
+    plain.train(first_arrays(), client_half="looking")
 
 
 def test_a_half_that_a_function_makes_is_looked_at_before_it_trains():
@@ -1539,6 +1613,72 @@ def test_personal_state_that_was_not_kept_privately_is_refused():
         silo.train(first_arrays(), client_half="two", batch_size=4)
     assert ACCOUNT not in silo.state()
     both_models(Silo(make_task(), NOISY, Two), batch_size=4)
+
+
+@pytest.mark.parametrize("before", ["evaluate", "no steps", "a private round"])
+def test_nothing_makes_personal_state_private_but_private_training(before):
+    """The server chooses the messages, so that none may launder raw state."""
+    plain = Silo(make_task(), NOISY, Two, trainer=Plain())
+    both_models(plain, batch_size=4)
+    silo, config = Silo(make_task(), NOISY, Two), {"client_half": "two"}
+    if before == "a private round":
+        both_models(silo, batch_size=4)
+        mark = {k: x for k, x in silo.state().items() if k.endswith(dp_sgd.PRIVATE)}
+        silo = Silo(make_task(), NOISY, Two)
+        silo.grid.states.write(0, RecordDict({**mark, **plain.state()}))
+    else:
+        silo.grid.states.write(0, plain.state())
+    if before == "evaluate":
+        assert silo.send(first_arrays(), "evaluate", **config).has_content()
+    if before == "no steps":
+        with pytest.raises(RuntimeError, match=r"personal state=\['own'\] must be"):
+            silo.train(first_arrays(), local_epochs=0, **config)
+    with pytest.raises(RuntimeError, match=r"personal state=\['own'\] must be kept"):
+        silo.train(first_arrays(), batch_size=4, **config)
+    assert ACCOUNT not in silo.state()
+
+
+def test_a_model_of_another_round_does_not_hide_the_round_from_the_account():
+    """``alone`` is of round 0, in which a silo need not know what was spent before."""
+
+    class Alone(Two):
+        post_processing = True
+
+        def begin(self, local):
+            local.alone(1).fit()
+
+        def after_training(self, local):
+            pass
+
+        def records(self, local):
+            return {}, {}
+
+    silo = Silo(make_task(), NOISY, Alone)
+    with pytest.raises(RuntimeError, match="round 7 is the first that it knows of"):
+        silo.train(first_arrays(), client_half="two", server_round=7, local_steps=1)
+
+
+class Patients(nn.Linear):
+    """Says what it stumbled over, as a library does."""
+
+    def forward(self, x):
+        if (x == 9.0).any():
+            raise KeyError(f"unknown value {float(x.max())}")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+@pytest.mark.parametrize("net", [lambda: Patients(3, 2), lambda: nn.Linear(3, 2)])
+def test_errors_do_not_quote_the_data(net, kind, caplog):
+    data = columns(EXAMPLES)
+    data["x"][-1], data["y"][-1] = 9.0, 77
+    arrays = {k: x.numpy() for k, x in net().state_dict().items()}
+    # All examples are in the batch, and none is looked at before the first step.
+    told = Silo(make_task(net, data), NOISY).send(arrays, kind, batch_size=EXAMPLES)
+    reason = told.error.reason.partition("Traceback")[0]
+    assert "the log of the client" in reason
+    assert not re.search("Target|unknown", told.error.reason)
+    assert re.search("Target 77|unknown value 9.0|data-dependent", caplog.text)
 
 
 def test_personal_state_comes_back_without_the_account(tmp_path):

@@ -364,6 +364,7 @@ def test_a_tensor_of_two_names_begins_as_it_is_loaded(initial):
 
 def test_silos_of_dp_sgd_send_encoded(task):
     """Error feedback keeps what was trained privately: it is post-processing."""
+    alone = {**ANY, "fraction_evaluate": 0.0}
     made = Task(lambda config: nn.Linear(3, 2), task.data, task.loss)
     start = to_record(
         {"weight": np.ones((2, 3), np.float32), "bias": np.zeros(2, "f4")}
@@ -371,6 +372,7 @@ def test_silos_of_dp_sgd_send_encoded(task):
     privacy = SiloPrivacy(noise_multiplier=1.0, delta=1e-2, clipping_norm=1.0, seed=1)
     for strategy in (
         AdditiveStrategy(upload=ErrorFeedback(TopK(0.5)), download=NF4(), **ANY),
+        AdditiveStrategy(upload=ErrorFeedback(TopK(0.5)), **alone),
         FLASC(client_freeze=True, error_feedback=True, download_density=0.5, **ANY),
     ):
         app = client_app(made, FLASCClient, trainer=DPSGD(privacy))
