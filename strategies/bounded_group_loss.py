@@ -28,6 +28,7 @@ from flower_ext._flower import log
 from flower_ext.client.groups import GroupIndex, mean_gradient
 from flower_ext.client.half import ClientHalf, Local
 from flower_ext.client.task import Batch
+from flower_ext.core.arrays import Term
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import different_names, one_each, positive, refuse
 from flower_ext.core.groups import COUNTS, LOSS_SUMS, GroupLosses, read_sums
@@ -257,9 +258,9 @@ class BoundedGroupLoss(AdditiveStrategy):
 
     def contribution(self, reply: Reply, round: Round) -> Contribution:
         """Return the delta, and the loss sums and counts of the groups."""
-        arrays = {DELTA: reply.delta(round)}
+        arrays: dict[str, Mapping[str, Term]] = {DELTA: reply.delta(round)}
         if self.certifies:
-            arrays[GRADIENT_KEY] = dict(reply.arrays(GRADIENT_KEY, round.floats))
+            arrays[GRADIENT_KEY] = reply.arrays(GRADIENT_KEY, round.floats)
         sums = read_sums(reply, len(self.constraints), self.loss_bound)
         return Contribution(arrays, scalars=sums)
 

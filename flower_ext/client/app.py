@@ -311,7 +311,12 @@ def _open(
         phase=cast(Phase, message.metadata.message_type.partition(".")[0]),
     )
     local.session = trainer.session(local, half)
-    local.load(half.receive(local, arrays))
+    begun = half.receive(local, arrays)
+    # Masks are of what came, which need not be what the model begins with.
+    shapes = {name: tuple(x.shape) for name, x in begun.items()}
+    if masks is not None and shapes != {n: m.shape for n, m in masks.items()}:
+        local.masks = None
+    local.load(begun)
     return local, half
 
 

@@ -125,7 +125,10 @@ def encode_upload(
     is_ours = personal.number(_RESIDUAL_ROUND, math.inf) < server_round
     if codec.feedback and _RESIDUAL in personal and is_ours:
         floats = {n: torch.from_numpy(x) for n, x in changed.items() if is_averaged(x)}
-        found = personal.arrays(_RESIDUAL, like=floats)
+        try:
+            found = personal.arrays(_RESIDUAL, like=floats)
+        except ValueError:  # of a change of other shapes, such as another slice
+            found = {}
         kept = {name: x.numpy() for name, x in found.items()}
     record, residual = upload(codec, changed, kept, sending)
     if residual is not None:

@@ -145,7 +145,8 @@ class Local:
     upload : Codec, optional
         How the server wants the change; None is the trained model as it is.
     masks : dict[str, ndarray of bool], optional
-        The coordinates of the model that were sent; None if all were.
+        The coordinates of the model that were sent; None if all were, or where
+        :meth:`ClientHalf.receive` made the model of something else.
     received : dict[str, dict[str, Tensor]]
         Groups of arrays that came beside the model, by their keys in the message.
     loaded : dict[str, Tensor]

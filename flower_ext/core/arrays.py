@@ -161,6 +161,16 @@ class Lazy:
 Term = NDArray | Lazy
 
 
+def numpy_of(term: Term) -> NDArray:
+    """Return a term as an array."""
+    return term.numpy() if isinstance(term, Lazy) else term
+
+
+def lazy(array: NDArray) -> Lazy:
+    """Return an array as a lazy one, which is not copied."""
+    return Lazy(np.asarray, array)
+
+
 def subtract(new: NDArray, old: NDArray, *, finite: bool = False) -> Lazy:
     """Return ``new - old``: floats in float32 or wider, integers exactly in int64.
 

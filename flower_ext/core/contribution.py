@@ -12,6 +12,7 @@ from flower_ext.core.arrays import (
     accumulate,
     all_finite,
     can_move,
+    numpy_of,
     scale,
     zeros_like,
 )
@@ -179,6 +180,8 @@ class Total:
             self.count += 1
         for (is_count, part, name), weighted in added.items():
             sums = (self.counts if is_count else self.arrays).setdefault(part, {})
+            if is_count:
+                weighted = _of_one_shape(sums, name, weighted)
             if name not in sums:
                 sums[name] = np.zeros(weighted[0][0].shape)
             accumulate(sums[name], weighted)
@@ -192,8 +195,10 @@ class Total:
             for part, arrays in others.items():
                 sums = mine.setdefault(part, {})
                 for name, array in arrays.items():
-                    if name in sums:
+                    if name in sums and sums[name].ndim >= array.ndim:
                         sums[name] += array
+                    elif name in sums:  # a count of all of it, with one of each
+                        sums[name] = sums[name] + array
                     else:
                         sums[name] = array.copy()
         for name, value in other.scalars.items():
@@ -279,6 +284,27 @@ class Total:
                 for name, x in self.take(part).items()
             }
         return dict(self._means[part])
+
+
+def _of_one_shape(
+    sums: dict[str, Floats], name: str, counts: list[tuple[Term, float]]
+) -> list[tuple[Term, float]]:
+    """Return counts in one shape, that of the array if any of them has it.
+
+    Some clients may count for a whole array, ``()``, and others by coordinates.
+    """
+    shapes = {x.shape for x, _ in counts}
+    if name in sums:
+        shapes.add(sums[name].shape)
+    if len(shapes) == 1:
+        return counts
+    shape = max(shapes, key=len)
+    if name in sums:
+        sums[name] = np.broadcast_to(sums[name], shape).copy()
+    return [
+        (x if x.shape == shape else np.broadcast_to(numpy_of(x), shape), weight)
+        for x, weight in counts
+    ]
 
 
 def _divide(x: Floats, by: float | Floats) -> Floats:

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecordValues, MetricRecordValues, RecordDict
 
-from flower_ext.core.arrays import Arrays, Term, all_finite, is_averaged, subtract
+from flower_ext.core.arrays import Arrays, Lazy, all_finite, is_averaged, subtract
 from flower_ext.core.replies import (
+    NOT_FINITE,
     MalformedReply,
     array_key,
     has_metric,
@@ -54,13 +55,13 @@ class Change(NamedTuple):
 
     Attributes
     ----------
-    arrays : dict[str, ndarray or Lazy]
+    arrays : dict[str, Lazy]
         Trained minus received; zero where nothing was sent.
     masks : dict[str, ndarray of bool] or None
         The coordinates that were sent; None if all were.
     """
 
-    arrays: Mapping[str, Term]
+    arrays: Mapping[str, Lazy]
     masks: Mapping[str, npt.NDArray[np.bool_]] | None = None
 
 
@@ -159,11 +160,14 @@ class Reply:
         The client's place among the nodes, the same in every run.
     keys : ReplyKeys
         Keys of the model's record and of the number of examples.
+    finite : bool
+        Whether a decoded change that is not finite is refused when it is read.
     """
 
     content: RecordDict
     client: int
     keys: ReplyKeys = ReplyKeys()
+    finite: bool = False
 
     @property
     def num_examples(self) -> float:
@@ -188,11 +192,11 @@ class Reply:
         key = array_key(self.content, self.keys.arrays, self.keys.others)
         return self._read(read_arrays, key, round.sent if like is None else like)
 
-    def delta(self, round: Round) -> dict[str, Term]:
+    def delta(self, round: Round) -> dict[str, Lazy]:
         """Return the client's model minus the model that it was sent.
 
         The change of a tied tensor counts under its first name, and is 0 under the
-        others.
+        others. The arrays are computed while they are added up; ``.numpy()`` makes one.
         """
         return dict(self.change(round).arrays)
 
@@ -213,7 +217,10 @@ class Reply:
             if record is None:
                 self._refuse(f"no ArrayRecord {key!r} in the reply")
             decode = round.upload.decode
-            return self._read(lambda _: decode(record, sent))
+            found = self._read(lambda _: decode(record, sent))
+            if self.finite and not all_finite(found.arrays.values()):
+                self._refuse(NOT_FINITE)
+            return found
         new = self.model(round, sent)
         # Under a mechanism no reply may decide which arrays are tied: that would depend
         # on who replied.

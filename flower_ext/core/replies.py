@@ -21,6 +21,7 @@ from flower_ext.core.arrays import Arrays, from_record, layout
 
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
+NOT_FINITE = "the contribution is not finite, or beyond what the model can hold"
 LONG_INTEGERS = "a number in it has more than 64 bits"
 
 # Larger numbers are of no use to a model in float32, and make sums overflow.

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from flower_ext._flower import PrivacyBudgetExhausted
-from flower_ext.core.arrays import Lazy, Term, is_averaged, norm, scale
+from flower_ext.core.arrays import Lazy, Term, is_averaged, norm, numpy_of, scale
 from flower_ext.core.contribution import WEIGHT, Contribution, Total
 from flower_ext.core.errors import refuse
 from flower_ext.core.protocol import Metrics
@@ -478,7 +478,7 @@ def _contribution(pieces: Mapping[str, Term]) -> Contribution:
         if name:
             arrays.setdefault(part, {})[name] = piece
         else:
-            scalars[key] = piece.numpy() if isinstance(piece, Lazy) else piece
+            scalars[key] = numpy_of(piece)
     return Contribution(arrays, scalars=scalars)
 
 

@@ -21,13 +21,12 @@ from flower_ext.core.contribution import Contribution, Total
 from flower_ext.core.protocol import Reply, ReplyKeys, Round
 from flower_ext.core.replies import (
     LONG_INTEGERS,
+    NOT_FINITE,
     MalformedReply,
     has_long_integers,
     unreadable,
 )
 from flower_ext.wire.traffic import Measured, measure_content
-
-NOT_FINITE = "the contribution is not finite, or beyond what the model can hold"
 
 
 class Contributing(Protocol):
@@ -100,6 +99,7 @@ class Summand:
                     f"{key!r} of the contribution has shape {shapes[key]}, in the "
                     f"strategy's zero() it has {self.shapes[key]}"
                 )
+        self._require_counts_that_fit(term)
         if self.clip is None:
             term = term.weighed(plain)
             if check and not term.can_move(self.round.sent):
@@ -112,6 +112,19 @@ class Summand:
         if clipped is None:
             raise MalformedReply(NOT_FINITE)
         return clipped
+
+    def _require_counts_that_fit(self, term: Contribution) -> None:
+        """Refuse counts that NumPy would stretch, or fail to, in the sum of all."""
+        for part, counts in term.counts.items():
+            arrays = term.arrays.get(part, {})
+            for name, count in counts.items():
+                known = self.shapes.get(f"{part}/{name}", ())
+                shape = arrays[name].shape if name in arrays else known
+                if count.shape not in ((), shape):
+                    raise MalformedReply(
+                        f"the counts of {name!r} have shape {count.shape}, must be () "
+                        f"or that of the array, {shape}"
+                    )
 
     def _plain_weight(self, reply: Reply) -> float:
         """Return the weight of a contribution that declares none."""

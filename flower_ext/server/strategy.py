@@ -42,6 +42,7 @@ from flower_ext.core.arrays import (
     finite_or_unchanged,
     from_record,
     is_averaged,
+    layout,
     to_record,
 )
 from flower_ext.core.errors import fraction, refuse, whole
@@ -57,6 +58,7 @@ from flower_ext.core.protocol import (
     Round,
 )
 from flower_ext.core.replies import (
+    NOT_FINITE,
     MalformedReply,
     aggregate_metrics,
     array_key,
@@ -78,7 +80,6 @@ from flower_ext.server.cohorts import Cohorts
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.optimizers import SGD, ServerOptimizer, State, keep_variances
 from flower_ext.server.options import FedAvgOptions, by_name, require_known
-from flower_ext.server.partial_sums import NOT_FINITE
 from flower_ext.server.rounds import run_rounds
 from flower_ext.server.tracking import Tracker
 from flower_ext.wire.codec import Codec, Sending, is_encoded, seal
@@ -476,7 +477,7 @@ class RoundStrategy(FedAvg):
         if codec is not None:
             sent = from_record(record)
             record = _encoded(codec, sent, round, place)
-            if codec.described:
+            if codec.described or self._is_no_model(sent, round):
                 told[DESCRIPTION_KEY] = describe_arrays(sent)
         return RecordDict(
             {
@@ -485,6 +486,12 @@ class RoundStrategy(FedAvg):
                 **{key: to_record(x) for key, x in payload.beside.items()},
             }
         )
+
+    def _is_no_model(self, sent: Arrays, round: Round) -> bool:
+        """Whether clients cannot know from their own model what is sent to them."""
+        half = self.client_half or ClientHalf
+        receives = half.receive is not ClientHalf.receive
+        return receives or layout(sent) != layout(round.sent)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -539,7 +546,7 @@ class RoundStrategy(FedAvg):
         round = self._core.rounds["train"]
         replies = []
         for message in usable:
-            reply = self._reply(message, "train")
+            reply = replace(self._reply(message, "train"), finite=True)
             try:
                 _require_numbers(reply, round)
             except MalformedReply as problem:
@@ -796,9 +803,7 @@ def _require_numbers(reply: Reply, round: Round) -> None:
     """
     reply.require_examples()
     for record in reply.content.array_records.values():
-        if is_encoded(record):
-            if not all_finite(reply.change(round).arrays.values()):
-                raise MalformedReply(NOT_FINITE)
+        if is_encoded(record):  # looked at when it is decoded
             continue
         try:
             arrays = from_record(record)

@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecordValues
 from flwr.common import NDArray
 
-from flower_ext.core.arrays import Arrays, subtract
+from flower_ext.core.arrays import Arrays, lazy, subtract
 from flower_ext.core.protocol import Change
 from flower_ext.wire.codec import Codec, Stage, unpack
 
@@ -85,7 +85,8 @@ class Uploads:
             If the record is not what the client was told to send.
         """
         found = unpack(record, change_like(start), self._find)
-        return Change(found.arrays, found.masks)
+        arrays = {name: lazy(x) for name, x in found.arrays.items()}
+        return Change(arrays, found.masks)
 
     def _find(self, tags: Sequence[bytes]) -> Sequence[type[Stage]]:
         known = {tuple(stage.tag for stage in stages): stages for stages in self.stages}

@@ -143,3 +143,23 @@ def test_a_bad_weight_is_not_finite(bad):
 @pytest.mark.parametrize("bad", [math.nan, np.array([1.0, math.inf])])
 def test_a_bad_scalar_is_not_finite(bad):
     assert not Contribution({"a": {"w": np.ones(2)}}, 1.0, {"n": bad}).is_finite()
+
+
+def counting(x, count):
+    return Contribution({"delta": {"w": x}}, 1.0, counts={"delta": {"w": count}})
+
+
+def test_counts_of_a_whole_array_and_of_its_coordinates_add_up():
+    x = np.array([2.0, 4.0])
+    whole, one = counting(x, np.array(1.0)), counting(x, np.array([1.0, 0.0]))
+    for terms in ([whole, one, one], [one, whole, one], [one, one, whole]):
+        together = Total()
+        together.add(*terms)
+        merged = Total()
+        for term in terms:
+            single = Total()
+            single.add(term)
+            merged.merge(single)
+        for total in (together, merged):
+            assert total.counts["delta"]["w"].tolist() == [3, 1]
+            assert total.mean()["w"].tolist() == [2, 12]

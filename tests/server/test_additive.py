@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from flower_ext._flower import Run
 from flower_ext.client.app import client_app
 from flower_ext.core.arrays import from_record, layout, to_record
+from flower_ext.core.contribution import Contribution
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD
 from flower_ext.simulation.base_grid import BaseGrid
@@ -296,3 +297,28 @@ def test_replies_are_read_under_the_chosen_array_key(aggregate, reply):
     strategy = AdditiveStrategy(arrayrecord_key="model")
     new, _ = aggregate(strategy, SENT, [content, content])
     assert new["w"].tolist() == [3, 4]
+
+
+class Counting(AdditiveStrategy):
+    """Takes the counts of a reply as they come."""
+
+    other_arrays = ("counts",)
+
+    def contribution(self, reply, round):
+        counts = from_record(reply.content["counts"])
+        return Contribution({"delta": reply.delta(round)}, counts={"delta": counts})
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [{"w": np.ones(3)}, {"w": np.ones(1)}, {"w": np.ones((2, 1))}, {"v": np.ones(1)}],
+)
+def test_counts_of_another_shape_are_left_out(aggregate, reply, counts):
+    bad, good = reply(model(5, 5)), reply(model(3, 4))
+    bad["counts"] = to_record(counts)
+    good["counts"] = to_record({"w": np.array([1.0, 2.0])})
+    for contents in ([bad, good], [good, bad]):
+        new, metrics = aggregate(Counting(**ANY), SENT, contents)
+        expected, _ = aggregate(Counting(**ANY), SENT, [good])
+        assert new["w"].tolist() == expected["w"].tolist()
+        assert metrics["num-dropped"] == 1

@@ -13,6 +13,8 @@ from torch import nn
 from flower_ext import (
     DPSGD,
     AdditiveStrategy,
+    ClientHalf,
+    Contribution,
     Payload,
     RoundStrategy,
     Tracker,
@@ -20,7 +22,7 @@ from flower_ext import (
 )
 from flower_ext.client.encoding import encoded
 from flower_ext.client.task import Task
-from flower_ext.core.arrays import Lazy, from_record, norm, to_record
+from flower_ext.core.arrays import from_record, norm, to_record
 from flower_ext.core.protocol import Reply, Round
 from flower_ext.core.schedules import Decay
 from flower_ext.privacy import Mechanism, SiloPrivacy
@@ -274,12 +276,9 @@ def test_a_strategy_that_is_no_sum_reads_encoded_changes(task, initial):
         def aggregate(self, round, replies):
             deltas = [reply.delta(round) for reply in replies]
             return {
-                name: np.median([as_array(d[name]) for d in deltas], axis=0)
+                name: np.median([d[name].numpy() for d in deltas], axis=0)
                 for name in round.sent
             }
-
-    def as_array(term):
-        return term.numpy() if isinstance(term, Lazy) else term
 
     results = []
     for codecs in ({}, {"download": TopK(1.0), "upload": Exact()}, {"upload": NF4()}):
@@ -287,6 +286,137 @@ def test_a_strategy_that_is_no_sum_reads_encoded_changes(task, initial):
         strategy = Median(**ANY, **codecs)
         results.append(from_record(strategy.start(grid, initial, num_rounds=2).arrays))
     assert not same(results[0], results[2])
+
+
+class FirstClient(ClientHalf):
+    """Takes the first of two models."""
+
+    name = "first"
+
+    def receive(self, local, arrays):
+        return of_first(arrays)
+
+
+def of_first(arrays):
+    return {n[2:]: x for n, x in arrays.items() if n.startswith("0/")}
+
+
+class Two(AdditiveStrategy):
+    client_half = FirstClient
+
+    def contribution(self, reply, round):
+        change = reply.change(round, start=of_first(round.sent)).arrays
+        return Contribution({"delta": {f"0/{n}": x for n, x in change.items()}})
+
+
+class TwoWithoutASum(RoundStrategy):
+    client_half = FirstClient
+
+    def aggregate(self, round, replies):
+        start = of_first(round.sent)
+        changes = [reply.change(round, start).arrays for reply in replies]
+        direction = {name: np.zeros(x.shape) for name, x in round.sent.items()}
+        for name in start:
+            of_all = [change[name].numpy() for change in changes]
+            direction[f"0/{name}"] = np.mean(of_all, axis=0)
+        return direction
+
+
+@pytest.mark.parametrize("make", [Two, TwoWithoutASum])
+@pytest.mark.parametrize(
+    "codecs",
+    [
+        {"upload": Exact()},
+        {"download": Exact()},
+        {"download": TopK(1), "upload": NF4()},
+    ],
+)
+def test_one_of_several_models_is_encoded_both_ways(task, initial, make, codecs):
+    """What came is not the client's own model, and what it sends not the server's."""
+    first = from_record(initial)
+    two = to_record({f"{i}/{n}": x for i in range(2) for n, x in first.items()})
+    grid = LocalGrid(client_app(task, FirstClient), 3, CONFIG)
+    found, plain = (
+        from_record(make(**ANY, **x).start(grid, two, num_rounds=2).arrays)
+        for x in (codecs, {})
+    )
+    for name, x in first.items():
+        assert np.array_equal(found[f"1/{name}"], x)
+        coarse = 0.1 if codecs.get("upload") == NF4() else 0
+        np.testing.assert_allclose(
+            found[f"0/{name}"], plain[f"0/{name}"], rtol=0, atol=coarse
+        )
+    assert not np.array_equal(found["0/out.weight"], first["out.weight"])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_reply_of_one_of_several_models_that_is_not_finite_is_left_out(
+    aggregate, reply, bad
+):
+    sent = {"0/w": np.zeros(3, np.float32), "1/w": np.zeros(3, np.float32)}
+    contents = [reply(), reply()]
+    for content, x in zip(contents, (1, bad), strict=True):
+        content["arrays"] = Exact().encode({"w": np.float32([1, 5, x])})
+    for make in (Two, TwoWithoutASum):
+        new, metrics = aggregate(make(upload=Exact(), **ANY), sent, contents)
+        assert new["0/w"].tolist() == [1, 5, 1]
+        assert metrics["num-dropped"] == 1
+
+
+def test_masks_of_several_models_are_not_those_of_one(task, initial):
+    first = from_record(initial)
+    two = to_record({f"{i}/{n}": x for i in range(2) for n, x in first.items()})
+    strategy = Two(
+        download=TopK(0.5), upload=Chain(TopK(0.5, within_received=True), NF4()), **ANY
+    )
+    grid = LocalGrid(client_app(task, FirstClient), 2, CONFIG)
+    result = strategy.start(grid, two, num_rounds=1)
+    assert result.train_metrics_clientapp[1]["num-replies"] == 2
+
+
+class WideClient(ClientHalf):
+    """Takes whatever number of outputs it is sent."""
+
+    name = "wide"
+
+    def receive(self, local, arrays):
+        local.model = nn.Linear(3, len(arrays["bias"]))
+        return arrays
+
+
+class Wide(AdditiveStrategy):
+    """Sends fewer and fewer outputs."""
+
+    client_half = WideClient
+
+    def of(self, round):
+        return {name: x[: 5 - round.number] for name, x in round.sent.items()}
+
+    def payload(self, variant, round):
+        return Payload(self.of(round))
+
+    def contribution(self, reply, round):
+        change = reply.change(round, start=self.of(round)).arrays
+        padded = {
+            n: np.concatenate(
+                [c.numpy(), np.zeros_like(round.sent[n][5 - round.number :])]
+            )
+            for n, c in change.items()
+        }
+        return Contribution({"delta": padded})
+
+
+def test_what_was_left_out_of_another_slice_is_forgotten(task):
+    start = {
+        name: x.detach().numpy() for name, x in nn.Linear(3, 4).state_dict().items()
+    }
+    strategy = Wide(
+        upload=ErrorFeedback(TopK(0.5)), download=NF4(), fraction_evaluate=0.0, **ANY
+    )
+    grid = LocalGrid(client_app(task, WideClient), 2, CONFIG)
+    result = strategy.start(grid, to_record(start), num_rounds=3)
+    for number in (1, 2, 3):
+        assert result.train_metrics_clientapp[number]["num-replies"] == 2
 
 
 def test_what_travels_beside_the_model_travels_plainly(task, initial):
@@ -324,7 +454,7 @@ def test_a_client_that_started_elsewhere_is_read_from_there():
     record = Exact().encode({"w": np.float32([1, -1])})
     reply = Reply(RecordDict({"arrays": record}), 0)
     round = Round(1, sent, upload=Uploads.of([Exact()]))
-    assert reply.change(round, start).arrays["w"].tolist() == [1, -1]
+    assert reply.change(round, start).arrays["w"].numpy().tolist() == [1, -1]
     plain = Reply(RecordDict({"arrays": to_record({"w": np.float32([6, 4])})}), 0)
     change = plain.change(Round(1, sent), start)
     assert change.arrays["w"].numpy().tolist() == [1, -1] and change.masks is None
@@ -492,7 +622,7 @@ def test_settings_are_shown(caplog):
 def test_a_reply_that_is_wrong_is_left_out(aggregate, reply, spoil, kind):
     class Mean(RoundStrategy):
         def aggregate(self, round, replies):
-            deltas = [reply.delta(round)["w"] for reply in replies]
+            deltas = [reply.delta(round)["w"].numpy() for reply in replies]
             return {"w": np.mean(deltas, axis=0, dtype=np.float64)}
 
     make = AdditiveStrategy if kind == "sum" else Mean
