@@ -133,6 +133,8 @@ def client_app(
                 loss = local.session.train(local, half)
                 half.after_training(local)
                 arrays, metrics = half.records(local)
+                trained = half.model_to_send(local)
+                trained = local.end if trained is None else dict(trained)
             values: Metrics = {
                 "num-examples": num_examples(local.train),
                 "train-loss": loss,
@@ -141,13 +143,13 @@ def client_app(
             values = half.release(local.session.report(values))
             content = RecordDict(
                 {
-                    ARRAYS_KEY: _trained(local),
+                    ARRAYS_KEY: _trained(local, trained),
                     **{key: _record(group) for key, group in arrays.items()},
                     METRICS_KEY: MetricRecord(values),
                 }
             )
             local.session.end()
-            if tied := tied_names(local.model):
+            if tied := _ties(local, trained):
                 content[TIED_KEY] = ConfigRecord({**tied})
             return Message(content, reply_to=message)
 
@@ -216,22 +218,39 @@ def _record(group: ArrayRecord | Tensors) -> ArrayRecord:
     return group if isinstance(group, ArrayRecord) else tensor_record(group)
 
 
-def _trained(local: Local) -> ArrayRecord:
-    """Return what the client has trained: its model, or the change as it travels."""
+def _ties(local: Local, arrays: Tensors) -> dict[str, str]:
+    """Return the further names of tied tensors, of those that travel."""
+    ties = tied_names(local.model)
+    return {n: first for n, first in ties.items() if {n, first} <= arrays.keys()}
+
+
+def _trained(local: Local, arrays: Tensors) -> ArrayRecord:
+    """Return what the client sends: its model, or the change as it travels."""
     if local.upload is None:
-        return ArrayRecord(local.model.state_dict())
+        return tensor_record(arrays)
+    # The change from what the server has under a name, as it would find it itself. A
+    # half that was sent several models, or none, has it from what it began with.
+    came = {
+        name: x
+        for name, x in local.model_received.items()
+        if name in local.loaded and x.shape == local.loaded[name].shape
+    }
+    began = {**local.loaded, **came}
+    if unknown := arrays.keys() - began.keys():
+        refuse("model_to_send(...)", sorted(unknown), "arrays of the model")
     start, end = (
-        {name: x.detach().cpu().numpy() for name, x in tensors.items()}
-        for tensors in (local.loaded, local.end)
+        {name: tensors[name].detach().cpu().numpy() for name in arrays}
+        for tensors in (began, arrays)
     )
+    masks = local.masks
     return encode_upload(
         local.upload,
         {name: change(x, start[name]) for name, x in end.items()},
         local.context.state,
         server_round=local.server_round,
         seed=local.seed(ENCODING),
-        tied=tied_names(local.model),
-        received=local.masks,
+        tied=_ties(local, arrays),
+        received=masks and {n: x for n, x in masks.items() if n in arrays},
     )
 
 
@@ -307,6 +326,7 @@ def _open(
             for key, group in groups.items()
             if key != ARRAYS_KEY
         },
+        model_received=arrays,
         loaded=arrays,
         phase=cast(Phase, message.metadata.message_type.partition(".")[0]),
     )

@@ -149,6 +149,8 @@ class Local:
         :meth:`ClientHalf.receive` made the model of something else.
     received : dict[str, dict[str, Tensor]]
         Groups of arrays that came beside the model, by their keys in the message.
+    model_received : dict[str, Tensor]
+        The arrays that came in the model's place, as they came, on the CPU.
     loaded : dict[str, Tensor]
         The arrays that the model began with, where they came in; see :attr:`start`.
     session : Session
@@ -173,6 +175,7 @@ class Local:
     upload: Codec | None = None
     masks: Masks | None = None
     received: Mapping[str, Tensors] = field(default_factory=dict)
+    model_received: Tensors = field(default_factory=dict)
     loaded: Tensors = field(default_factory=dict)
     session: Session = field(default_factory=Session)
     branch: tuple[int, ...] = ()
@@ -399,6 +402,7 @@ class ClientHalf:
     after_backward
     after_training      once the received model is trained
     records             what is added to the reply
+    model_to_send       what of the trained model is in it
     model_to_evaluate,  in evaluation
     evaluate
     release             last of all
@@ -483,6 +487,15 @@ class ClientHalf:
     ) -> tuple[Mapping[str, ArrayRecord | Tensors], Metrics]:
         """Return groups of arrays and metrics to add to the reply."""
         return {}, {}
+
+    def model_to_send(self, local: Local) -> Tensors | None:
+        """Return the arrays to send as the trained model, None for all of it.
+
+        Those that are left out stay at home, and none need to be sent at all. Of each
+        the server learns the change from what it has sent under the name, whatever the
+        model began with: ``local.model_received``.
+        """
+        return None
 
     def model_to_evaluate(self, local: Local) -> Tensors | None:
         """Return the arrays of the model to evaluate, None for the received one."""

@@ -9,11 +9,14 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import nn
 
-from flower_ext import ClientHalf, Task, client_app
+from flower_ext import AdditiveStrategy, ClientHalf, Task, client_app
 from flower_ext.client import half as half_module
 from flower_ext.client.half import Proximal, trainable
 from flower_ext.core.arrays import to_record
 from flower_ext.simulation import LocalGrid
+from flower_ext.wire import Exact
+from flower_ext.wire.messages import UPLOAD_KEY
+from flower_ext.wire.registry import describe
 
 EXAMPLES, RATE, STEPS = 10, 0.05, 4
 FULL = {"lr": RATE, "batch_size": EXAMPLES, "local_epochs": STEPS}
@@ -356,7 +359,7 @@ def test_the_hooks_are_called_in_the_order_that_the_table_says():
     clients.send(**FULL | {"local_epochs": 1})
     step = ["objective", "regularizer", "after_backward", "after_step"]
     before = ["receive", "begin", "optimizer", "batches"]
-    after = ["after_training", "records", "release"]
+    after = ["after_training", "records", "model_to_send", "release"]
     assert calls == [*before, *step, *after]
     calls.clear()
     clients.send(kind="evaluate")
@@ -365,6 +368,101 @@ def test_the_hooks_are_called_in_the_order_that_the_table_says():
     assert {*before, *step, *after, *rest} == set(hooks)
     named = [hook for hook in hooks if hook in ClientHalf.__doc__]
     assert named == hooks
+
+
+class TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Parameter(torch.tensor([0.5, -0.5, 0.25], dtype=torch.float64))
+        self.head = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x):
+        return self.head * (x @ self.body)
+
+
+class HomeHead(ClientHalf):
+    """The head stays at home, and the server knows nothing of it."""
+
+    name = "home-head"
+
+    def receive(self, local, arrays):
+        own = {"head": local.end["head"]}
+        return {**arrays, **local.personal.arrays("head", like=own, first=own)}
+
+    def after_training(self, local):
+        local.personal.save(head={"head": local.end["head"]})
+
+    def model_to_send(self, local):
+        return {"body": local.end["body"]}
+
+
+def test_a_part_of_the_model_may_stay_at_home():
+    """Three rounds of a shared body with a head of each client's own, in NumPy."""
+    bodies, heads = np.array([0.5, -0.5, 0.25]), np.ones(2)
+    expected = []
+    for _ in range(3):
+        trained = []
+        for client in (0, 1):
+            body, data = bodies, data_of(client)
+            for _ in range(STEPS):
+                error = heads[client] * (data["x"] @ body) - data["y"]
+                slope = 2 * error @ (data["x"] @ body) / EXAMPLES
+                body = body - RATE * 2 * heads[client] * data["x"].T @ error / EXAMPLES
+                heads[client] -= RATE * slope
+            trained.append(body)
+        bodies = np.mean(trained, axis=0)
+        expected.append(bodies)
+    for upload in (None, Exact()):
+        app = client_app(make_task(TwoLayers), HomeHead)
+        strategy = AdditiveStrategy(upload=upload, fraction_evaluate=0.0)
+        strategy.client_half = HomeHead
+        config = {k.replace("_", "-"): v for k, v in FULL.items()}
+        result = strategy.start(
+            LocalGrid(app, 2),
+            to_record({"body": START["w"]}),
+            3,
+            train_config=ConfigRecord(config),
+        )
+        np.testing.assert_allclose(
+            result.arrays["body"].numpy(), expected[-1], rtol=1e-9
+        )
+
+
+def test_a_model_that_began_elsewhere_changes_what_was_sent():
+    """With a codec and without one, the server learns of the same change."""
+
+    class Own(ClientHalf):
+        name = "own"
+
+        def receive(self, local, arrays):
+            return {"w": arrays["w"] + 10.0}
+
+    class OwnChange(Own):
+        def model_to_send(self, local):
+            moved = local.end["w"] - local.start["w"]
+            return {"w": local.model_received["w"] + moved}
+
+    for half, away in ((Own, 10.0), (OwnChange, 0.0)):
+        found = []
+        for upload in (None, Exact()):
+            strategy = AdditiveStrategy(upload=upload, fraction_evaluate=0.0)
+            strategy.client_half = half
+            grid = LocalGrid(client_app(make_task(), half), 2)
+            config = ConfigRecord({"lr": 0.0})
+            result = strategy.start(grid, to_record(START), 1, train_config=config)
+            found.append(result.arrays["w"].numpy())
+        np.testing.assert_allclose(found, [START["w"] + away] * 2, rtol=1e-12)
+
+
+def test_arrays_of_no_model_cannot_be_encoded():
+    class Stranger(ClientHalf):
+        name = "stranger"
+
+        def model_to_send(self, local):
+            return {"v": torch.ones(3)}
+
+    with pytest.raises(RuntimeError, match=r"model_to_send.*\['v'\] must be arrays of"):
+        Clients(Stranger).send(**{UPLOAD_KEY: describe(Exact())})
 
 
 def test_the_half_is_chosen_before_the_model_is_made():
