@@ -22,8 +22,8 @@ DELTA = "delta"
 # Under a mechanism weights and counts are pieces of the clipped vector, with these
 # names, under which ``Mechanism(scales=...)`` may scale them too.
 WEIGHT = "weight"
-_WEIGHT_OF = "weight-of-"
-_COUNT_OF = "count-of-"
+WEIGHT_OF = "weight-of-"
+COUNT_OF = "count-of-"
 
 
 @dataclass
@@ -77,12 +77,12 @@ class Contribution:
         scalars = dict(self.scalars)
         if self.weight is not None:
             scalars[WEIGHT] = self.weight
-        scalars |= {_WEIGHT_OF + part: w for part, w in self.weights.items()}
+        scalars |= {WEIGHT_OF + part: w for part, w in self.weights.items()}
         arrays = {
             part: {n: scale(x, self.weight_of(part)) for n, x in named.items()}
             for part, named in self.arrays.items()
         } | {
-            _COUNT_OF + part: {n: scale(x, self.weight_of(part)) for n, x in c.items()}
+            COUNT_OF + part: {n: scale(x, self.weight_of(part)) for n, x in c.items()}
             for part, c in self.counts.items()
         }
         return Contribution(arrays, scalars=scalars)
@@ -118,7 +118,7 @@ class Contribution:
                 yield f"{part}/{name}", x
         for part, arrays in self.counts.items():
             for name, x in arrays.items():
-                yield f"{_COUNT_OF}{part}/{name}", x
+                yield f"{COUNT_OF}{part}/{name}", x
         for name, value in self.scalars.items():
             yield name, np.asarray(value, np.float64)
 
@@ -239,12 +239,12 @@ class Total:
         if WEIGHT in self.scalars:
             least = self.noise.get(WEIGHT, 0.0)
             self.weight = max(float(self.scalars.pop(WEIGHT)), least)
-        for key in [k for k in self.scalars if k.startswith(_WEIGHT_OF)]:
+        for key in [k for k in self.scalars if k.startswith(WEIGHT_OF)]:
             found = max(float(self.scalars.pop(key)), self.noise.get(key, 0.0))
-            self.weights[key.removeprefix(_WEIGHT_OF)] = found
-        for key in [k for k in self.arrays if k.startswith(_COUNT_OF)]:
+            self.weights[key.removeprefix(WEIGHT_OF)] = found
+        for key in [k for k in self.arrays if k.startswith(COUNT_OF)]:
             least = self.noise.get(key, 0.0)
-            self.counts[key.removeprefix(_COUNT_OF)] = {
+            self.counts[key.removeprefix(COUNT_OF)] = {
                 name: np.maximum(x, least, out=x)
                 for name, x in self.arrays.pop(key).items()
             }

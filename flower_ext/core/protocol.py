@@ -98,7 +98,8 @@ class Round:
     private : bool
         Whether a mechanism bounds and hides what each client contributes.
     cohort : sequence of int
-        Places of the clients that are asked; empty in a worker, which is not told.
+        Places of the clients that are asked; empty in a worker, which is not told, and
+        where a mechanism counts on secret cohorts.
     ties : dict[str, str]
         Further names of tied tensors with the first name of each, where known.
     upload : Decoder, optional

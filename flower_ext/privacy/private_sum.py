@@ -12,12 +12,19 @@ import numpy as np
 
 from flower_ext._flower import PrivacyBudgetExhausted
 from flower_ext.core.arrays import Lazy, Term, is_averaged, norm, numpy_of, scale
-from flower_ext.core.contribution import WEIGHT, Contribution, Total
+from flower_ext.core.contribution import (
+    COUNT_OF,
+    WEIGHT,
+    WEIGHT_OF,
+    Contribution,
+    Total,
+)
 from flower_ext.core.errors import refuse
 from flower_ext.core.protocol import Metrics
 from flower_ext.core.replies import MalformedReply
 from flower_ext.core.sampling import Sampler, UniformSampler
 from flower_ext.core.typing import Floats
+from flower_ext.privacy.accounting.sampled import WithoutReplacementAccountant
 from flower_ext.privacy.clipping import (
     AdaptiveClipping,
     split_noise_multiplier,
@@ -26,6 +33,7 @@ from flower_ext.privacy.clipping import (
 from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.privacy.noise import NoiseStream
 from flower_ext.privacy.noise import State as NoiseState
+from flower_ext.wire.codec import Codec
 
 _BIT = "within-clipping-norm"
 
@@ -64,6 +72,7 @@ class PrivateSum:
         keeps = not simulated or mechanism.keeps_in_simulation(sampler)
         self.sampler = sampler if keeps else UniformSampler(sampler.seed)
         self.needs_all_nodes = mechanism.needs_all_nodes(sampler)
+        self._fixed_size = isinstance(self.accountant, WithoutReplacementAccountant)
         # Contributions are clipped with the one; the other is what it becomes where the
         # noise restarts.
         self.clipping_norm = self._next_norm = mechanism.clipping.clipping_norm
@@ -177,6 +186,29 @@ class PrivateSum:
                 "PoissonSampler does not",
             )
 
+    def require_upload(self, codec: Codec) -> None:
+        """Refuse uploads for which the accounting is not proved.
+
+        Raises
+        ------
+        ValueError
+            If clients that keep what they left out are drawn in cohorts of fixed size,
+            which are to amplify.
+        """
+        # What one client keeps depends on the rounds that it was in. Poisson sampling
+        # has no need to know: the coins of others are the same with and without the
+        # client, and of its own past each round is a mixture, no worse than its worst
+        # part. In a cohort of fixed size others are in because the client is not, so
+        # that their residuals tell of it in every later round.
+        if codec.feedback and self._fixed_size:
+            refuse(
+                "error feedback",
+                codec,
+                "left out with amplified=True and cohorts of fixed size",
+                "what others have left out tells in later rounds who was not in a "
+                "cohort; PoissonSampler(probability=...) has no such bound on others",
+            )
+
     def require_population(self, known: int) -> None:
         """Raise where more clients have been seen than were planned for.
 
@@ -201,12 +233,14 @@ class PrivateSum:
         ------
         ValueError
             If the noise of a saved run, or of the rounds before, does not fit this
-            model.
+            model, or a part or scalar has the name of something else.
         """
+        _require_names(zero)
         shapes: dict[str, tuple[int, ...]] = {}
         silent: dict[str, tuple[int, ...]] = {}
         for key, piece in zero.layout().items():
-            if isinstance(piece, Lazy) or is_averaged(piece):
+            counts = key.startswith(COUNT_OF)  # whether of flags or of numbers
+            if counts or isinstance(piece, Lazy) or is_averaged(piece):
                 shapes[key] = piece.shape
             else:  # a counter: it cannot be noised, and is not released
                 silent[key] = piece.shape
@@ -458,6 +492,20 @@ class PrivateSum:
                 "what tells the cohort: numbers of replies and errors, bytes, seconds"
             )
         return described
+
+
+def _require_names(zero: Contribution) -> None:
+    """Refuse names by which two pieces would be taken for one."""
+    scalars, parts = set(zero.scalars), {*zero.arrays, *zero.counts, *zero.weights}
+    cause = "under a mechanism it would be taken for another piece of the contribution"
+    for name in scalars:
+        if "/" in name or name in {WEIGHT, _BIT} or name.startswith(WEIGHT_OF):
+            own = f"without '/', not {WEIGHT!r}, {_BIT!r} or {WEIGHT_OF!r}..."
+            refuse("a scalar's name", name, own, cause)
+    for name in parts:
+        if "/" in name or name in scalars or name.startswith(COUNT_OF):
+            own = f"without '/', no scalar's, not {COUNT_OF!r}..."
+            refuse("a part's name", name, own, cause)
 
 
 def _pieces(total: Total) -> dict[str, Floats]:

@@ -268,11 +268,12 @@ class AdditiveStrategy(RoundStrategy):
                 if not name.startswith("_") and name not in _FLOWERS
             }
         )
-        round = self._core.rounds["train"]
+        round, cohorts = self._core.rounds["train"], self._core.cohorts
         return Summand(
             bare,
             replace(round, cohort=()),
-            dict(self._core.cohorts.asked["train"]),
+            # Of all nodes where a worker may not know who else is in the cohort.
+            cohorts.places if self._hides_cohorts else dict(cohorts.asked["train"]),
             self._keys,
             self.zero(round.sent).shapes(),
             self._core.private.clipper().clip if self._core.private else None,

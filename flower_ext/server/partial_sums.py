@@ -50,7 +50,7 @@ class Summand:
     round : Round
         The round, without its cohort.
     places : Mapping[int, int]
-        The place of every node that was asked.
+        The place of every node that was asked; of all where cohorts are secret.
     keys : ReplyKeys
         Keys of the model's record and of the number of examples.
     shapes : dict[str, tuple]

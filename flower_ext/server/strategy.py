@@ -418,7 +418,9 @@ class RoundStrategy(FedAvg):
             private=self._core.private,
         )
         config["server-round"] = server_round  # where Flower's strategies leave it
-        round = self._round_of(server_round, sent, phase, list(cohort.values()))
+        hidden = self._hides_cohorts
+        places = [] if hidden else list(cohort.values())  # a hook could tell of them
+        round = self._round_of(server_round, sent, phase, places)
         round = replace(round, told={**config, **self.tell(round)})
         kinds = {node: self.variant(client, round) for node, client in cohort.items()}
         uploads = self._uploads(dict.fromkeys(kinds.values()), round)
@@ -427,7 +429,8 @@ class RoundStrategy(FedAvg):
         self._core.rounds[phase] = round
         contents = {}
         for place, variant in enumerate(dict.fromkeys(kinds.values())):
-            content = self._content(variant, place, round, arrays)
+            # Draws by the place among the kinds would tell who else is asked.
+            content = self._content(variant, 0 if hidden else place, round, arrays)
             if variant in uploads:
                 told = content.config_records[self.configrecord_key]
                 told[UPLOAD_KEY] = describe(uploads[variant])
@@ -446,6 +449,9 @@ class RoundStrategy(FedAvg):
         if codecs and len(codecs) < len(found):
             cause = "Exact() sends a change as it is"
             refuse("upload_codec(...)", None, "a codec for all kinds, or none", cause)
+        if self._core.private:
+            for codec in codecs.values():
+                self._core.private.require_upload(codec)
         return codecs
 
     def _round_of(

@@ -1,6 +1,7 @@
 """A mechanism at work in a strategy: what is released, and what that costs."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -353,6 +354,57 @@ def test_weights_and_counts_of_parts_are_carried_as_well():
     assert total.weights == {"more": 7.0}  # no less than its noise
     assert total.mean("more")["w"].tolist() == [12 / 7, 16 / 7]
     assert total.mean()["w"].tolist() == [1.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"scalars": {"a/b": 1.0}}, "scalar's name='a/b' must be without '/'"),
+        ({"scalars": {"weight": 1.0}}, "scalar's name='weight' must be"),
+        ({"scalars": {"weight-of-delta": 1.0}}, "scalar's name='weight-of-delta'"),
+        ({"scalars": {"within-clipping-norm": 1.0}}, "'within-clipping-norm' must be"),
+        ({"arrays": {"a/b": {"w": np.zeros(3)}}}, "part's name='a/b' must be without"),
+        ({"arrays": {"count-of-delta": {}}}, "part's name='count-of-delta' must be"),
+        ({"weights": {"delta/w": 1.0}}, "part's name='delta/w' must be without '/'"),
+    ],
+)
+def test_names_by_which_a_piece_is_taken_for_another_are_refused(
+    cohort, aggregate, names, message
+):
+    """``weight`` as a scalar would be the divisor, and ``a/b`` be released as 0."""
+
+    class Named(AdditiveStrategy):
+        def zero(self, sent):
+            return replace(super().zero(sent), **names)
+
+    with pytest.raises(ValueError, match=message):
+        aggregate(Named(mechanism=plan()), SENT, cohort(1.0, 1.0, 1.0))
+
+
+def test_counts_are_noised_whatever_their_kind(cohort, aggregate):
+    """Flags, too: left out of the noise they would be released as 0, and the mean."""
+
+    class Counted(AdditiveStrategy):
+        def contribution(self, reply, round):
+            counts = {DELTA: {k: np.ones(x.shape, bool) for k, x in SENT.items()}}
+            return replace(super().contribution(reply, round), counts=counts)
+
+        def zero(self, sent):
+            counts = {DELTA: {k: np.zeros(x.shape, bool) for k, x in sent.items()}}
+            return replace(super().zero(sent), counts=counts)
+
+        def report(self, total, round):
+            found = total.counts[DELTA]["w"]
+            return {
+                "counts": found.tolist(),
+                "noise": total.noise.get("count-of-delta", 0),
+            }
+
+    bare = plan(noise_multiplier=0.0, clipping=math.inf)
+    _, metrics = aggregate(Counted(mechanism=bare), SENT, cohort(1.0, 1.0, 1.0))
+    assert metrics["counts"] == [3.0] * 3
+    _, metrics = aggregate(Counted(mechanism=plan()), SENT, cohort(1.0, 1.0, 1.0))
+    assert min(metrics["counts"]) >= metrics["noise"] > 0
 
 
 def test_a_sum_of_weights_below_its_noise_counts_as_the_noise():

@@ -6,10 +6,11 @@ import logging
 import pickle
 import re
 import secrets
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flower_ext import AdditiveStrategy
@@ -25,6 +26,8 @@ from flower_ext.privacy import BandedToeplitz, Mechanism
 from flower_ext.runs.report import main as report
 from flower_ext.server.tracking import Tracker
 from flower_ext.simulation.local import LocalGrid
+from flower_ext.strategies import FLASC
+from flower_ext.wire import ErrorFeedback, TopK, ValueCode
 
 ROUNDS, CLIENTS = 6, 12
 MODEL = {"w": np.zeros(3, np.float32)}
@@ -149,6 +152,87 @@ def test_all_that_leaves_is_the_same_whoever_is_in_the_cohorts(
     for what, found in left["some"].items():
         assert found == left["all"][what], what
     assert left["some"]["rows"] and left["some"]["log"]
+
+
+@dataclass(frozen=True)
+class Dithered(ValueCode):
+    """Draws in encoding: rounds up or down."""
+
+    tag = b"dd"
+
+    @classmethod
+    def length(cls, count, dtype):
+        return 4 * count
+
+    def encode_values(self, values, generator):
+        return np.floor(values + generator.random(values.shape)).astype("f4").tobytes()
+
+    @classmethod
+    def decode_values(cls, data, count, dtype):
+        return np.frombuffer(data, np.float32).astype(dtype)
+
+
+class Telling(AdditiveStrategy):
+    """Every hook tells what it is told; each client has a kind of its own."""
+
+    def variant(self, client, round):
+        return client
+
+    def download_codec(self, variant, round):
+        return Dithered()
+
+    def tell(self, round):
+        return {"cohort": len(round.cohort)}
+
+    def report(self, total, round):
+        return {"cohort": len(round.cohort)}
+
+
+def told(sampler, nodes, grid):
+    """Return what the fifth client is sent, what is reported, what a worker has."""
+    strategy = Telling(mechanism=plan(), sampler=sampler)
+    sampler = strategy.private_sum.sampler
+    sampler.sample = lambda clients, *_: nodes
+    model = to_record({"w": np.linspace(-1, 1, 100, dtype=np.float32)})
+    messages = list(strategy.configure_train(1, model, ConfigRecord(), grid))
+    [mine] = [m.content for m in messages if m.metadata.dst_node_id == nodes[-1]]
+    _, metrics = strategy.aggregate_train(1, [])
+    sent = mine["arrays"]["<binary>"].data
+    return sent, mine["config"]["cohort"], metrics["cohort"], strategy.summand()
+
+
+def test_no_hook_client_or_worker_is_told_of_the_cohort(grid):
+    ids = list(grid.get_node_ids())
+    alone, others = (
+        told(PoissonSampler(probability=0.5), nodes, grid)
+        for nodes in ([ids[5]], [*ids[:4], ids[5]])
+    )
+    assert alone[:3] == others[:3]
+    assert alone[1:3] == (0, 0)
+    assert (
+        dict(alone[3].places)
+        == dict(others[3].places)
+        == {node: place for place, node in enumerate(ids)}
+    )
+
+
+@amplified
+@pytest.mark.parametrize("strategy", [AdditiveStrategy, FLASC])
+def test_error_feedback_needs_others_that_do_not_know_of_a_client(kind, strategy, grid):
+    """Who is in a cohort of fixed size because another is not tells of it for long."""
+    make, needs = SAMPLERS[kind]
+    feedback = (
+        {"error_feedback": True}
+        if strategy is FLASC
+        else {"upload": ErrorFeedback(TopK(0.5))}
+    )
+    made = strategy(mechanism=plan(**needs), sampler=make(), **feedback)
+    if kind == "uniform":
+        with pytest.raises(ValueError, match="error feedback=.* must be left out"):
+            start(made, grid, 1)
+        assert not grid.asked
+    else:
+        start(made, grid, 1)
 
 
 def test_without_amplification_it_is_counted_and_said(grid, tmp_path, caplog):
