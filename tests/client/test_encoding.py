@@ -123,6 +123,18 @@ def test_it_receives_arrays_whatever_was_sent():
     assert all(np.array_equal(found[k], x) for k, x in STEPS.items())
 
 
+def test_mods_outside_see_the_message_as_it_came():
+    def outside(message, context, call_next):
+        content = message.content
+        before = dict(content)
+        reply = call_next(message, context)
+        assert message.content is content and dict(content) == before
+        return reply
+
+    [reply] = ask(app(outside, encoded()), download=NF4(), upload=NF4())
+    assert not reply.has_error()
+
+
 def test_an_evaluation_is_decoded_too():
     seen = []
     [reply] = ask(app(encoded(), seen=seen), download=NF4(), kind="evaluate")

@@ -24,6 +24,7 @@ from flower_ext.client.encoding import encoded
 from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, norm, to_record
 from flower_ext.core.protocol import Reply, Round
+from flower_ext.core.replies import MalformedReply
 from flower_ext.core.schedules import Decay
 from flower_ext.privacy import Mechanism, SiloPrivacy
 from flower_ext.server.rounds import EveryClientFailed
@@ -148,17 +149,44 @@ def test_packs_and_partial_sums_change_nothing(task, initial, codecs):
     assert not same(runs[0], run(task, initial))
 
 
-def test_draws_are_of_the_seed(task, initial):
-    def seeded(seed, client_seed=0):
-        app = client_app(task, codecs=[Rounded])
-        grid = LocalGrid(app, 4, {**CONFIG, "seed": client_seed})
-        result = AdditiveStrategy(download=Rounded(0.1), **ANY).start(
-            grid, initial, 1, train_config=ConfigRecord({"seed": seed})
-        )
-        return from_record(result.arrays)
+def test_draws_of_the_server_are_of_seed_and_round(task, initial, grid):
+    def payload(seed, server_round):
+        strategy = AdditiveStrategy(download=Rounded(0.1), **ANY)
+        config = ConfigRecord({"seed": seed})
+        asked = strategy.configure_train(server_round, initial, config, grid)
+        return next(iter(asked)).content["arrays"][PAYLOAD].data
 
-    assert same(seeded(1), seeded(1))
-    assert not same(seeded(1), seeded(2))
+    assert payload(1, 1) == payload(1, 1)
+    assert payload(1, 1) != payload(2, 1) != payload(2, 2)
+
+
+def test_draws_of_clients_are_of_seed_round_and_client(task, initial):
+    """Clients that change the same by the same data draw their own."""
+
+    class Line(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(50))
+
+    data = {"c": torch.linspace(0, 1, 50)[None]}
+    made = Task(
+        lambda config: Line(),
+        lambda context: (data, data),
+        lambda model, batch: -(model.w * batch["c"]).sum(1),
+    )
+    start = to_record({"w": np.zeros(50, np.float32)})
+
+    def payloads(seed, server_round):
+        app = client_app(made, codecs=[Rounded])
+        strategy = AdditiveStrategy(upload=Rounded(0.5), **ANY)
+        grid = LocalGrid(app, 2, {"seed": seed})
+        asked = strategy.configure_train(server_round, start, ConfigRecord(), grid)
+        replies = grid.send_and_receive(asked)
+        return [reply.content["arrays"][PAYLOAD].data for reply in replies]
+
+    found = payloads(1, 1)
+    assert found == payloads(1, 1)
+    assert len({*found, *payloads(2, 1), *payloads(1, 2)}) == 6
 
 
 def test_error_feedback_is_kept_over_a_resumed_run(task, initial, tmp_path):
@@ -460,29 +488,35 @@ def test_a_client_that_started_elsewhere_is_read_from_there():
     assert change.arrays["w"].numpy().tolist() == [1, -1] and change.masks is None
 
 
-def test_a_tensor_of_two_names_begins_as_it_is_loaded(initial):
-    """Draws cut copies apart on the way; the change is counted from the last one."""
+class Two(nn.Module):
+    """One tensor under two names."""
 
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(2, 2, bias=False)
-            self.b = nn.Linear(2, 2, bias=False)
-            self.b.weight = self.a.weight
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 2, bias=False)
+        self.b = nn.Linear(2, 2, bias=False)
+        self.b.weight = self.a.weight
 
-        def forward(self, x):
-            return self.b(self.a(x))
+    def forward(self, x):
+        return self.b(self.a(x))
 
+
+def two_names(scale):
     data = {"x": torch.ones(1, 2)}
     made = Task(
         lambda config: Two(),
         lambda context: (data, data),
-        lambda model, batch: model(batch["x"]).sum(1) * 0,  # trains nothing
+        lambda model, batch: model(batch["x"]).sum(1) * scale,
     )
     w = np.float32([[0.3, 0.7], [-0.2, 0.4]])
-    grid = LocalGrid(client_app(made, codecs=[Rounded]), 1, CONFIG)
-    strategy = AdditiveStrategy(download=Rounded(1.0), upload=Exact(), **ANY)
     sent = to_record({"a.weight": w, "b.weight": w})
+    return LocalGrid(client_app(made, codecs=[Rounded]), 1, CONFIG), sent
+
+
+def test_a_tensor_of_two_names_begins_as_it_is_loaded():
+    """Draws cut copies apart on the way; the change is counted from the last one."""
+    grid, sent = two_names(0.0)  # trains nothing
+    strategy = AdditiveStrategy(download=Rounded(1.0), upload=Exact(), **ANY)
     messages = list(strategy.configure_train(1, sent, ConfigRecord(), grid))
     like = from_record(sent)
     down = decode(messages[0].content["arrays"], like, [Rounded]).arrays
@@ -490,6 +524,35 @@ def test_a_tensor_of_two_names_begins_as_it_is_loaded(initial):
     [reply] = list(grid.send_and_receive(messages))
     change = Exact().decode(reply.content["arrays"], change_like(like))
     assert not change["a.weight"].any()
+
+
+def test_the_change_of_a_tensor_of_two_names_is_sent_once():
+    grid, sent = two_names(1.0)
+    strategy = AdditiveStrategy(upload=Exact(), **ANY)
+    asked = strategy.configure_train(1, sent, ConfigRecord(), grid)
+    [reply] = list(grid.send_and_receive(asked))
+    like = change_like(from_record(sent))
+    change = Exact().decode(reply.content["arrays"], like)
+    assert change["a.weight"].all() and not change["b.weight"].any()
+
+
+def test_what_is_sent_of_a_tensor_of_two_names_is_chosen_once():
+    grid, sent = two_names(1.0)
+    strategy = AdditiveStrategy(download=TopK(0.4), **ANY)
+    strategy.start(grid, sent, num_rounds=1)  # the clients tell of their ties
+    asked = strategy.configure_train(2, sent, ConfigRecord(), grid)
+    record = next(iter(asked)).content["arrays"]
+    masks = decode(record, from_record(sent)).masks
+    assert masks["a.weight"].sum() == 1
+    assert np.array_equal(masks["a.weight"], masks["b.weight"])
+
+
+def test_an_upload_of_another_codec_is_refused():
+    start = {"w": np.zeros(3, np.float32)}
+    uploads = Uploads.of([TopK(0.5), Chain(TopK(0.5), NF4())])
+    for codec in (Exact(), NF4(), Chain(TopK(0.5), TopK(0.5), NF4())):
+        with pytest.raises(MalformedReply, match="was asked for"):
+            uploads.decode(codec.encode(start), start)
 
 
 def test_silos_of_dp_sgd_send_encoded(task):
