@@ -501,8 +501,9 @@ def _contiguous(arrays: Mapping[str, NDArray]) -> Arrays:
 
 def _split(state: object, path: str = "") -> tuple[object, Arrays]:
     """Take the arrays out of nested dicts; leave ``{"$array": path}`` in place."""
-    if isinstance(state, np.ndarray):
-        return {"$array": path}, {path: state}
+    # NumPy makes scalars of the sums and multiples of 0-d arrays.
+    if isinstance(state, np.ndarray | np.generic):
+        return {"$array": path}, {path: np.asarray(state)}
     if isinstance(state, Mapping):
         rest, arrays = {}, {}
         for i, (key, value) in enumerate(state.items()):

@@ -280,6 +280,15 @@ def through_disk(tmp_path, arrays, held=None):
     return from_record(result.arrays), second.held
 
 
+def test_a_multiple_of_a_0d_array_comes_back_as_an_array(tmp_path):
+    """NumPy makes a scalar of it, which is a float too."""
+    held = {"w": np.array(2.5, np.float32) * 2, "v": 0.5 * np.array(3.0), "n": 0.5}
+    _, found = through_disk(tmp_path, {"x": np.ones(1)}, held)
+    assert (found["w"].dtype, found["v"].dtype) == (np.float32, np.float64)
+    assert (found["w"] * 2).shape == () and type(found["n"]) is float
+    assert found == {"w": 5.0, "v": 1.5, "n": 0.5}
+
+
 ODD_ARRAYS = {
     "zero-d": np.array(2.5, np.float32),
     "zero-d integer": np.array(2**60 + 1),
