@@ -506,6 +506,8 @@ def _require_names(zero: Contribution) -> None:
         if "/" in name or name in scalars or name.startswith(COUNT_OF):
             own = f"without '/', no scalar's, not {COUNT_OF!r}..."
             refuse("a part's name", name, own, cause)
+        if "" in zero.arrays.get(name, {}):
+            refuse(f"an array's name in {name!r}", "", "not empty", cause)
 
 
 def _pieces(total: Total) -> dict[str, Floats]:

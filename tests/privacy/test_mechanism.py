@@ -365,6 +365,10 @@ def test_weights_and_counts_of_parts_are_carried_as_well():
         ({"scalars": {"within-clipping-norm": 1.0}}, "'within-clipping-norm' must be"),
         ({"arrays": {"a/b": {"w": np.zeros(3)}}}, "part's name='a/b' must be without"),
         ({"arrays": {"count-of-delta": {}}}, "part's name='count-of-delta' must be"),
+        (
+            {"arrays": {"a": {"": np.ones(2)}}},
+            "array's name in 'a'='' must be not empty",
+        ),
         ({"weights": {"delta/w": 1.0}}, "part's name='delta/w' must be without '/'"),
     ],
 )
