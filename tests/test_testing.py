@@ -349,6 +349,29 @@ def test_strategy_with_another_weight(quick_app):
     assert len(check_strategy(factory, app).passed) == RULES
 
 
+class AtHome(AdditiveStrategy):
+    """Clients keep their models, and have nothing to contribute."""
+
+    def contribution(self, reply, round):
+        return Contribution({})
+
+
+def test_clients_that_send_no_model_move_none(quick_app):
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        reply = quick_app(message, context)
+        reply.content["arrays"] = ArrayRecord()
+        return reply
+
+    app.evaluate()(quick_app)
+    assert check_strategy(AtHome, app).limitations == {}
+    # Where models are sent, a strategy that ignores them is broken.
+    with pytest.raises(ConformanceError, match="left the model as it was"):
+        check_strategy(AtHome, quick_app)
+
+
 def test_app_without_an_evaluation(quick_app):
     app = ClientApp()
     app.train()(lambda message, context: quick_app(message, context))
