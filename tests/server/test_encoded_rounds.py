@@ -488,7 +488,7 @@ def test_a_client_that_started_elsewhere_is_read_from_there():
     assert change.arrays["w"].numpy().tolist() == [1, -1] and change.masks is None
 
 
-class Two(nn.Module):
+class Tied(nn.Module):
     """One tensor under two names."""
 
     def __init__(self):
@@ -504,7 +504,7 @@ class Two(nn.Module):
 def two_names(scale):
     data = {"x": torch.ones(1, 2)}
     made = Task(
-        lambda config: Two(),
+        lambda config: Tied(),
         lambda context: (data, data),
         lambda model, batch: model(batch["x"]).sum(1) * scale,
     )
