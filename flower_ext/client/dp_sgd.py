@@ -322,8 +322,9 @@ class PrivateSession(Session):
         # What was kept before: if that is private, what this message keeps is, too.
         self._personal, self._kept = local.personal, sorted(local.personal)
         marked = local.personal.numbers(PRIVATE)
-        self._sound = not self._kept or marked == mark_of(local.context.state)
         self._state = local.context.state
+        self._before_all = mark_of(self._state)
+        self._sound = not self._kept or marked == self._before_all
         # The message's own, which no half can replace by that of another model.
         path = self._privacy.ledger
         self._account = SiloAccount(
@@ -519,9 +520,20 @@ class PrivateSession(Session):
         return {"num-examples": metrics["num-examples"]}
 
     def end(self) -> None:
-        """Note with the personal state, if there is any, that it was kept here."""
+        """Note with the personal state, if there is any, that it was kept here.
+
+        Raises
+        ------
+        ValueError
+            If an evaluation has changed it.
+        """
         # What was not private before does not become so by a message that trains
-        # nothing, such as an evaluation.
+        # nothing. An evaluation may look at losses, since it does not tell them.
+        if self._phase == "evaluate" and mark_of(self._state) != self._before_all:
+            raise ValueError(
+                "under DPSGD an evaluation may not change personal state: what it has "
+                "seen of the data would leave the silo with a later round"
+            )
         if self._sound and set(self._personal) - {PRIVATE}:
             self._personal.save(**{PRIVATE: mark_of(self._state)})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -60,6 +60,9 @@ class PrivateSum:
     def __init__(
         self, mechanism: Mechanism, sampler: Sampler, scales: Mapping[str, float]
     ) -> None:
+        if own := sorted(vars(sampler).keys() & {"sample", "generator", "guarantee"}):
+            cause = "an object's own draws otherwise than its class guarantees"
+            refuse(f"{type(sampler).__name__}'s {own}", "its own", "the class's", cause)
         self.mechanism = mechanism
         self.factorization = mechanism.choose(sampler)
         self.accountant = mechanism.account(self.factorization, sampler)
@@ -207,6 +210,21 @@ class PrivateSum:
                 "left out with amplified=True and cohorts of fixed size",
                 "what others have left out tells in later rounds who was not in a "
                 "cohort; PoissonSampler(probability=...) has no such bound on others",
+            )
+
+    def require_cohort(self, drawn: Collection[int]) -> None:
+        """Refuse a cohort that is not of the size that its sampler has stated.
+
+        Raises
+        ------
+        ValueError
+            If amplification counts on that size.
+        """
+        size = self.mechanism.cohort
+        if self.needs_all_nodes and not len(set(drawn)) == len(drawn) == size:
+            raise ValueError(
+                f"{type(self.sampler).__name__}'s cohort must be of {size} clients, as "
+                "its guarantee() says: amplification counts on it"
             )
 
     def require_population(self, known: int) -> None:

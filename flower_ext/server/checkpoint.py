@@ -198,7 +198,8 @@ class Checkpoint:
         try:
             for leftover in self.folder.glob(".partial-*"):  # of a killed process
                 shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir(parents=True)
+            # Noise of later rounds and seeds of cohorts are in it.
+            partial.mkdir(0o700 if self.releases else 0o777, parents=True)
             self._write(partial, server_round, result)
             # A folder cannot be renamed over another one: the old one steps aside, and
             # ``restore`` puts it back if the process is killed between the two steps.

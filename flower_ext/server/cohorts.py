@@ -99,6 +99,8 @@ class Cohorts:
             break
         if private:
             private.require_population(sampler.num_known)
+            if phase == "train":
+                private.require_cohort(chosen)
         if private is None or not private.mechanism.hides_cohorts:
             planned = size if private and private.accountant else 0
             _tell(phase, server_round, len(chosen), len(nodes), planned)

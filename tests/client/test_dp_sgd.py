@@ -1638,6 +1638,25 @@ def test_nothing_makes_personal_state_private_but_private_training(before):
     assert ACCOUNT not in silo.state()
 
 
+def test_an_evaluation_keeps_nothing_of_what_it_has_seen():
+    class Remembering(ClientHalf):
+        name = "remembering"
+        post_processing = True
+
+        def evaluate(self, local):
+            local.personal.save(seen=local.mean_loss(local.train))
+            return {}
+
+        def records(self, local):
+            return {}, {"seen": local.personal.number("seen", 0.0)}
+
+    silo, config = Silo(make_task(), NOISY, Remembering), {"client_half": "remembering"}
+    reply = silo.send(first_arrays(), "evaluate", **config)
+    assert "an evaluation may not change personal state" in reply.error.reason
+    _, metrics = silo.train(first_arrays(), **config)
+    assert metrics["seen"] == 0.0
+
+
 def test_a_model_of_another_round_does_not_hide_the_round_from_the_account():
     """``alone`` is of round 0, in which a silo need not know what was spent before."""
 

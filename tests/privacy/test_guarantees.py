@@ -189,3 +189,28 @@ def test_a_simulation_keeps_samplers_that_have_no_limits():
 def test_guarantees_that_contradict_themselves_are_refused(values, text):
     with pytest.raises(ValueError, match=text):
         Guarantee(**values)
+
+
+def test_a_sampler_whose_object_draws_in_its_own_way_is_refused():
+    sampler = PoissonSampler(probability=0.25)
+    sampler.sample = lambda clients, *_: list(clients)
+    with pytest.raises(
+        ValueError, match=r"PoissonSampler's \['sample'\]=.* the class's"
+    ):
+        private(sampler)
+
+
+def test_a_cohort_of_another_size_than_was_stated_is_refused():
+    class Greedy(Sampler):
+        def sample(self, clients, size, server_round, purpose):
+            return list(clients)[: size + 1]
+
+        def guarantee(self):
+            return Guarantee(kind="fixed-size", can_be_secret=True)
+
+    amplified = private(Greedy(), amplified=True)
+    amplified.require_cohort(range(COHORT))
+    for drawn in (range(COHORT + 1), range(COHORT - 1), [0] * COHORT):
+        with pytest.raises(ValueError, match="Greedy's cohort must be of 6 clients"):
+            amplified.require_cohort(drawn)
+    private(Greedy()).require_cohort(range(COHORT + 1))

@@ -388,3 +388,9 @@ def test_without_noise_an_older_round_is_continued(seen, tmp_path):
     shutil.rmtree(folder / "round-00003")
     seen.start(4, folder, noise_multiplier=0)
     assert seen.rounds() == [0, 1, 2, 3, 3, 4]
+
+
+def test_others_may_read_neither_noise_nor_seeds(tmp_path):
+    make().start(Asking(), MODEL, num_rounds=2, checkpoint=tmp_path)
+    for folder in tmp_path.glob("round-*"):
+        assert folder.stat().st_mode & 0o077 == 0
