@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
-from typing import get_args
+from typing import ClassVar, get_args
 
 import numpy as np
 from flwr.common import NDArray
@@ -48,10 +48,15 @@ class Selection(Stage):
 
     A subclass says what travels, in :meth:`choose`. One whose choice takes fewer bytes
     than a mask, such as rows or the draws of a seed, overrides :meth:`select` and
-    :meth:`read_chosen` and has a ``tag`` of its own.
+    :meth:`read_chosen` and has a ``tag`` of its own. What these need, such as the seed,
+    is in their bytes; tied arrays have the same positions, and what is not finite
+    travels whole.
     """
 
     tag = b"mk"
+    #: Whether the receiver multiplies the values of an array by its size over their
+    #: number: right on average for uniform draws, whose class is ``unbiased`` then.
+    rescaled: ClassVar[bool] = False
 
     @abstractmethod
     def choose(self, arrays: Arrays, sending: Sending) -> Masks:
@@ -98,7 +103,12 @@ class Selection(Stage):
         arrays, masks = {}, {}
         for name, x in like.items():
             inner = None if found.masks is None else found.masks[name]
-            arrays[name] = _scatter(found.arrays[name], chosen[name], x)
+            values = found.arrays[name]
+            positions = chosen[name]
+            if cls.rescaled and positions is not None and is_averaged(x):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    values = values * x.dtype.type(x.size / max(len(positions), 1))
+            arrays[name] = _scatter(values, positions, x)
             masks[name] = _scatter_mask(inner, chosen[name], x)
         return Decoded(arrays, found.values, masks)
 

@@ -106,6 +106,42 @@ class Draws(Selection):
         return chosen
 
 
+@dataclass(frozen=True)
+class Uniform(Selection):
+    """Half of the coordinates, drawn by both ends, times two: right on average."""
+
+    tag = b"un"
+    unbiased = True
+    rescaled = True
+
+    def choose(self, arrays, sending):
+        return {}
+
+    def select(self, arrays, sending):
+        seed = sending.generator.bytes(4)
+        whole = [
+            x.dtype.kind != "f" or not np.isfinite(x).all()
+            for _, x in sorted(arrays.items())
+        ]
+        return [seed, bytes(whole)], self._drawn(seed, whole, arrays)
+
+    @classmethod
+    def read_chosen(cls, reader, like):
+        seed = bytes(reader.take(4))
+        return cls._drawn(seed, bytes(reader.take(len(like))), like)
+
+    @staticmethod
+    def _drawn(seed, whole, like):
+        chosen = {}
+        for name, all_of_it in zip(sorted(like), whole, strict=True):
+            size = like[name].size
+            draws = np.random.default_rng([*seed, size])  # alike for tied arrays
+            order = draws.permutation(size)[: (size + 1) // 2]
+            exact = all_of_it or like[name].dtype.kind != "f"
+            chosen[name] = None if exact else np.sort(order)
+        return chosen
+
+
 TABLE = {
     "exact": Exact,
     "bfloat16": BFloat16,
@@ -123,6 +159,8 @@ TABLE = {
     "feedback": lambda: ErrorFeedback(Chain(TopK(0.1), NF4())),
     "described": lambda: Described(NF4()),
     "own code": Levels,
+    "own draws": Uniform,
+    "own draws in a chain": lambda: Chain(TopK(0.5), Uniform(), Levels()),
     "own code in a chain": lambda: Chain(TopK(0.4), Levels(7)),
 }
 # A message cannot name masks; what they are, test_codec.py tries.
