@@ -37,7 +37,7 @@ from flower_ext._flower import CLIENT_RAISED
 from flower_ext.client.app import client_app
 from flower_ext.client.seeds import seed_torch
 from flower_ext.client.task import Batch, Task
-from flower_ext.core.arrays import Arrays, from_record, layout
+from flower_ext.core.arrays import Arrays, from_record, layout, to_record
 from flower_ext.core.protocol import ARRAYS_KEY
 from flower_ext.core.replies import MalformedReply
 from flower_ext.core.states import Stateful
@@ -74,6 +74,7 @@ def check_strategy(
     factory: Callable[[], Strategy],
     app: ClientApp | None = None,
     *,
+    initial: Callable[[Arrays], Arrays] | None = None,
     robust: bool | None = None,
 ) -> Report:
     """Check that a strategy keeps the contract of Flower's Message API.
@@ -98,6 +99,10 @@ def check_strategy(
         tiny linear model on made-up data, with the client half that the strategy names
         in ``client_half``; the data has the columns ``x`` (float32, 3), ``y`` (int64, 0
         or 1) and ``group`` (int64, 0 or 1).
+    initial : callable, optional
+        Makes of one model's arrays what the strategy starts from: for several models,
+        ``lambda model: {f"{i}/{name}": x for i in range(2) for name, x in
+        model.items()}``. By default it is the model itself.
     robust : bool, optional
         Whether robustness is required; by default for an
         :class:`~flower_ext.RoundStrategy`. Otherwise it is only reported.
@@ -130,7 +135,7 @@ def check_strategy(
     for rule, required in rules:
         name = str(rule.__doc__).partition("\n")[0].rstrip(".").lower()
         try:
-            rule(_Bench(factory, app, expected))
+            rule(_Bench(factory, app, initial, expected))
         except Exception as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
             (broken if required else report.limitations)[name] = why
@@ -192,11 +197,13 @@ class _Bench:
         self,
         factory: Callable[[], Strategy],
         app: ClientApp | None,
+        initial: Callable[[Arrays], Arrays] | None,
         expected: dict[int, Arrays] | None = None,
         *,
         counter: bool = False,
     ) -> None:
         self.factory = factory
+        self.initial = initial
         self._expected = {} if expected is None else expected
         self.app = app
         self.strategy = factory()
@@ -204,7 +211,12 @@ class _Bench:
         config: UserConfig = {"batch-size": 5, "lr": 0.5, "counter": counter}
         app = app or client_app(_TASK, *([half] if half else []))
         self.grid = LocalGrid(app, CLIENTS, config)
-        self.sent = ArrayRecord(_make_model(config).state_dict())
+        model = {n: x.numpy() for n, x in _make_model(config).state_dict().items()}
+        self.sent = to_record(initial(model) if initial else model)
+
+    def anew(self, *, counter: bool = False) -> "_Bench":
+        """Return a bench with a new strategy."""
+        return _Bench(self.factory, self.app, self.initial, counter=counter)
 
     def ask(self, server_round: int = 1) -> list[Message]:
         """Configure a round and return its instructions, by node."""
@@ -241,7 +253,7 @@ class _Bench:
     def without(self, clients: int) -> Arrays:
         """Return what a new strategy makes of the replies but the first ones."""
         if clients not in self._expected:
-            other = _Bench(self.factory, self.app)
+            other = self.anew()
             self._expected[clients] = other.aggregate(other.replies()[clients:])
         return self._expected[clients]
 
@@ -311,7 +323,7 @@ def _partial(bench: _Bench) -> None:
 
 def _order(bench: _Bench) -> None:
     """Does not depend on the order of replies."""
-    other = _Bench(bench.factory, bench.app)
+    other = bench.anew()
     _same(
         bench.aggregate(bench.replies()),
         other.aggregate(other.replies()[::-1]),
@@ -361,7 +373,7 @@ def _state(bench: _Bench) -> None:
     if not isinstance(bench.strategy, Stateful):
         return
     bench.aggregate(bench.replies())
-    other = _Bench(bench.factory, bench.app)
+    other = bench.anew()
     _require(isinstance(other.strategy, Stateful), "no load_state_dict")
     saved = pickle.loads(pickle.dumps(bench.strategy.state_dict()))
     other.strategy.load_state_dict(saved)  # type: ignore[attr-defined]
@@ -406,9 +418,11 @@ def _dtypes(bench: _Bench) -> None:
 
 def _integers(bench: _Bench) -> None:
     """Integer arrays keep their dtype and value."""
-    bench = _Bench(bench.factory, bench.app, counter=True)
+    bench = bench.anew(counter=True)
     new = bench.aggregate(bench.replies())
-    _require(int(new["counter"]) == 5, f"a counter of 5 became {new['counter']}")
+    for name, x in new.items():
+        if x.dtype.kind == "i":
+            _require(int(x) == 5, f"{name} of 5 became {x}")
 
 
 def _extra_record(bench: _Bench) -> None:
@@ -437,7 +451,7 @@ def _own_metrics(bench: _Bench) -> None:
     """Leaves out a reply whose metrics for the strategy itself are not there."""
     for name in getattr(bench.strategy, "consumed_metrics", ()):
         for value in (None, float("nan")):
-            other = _Bench(bench.factory, bench.app)
+            other = bench.anew()
             replies = other.replies()
             if _set_metric(replies[0].content, name, value):
                 _same(other.aggregate(replies), other.without(1), f"{name}={value}")
@@ -483,7 +497,7 @@ def _odd_numbers(bench: _Bench) -> None:
     metrics = bench.replies()[0].content.metric_records
     for name in sorted({name for record in metrics.values() for name in record}):
         for value in _ODD_NUMBERS:
-            other = _Bench(bench.factory, bench.app)
+            other = bench.anew()
             replies = other.replies()
             _set_metric(replies[0].content, name, value)
             new = other.aggregate(replies)

@@ -10,9 +10,10 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi
 
-from flower_ext import AdditiveStrategy
+from flower_ext import AdditiveStrategy, ClientHalf
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.contribution import Contribution
+from flower_ext.privacy import Mechanism
 from flower_ext.server.optimizers import SGD, Adagrad, Adam, TorchOptimizer, Yogi
 from flower_ext.strategies import BoundedGroupLoss
 from flower_ext.testing import ConformanceError, check_strategy
@@ -376,3 +377,78 @@ def test_app_without_an_evaluation(quick_app):
     app = ClientApp()
     app.train()(lambda message, context: quick_app(message, context))
     assert len(check_strategy(AdditiveStrategy, app).passed) == RULES
+
+
+# Several models -------------------------------------------------------------------
+
+
+def of(arrays, index):
+    """Return one of several models."""
+    prefix = f"{index}/"
+    return {n[len(prefix) :]: x for n, x in arrays.items() if n.startswith(prefix)}
+
+
+def twice(model):
+    return {f"{i}/{name}": x for i in range(2) for name, x in model.items()}
+
+
+class SecondClient(ClientHalf):
+    name = "second"
+
+    def receive(self, local, arrays):
+        return of(arrays, 1)
+
+
+class Second(AdditiveStrategy):
+    """Trains the second of two models, which start alike."""
+
+    client_half = SecondClient
+
+    def contribution(self, reply, round):
+        change = reply.change(round, start=of(round.sent, 1)).arrays
+        return Contribution({"delta": {f"1/{n}": x for n, x in change.items()}})
+
+
+class SecondTold(Second):
+    def find_ties(self, sent):
+        ties = super().find_ties(of(sent, 1))
+        return {f"1/{name}": f"1/{first}" for name, first in ties.items()}
+
+
+def private(kind):
+    return lambda: kind(
+        mechanism=Mechanism(
+            num_rounds=4,
+            num_sampled_clients=3,
+            population_size=3,
+            noise_multiplier=0.1,
+            target_delta=1e-2,
+            seed=1,
+        )
+    )
+
+
+def test_what_starts_from_several_models():
+    for factory in (Second, private(SecondTold)):
+        report = check_strategy(factory, initial=twice)
+        assert len(report.passed) == RULES
+    with pytest.raises(ConformanceError, match="Missing key"):
+        check_strategy(Second)
+
+
+def test_under_a_mechanism_models_that_start_alike_need_ties_of_their_own():
+    with pytest.raises(ConformanceError, match="'0/linear.weight' and '1/linear"):
+        check_strategy(private(Second), initial=twice)
+
+
+def test_of_several_models_a_counter_is_looked_at():
+    class Counts(Second):
+        def contribution(self, reply, round):
+            term = super().contribution(reply, round)
+            delta = {**term.arrays["delta"]}
+            if "1/counter" in delta:
+                delta["1/counter"] = np.array(1)
+            return Contribution({"delta": delta})
+
+    with pytest.raises(ConformanceError, match="1/counter of 5 became 6"):
+        check_strategy(Counts, initial=twice)

@@ -61,7 +61,7 @@ class AdditiveStrategy(RoundStrategy):
     Notes
     -----
     A subclass overrides :meth:`contribution` and :meth:`update`, and where it needs
-    them :meth:`zero`, :meth:`advance`, :meth:`report` and the hooks of
+    them :meth:`zero`, :meth:`find_ties`, :meth:`advance`, :meth:`report` and those of
     :class:`~flower_ext.server.strategy.RoundStrategy`, except ``aggregate`` and
     ``finish``. Contributions may be made in other processes, which get those attributes
     of the strategy whose names do not begin with ``_``: settings are public, state that
@@ -159,6 +159,21 @@ class AdditiveStrategy(RoundStrategy):
         """
         return no_change(sent, self.scalars, weighs=self.declares_weight)
 
+    def find_ties(self, sent: Arrays) -> Ties:
+        """Return, under a mechanism, which arrays of the model are one tensor.
+
+        No reply may tell it there. By default arrays that are equal in the first model
+        are taken for one, and clients that hold two refuse to train. A strategy whose
+        model is several models, which may start alike, looks at each apart, and answers
+        for what it finds.
+
+        Returns
+        -------
+        dict[str, str]
+            Further names of tensors, each with the first.
+        """
+        return equal_in_model(sent)
+
     def update(self, total: Total, round: Round) -> Arrays:
         """Return the direction to move the model along; it changes no state."""
         return total.mean()
@@ -172,12 +187,18 @@ class AdditiveStrategy(RoundStrategy):
 
     # The round --------------------------------------------------------------------
 
+    @property
+    def _told_ties(self) -> Ties:
+        if type(self).find_ties is not AdditiveStrategy.find_ties:
+            return {}  # under names that need not be those of a client's model
+        return self._ties if self._core.private else {}
+
     def _prepare(self, sent: Arrays) -> None:
         if self._core.private:
             self._core.private.require_budget()
             self._core.private.open(self.zero(sent))
             if self._core.tied is None:
-                self._core.tied = equal_in_model(sent)
+                self._core.tied = self.find_ties(sent)
                 _warn_of_ties(self._core.tied)
 
     def _combine(self, usable: list[Message], dropped: Counter[str]) -> Outcome:

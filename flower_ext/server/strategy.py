@@ -476,8 +476,8 @@ class RoundStrategy(FedAvg):
         told = ConfigRecord({**round.told, **payload.config})
         if self.client_half is not None:
             told[CLIENT_HALF_KEY] = self.client_half.name
-        if self._core.private and self._ties:
-            told[TIED_KEY], told[TIED_TO_KEY] = list(self._ties), [*self._ties.values()]
+        if ties := self._told_ties:
+            told[TIED_KEY], told[TIED_TO_KEY] = list(ties), [*ties.values()]
         record = _as_record(payload.arrays, round, arrays)
         codec = self.download_codec(variant, round)
         if codec is not None:
@@ -606,6 +606,11 @@ class RoundStrategy(FedAvg):
     def _ties(self) -> Ties:
         """The further names of tensors, each with the first, as far as known."""
         return self._core.tied or {}
+
+    @property
+    def _told_ties(self) -> Ties:
+        """The ties that clients must have, too."""
+        return {}
 
     def _agree_on_ties(self, used: list[RecordDict], sent: Arrays) -> Ties:
         """Return the ties that most replies tell of.
