@@ -20,6 +20,7 @@ _BLOCK = 1 << 14
 # NumPy pads the header of a plain array to 128 bytes. It is parsed as Python, so that
 # a long one, which only a hostile client would send, is not looked at.
 _LONGEST_HEADER = 4096
+_STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 # Squared it is still a float32, as the second moments of server optimizers are.
 _LARGEST_CHANGE = 1e18
 
@@ -107,6 +108,15 @@ def to_record(arrays: Mapping[str, NDArray]) -> ArrayRecord:
 def is_averaged(array: NDArray) -> bool:
     """Whether an array holds real numbers, which are averaged; not counters, flags."""
     return array.dtype.kind == "f"
+
+
+def is_parameter(name: str, array: NDArray) -> bool:
+    """Whether an array is trained: real numbers, but for BatchNorm's statistics.
+
+    Their names tell: ``running_mean`` and ``running_var`` (torch), ``moving_mean`` and
+    ``moving_variance`` (Keras).
+    """
+    return is_averaged(array) and not name.endswith(_STATISTICS)
 
 
 class Lazy:

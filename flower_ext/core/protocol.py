@@ -15,7 +15,14 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecordValues, MetricRecordValues, RecordDict
 
-from flower_ext.core.arrays import Arrays, Lazy, all_finite, is_averaged, subtract
+from flower_ext.core.arrays import (
+    Arrays,
+    Lazy,
+    all_finite,
+    is_averaged,
+    is_parameter,
+    subtract,
+)
 from flower_ext.core.replies import (
     NOT_FINITE,
     MalformedReply,
@@ -120,6 +127,11 @@ class Round:
     def floats(self) -> Arrays:
         """The arrays of the model that hold real numbers."""
         return {name: x for name, x in self.sent.items() if is_averaged(x)}
+
+    @property
+    def parameters(self) -> Arrays:
+        """The arrays that are trained: not BatchNorm's running statistics."""
+        return {name: x for name, x in self.sent.items() if is_parameter(name, x)}
 
     @cached_property
     def infinite(self) -> frozenset[str]:

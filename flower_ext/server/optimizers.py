@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from flwr.common import NDArray
 
-from flower_ext.core.arrays import Arrays, is_averaged
+from flower_ext.core.arrays import Arrays, is_averaged, is_parameter
 from flower_ext.core.errors import at_least, fraction, positive, refuse
 
-_STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 _VARIANCES = ("running_var", "moving_variance")
 
 State = dict[str, dict[str, NDArray]]
@@ -109,10 +108,6 @@ class ServerOptimizer(ABC):
         return f"{type(self).__name__}({settings})"
 
 
-def _is_parameter(name: str, array: NDArray) -> bool:
-    return is_averaged(array) and not name.endswith(_STATISTICS)
-
-
 def _working(array: NDArray) -> type[np.floating]:
     # Moments of a float16 array are float32: squares of small changes would vanish.
     return np.float64 if array.dtype == np.float64 else np.float32
@@ -127,7 +122,7 @@ class _Elementwise(ServerOptimizer):
         new: Arrays = {}
         for name, array in sent.items():
             move = direction.pop(name)
-            if _is_parameter(name, array):
+            if is_parameter(name, array):
                 move = self._move(name, move, _working(array))
             new[name] = apply_direction(array, move)
         return new
@@ -386,7 +381,7 @@ class TorchOptimizer(ServerOptimizer):
         """Return the next model, see :meth:`ServerOptimizer.step`."""
         parameters = {}
         for name, array in sent.items():
-            if _is_parameter(name, array):
+            if is_parameter(name, array):
                 work = _working(array)
                 parameter = torch.nn.Parameter(torch.tensor(array.astype(work)))
                 # The optimizer minimises: the direction is the negative gradient.

@@ -634,6 +634,8 @@ class RoundStrategy(FedAvg):
 
         Then the optimizer's moments stay as they were.
         """
+        for name, x in sent.items():  # what is absent does not move
+            direction.setdefault(name, np.zeros(x.shape))
         optimizer = self.server_optimizer
         before = copy.deepcopy(optimizer.state_dict())
         new = optimizer.step(sent, direction)

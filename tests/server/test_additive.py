@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 from hypothesis import given, settings
@@ -13,8 +14,9 @@ from flower_ext._flower import Run
 from flower_ext.client.app import client_app
 from flower_ext.core.arrays import from_record, layout, to_record
 from flower_ext.core.contribution import Contribution
+from flower_ext.core.protocol import Payload, Round
 from flower_ext.server.additive import AdditiveStrategy
-from flower_ext.server.optimizers import SGD
+from flower_ext.server.optimizers import SGD, Adam, TorchOptimizer
 from flower_ext.simulation.base_grid import BaseGrid
 from flower_ext.simulation.direct_transport import DirectTransport
 from flower_ext.simulation.local import LocalGrid
@@ -322,3 +324,41 @@ def test_counts_of_another_shape_are_left_out(aggregate, reply, counts):
         expected, _ = aggregate(Counting(**ANY), SENT, [good])
         assert new["w"].tolist() == expected["w"].tolist()
         assert metrics["num-dropped"] == 1
+
+
+class HalfOfIt(AdditiveStrategy):
+    """Of two arrays one stays as it is: nobody is sent it, and nobody has a change."""
+
+    def payload(self, variant, round):
+        return Payload({"w": round.sent["w"]})
+
+    def zero(self, sent):
+        return super().zero({"w": sent["w"]})
+
+    def contribution(self, reply, round):
+        start = {"w": round.sent["w"]}
+        return Contribution({"delta": reply.change(round, start).arrays})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SGD(),
+        lambda: SGD(0.5, momentum=0.9),
+        lambda: Adam(0.1),
+        lambda: TorchOptimizer(lambda p: torch.optim.Adam(p, lr=0.1)),
+    ],
+)
+def test_an_array_of_which_nobody_has_a_change_stays(aggregate, reply, make):
+    sent = {"n": np.array(5), "w": np.float32([1, 2]), "head": np.float32([3, 4])}
+    contents = [reply({"w": np.float32([2, 2])}), reply({"w": np.float32([4, 2])})]
+    new, metrics = aggregate(HalfOfIt(server_optimizer=make()), sent, contents)
+    assert counts(metrics) == (2, 0, 0) and list(new) == list(sent)
+    assert new["head"].tolist() == [3, 4] and new["n"] == 5
+    assert new["w"][0] > 1 and new["w"][1] == 2
+
+
+def test_running_statistics_are_no_parameters():
+    names = ("norm.weight", "norm.running_mean", "norm.running_var", "moving_mean")
+    sent = {name: np.ones(2) for name in names} | {"seen": np.array(1)}
+    assert list(Round(1, sent).parameters) == ["norm.weight"]
