@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, cast
 
+from flower_ext.core.errors import refuse
 from flower_ext.server.callbacks import Callback
 from flower_ext.server.finished import FinishedRound, RunInfo
 
@@ -76,7 +77,9 @@ class WandB(_Reporting):
         Of a run to go on with, also without a checkpoint; by default a new one.
     **options
         Further arguments of ``wandb.init``, such as ``entity``, ``group``, ``tags`` or
-        ``mode="offline"``.
+        ``mode="offline"``. Where a mechanism counts on secret cohorts, W&B takes
+        neither the console, with what clients print, nor the load of the machine, and
+        ``settings`` are refused, which might say otherwise.
 
     Attributes
     ----------
@@ -100,12 +103,18 @@ class WandB(_Reporting):
     def begin(self, run: RunInfo) -> str | None:
         """Begin a run, or go on with one."""
         self._forget_unless(run.restored)
+        options = dict(self._options)
+        if run.hidden:
+            if "settings" in options:
+                cause = "cohorts are secret, and console and load tell of them"
+                refuse("settings", options["settings"], "left out", cause)
+            options["settings"] = {"console": "off", "x_disable_stats": True}
         self._run = self._wandb.init(
             id=self.run_id,
             resume="allow" if self.run_id else None,
             config=_about(run),
             allow_val_change=True,  # a run may be continued for more rounds
-            **self._options,
+            **options,
         )
         self.run_id = self._run.id
         return None

@@ -80,6 +80,7 @@ class Wandb(ModuleType):
         settings=None,
     ):
         self.calls.append({"project": project, "name": name, "mode": mode})
+        self.settings = settings
         if id in self.runs:
             assert resume in ("allow", "must")
             run = self.runs[id]
@@ -331,3 +332,12 @@ def test_settings_are_plain_values_of_a_bounded_length(mlflow, wandb):
     WandB("a").begin(info)
     [run] = wandb.runs.values()
     assert run.config["list (of 2)"] == "[1, 2]"
+
+
+def test_where_cohorts_are_secret_wandb_takes_neither_console_nor_load(wandb):
+    WandB("a").begin(RunInfo(3))
+    assert wandb.settings is None
+    WandB("a").begin(RunInfo(3, hidden=True))
+    assert wandb.settings == {"console": "off", "x_disable_stats": True}
+    with pytest.raises(ValueError, match="settings=.* must be left out: cohorts are"):
+        WandB("a", settings={"console": "wrap"}).begin(RunInfo(3, hidden=True))
