@@ -320,7 +320,8 @@ class PrivateSession(Session):
         # What the server may choose and the half may use, before the half has seen it.
         self._told = b"" if self._privacy.seed is None else _digest_of_told(local)
         # What was kept before: if that is private, what this message keeps is, too.
-        self._personal, self._kept = local.personal, sorted(local.personal)
+        self._personal = local.personal
+        self._kept = sorted(set(local.personal) - {PRIVATE})
         marked = local.personal.numbers(PRIVATE)
         self._state = local.context.state
         self._before_all = mark_of(self._state)
@@ -370,7 +371,7 @@ class PrivateSession(Session):
         if not self._sound:
             refuse(
                 "personal state",
-                [name for name in self._kept if name != PRIVATE],
+                self._kept,
                 "kept under DPSGD",
                 "what a training that was not private has left would leave the silo "
                 "with the next models",
@@ -546,7 +547,8 @@ def mark_of(state: RecordDict) -> dict[str, float]:
     for key, record in sorted(own.items()):
         if isinstance(record, ArrayRecord):
             for name, array in record.items():
-                hashed.update(repr((key, name, array.dtype, array.shape)).encode())
+                form = array.dtype, tuple(array.shape)
+                hashed.update(repr((key, name, form)).encode())
                 hashed.update(sha256(array.data).digest())
         else:
             hashed.update(repr((key, sorted(record.items()))).encode())

@@ -301,10 +301,11 @@ class PrivateSum:
             if key not in self._silent
         }
         if term.weight is not None and WEIGHT not in self._shapes:
-            raise ValueError(
-                f"a contribution has weight={term.weight:g}, for which no noise is "
-                "planned: a strategy whose weights depend on data says "
-                "declares_weight = True"
+            # A run that ends at a reply would tell a secret cohort.
+            kind = MalformedReply if self.mechanism.hides_cohorts else ValueError
+            raise kind(
+                "a contribution has a weight, for which no noise is planned: a "
+                "strategy whose weights depend on data says declares_weight = True"
             )
         if unknown := sorted(pieces.keys() - self._shapes.keys()):
             raise MalformedReply(

@@ -1638,6 +1638,19 @@ def test_nothing_makes_personal_state_private_but_private_training(before):
     assert ACCOUNT not in silo.state()
 
 
+def test_a_half_may_forget_what_it_kept():
+    class Forgetting(Two):
+        post_processing = True
+
+        def records(self, local):
+            local.personal.drop("own")
+            return {}, {}
+
+    silo = Silo(make_task(), NOISY, Forgetting)
+    for _ in range(3):
+        silo.train(first_arrays(), client_half="two", batch_size=4)
+
+
 def test_an_evaluation_keeps_nothing_of_what_it_has_seen():
     class Remembering(ClientHalf):
         name = "remembering"

@@ -308,7 +308,7 @@ def test_a_weight_that_was_not_declared_is_refused(cohort, aggregate):
     contents = cohort(1.0, 1.0, 1.0)
     for content in contents:
         content["metrics"]["q"] = 2.0
-    with pytest.raises(ValueError, match="weight=2, for which no noise is planned"):
+    with pytest.raises(ValueError, match="a weight, for which no noise is planned"):
         aggregate(Forgets(mechanism=plan()), SENT, contents)
 
 

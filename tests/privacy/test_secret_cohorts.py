@@ -6,7 +6,7 @@ import logging
 import pickle
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -215,6 +215,19 @@ def test_no_hook_client_or_worker_is_told_of_the_cohort(grid):
         == dict(others[3].places)
         == {node: place for place, node in enumerate(ids)}
     )
+
+
+@amplified
+def test_no_weight_in_a_reply_ends_a_run(kind, grid):
+    """Elsewhere it does, since the strategy has not said that it weighs."""
+
+    class Weighs(AdditiveStrategy):
+        def contribution(self, reply, round):
+            return replace(super().contribution(reply, round), weight=2.0)
+
+    make, needs = SAMPLERS[kind]
+    result = start(Weighs(mechanism=plan(**needs), sampler=make()), grid, 3)
+    assert sorted(result.train_metrics_clientapp) == [1, 2, 3]
 
 
 @amplified
