@@ -280,7 +280,7 @@ def _error(to: Message) -> Message:
 def _runs(bench: _Bench) -> None:
     """Runs two rounds."""
     before = from_record(bench.sent)
-    honest = _Bench(bench.factory, bench.app).replies()
+    honest = bench.anew().replies()
     result = bench.strategy.start(bench.grid, bench.sent, num_rounds=2)
     after = from_record(result.arrays)
     _require(list(after) == list(before), f"{list(before)} became {list(after)}")

@@ -304,7 +304,7 @@ def _open(
     # What is random in a model and not sent must agree between clients; a random split
     # of a client's data must be the same in every round.
     seed_all(settings.seed)
-    model = task.model(context.run_config)
+    model = half.make_model(task, context.run_config, config)
     seed_all(random_seed(settings.seed, 0, client_of(context)))
     train_data, test_data = _columns(task.data(context), device)
     groups = message.content.array_records

@@ -59,6 +59,8 @@ _NO_CLIPPING = 1e30
 _SEES_BATCHES = {"objective"}
 _AFTER_NOISE = {"regularizer", "after_backward"}
 _HARMLESS = _SEES_BATCHES | _AFTER_NOISE
+# Hooks that know only what the server says.
+_BEFORE_DATA = {"make_model"}
 
 
 def keep_per_user(users: Tensor, most: int) -> Tensor:
@@ -283,7 +285,7 @@ class DPSGD(Trainer):
 _HOOKS = {
     name
     for name, hook in vars(ClientHalf).items()
-    if callable(hook) and name not in _HARMLESS
+    if callable(hook) and name not in _HARMLESS | _BEFORE_DATA
 }
 
 
@@ -293,7 +295,7 @@ def _replaced(kind: type, vouching: Sequence[type]) -> list[str]:
     return sorted(
         name
         for name, x in vars(kind).items()
-        if name in known - _HARMLESS
+        if name in known - _HARMLESS - _BEFORE_DATA
         and not name.startswith("__")
         and (callable(x) or isinstance(x, property))
     )

@@ -10,7 +10,7 @@ from logging import WARNING
 from typing import ClassVar, Protocol
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.app import ArrayRecord, ConfigRecord, Context, UserConfig
 from torch import Tensor, nn
 
 from flower_ext._flower import log
@@ -395,7 +395,8 @@ class ClientHalf:
     nothing is plain local training. The hooks are called in this order:
 
     ==================  ==============================================================
-    receive             before the model is loaded, in training and in evaluation
+    make_model          first of all, in training and in evaluation
+    receive             before the model is loaded, in both
     begin               before the first step, and ``optimizer`` after it
     objective,          in every step, with ``batches`` for its examples; then
     regularizer,        ``after_step``
@@ -420,6 +421,18 @@ class ClientHalf:
     #: server sent, and nothing of what else the client's data say. DPSGD takes no other
     #: half that overrides hooks which see data. The class that overrides them says it.
     post_processing: ClassVar[bool] = False
+
+    def make_model(
+        self, task: Task, run_config: UserConfig, config: ConfigRecord
+    ) -> nn.Module:
+        """Return the model of this message, before its weights are loaded.
+
+        Override it where the server says in ``config`` which model it is, such as a
+        slice of the full one, which a small client need not hold::
+
+            return task.model({**run_config, "width": config["width"]})
+        """
+        return task.model(run_config)
 
     def receive(self, local: Local, arrays: Tensors) -> Tensors:
         """Return the arrays that the model is to begin with, of those that came.

@@ -192,7 +192,7 @@ class Reply:
         self.number(self.keys.weight)
 
     def model(self, round: Round, like: Arrays | None = None) -> Arrays:
-        """Return the model that the client has trained.
+        """Return the model that the client has trained, if that is what travels.
 
         Parameters
         ----------
@@ -203,6 +203,8 @@ class Reply:
             the model that was sent.
         """
         key = array_key(self.content, self.keys.arrays, self.keys.others)
+        if round.upload is not None:
+            self._refuse("its change travels, encoded: delta() and change() read it")
         return self._read(read_arrays, key, round.sent if like is None else like)
 
     def delta(self, round: Round) -> dict[str, Lazy]:
@@ -221,7 +223,8 @@ class Reply:
         round : Round
             In which it was trained.
         start : dict[str, ndarray], optional
-            What the client started from; by default the model.
+            What the client was sent under these names, and started from; by default the
+            model.
         """
         sent = round.sent if start is None else start
         if round.upload is not None:

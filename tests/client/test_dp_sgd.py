@@ -1220,7 +1220,7 @@ def test_the_train_loss_is_that_of_the_batches(seen):
 
 
 HOOKS = [name for name, x in vars(ClientHalf).items() if callable(x)]
-UNSEEING = {"objective", "regularizer", "after_backward"}
+UNSEEING = {"make_model", "objective", "regularizer", "after_backward"}
 
 
 def overriding(hook, parent=ClientHalf, **attributes):

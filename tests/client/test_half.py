@@ -358,13 +358,13 @@ def test_the_hooks_are_called_in_the_order_that_the_table_says():
     clients = Clients(Notes)
     clients.send(**FULL | {"local_epochs": 1})
     step = ["objective", "regularizer", "after_backward", "after_step"]
-    before = ["receive", "begin", "optimizer", "batches"]
+    before = ["make_model", "receive", "begin", "optimizer", "batches"]
     after = ["after_training", "records", "model_to_send", "release"]
     assert calls == [*before, *step, *after]
     calls.clear()
     clients.send(kind="evaluate")
     rest = ["model_to_evaluate", "evaluate"]
-    assert calls == ["receive", *rest, "release"]
+    assert calls == ["make_model", "receive", *rest, "release"]
     assert {*before, *step, *after, *rest} == set(hooks)
     named = [hook for hook in hooks if hook in ClientHalf.__doc__]
     assert named == hooks

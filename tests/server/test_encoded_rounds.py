@@ -1,5 +1,6 @@
 """Codecs of any strategy: what is lost, what is kept, and what is refused."""
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -403,13 +404,12 @@ def test_masks_of_several_models_are_not_those_of_one(task, initial):
 
 
 class WideClient(ClientHalf):
-    """Takes whatever number of outputs it is sent."""
+    """Has as many outputs as the server says."""
 
     name = "wide"
 
-    def receive(self, local, arrays):
-        local.model = nn.Linear(3, len(arrays["bias"]))
-        return arrays
+    def make_model(self, task, run_config, config):
+        return nn.Linear(3, config["outputs"])
 
 
 class Wide(AdditiveStrategy):
@@ -421,7 +421,7 @@ class Wide(AdditiveStrategy):
         return {name: x[: 5 - round.number] for name, x in round.sent.items()}
 
     def payload(self, variant, round):
-        return Payload(self.of(round))
+        return Payload(self.of(round), {"outputs": 5 - round.number})
 
     def contribution(self, reply, round):
         change = reply.change(round, start=self.of(round)).arrays
@@ -445,6 +445,32 @@ def test_what_was_left_out_of_another_slice_is_forgotten(task):
     result = strategy.start(grid, to_record(start), num_rounds=3)
     for number in (1, 2, 3):
         assert result.train_metrics_clientapp[number]["num-replies"] == 2
+
+
+@pytest.mark.parametrize("codecs", [{}, {"download": NF4(), "upload": Exact()}])
+def test_a_client_makes_the_slice_that_it_is_told_and_no_other_model(task, codecs):
+    def full(run_config):
+        raise AssertionError("a small client made the full model")
+
+    start = {
+        name: x.detach().numpy() for name, x in nn.Linear(3, 4).state_dict().items()
+    }
+    sliced = dataclasses.replace(task, model=full)
+    grid = LocalGrid(client_app(sliced, WideClient), 2, CONFIG)
+    result = Wide(**codecs, **ANY).start(grid, to_record(start), num_rounds=2)
+    for number in (1, 2):
+        assert result.train_metrics_clientapp[number]["num-replies"] == 2
+        assert np.isfinite(result.evaluate_metrics_clientapp[number]["loss"])
+    silo = DPSGD(SiloPrivacy(epsilon=1.0, delta=1e-5, num_rounds=2, clipping_norm=1.0))
+    assert client_app(sliced, WideClient, trainer=silo)
+
+
+def test_the_model_of_a_client_that_sends_its_change_is_not_read():
+    record = Exact().encode({"w": np.float32([1, -1])})
+    reply = Reply(RecordDict({"arrays": record}), 0)
+    round = Round(1, {"w": np.float32([1, 2])}, upload=Uploads.of([Exact()]))
+    with pytest.raises(MalformedReply, match=r"delta\(\) and change\(\) read it"):
+        reply.model(round)
 
 
 def test_what_travels_beside_the_model_travels_plainly(task, initial):
