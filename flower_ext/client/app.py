@@ -232,7 +232,7 @@ def _trained(local: Local, arrays: Tensors) -> ArrayRecord:
     # half that was sent several models, or none, has it from what it began with.
     came = {
         name: x
-        for name, x in local.model_received.items()
+        for name, x in local.came.items()
         if name in local.loaded and x.shape == local.loaded[name].shape
     }
     began = {**local.loaded, **came}
@@ -326,7 +326,7 @@ def _open(
             for key, group in groups.items()
             if key != ARRAYS_KEY
         },
-        model_received=arrays,
+        came=arrays,
         loaded=arrays,
         phase=cast(Phase, message.metadata.message_type.partition(".")[0]),
     )

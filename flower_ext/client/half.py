@@ -149,8 +149,9 @@ class Local:
         :meth:`ClientHalf.receive` made the model of something else.
     received : dict[str, dict[str, Tensor]]
         Groups of arrays that came beside the model, by their keys in the message.
-    model_received : dict[str, Tensor]
-        The arrays that came in the model's place, as they came, on the CPU.
+    came : dict[str, Tensor]
+        The arrays that came in the model's place, where they came in; see
+        :attr:`model_received`.
     loaded : dict[str, Tensor]
         The arrays that the model began with, where they came in; see :attr:`start`.
     session : Session
@@ -175,7 +176,7 @@ class Local:
     upload: Codec | None = None
     masks: Masks | None = None
     received: Mapping[str, Tensors] = field(default_factory=dict)
-    model_received: Tensors = field(default_factory=dict)
+    came: Tensors = field(default_factory=dict)
     loaded: Tensors = field(default_factory=dict)
     session: Session = field(default_factory=Session)
     branch: tuple[int, ...] = ()
@@ -201,6 +202,11 @@ class Local:
     def personal(self) -> Personal:
         """What the client keeps over rounds, and never sends."""
         return Personal(self.context.state, self.device)
+
+    @cached_property
+    def model_received(self) -> dict[str, Tensor]:
+        """The arrays that came in the model's place, as they came."""
+        return {name: x.to(self.device) for name, x in self.came.items()}
 
     @cached_property
     def start(self) -> dict[str, Tensor]:
