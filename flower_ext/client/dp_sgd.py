@@ -103,7 +103,9 @@ class DPSGD(Trainer):
     A half's ``objective`` is clipped for every example, its ``regularizer`` added after
     clipping and noise. Each further model that a half trains is charged as the first:
     it says how many there are, ``num_trainings``, so that a round beyond the budget is
-    refused before any is trained.
+    refused before any is trained. A half that trains when it is asked to evaluate, to
+    fine-tune the model first, is charged for that as for a round: ``num_rounds`` counts
+    both.
 
     A half that is given the client's data could send what they say. It is refused when
     the ClientApp is made, unless its class says ``post_processing = True``: all that it

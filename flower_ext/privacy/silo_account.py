@@ -144,6 +144,9 @@ def ledger_path(ledger: str | os.PathLike[str]) -> Path:
             "an absolute path",
             "a relative one is another file where the process starts elsewhere",
         )
+    if path.is_dir():
+        cause = "a silo has one of its own: privacy may be a function of its context"
+        refuse("ledger", str(ledger), "a file, not a folder", cause)
     return path.resolve()
 
 

@@ -1725,6 +1725,29 @@ def test_personal_state_comes_back_without_the_account(tmp_path):
     assert metrics["example-epsilon"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_fine_tuning_for_an_evaluation_is_charged_as_a_round_is():
+    class Tuned(ClientHalf):
+        name = "tuned"
+        post_processing = True
+
+        def model_to_evaluate(self, local):
+            personal = local.with_model(local.start)
+            personal.fit()
+            return personal.end
+
+    silo = Silo(make_task(), NOISY, Tuned, release_evaluation=True)
+    told = {"client_half": "tuned", "batch_size": 4, "local_steps": 3}
+    _, before = silo.train(first_arrays(), **told)
+    measured = silo.send(first_arrays(), "evaluate", **told).content["metrics"]
+    _, after = silo.train(first_arrays(), server_round=2, **told)
+    plain = Silo(make_task(), NOISY, release_evaluation=True)
+    untuned = plain.send(first_arrays(), "evaluate").content["metrics"]
+    assert measured["loss"] != untuned["loss"]
+    for metrics, steps in ((before, 3), (after, 9)):
+        expected = sampled(1.0, 1 / 3, steps).get_epsilon_for_delta(1e-3)
+        assert metrics["example-epsilon"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_a_half_measures_at_an_evaluation_is_withheld():
     class Telling(Two):
         post_processing = True

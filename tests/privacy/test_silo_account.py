@@ -81,6 +81,13 @@ def test_a_path_that_depends_on_where_a_process_starts_is_refused(ledger):
         SiloPrivacy(clipping_norm=1.0, delta=1e-5, noise_multiplier=1.0, ledger=ledger)
 
 
+def test_a_folder_is_no_ledger(tmp_path):
+    with pytest.raises(ValueError, match="must be a file, not a folder"):
+        SiloPrivacy(
+            clipping_norm=1.0, delta=1e-5, noise_multiplier=1.0, ledger=tmp_path
+        )
+
+
 def test_the_home_and_links_lead_to_one_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "link.json").symlink_to(tmp_path / "ledger.json")
