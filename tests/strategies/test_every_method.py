@@ -398,9 +398,9 @@ def test_a_run_resumed_after_every_round_is_the_same_bit_for_bit(
 ):
     make = run_of(row, private)
     expected, _ = plain_run(make, (id(row), private))
-    # What clients themselves keep between rounds is the grid's, which goes on.
-    grid = LocalGrid(app, CLIENTS, CONFIG)
     for rounds in range(1, ROUNDS + 1):
+        # All is new, the clients too: what they keep is in the checkpoint.
+        grid = LocalGrid(app, CLIENTS, CONFIG)
         found = make().start(grid, initial, num_rounds=rounds, checkpoint=tmp_path)
     require_same(found, expected, initial)
 
@@ -430,7 +430,7 @@ LINE = {"weight": np.zeros((1, 2), np.float32)}
 
 @pytest.fixture
 def line(linear_task):
-    """Three clients of a line with ten examples each, and a column of groups."""
+    """Make three clients of a line with ten examples each, and a column of groups."""
     rng = np.random.default_rng(0)
     data = [
         {
@@ -441,7 +441,7 @@ def line(linear_task):
         for i in range(3)
     ]
     app = client_app(linear_task(data, 2), *HALVES)
-    return LocalGrid(app, 3, {"lr": 0.05, "batch-size": 5})
+    return partial(LocalGrid, app, 3, {"lr": 0.05, "batch-size": 5})
 
 
 @PRIVATE
@@ -454,7 +454,7 @@ def test_no_noise_and_no_clip_is_the_method_for_clients_of_one_size(row, options
         strategy = make(
             server_optimizer=SGD(0.8, momentum=0.9), fraction_evaluate=0.0, **options
         )
-        result = strategy.start(line, to_record(LINE), num_rounds=3)
+        result = strategy.start(line(), to_record(LINE), num_rounds=3)
         models.append(from_record(result.arrays)["weight"])
     private, plain = models
     np.testing.assert_allclose(private, plain, rtol=1e-6)
@@ -525,7 +525,7 @@ def test_adjacent_inputs_are_within_the_norm(row, options, line, factor):
     bound = 0.01
     plan = {"clipping": bound}
     totals = [
-        total_of(row.under(plan, **options), line, change)
+        total_of(row.under(plan, **options), line(), change)
         for change in (without, enlarged)
     ]
     found = distance(*totals, dict(row.under(plan, **options).scales))
@@ -537,7 +537,9 @@ def test_adjacent_inputs_are_within_the_norm(row, options, line, factor):
 @PRIVATE
 def test_noise_reaches_every_coordinate(row, options, line):
     quiet, loud = (
-        total_of(row.under({"noise_multiplier": z, "clipping": 0.05}, **options), line)
+        total_of(
+            row.under({"noise_multiplier": z, "clipping": 0.05}, **options), line()
+        )
         for z in (0.0, 0.5)
     )
     for part, arrays in quiet.arrays.items():
@@ -550,7 +552,7 @@ def test_noise_reaches_every_coordinate(row, options, line):
 @PRIVATE
 def test_a_noisy_run_stays_finite(row, options, line):
     strategy = row.under({"noise_multiplier": 20.0}, fraction_evaluate=0.0, **options)
-    result = strategy.start(line, to_record(LINE), num_rounds=4)
+    result = strategy.start(line(), to_record(LINE), num_rounds=4)
     assert np.all(np.isfinite(from_record(result.arrays)["weight"]))
     assert len(result.train_metrics_clientapp) == 4
 
