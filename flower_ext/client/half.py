@@ -248,6 +248,7 @@ class Local:
 
     def load(self, arrays: Tensors) -> None:
         """Let the model begin with these arrays."""
+        arrays = _apart(arrays, self.model)
         self.model.load_state_dict(arrays)
         self._remember(arrays)
 
@@ -321,7 +322,7 @@ class Local:
 
     def _on(self, arrays: Tensors, branch: tuple[int, ...]) -> "Local":
         other = replace(self, model=_own_copy(self.model), branch=branch)
-        other.load(arrays)
+        other.load(_apart(arrays, self.model))
         return other
 
     def _remember(self, arrays: Tensors) -> None:
@@ -331,6 +332,15 @@ class Local:
             arrays = {name: x.detach().clone() for name, x in state.items()}
         self.loaded = arrays
         self.__dict__.pop("start", None)  # it is of what was loaded before
+
+
+def _apart(arrays: Tensors, model: nn.Module) -> Tensors:
+    """Copy those arrays that are the model's own, as of ``local.end``.
+
+    What a model began with must not change while it is trained.
+    """
+    own = {x.data_ptr() for x in model.state_dict().values()}
+    return {n: x.clone() if x.data_ptr() in own else x for n, x in arrays.items()}
 
 
 def _own_copy(model: nn.Module) -> nn.Module:

@@ -454,6 +454,29 @@ def test_a_model_that_began_elsewhere_changes_what_was_sent():
         np.testing.assert_allclose(found, [START["w"] + away] * 2, rtol=1e-12)
 
 
+def test_what_a_model_began_with_does_not_change_while_it_trains():
+    """Also where a half lets it begin with arrays that the model has already."""
+    seen = []
+
+    class Fresh(ClientHalf):
+        name = "fresh"
+
+        def receive(self, local, arrays):
+            return local.end
+
+        def begin(self, local):
+            self.second = local.with_model(local.end)
+
+        def records(self, local):
+            seen.extend([local.start["w"], local.end["w"], self.second.start["w"]])
+            return {}, {}
+
+    Clients(Fresh).send(**FULL)
+    start, end, second = seen
+    assert start.tolist() == second.tolist() == [0, 0, 0]
+    assert end.tolist() != [0, 0, 0]
+
+
 def test_arrays_of_no_model_cannot_be_encoded():
     class Stranger(ClientHalf):
         name = "stranger"
