@@ -176,9 +176,9 @@ def numpy_of(term: Term) -> NDArray:
     return term.numpy() if isinstance(term, Lazy) else term
 
 
-def lazy(array: NDArray) -> Lazy:
+def lazy(term: Term) -> Lazy:
     """Return an array as a lazy one, which is not copied."""
-    return Lazy(np.asarray, array)
+    return term if isinstance(term, Lazy) else Lazy(np.asarray, term)
 
 
 def subtract(new: NDArray, old: NDArray, *, finite: bool = False) -> Lazy:
@@ -272,6 +272,11 @@ def _is_finite(block: NDArray) -> bool:
     # every entry. The sum of finite entries may overflow: only then are they tested.
     with np.errstate(invalid="ignore", over="ignore"):
         return bool(np.isfinite(block.sum()) or np.isfinite(block).all())
+
+
+def none_below_zero(terms: Iterable[Term]) -> bool:
+    """Whether no array holds a negative number."""
+    return all(bool(block.min() >= 0) for x in terms for block in _blocks(x))
 
 
 def finite_or_unchanged(new: Mapping[str, NDArray], old: Mapping[str, NDArray]) -> bool:

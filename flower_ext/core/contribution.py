@@ -8,10 +8,12 @@ from flwr.common import NDArray
 
 from flower_ext.core.arrays import (
     Arrays,
+    Lazy,
     Term,
     accumulate,
     all_finite,
     can_move,
+    lazy,
     numpy_of,
     scale,
     zeros_like,
@@ -47,8 +49,8 @@ class Contribution:
         Weights of single parts, which replace ``weight`` for these.
     counts : dict[str, dict[str, ndarray or Lazy]]
         For single parts, how much each coordinate of an array counts: of the array's
-        shape, or of shape ``()`` for all of it. The mean of such a part divides every
-        coordinate by the weighted sum of its counts.
+        shape, or of shape ``()`` for all of it, and never negative. The mean of such a
+        part divides every coordinate by the weighted sum of its counts.
     """
 
     arrays: Mapping[str, Mapping[str, Term]]
@@ -105,11 +107,13 @@ class Contribution:
     def can_move(self, sent: Arrays) -> bool:
         """Whether all is finite, and the model can take the change alone.
 
-        A change of no weight moves nothing, however large it is.
+        A change of no weight moves nothing, however large it is. One of a tiny count
+        may move a coordinate far, which nobody else has.
         """
-        counts = self.weight_of(DELTA) != 0
-        change = self.arrays.get(DELTA, {}) if counts else {}
-        return self.is_finite() and can_move(sent, change)
+        moves = self.weight_of(DELTA) != 0
+        change = self.arrays.get(DELTA, {}) if moves else {}
+        counts = self.counts.get(DELTA, {}) if moves else {}
+        return self.is_finite() and can_move(sent, _per_count(change, counts))
 
     def pieces(self) -> Iterator[tuple[str, Term]]:
         """Yield arrays as ``part/name``, counts likewise, and scalars by name."""
@@ -263,7 +267,14 @@ class Total:
         """Whether all is finite, and the model can take the mean change."""
         weight = self.weights.get(DELTA, self.weight)
         mean = 1 / weight if weight > 0 else 1.0
-        return self.is_finite() and can_move(sent, self.arrays.get(DELTA, {}), mean)
+        change, counts = self.arrays.get(DELTA, {}), self.counts.get(DELTA, {})
+        plain = {name: x for name, x in change.items() if name not in counts}
+        counted = {name: x for name, x in change.items() if name in counts}
+        return (
+            self.is_finite()
+            and can_move(sent, plain, mean)
+            and can_move(sent, _per_count(counted, counts))
+        )
 
     def take(self, part: str = DELTA) -> Arrays:
         """Remove the sums of a part and return them; the caller may change them."""
@@ -284,6 +295,24 @@ class Total:
                 for name, x in self.take(part).items()
             }
         return dict(self._means[part])
+
+
+def _per_count(
+    change: Mapping[str, Term], counts: Mapping[str, Term]
+) -> dict[str, Term]:
+    """Return a change with every coordinate divided by its own count, if it has one."""
+    return {
+        name: Lazy(_quotient, lazy(x), np.broadcast_to(numpy_of(counts[name]), x.shape))
+        if name in counts
+        else x
+        for name, x in change.items()
+    }
+
+
+def _quotient(x: NDArray, count: NDArray) -> NDArray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        zeros = np.zeros(x.shape)
+        return np.divide(x, count, out=zeros, where=count > 0, dtype=np.float64)
 
 
 def _of_one_shape(

@@ -107,8 +107,10 @@ class Mechanism:
         is counted and reported.
     scales : Mapping[str, float], optional
         Factors applied before clipping, and taken back after the noise, to parts of the
-        contribution (``"fisher"``) and scalars. Large factors are for what is small and
-        matters. They take the place of the strategy's own.
+        contribution (``"fisher"``) and scalars; of weights that depend on data
+        (``"weight"``, or ``"weight-of-"`` and the part), and of counts (``"count-of-"``
+        and the part). Large factors are for what is small and matters. They take the
+        place of the strategy's own.
     unprotected_metrics : bool (default: False)
         Report averages of the clients' own metrics. They are computed from raw data
         without noise and no epsilon covers them; otherwise they are withheld, and

@@ -17,6 +17,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
+from flower_ext.core.arrays import none_below_zero
 from flower_ext.core.contribution import Contribution, Total
 from flower_ext.core.protocol import Reply, ReplyKeys, Round
 from flower_ext.core.replies import (
@@ -114,7 +115,7 @@ class Summand:
         return clipped
 
     def _require_counts_that_fit(self, term: Contribution) -> None:
-        """Refuse counts that NumPy would stretch, or fail to, in the sum of all."""
+        """Refuse counts that are negative, or that NumPy would stretch in the sum."""
         for part, counts in term.counts.items():
             arrays = term.arrays.get(part, {})
             for name, count in counts.items():
@@ -125,6 +126,8 @@ class Summand:
                         f"the counts of {name!r} have shape {count.shape}, must be () "
                         f"or that of the array, {shape}"
                     )
+                if not none_below_zero([count]):
+                    raise MalformedReply(f"the counts of {name!r} must be >= 0")
 
     def _plain_weight(self, reply: Reply) -> float:
         """Return the weight of a contribution that declares none."""

@@ -326,6 +326,22 @@ def test_counts_of_another_shape_are_left_out(aggregate, reply, counts):
         assert metrics["num-dropped"] == 1
 
 
+@pytest.mark.parametrize(
+    "count", [1e-300, 1e-30, np.array([-1.0 + 1e-15, 0.0]) * np.array([1.0, 1.0])]
+)
+def test_a_count_that_moves_the_model_too_far_is_left_out(aggregate, reply, count):
+    """Nobody else has the first coordinate: its mean is what this reply makes of it."""
+    bad, good = reply(model(5, 5)), reply(model(3, 4))
+    bad["counts"] = to_record({"w": np.broadcast_to(count, 2)})
+    first = 1.0 if np.ndim(count) else 0.0
+    good["counts"] = to_record({"w": np.array([first, 2.0])})
+    for contents in ([bad, good], [good, bad]):
+        new, metrics = aggregate(Counting(**ANY), SENT, contents)
+        expected, _ = aggregate(Counting(**ANY), SENT, [good])
+        assert new["w"].tolist() == expected["w"].tolist()
+        assert metrics["num-dropped"] == 1
+
+
 class HalfOfIt(AdditiveStrategy):
     """Of two arrays one stays as it is: nobody is sent it, and nobody has a change."""
 
