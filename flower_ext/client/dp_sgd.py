@@ -176,8 +176,9 @@ class DPSGD(Trainer):
     no data. The loss of an example, what the half's ``objective`` makes of it, and its
     gradient as it is computed, depend on that example, not on the others of its batch
     or their number. Opacus' validators, the comparison of an example's gradient with
-    autograd's, and of its loss in two batches, at the start of every round, find models
-    and losses that break this, though not all that one can think of. Libraries choose
+    autograd's, of its loss in two batches, and of the regularizer after some examples,
+    at the start of every round, find models, losses and terms that break this, though
+    not all that one can think of. Libraries choose
     algorithms by the size of a batch, which changes rounding: what weights that magnify
     it can do is not counted.
 

@@ -222,6 +222,13 @@ class NoisySteps(Steps):
             if size > 2:
                 # Both batches have the same shape, so that dropout is the same.
                 one, other = (self._losses_of(torch.tensor([0, i])) for i in (1, 2))
+                terms = [self._term_after(torch.tensor([i])) for i in (0, 1, size - 1)]
+                if not torch.allclose(terms[0], torch.stack(terms), equal_nan=True):
+                    raise ValueError(
+                        "a regularizer must know no data, since it is added after the "
+                        "noise: that of the client half changes with what the model, "
+                        "or the half, has seen"
+                    )
                 if not torch.allclose(one[0], other[0], rtol=1e-3, equal_nan=True):
                     raise ValueError(
                         "the loss of an example must not depend on the other examples "
@@ -249,6 +256,14 @@ class NoisySteps(Steps):
         torch.manual_seed(0)
         data = self.local.train
         return self._objective({name: column[chosen] for name, column in data.items()})
+
+    @torch.no_grad()
+    def _term_after(self, chosen: Tensor) -> Tensor:
+        """Return the regularizer once the model has seen some examples."""
+        self._losses_of(chosen)
+        torch.manual_seed(0)
+        extra = self.half.regularizer(self.local.model)
+        return torch.zeros(()) if extra is None else extra.detach().reshape(()).cpu()
 
     def _seen_norm(self, example: Batch) -> float:
         """Return the gradient norm of one example, which Opacus must see as well."""

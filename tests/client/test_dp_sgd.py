@@ -1457,6 +1457,29 @@ def test_an_objective_that_mixes_examples_is_refused():
     assert ACCOUNT not in silo.state()
 
 
+class Remembers(Dense):
+    """Keeps what it has seen in an attribute, as layers with a loss of their own."""
+
+    def forward(self, x):
+        self.seen = x.detach().square().mean()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_regularizer_of_what_the_model_has_seen_is_refused(mode):
+    class Activity(ClientHalf):
+        name = "activity"
+
+        def regularizer(self, model):
+            return model.seen * model.out.weight.square().sum()
+
+    assert admitted(Activity)
+    silo = Silo(make_task(Remembers), NOISY, Activity, mode=mode)
+    with pytest.raises(RuntimeError, match="a regularizer must know no data"):
+        silo.train(first_arrays(), client_half="activity")
+    assert ACCOUNT not in silo.state()
+
+
 class Two(ClientHalf):
     """Trains the received model, then one of its own that starts from the same."""
 
