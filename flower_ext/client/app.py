@@ -279,6 +279,20 @@ def _require_told_ties(model: nn.Module, config: ConfigRecord) -> None:
             )
 
 
+def _require_whole_ties(begun: Tensors, came: Tensors, model: nn.Module) -> None:
+    """Refuse to load over what was sent what a client kept of the same tensor."""
+    for name, first in tied_names(model).items():
+        apart = (name in came) != (first in came) and {name, first} <= begun.keys()
+        if apart and not torch.equal(begun[name].cpu(), begun[first].cpu()):
+            refuse(
+                "receive(...)",
+                [first, name],
+                "equal arrays",
+                "they are one tensor, which the server knows under one name: it is "
+                "shared under both or under none",
+            )
+
+
 def _open(
     task: Task,
     known: Mapping[str, HalfFactory],
@@ -332,6 +346,7 @@ def _open(
     )
     local.session = trainer.session(local, half)
     begun = half.receive(local, arrays)
+    _require_whole_ties(begun, arrays, local.model)
     # Masks are of what came, which need not be what the model begins with.
     shapes = {name: tuple(x.shape) for name, x in begun.items()}
     if masks is not None and shapes != {n: m.shape for n, m in masks.items()}:

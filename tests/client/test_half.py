@@ -454,6 +454,25 @@ def test_a_model_that_began_elsewhere_changes_what_was_sent():
         np.testing.assert_allclose(found, [START["w"] + away] * 2, rtol=1e-12)
 
 
+class TiedLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.head = self.body
+
+    def forward(self, x):
+        return x @ self.head
+
+
+def test_of_a_tied_tensor_no_name_stays_at_home_alone():
+    """What was kept would be loaded over what was sent."""
+    clients = Clients(HomeHead, task=make_task(TiedLayers))
+    with pytest.raises(RuntimeError, match=r"\['body', 'head'\] must be equal arrays"):
+        clients.send({"body": START["w"]})
+    # Equal ones are no matter.
+    clients.send({"body": np.zeros(3)})
+
+
 def test_what_a_model_began_with_does_not_change_while_it_trains():
     """Also where a half lets it begin with arrays that the model has already."""
     seen = []
