@@ -34,6 +34,7 @@ from flower_ext.client.encoding import (
     upload_codec,
 )
 from flower_ext.client.half import (
+    Beside,
     ClientHalf,
     HalfFactory,
     Local,
@@ -335,11 +336,11 @@ def _open(
         run=message.content.config_records.get(RUN_KEY, ConfigRecord()),
         upload=upload_codec(config, codecs),
         masks=masks,
-        received={
-            key: read_tensors(group, device)
+        received=Beside(
+            (key, read_tensors(group, device))
             for key, group in groups.items()
             if key != ARRAYS_KEY
-        },
+        ),
         came=arrays,
         loaded=arrays,
         phase=cast(Phase, message.metadata.message_type.partition(".")[0]),

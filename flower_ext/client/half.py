@@ -119,6 +119,19 @@ def _right_spelling(key: str) -> str:
     return key
 
 
+class Beside(dict[str, Tensors]):
+    """Groups of arrays that came beside the model; one that did not come is named."""
+
+    def __missing__(self, key: str) -> Tensors:
+        """Refuse to look for what the server did not send."""
+        refuse(
+            "local.received",
+            sorted(self),
+            f"with {key!r}",
+            "the strategy must send it: Payload(round.sent, beside={...})",
+        )
+
+
 @dataclass
 class Local:
     """One client at work on one message: what a client half is given.

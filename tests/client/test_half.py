@@ -11,7 +11,7 @@ from torch import nn
 
 from flower_ext import AdditiveStrategy, ClientHalf, Task, client_app
 from flower_ext.client import half as half_module
-from flower_ext.client.half import Proximal, trainable
+from flower_ext.client.half import Beside, Proximal, trainable
 from flower_ext.core.arrays import to_record
 from flower_ext.simulation import LocalGrid
 from flower_ext.wire import Exact
@@ -518,6 +518,15 @@ def test_the_half_is_chosen_before_the_model_is_made():
     with pytest.raises(RuntimeError, match="client half 'other'"):
         clients.send({"something": np.ones(2)}, client_half="other")
     assert not made
+
+
+def test_a_group_that_the_server_did_not_send_is_named():
+    beside = Beside({"other": {}})
+    with pytest.raises(
+        ValueError, match=r"received=\['other'\] must be with 'control'"
+    ):
+        beside["control"]
+    assert beside.get("control") is None
 
 
 def test_groups_beside_the_model_come_under_their_own_keys():
