@@ -63,8 +63,9 @@ def test_a_gigabyte_of_states_is_in_nobodys_memory(make, ask):
     for count in (0, 1):
         replies = ask(grid, range(10, 1000), timeout=300)
         assert set(values(replies, "count")) == {count}
-        assert max(values(replies, "mib")) < first + 100
-        assert resident() < before + 100
+        # Of 990 MB; a pack's states, and what Ray maps of its store, come and go.
+        assert max(values(replies, "mib")) < first + 250
+        assert resident() < before + 250
     assert grid.states.in_memory == 0
     assert len(list(grid.states.shelf().folder.iterdir())) < 2000
     folder = grid.states.shelf().folder
