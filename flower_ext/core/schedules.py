@@ -60,7 +60,25 @@ class Decay:
 
 
 @dataclass(frozen=True)
-class Linear:
+class _FromTo:
+    """A value that goes from one to another in so many rounds, and stays there."""
+
+    initial: float
+    rounds: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        finite("initial", self.initial)
+        whole("rounds", self.rounds, 1)
+        finite("final", self.final)
+
+    def done(self, server_round: int) -> float:
+        """Return the share of the way that is done before a round."""
+        return min((server_round - 1) / self.rounds, 1.0)
+
+
+@dataclass(frozen=True)
+class Linear(_FromTo):
     """A straight line from ``initial``, in round 1, to ``final``.
 
     Parameters
@@ -78,23 +96,14 @@ class Linear:
     [1.0, 0.75, 0.25, 0.0, 0.0]
     """
 
-    initial: float
-    rounds: int
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        finite("initial", self.initial)
-        whole("rounds", self.rounds, 1)
-        finite("final", self.final)
-
     def __call__(self, server_round: int) -> float:
         """Return the value of a round."""
-        done = min((server_round - 1) / self.rounds, 1.0)
+        done = self.done(server_round)
         return self.initial + (self.final - self.initial) * done
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_FromTo):
     r"""Half a cosine from ``initial``, in round 1, down to ``final``.
 
     :math:`\text{final} + (\text{initial} - \text{final})\,
@@ -117,18 +126,9 @@ class Cosine:
     [1.0, 0.8536, 0.5, 0.1464, 0.0, 0.0]
     """
 
-    initial: float
-    rounds: int
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        finite("initial", self.initial)
-        whole("rounds", self.rounds, 1)
-        finite("final", self.final)
-
     def __call__(self, server_round: int) -> float:
         """Return the value of a round."""
-        done = min((server_round - 1) / self.rounds, 1.0)
+        done = self.done(server_round)
         above = (1 + math.cos(math.pi * done)) / 2
         return self.final + (self.initial - self.final) * above
 

@@ -201,6 +201,12 @@ class RoundStrategy(FedAvg):
         upload: Codec | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
+        silent = type(self).aggregate is RoundStrategy.aggregate
+        if silent and type(self)._combine is RoundStrategy._combine:
+            raise TypeError(
+                f"{type(self).__name__} must have aggregate(round, replies), or derive "
+                "from AdditiveStrategy"
+            )
         options = by_name(flowers, options)
         require_known(type(self), options)
         super().__init__(**options)
@@ -300,7 +306,7 @@ class RoundStrategy(FedAvg):
         it raises :class:`~flower_ext.core.replies.MalformedReply` is left out. Replies
         that are not finite or lack their number of examples have been left out before.
         """
-        raise NotImplementedError(f"{type(self).__name__} must say aggregate()")
+        raise TypeError(f"{type(self).__name__} has no aggregate()")
 
     def finish(self, round: Round, replies: Sequence[Reply]) -> Metrics:
         """Change the state that crosses rounds, and return the round's metrics."""

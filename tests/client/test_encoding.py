@@ -2,18 +2,18 @@
 
 import re
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from rounded import Rounded
 
 from flower_ext.client.encoding import encoded
 from flower_ext.client.seeds import random_seed
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.simulation import LocalGrid
-from flower_ext.wire import NF4, BFloat16, Chain, ErrorFeedback, TopK, ValueCode
+from flower_ext.wire import NF4, BFloat16, Chain, ErrorFeedback, TopK
 from flower_ext.wire.codec import is_encoded, seal
 from flower_ext.wire.messages import (
     DESCRIPTION_KEY,
@@ -30,28 +30,6 @@ START = {
     "n": np.array(3),
 }
 STEPS = {"a": np.float32([[1, -2, 3], [4, -5, 6]]), "b": np.float32([7, -8, 9, 10])}
-
-
-@dataclass(frozen=True)
-class Rounded(ValueCode):
-    """A codec of one's own, that draws: multiples of a step, up or down."""
-
-    step: float = 0.5
-
-    tag = b"rd"
-
-    @classmethod
-    def length(cls, count, dtype):
-        return 4 + 4 * count
-
-    def encode_values(self, values, generator):
-        codes = np.floor(values / self.step + generator.random(values.shape))
-        return np.float32([self.step]).tobytes() + codes.astype(np.float32).tobytes()
-
-    @classmethod
-    def decode_values(cls, data, count, dtype):
-        step, *codes = np.frombuffer(data, np.float32)
-        return np.array(codes, dtype) * dtype.type(step)
 
 
 def app(*mods, key="arrays", seen=None, spoil=()):

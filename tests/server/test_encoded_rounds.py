@@ -9,6 +9,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from rounded import Rounded
 from torch import nn
 
 from flower_ext import (
@@ -41,7 +42,6 @@ from flower_ext.wire import (
     Exact,
     FixedMask,
     TopK,
-    ValueCode,
 )
 from flower_ext.wire.codec import PAYLOAD, is_encoded, num_values
 from flower_ext.wire.messages import UPLOAD_KEY, Uploads, change_like
@@ -49,28 +49,6 @@ from flower_ext.wire.registry import decode, describe
 
 ANY = {"min_train_nodes": 0, "min_evaluate_nodes": 0, "min_available_nodes": 0}
 CONFIG = {"batch-size": 4, "lr": 0.1}
-
-
-@dataclass(frozen=True)
-class Rounded(ValueCode):
-    """A codec of one's own, that draws: multiples of a step, up or down."""
-
-    step: float = 0.01
-
-    tag = b"rd"
-
-    @classmethod
-    def length(cls, count, dtype):
-        return 4 + 4 * count
-
-    def encode_values(self, values, generator):
-        codes = np.floor(values / self.step + generator.random(values.shape))
-        return np.float32([self.step]).tobytes() + codes.astype(np.float32).tobytes()
-
-    @classmethod
-    def decode_values(cls, data, count, dtype):
-        step, *codes = np.frombuffer(data, np.float32)
-        return np.array(codes, dtype) * dtype.type(step)
 
 
 def run(task, initial, grid=None, rounds=3, codecs=(), folder=None, **options):

@@ -395,3 +395,13 @@ def test_what_a_reply_has_is_read():
     assert reply.whole("whole", 3) == 2 and reply.number("less", low=-2) == -1
     assert reply.vector("many", 2).tolist() == [1, 2]
     assert reply.has("half") and reply.has("arrays") and not reply.has("nothing")
+
+
+def test_a_strategy_that_says_nothing_of_aggregation_is_refused_at_once():
+    class Silent(RoundStrategy):
+        pass
+
+    with pytest.raises(
+        TypeError, match=r"Silent must have aggregate\(round, replies\)"
+    ):
+        Silent()
