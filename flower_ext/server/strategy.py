@@ -229,7 +229,7 @@ class RoundStrategy(FedAvg):
         for name, codec in (("download", download), ("upload", upload)):
             hook = f"{name}_codec"
             if not isinstance(codec, Codec | None):
-                refuse(name, codec, "a Codec", "an instance, not the class")
+                refuse(name, codec, "a Codec", "an instance, such as TopK(0.1)")
             if codec and getattr(type(self), hook) is not getattr(RoundStrategy, hook):
                 refuse(name, codec, "left out", f"{type(self).__name__} has its own")
         if upload is not None:
