@@ -7,6 +7,7 @@ from flower_ext.strategies.bounded_group_loss import (
 from flower_ext.strategies.dpftrl import DPFTRL
 from flower_ext.strategies.fedfish import FedFish, FedFishClient
 from flower_ext.strategies.flasc import FLASC, FLASCClient
+from flower_ext.strategies.local_only import LocalOnly, LocalOnlyClient
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "FLASCClient",
     "FedFish",
     "FedFishClient",
+    "LocalOnly",
+    "LocalOnlyClient",
     "MaxFL",
     "MaxFLClient",
 ]

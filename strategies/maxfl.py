@@ -280,7 +280,6 @@ class MaxFL(AdditiveStrategy):
             finite("requirement", requirement, "None lets clients find their own")
         self.warmup_rounds = whole("warmup_rounds", warmup_rounds, 0)
         self.opt_out_from = whole("opt_out_from", opt_out_from, 0)
-        self._seen: set[int] = set()
 
     def tell(self, round: Round) -> Config:
         """Tell clients temperature, source of their requirement, if they may leave."""
@@ -312,10 +311,6 @@ class MaxFL(AdditiveStrategy):
         r"""Return :math:`\sum q\Delta / (\sum q + \epsilon)`."""
         return total.mean(plus=0.0 if self._all_alike(round) else self.epsilon)
 
-    def advance(self, total: Total, round: Round) -> None:
-        """Remember who has been asked to train."""
-        self._seen.update(round.cohort)
-
     def report(self, total: Total, round: Round) -> Metrics:
         """Return the cohort's appeal and the sum of its weights."""
         metrics: Metrics = {"appeal-weight-sum": total.weight}
@@ -343,22 +338,13 @@ class MaxFL(AdditiveStrategy):
                 problem = "metric %r=%s left out, it must be from 0 to 1"
                 log(WARNING, problem, APPEALED, appealed)
             own = {k: x for k, x in metrics.items() if k not in weights}
-            rows.append(("seen" if reply.client in self._seen else "unseen", own))
+            rows.append(("seen" if reply.client in round.trained else "unseen", own))
         overall = {"gm-appeal": sum(appeals) / len(appeals)} if appeals else {}
         return {**overall, **means_by_kind(rows)}
 
     def _all_alike(self, round: Round) -> bool:
         """Whether all clients weigh the same in a round."""
         return round.number <= self.warmup_rounds
-
-    def state_dict(self) -> dict[str, object]:
-        """Add the clients that were asked to train."""
-        return {**super().state_dict(), "seen": sorted(self._seen)}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take over the clients that were asked to train."""
-        super().load_state_dict(state)
-        self._seen = set(state["seen"])  # type: ignore[call-overload]
 
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""

@@ -53,6 +53,7 @@ from flower_ext.core.protocol import (
     CLIENT_HALF_KEY,
     CONFIG_KEY,
     METRICS_KEY,
+    RECEIVED,
     RUN_KEY,
     WRONG_HALF,
     Metrics,
@@ -160,15 +161,16 @@ def client_app(
             with _isolated():
                 local, half = open_(message, context)
                 own = half.model_to_evaluate(local)
+                received: Metrics = {}
+                if own is None or half.compares:
+                    received = {**evaluate(task, local.model, local.test)}
                 values: Metrics = {
                     "num-examples": num_examples(local.test),
-                    **(
-                        evaluate(task, local.model, local.test)
-                        if own is None
-                        else local.measure(own)
-                    ),
+                    **(received if own is None else local.measure(own)),
                     **half.evaluate(local),
                 }
+                if half.compares:
+                    values |= {RECEIVED + name: x for name, x in received.items()}
                 values = half.release(local.session.report_evaluation(values))
             content = RecordDict({METRICS_KEY: MetricRecord(values)})
             local.session.end()

@@ -450,6 +450,9 @@ class ClientHalf:
     #: server sent, and nothing of what else the client's data say. DPSGD takes no other
     #: half that overrides hooks which see data. The class that overrides them says it.
     post_processing: ClassVar[bool] = False
+    #: Whether an evaluation also tells how the received model does, with metrics
+    #: ``received-loss`` and the like: what the server compares a personal model with.
+    compares: ClassVar[bool] = False
 
     def make_model(
         self, task: Task, run_config: UserConfig, config: ConfigRecord

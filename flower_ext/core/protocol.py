@@ -53,6 +53,9 @@ RUN_RESUMED = "resumed-after"
 # puts none of them back: what was charged after it was saved is spent all the same.
 ACCOUNT_PREFIX = "account/"
 
+# Metrics of the received model, beside those of the personal one that is evaluated.
+RECEIVED = "received-"
+
 # Part of a client's error: the server recognises by it that the app lacks a half.
 WRONG_HALF = "the strategy needs the client half"
 
@@ -107,6 +110,9 @@ class Round:
     cohort : sequence of int
         Places of the clients that are asked; empty in a worker, which is not told, and
         where a mechanism counts on secret cohorts.
+    trained : frozenset of int
+        Places of the clients that have been asked to train so far, in this run and
+        those that it continues; empty where ``cohort`` is.
     ties : dict[str, str]
         Further names of tied tensors with the first name of each, where known.
     upload : Decoder, optional
@@ -120,6 +126,7 @@ class Round:
     population: int = 0
     private: bool = False
     cohort: Sequence[int] = ()
+    trained: frozenset[int] = frozenset()
     ties: Ties = field(default_factory=dict)
     upload: Decoder | None = None
 

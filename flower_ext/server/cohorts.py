@@ -29,6 +29,8 @@ class Cohorts:
         mechanism that of the release.
     drawn : dict[str, int]
         The number of the round for which a cohort was last drawn, by phase.
+    trained : set of int
+        The places of the clients that have been asked to train.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -37,6 +39,7 @@ class Cohorts:
         self.places: Mapping[int, int] = {}
         self.number = 0
         self.drawn: dict[Phase, int] = {}
+        self.trained: set[int] = set()
 
     def draw(
         self,
@@ -106,7 +109,8 @@ class Cohorts:
             _tell(phase, server_round, len(chosen), len(nodes), planned)
         asked = [nodes[i] for i in chosen] if names is not nodes else chosen
         self.drawn[phase] = server_round
-        self.asked[phase] = {node: self.places[node] for node in asked}
+        self.asked[phase] = {}
+        self._ask(phase, asked)
         return self.asked[phase]
 
     def adopt(
@@ -116,7 +120,12 @@ class Cohorts:
         if not added:
             self.places = NodeOrder(ordered_nodes(grid))
             self.asked[phase] = {}
+        self._ask(phase, nodes)
+
+    def _ask(self, phase: Phase, nodes: Sequence[int]) -> None:
         self.asked[phase].update({node: self.places[node] for node in nodes})
+        if phase == "train":
+            self.trained.update(self.asked[phase].values())
 
 
 def _tell(phase: Phase, server_round: int, size: int, nodes: int, planned: int) -> None:

@@ -426,7 +426,9 @@ class RoundStrategy(FedAvg):
         config["server-round"] = server_round  # where Flower's strategies leave it
         hidden = self._hides_cohorts
         places = [] if hidden else list(cohort.values())  # a hook could tell of them
+        seen = frozenset() if hidden else frozenset(self._core.cohorts.trained)
         round = self._round_of(server_round, sent, phase, places)
+        round = replace(round, trained=seen)
         round = replace(round, told={**config, **self.tell(round)})
         kinds = {node: self.variant(client, round) for node, client in cohort.items()}
         uploads = self._uploads(dict.fromkeys(kinds.values()), round)
@@ -754,11 +756,14 @@ class RoundStrategy(FedAvg):
 
     def state_dict(self) -> dict[str, object]:
         """Return what crosses rounds: JSON values and arrays, nested by name."""
+        cohorts = self._core.cohorts
         return {
             "sampler": self.sampler.state_dict(),
             "server-optimizer": self.server_optimizer.state_dict(),
             "server-optimizer-kind": self.server_optimizer.kind,
             "tied": self._core.tied,
+            # Who has taken part is as secret as the cohorts.
+            "trained": [] if self._hides_cohorts else sorted(cohorts.trained),
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
@@ -773,6 +778,7 @@ class RoundStrategy(FedAvg):
         moments = cast(State, state["server-optimizer"])
         self.server_optimizer.load_state_dict(moments)
         self._core.tied = cast("Ties | None", state["tied"])
+        self._core.cohorts.trained = set(cast("list[int]", state["trained"]))
 
     def summary(self) -> None:
         """Log the settings."""

@@ -37,6 +37,8 @@ from flower_ext.strategies import (
     FedFish,
     FedFishClient,
     FLASCClient,
+    LocalOnly,
+    LocalOnlyClient,
     MaxFL,
     MaxFLClient,
 )
@@ -72,7 +74,8 @@ class Method:
     others : tuple of dict
         Further options that keep the contract.
     fedavg : dict
-        Options with which it is FedAvg, for clients with equally many examples.
+        Options with which it is FedAvg, for clients with equally many examples; None
+        where no setting is.
     private : tuple of dict
         Options under a mechanism; each is looked at. Empty where there is none.
     refuses : tuple of (dict, str)
@@ -81,17 +84,20 @@ class Method:
         Whether what a mechanism is asked for are options of the method itself.
     has_codecs : bool
         Whether it has codecs of its own.
+    moves : bool
+        Whether the server's model moves; if not, only clients' own models do.
     """
 
     make: Callable[..., AdditiveStrategy]
     half: type[ClientHalf] | None = None
     options: Options = field(default_factory=dict)
     others: tuple[Options, ...] = ()
-    fedavg: Options
+    fedavg: Options | None = None
     private: tuple[Options, ...] = ({},)
     refuses: tuple[tuple[Options, str], ...] = ()
     takes_plan: bool = False
     has_codecs: bool = False
+    moves: bool = True
 
     def plain(self, **options: object) -> AdditiveStrategy:
         """Make the strategy with its usual options and others."""
@@ -191,9 +197,24 @@ METHODS = {
         takes_plan=True,
         refuses=(({"mechanism": Mechanism(**PLAN)}, "mechanism"),),
     ),
+    "LocalOnly": Method(
+        make=LocalOnly,
+        half=LocalOnlyClient,
+        private=(),
+        refuses=(({}, "nothing is sent"),),
+        moves=False,
+    ),
 }
 # The columns' parameters: rows, rows with each of their options, private variants.
 ROWS = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
+LIMITS = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=name)
+        for name, row in METHODS.items()
+        if row.fedavg is not None
+    ],
+)
 SETTINGS = pytest.mark.parametrize(
     ("row", "options"),
     [
@@ -295,8 +316,8 @@ PLAIN_AND_PRIVATE = pytest.mark.parametrize(
 )
 
 
-def require_same(found, expected, initial, **tolerance):
-    """Require two results to be equal, and to be of rounds that moved the model."""
+def require_same(row, found, expected, initial, **tolerance):
+    """Require two results to be equal, and to be of rounds that moved the models."""
     assert list(found.arrays) == list(expected.arrays)
     for key, array in expected.arrays.items():
         if tolerance:
@@ -313,7 +334,11 @@ def require_same(found, expected, initial, **tolerance):
                 assert dict(ours[number]) == pytest.approx(dict(metrics), rel=1e-6)
             else:
                 assert ours[number] == metrics
-    assert any(expected.arrays[k].data != array.data for k, array in initial.items())
+    moved = any(expected.arrays[k].data != array.data for k, array in initial.items())
+    assert moved == row.moves
+    if not moved:
+        measured = expected.evaluate_metrics_clientapp.values()
+        assert len({metrics["loss"] for metrics in measured}) == ROUNDS
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +381,7 @@ def test_packed_clients_give_the_same_bit_for_bit(
     options = {"num_clients": CLIENTS, "client_app": app, "run_config": CONFIG}
     with PackedGrid(inner, **options) as grid:
         found = make().start(grid, initial, num_rounds=ROUNDS)
-    require_same(found, expected, initial)
+    require_same(row, found, expected, initial)
 
 
 @PLAIN_AND_PRIVATE
@@ -369,7 +394,7 @@ def test_partial_sums_give_the_same(row, private, app, initial, plain_run, tmp_p
         num_rounds=ROUNDS,
         tracker=Tracker(tmp_path, tensorboard=False),
     )
-    require_same(found, expected, initial, rtol=1e-6, atol=1e-8)
+    require_same(row, found, expected, initial, rtol=1e-6, atol=1e-8)
     assert traffic(tmp_path) == its_traffic
 
 
@@ -389,7 +414,7 @@ def test_codecs_that_lose_nothing_change_nothing(row, private, app, initial, pla
         strategy = run_of(row, private, **codecs)()
         grid = LocalGrid(app, CLIENTS, CONFIG)
         found = strategy.start(grid, initial, num_rounds=ROUNDS)
-        require_same(found, expected, initial)
+        require_same(row, found, expected, initial)
 
 
 @PLAIN_AND_PRIVATE
@@ -402,10 +427,10 @@ def test_a_run_resumed_after_every_round_is_the_same_bit_for_bit(
         # All is new, the clients too: what they keep is in the checkpoint.
         grid = LocalGrid(app, CLIENTS, CONFIG)
         found = make().start(grid, initial, num_rounds=rounds, checkpoint=tmp_path)
-    require_same(found, expected, initial)
+    require_same(row, found, expected, initial)
 
 
-@ROWS
+@LIMITS
 def test_a_limit_is_fedavg(row, equal_app, initial):
     grid = LocalGrid(equal_app, 3, CONFIG)
     models = []
@@ -597,4 +622,5 @@ def test_no_reply_ends_a_run_or_spoils_the_model(row, honest, initial, data):
         k: (x.shape, x.dtype) for k, x in first.items()
     }
     assert all(np.isfinite(x).all() for x in last.values())
-    assert not np.array_equal(first["out.weight"], last["out.weight"])
+    moved = not np.array_equal(first["out.weight"], last["out.weight"])
+    assert moved == row.moves

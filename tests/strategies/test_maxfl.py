@@ -757,7 +757,7 @@ def test_clients_that_were_seen_are_saved(point_task, play, tmp_path):
         config = {**STEP, "lr": 0.3}
         initial = {"w": np.float32(0.9)}
         played = play(strategy, app, 6, initial, rounds, config, checkpoint=folder)
-        return strategy.state_dict()["seen"], played
+        return strategy.state_dict()["trained"], played
 
     seen, whole = run(4, tmp_path / "whole")
     first, _ = run(2, tmp_path / "halves")

@@ -1,0 +1,94 @@
+"""What personal models are worth, over the clients: Motley's metrics.
+
+Wu, Li, Charles, Xiao, Liu, Xu and Smith 2022, "Motley: benchmarking heterogeneity and
+personalization in federated learning", arXiv 2206.09262.
+"""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from flower_ext.core.protocol import RECEIVED, Metrics, Reply, Round, means_by_kind
+from flower_ext.server.additive import AdditiveStrategy
+
+# Metrics whose names end so are the better the smaller; of others, the larger.
+_COSTS = ("loss", "error", "perplexity", "mse", "mae", "rmse")
+_SHARES = {"p10": 10, "p50": 50, "p90": 90}
+
+
+def spread(rows: Iterable[tuple[str, Mapping[str, float]]]) -> Metrics:
+    """Return how metrics are spread over clients, each of which counts once.
+
+    Parameters
+    ----------
+    rows : iterable of (str, Mapping[str, float])
+        A client's kind, such as ``"seen"`` or ``"unseen"``, and its metrics; those of
+        the model that it received begin with ``received-``.
+
+    Returns
+    -------
+    dict[str, float]
+        For a metric ``accuracy``: ``accuracy-seen`` and ``accuracy-unseen``, means over
+        the clients of a kind; ``accuracy-p10``, ``-p50`` and ``-p90``, quantiles over
+        all clients, and ``accuracy-std``; ``accuracy-hurt``, where clients report
+        ``received-accuracy`` too, the share of those that do worse with a model of
+        their own than with the received one.
+
+    Notes
+    -----
+    Smaller is better where a name ends in ``loss``, ``error``, ``perplexity``, ``mse``,
+    ``mae`` or ``rmse``; larger in all others.
+
+    Examples
+    --------
+    >>> found = spread([("seen", {"loss": 1.0, "received-loss": 2.0}),
+    ...                 ("unseen", {"loss": 3.0, "received-loss": 2.0})])
+    >>> found["loss-seen"], found["loss-p50"], found["loss-hurt"]
+    (1.0, 2.0, 0.5)
+    """
+    rows = list(rows)
+    values: dict[str, list[float]] = {}
+    hurt: dict[str, list[bool]] = {}
+    for _, metrics in rows:
+        for name, own in metrics.items():
+            values.setdefault(name, []).append(own)
+            if (received := metrics.get(RECEIVED + name)) is not None:
+                worse = own > received if name.endswith(_COSTS) else own < received
+                hurt.setdefault(name, []).append(worse)
+    found: Metrics = {**means_by_kind(rows)}
+    for name, column in values.items():
+        for suffix, share in _SHARES.items():
+            found[f"{name}-{suffix}"] = float(np.percentile(column, share))
+        found[f"{name}-std"] = statistics.pstdev(column)
+    for name, worse_off in hurt.items():
+        found[f"{name}-hurt"] = sum(worse_off) / len(worse_off)
+    return found
+
+
+class PersonalStrategy(AdditiveStrategy):
+    """Federated averaging whose clients end up with models of their own.
+
+    Against :class:`~flower_ext.AdditiveStrategy` it reports of an evaluation, beside
+    the means, how the clients' metrics are spread and whom personal models hurt, see
+    :func:`spread`. *Seen* clients are those that have been asked to train so far.
+
+    Notes
+    -----
+    Under a mechanism clients' metrics are withheld, and these with them.
+    """
+
+    #: Metrics of an evaluation that are no property of a client's model.
+    not_spread: ClassVar[tuple[str, ...]] = ()
+
+    def report_evaluate(self, replies: Sequence[Reply], round: Round) -> Metrics:
+        """Return the spread of the clients' metrics."""
+        left_out = {self.weighted_by_key, *self.not_spread, *self.consumed_metrics}
+        return spread(
+            (
+                "seen" if reply.client in round.trained else "unseen",
+                {k: x for k, x in reply.numbers().items() if k not in left_out},
+            )
+            for reply in replies
+        )

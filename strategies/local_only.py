@@ -1,0 +1,86 @@
+"""Local training: every client learns alone, and nothing of it travels.
+
+The baseline that a federation has to beat, for each client. It is what personal methods
+become where they share nothing (Wu et al. 2022, "Motley: benchmarking heterogeneity and
+personalization in federated learning", arXiv 2206.09262).
+"""
+
+from typing import Unpack
+
+from flower_ext.client.half import ClientHalf, Local
+from flower_ext.client.tensors import Tensors
+from flower_ext.core.contribution import Contribution
+from flower_ext.core.errors import refuse
+from flower_ext.core.protocol import Reply, Round
+from flower_ext.server.options import AdditiveOptions
+from flower_ext.server.personal import PersonalStrategy
+
+
+class LocalOnlyClient(ClientHalf):
+    """Trains a model of the client's own, and keeps it.
+
+    The first one is the model that the client received when it was first asked.
+    """
+
+    name = "local-only"
+    post_processing = True  # nothing is sent, and what is kept is the trained model
+
+    def receive(self, local: Local, arrays: Tensors) -> Tensors:
+        """Begin with the client's own model."""
+        return local.personal.arrays("model", like=arrays, first=arrays)
+
+    def after_training(self, local: Local) -> None:
+        """Keep it."""
+        local.personal.save(model=local.end)
+
+    def model_to_send(self, local: Local) -> Tensors:
+        """Send no array."""
+        return {}
+
+
+class LocalOnly(PersonalStrategy):
+    """Local training of every client, with nothing averaged.
+
+    Against FedAvg: clients send no array, and the server's model stays as it is. Works
+    with the client half :class:`LocalOnlyClient`.
+
+    Parameters
+    ----------
+    *flowers, **options
+        Sampler and Flower's own options, see
+        :class:`~flower_ext.server.options.AdditiveOptions`.
+
+    Raises
+    ------
+    ValueError
+        If there is a mechanism: nothing is sent that it could protect. Clients that are
+        to protect their examples from whoever sees their models train with ``DPSGD``.
+
+    Notes
+    -----
+    Revealed are the numbers of examples and the training losses, as with FedAvg, and
+    nothing else. A client's first model is the server's, which travels in every round,
+    so that a client whose state was lost can begin anew. For the metrics see
+    :class:`~flower_ext.server.personal.PersonalStrategy`; a client that was never asked
+    to train is evaluated with the server's model.
+
+    Examples
+    --------
+    >>> strategy = LocalOnly(fraction_train=0.1)
+    """
+
+    client_half = LocalOnlyClient
+
+    def __init__(self, *flowers: object, **options: Unpack[AdditiveOptions]) -> None:
+        if options.get("mechanism") is not None:
+            refuse(
+                "mechanism",
+                options["mechanism"],
+                "None",
+                "nothing is sent that it could protect; silos train with DPSGD",
+            )
+        super().__init__(*flowers, **options)
+
+    def contribution(self, reply: Reply, round: Round) -> Contribution:
+        """Return nothing."""
+        return Contribution({})
