@@ -4,8 +4,10 @@ from flower_ext.strategies.bounded_group_loss import (
     BoundedGroupLoss,
     BoundedGroupLossClient,
 )
+from flower_ext.strategies.ditto import Ditto, DittoClient
 from flower_ext.strategies.dpftrl import DPFTRL
 from flower_ext.strategies.fedfish import FedFish, FedFishClient
+from flower_ext.strategies.fine_tuned import FineTuned, FineTunedClient
 from flower_ext.strategies.flasc import FLASC, FLASCClient
 from flower_ext.strategies.local_only import LocalOnly, LocalOnlyClient
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient
@@ -15,9 +17,13 @@ __all__ = [
     "FLASC",
     "BoundedGroupLoss",
     "BoundedGroupLossClient",
+    "Ditto",
+    "DittoClient",
     "FLASCClient",
     "FedFish",
     "FedFishClient",
+    "FineTuned",
+    "FineTunedClient",
     "LocalOnly",
     "LocalOnlyClient",
     "MaxFL",

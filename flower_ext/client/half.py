@@ -416,6 +416,24 @@ class Proximal:
             refuse("towards", list(self.towards)[:5], names)
         return self.strength / 2 * torch.stack(squares).sum()
 
+    def require_stable(self, local: Local) -> None:
+        r"""Refuse a strength with which SGD would step over :math:`w_0` and away.
+
+        Its steps multiply the distance by :math:`1 - \eta\mu`, in the term alone; with
+        momentum :math:`\beta` they converge for :math:`\eta\mu < 2(1 + \beta)`. Of
+        other optimizers nothing is said.
+        """
+        settings, bound = local.settings, math.inf
+        if local.task.optimizer is None and settings.learning_rate:
+            bound = 2 * (1 + settings.momentum) / settings.learning_rate
+        if self.strength >= bound:
+            refuse(
+                "strength",
+                self.strength,
+                f"< {bound:.6g} at a learning rate of {settings.learning_rate:g}",
+                "every step would lead further away; a lower learning rate allows more",
+            )
+
 
 class ClientHalf:
     """What a strategy's clients do besides plain local training.

@@ -1,12 +1,75 @@
 """What a global model is worth to a client once it is the client's own."""
 
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import replace
 
-from flower_ext.client.half import Local
+import torch
+
+from flower_ext.client.half import ClientHalf, Local
 from flower_ext.client.task import evaluate
 from flower_ext.core.errors import whole
 from flower_ext.core.protocol import Metrics
+
+Watch = Callable[[int, Local], None]
+
+
+class _Watched(ClientHalf):
+    """Plain local training that is looked at after every epoch."""
+
+    def __init__(self, watch: Watch | None) -> None:
+        self._watch, self._steps = watch, 0
+
+    def after_step(self, local: Local) -> None:
+        self._steps += 1
+        epoch, rest = divmod(self._steps, local.steps_per_epoch)
+        if self._watch and not rest:
+            self._watch(epoch, local)
+
+
+def fine_tuned(
+    local: Local,
+    *,
+    epochs: int = 0,
+    steps: int = 0,
+    learning_rate: float | None = None,
+    num_examples: int | None = None,
+    after_epoch: Watch | None = None,
+) -> Local:
+    """Return the client on a copy of its model that it has trained further.
+
+    Parameters
+    ----------
+    local : Local
+        The client, whose own model stays as it is.
+    epochs : int (default: 0)
+        Epochs of plain local training.
+    steps : int (default: 0)
+        Steps instead of epochs; 0 means epochs. Without either the copy stays as it is.
+    learning_rate : float, optional
+        By default, and for all else, the client's settings.
+    num_examples : int, optional
+        Few-shot: only the first so many training examples are used. By default all.
+    after_epoch : callable, optional
+        Called with the number of the epoch, from 1, and the client on the copy, which
+        it must not change.
+    """
+    whole("epochs", epochs, 0)
+    whole("steps", steps, 0)
+    if num_examples is not None:
+        whole("num_examples", num_examples, 1)
+    settings = replace(local.settings, local_epochs=epochs, local_steps=steps)
+    if learning_rate is not None:
+        settings = replace(settings, learning_rate=learning_rate)
+    tuned = replace(
+        local.with_model(local.end),
+        train={name: column[:num_examples] for name, column in local.train.items()},
+        settings=settings,
+        branch=local.branch,
+    )
+    if epochs or steps:
+        with torch.enable_grad():
+            tuned.session.train(tuned, _Watched(after_epoch))
+    return tuned
 
 
 def evaluate_fine_tuned(
@@ -29,13 +92,5 @@ def evaluate_fine_tuned(
         ``loss`` and the task's metrics on the client's test data.
     """
     whole("num_steps", num_steps, 1)
-    if num_examples is not None:
-        whole("num_examples", num_examples, 1)
-    tuned = replace(
-        local,
-        model=deepcopy(local.model),
-        train={name: column[:num_examples] for name, column in local.train.items()},
-        settings=replace(local.settings, local_steps=num_steps),
-    )
-    tuned.fit()
+    tuned = fine_tuned(local, steps=num_steps, num_examples=num_examples)
     return dict(evaluate(local.task, tuned.model, local.test))

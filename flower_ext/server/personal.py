@@ -82,13 +82,19 @@ class PersonalStrategy(AdditiveStrategy):
     #: Metrics of an evaluation that are no property of a client's model.
     not_spread: ClassVar[tuple[str, ...]] = ()
 
-    def report_evaluate(self, replies: Sequence[Reply], round: Round) -> Metrics:
-        """Return the spread of the clients' metrics."""
+    def measured(
+        self, replies: Sequence[Reply], round: Round
+    ) -> list[tuple[str, dict[str, float]]]:
+        """Return each client's kind and metrics, as :func:`spread` wants them."""
         left_out = {self.weighted_by_key, *self.not_spread, *self.consumed_metrics}
-        return spread(
+        return [
             (
                 "seen" if reply.client in round.trained else "unseen",
                 {k: x for k, x in reply.numbers().items() if k not in left_out},
             )
             for reply in replies
-        )
+        ]
+
+    def report_evaluate(self, replies: Sequence[Reply], round: Round) -> Metrics:
+        """Return the spread of the clients' metrics."""
+        return spread(self.measured(replies, round))

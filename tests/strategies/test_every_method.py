@@ -34,8 +34,12 @@ from flower_ext.strategies import (
     FLASC,
     BoundedGroupLoss,
     BoundedGroupLossClient,
+    Ditto,
+    DittoClient,
     FedFish,
     FedFishClient,
+    FineTuned,
+    FineTunedClient,
     FLASCClient,
     LocalOnly,
     LocalOnlyClient,
@@ -196,6 +200,19 @@ METHODS = {
         fedavg={},
         takes_plan=True,
         refuses=(({"mechanism": Mechanism(**PLAN)}, "mechanism"),),
+    ),
+    "Ditto": Method(
+        make=Ditto,
+        half=DittoClient,
+        options={"strength": 0.5},
+        others=({"strength": 0.0, "personal_epochs": 2},),
+        fedavg={},  # whatever its options are: what differs is personal
+    ),
+    "FineTuned": Method(
+        make=FineTuned,
+        half=FineTunedClient,
+        others=({"tuning_epochs": 2}, {"tuning_steps": 1}),
+        fedavg={},
     ),
     "LocalOnly": Method(
         make=LocalOnly,

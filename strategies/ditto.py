@@ -1,0 +1,137 @@
+r"""Ditto: beside the shared model a personal one, which is drawn to it.
+
+A client trains two models. One is that of FedAvg, :math:`w`. The other is its own, and
+solves
+
+.. math:: \min_{v_k}\; F_k(v_k) + \frac{\lambda}{2} \|v_k - w\|^2
+
+(equation (Ditto) of Li, Hu, Beirami and Smith 2021, "Ditto: fair and robust federated
+learning through personalization", ICML, arXiv 2012.04221). :math:`\lambda` leads from
+local training, at 0, to the shared model, at infinity.
+"""
+
+from dataclasses import replace
+from typing import Unpack
+
+from flower_ext.client.half import ClientHalf, Local, Proximal
+from flower_ext.client.tensors import Tensors
+from flower_ext.core.errors import at_least, whole
+from flower_ext.core.protocol import Config, Round
+from flower_ext.server.options import AdditiveOptions
+from flower_ext.server.personal import PersonalStrategy
+
+STRENGTH_KEY = "ditto-strength"
+EPOCHS_KEY = "ditto-personal-epochs"
+# What a client keeps: its own model.
+MODEL = "model"
+
+
+class DittoClient(ClientHalf):
+    """Trains the received model, and then its own, drawn to the received one.
+
+    The first model of its own is the one that it receives when it is first asked to
+    train. It evaluates its own model; before it has one, the received one.
+    """
+
+    name = "ditto"
+    num_trainings = 2
+    post_processing = True  # sent and kept are trained models, and nothing else
+    compares = True
+
+    def begin(self, local: Local) -> None:
+        """Refuse a strength with which steps would lead away from both models."""
+        self._term(local).require_stable(local)
+
+    def after_training(self, local: Local) -> None:
+        """Train the client's own model, and keep it."""
+        own = local.personal.arrays(MODEL, like=local.start, first=local.start)
+        personal = local.with_model(own)
+        if epochs := int(local.number(EPOCHS_KEY, 0)):
+            personal.settings = replace(
+                local.settings, local_epochs=epochs, local_steps=0
+            )
+        # Algorithm 1, line 8: towards the model as it came, not as it was trained here.
+        personal.fit(self._term(local))
+        local.personal.save(**{MODEL: personal.end})
+
+    def model_to_evaluate(self, local: Local) -> Tensors | None:
+        """Return the client's own model, if it has one."""
+        if MODEL not in local.personal:
+            return None
+        return local.personal.arrays(MODEL, like=local.start)
+
+    def _term(self, local: Local) -> Proximal:
+        return Proximal(local.start, local.number(STRENGTH_KEY, 0.0))
+
+
+class Ditto(PersonalStrategy):
+    r"""Federated averaging with a personal model beside the shared one.
+
+    The shared model is that of FedAvg, bit for bit, whatever the options below are.
+    Works with the client half :class:`DittoClient`.
+
+    Parameters
+    ----------
+    strength : float (default: 0.1)
+        :math:`\lambda \ge 0`. 0 trains the personal model alone, as
+        :class:`~flower_ext.strategies.LocalOnly` does. The larger, the nearer it stays
+        to the shared model; SGD needs :math:`\lambda < 2 / \text{learning rate}`.
+    personal_epochs : int, optional
+        Epochs that the personal model is trained in a round, at least 1. By default as
+        much as the shared one.
+    *flowers, **options
+        Server optimizer, sampler, mechanism and Flower's own options, see
+        :class:`~flower_ext.server.options.AdditiveOptions`.
+
+    Raises
+    ------
+    ValueError
+        At the client, before it has trained, if :math:`\lambda` is too large for its
+        learning rate.
+
+    Notes
+    -----
+    Twice the steps of FedAvg, and the same bytes. A client that has not been asked yet
+    is evaluated with the shared model. For the metrics see
+    :class:`~flower_ext.server.personal.PersonalStrategy`.
+
+    The personal model never leaves the client, and what does is what FedAvg sends: a
+    mechanism protects it all, and says nothing of the personal models, which are made
+    of their client's data without noise. With ``DPSGD`` in silos both models are
+    trained privately and charged: about twice FedAvg's steps at a silo.
+
+    Personal and shared model are trained with the same settings, as in Algorithm 1; the
+    default of :math:`\lambda` is ours, the paper chooses it for each client.
+
+    Examples
+    --------
+    >>> strategy = Ditto(fraction_train=0.1, strength=1.0)
+    """
+
+    client_half = DittoClient
+
+    def __init__(
+        self,
+        *flowers: object,
+        strength: float = 0.1,
+        personal_epochs: int | None = None,
+        **options: Unpack[AdditiveOptions],
+    ) -> None:
+        super().__init__(*flowers, **options)
+        cause = "0 is local training, a large one FedAvg"
+        self.strength = at_least("strength", strength, 0, cause)
+        self.personal_epochs = personal_epochs
+        if personal_epochs is not None:
+            whole("personal_epochs", personal_epochs, 1, "None is as many as of both")
+
+    def tell(self, round: Round) -> Config:
+        """Tell clients how their own models are trained."""
+        return {STRENGTH_KEY: self.strength, EPOCHS_KEY: self.personal_epochs or 0}
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings that ``summary()`` logs."""
+        return {
+            "Strength of the pull to the shared model": self.strength,
+            "Personal epochs": self.personal_epochs or "as the shared model's",
+            **super().settings(),
+        }

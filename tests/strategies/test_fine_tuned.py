@@ -1,0 +1,158 @@
+"""Fine-tuning: FedAvg in training, gradient descent by hand in an evaluation."""
+
+import numpy as np
+import pytest
+
+from flower_ext import AdditiveStrategy, ClientHalf, client_app
+from flower_ext.core.sampling import UniformSampler
+from flower_ext.simulation import LocalGrid
+from flower_ext.strategies import FineTuned, FineTunedClient
+
+START = {"w": np.float32(0.0)}
+# Two clients, whose losses are (w - 1)^2 / 2 and (w - 5)^2 / 2; tested are both on 3.
+CLIENTS = [({"c": [1.0]}, {"c": [3.0]}), ({"c": [5.0]}, {"c": [3.0]})]
+RATE = {"lr": 0.1, "batch-size": 8}
+
+
+def losses(w, rate, epochs):
+    """Return each client's test loss after so many steps towards its centre."""
+    tuned = [c + (1 - rate) ** epochs * (w - c) for c in (1, 5)]
+    return [0.5 * (x - 3) ** 2 for x in tuned]
+
+
+def playing(play, point_task, **options):
+    app = client_app(point_task(CLIENTS), FineTunedClient)
+    return play(FineTuned(**options), app, 2, START, 1, RATE)
+
+
+@pytest.mark.parametrize(
+    ("options", "rate", "epochs"),
+    [
+        ({}, 0.1, 1),
+        ({"tuning_epochs": 3}, 0.1, 3),
+        ({"tuning_steps": 2, "tuning_epochs": 7}, 0.1, 2),
+        ({"tuning_epochs": 2, "tuning_learning_rate": 0.5}, 0.5, 2),
+    ],
+)
+def test_the_evaluated_model_by_hand(play, point_task, options, rate, epochs):
+    played = playing(play, point_task, **options)
+    w = played.models[1]["w"]
+    assert w == pytest.approx(0.3, rel=1e-6)
+    found, expected = played.evaluate(), losses(w, rate, epochs)
+    assert found["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert found["loss-std"] == pytest.approx(np.std(expected), rel=1e-4)
+    assert found["received-loss"] == pytest.approx(0.5 * (w - 3) ** 2, rel=1e-6)
+
+
+def test_every_epoch_is_reported_and_the_best_number_of_them(play, point_task):
+    options = {"tuning_epochs": 6, "tuning_learning_rate": 0.3}
+    played = playing(play, point_task, **options)
+    found, w = played.evaluate(), played.models[1]["w"]
+    table = {i: losses(w, 0.3, i) for i in range(7)}
+    for epoch in range(1, 7):
+        mean = np.mean(table[epoch])
+        assert found[f"epoch-{epoch}-loss"] == pytest.approx(mean, rel=1e-5)
+        # Client 0 goes from 0.3 to 1 and client 1 to 5, past 3: who is further from 3?
+        hurt = np.mean([x > table[0][0] for x in table[epoch]])
+        assert found[f"epoch-{epoch}-loss-hurt"] == hurt
+        quantile = np.percentile(table[epoch], 90)
+        assert found[f"epoch-{epoch}-loss-p90"] == pytest.approx(quantile, rel=1e-5)
+    assert found["epoch-6-loss"] == found["loss"]
+    best = min(table, key=lambda i: np.mean(table[i]))
+    assert found["best-epochs"] == best and 0 < best < 6
+    assert not any(name.startswith("epoch-1-received") for name in found)
+    # The metrics are no further metrics, spread as such.
+    assert sum(name.startswith("epoch-1-") for name in found) == 7
+
+
+def test_no_epoch_is_best_where_all_are_worse(play, point_task):
+    clients = [({"c": [9.0]}, {"c": [0.0]})] * 2
+    app = client_app(point_task(clients), FineTunedClient)
+    strategy = FineTuned(tuning_epochs=3, fraction_train=0.0)
+    found = play(strategy, app, 2, START, 1, RATE).evaluate()
+    assert found["best-epochs"] == 0
+    assert found["loss-hurt"] == found["epoch-1-loss-hurt"] == 1
+
+
+def test_clients_that_diverge_count_against_their_epochs(play, point_task):
+    """A rate of 1e20 is infinite after two epochs, and near the end after none."""
+    clients = [({"c": [3.1]}, {"c": [3.0]}), ({"c": [-1.0]}, {"c": [2.0]})]
+    app = client_app(point_task(clients), FineTunedClient)
+    options = {"tuning_epochs": 3, "tuning_learning_rate": 1e20}
+    strategy = FineTuned(fraction_train=0.0, **options)
+    found = play(strategy, app, 2, START, 1, RATE).evaluate()
+    assert found["best-epochs"] == 0
+
+
+# With a real model ------------------------------------------------------------------
+
+
+def run(task, initial, strategy, half, rounds=2):
+    grid = LocalGrid(client_app(task, half), 4, {"batch-size": 5, "lr": 0.1})
+    return strategy.start(grid, initial, num_rounds=rounds)
+
+
+def test_no_epoch_is_fedavg_in_every_metric(task, initial):
+    options = {"fraction_train": 0.5, "sampler": UniformSampler(seed=3)}
+    found = run(task, initial, FineTuned(tuning_epochs=0, **options), FineTunedClient)
+    plain = run(task, initial, AdditiveStrategy(**options), ClientHalf)
+    for name, array in plain.arrays.items():
+        assert found.arrays[name].data == array.data
+    for number, metrics in plain.evaluate_metrics_clientapp.items():
+        ours = found.evaluate_metrics_clientapp[number]
+        assert {name: ours[name] for name in metrics} == dict(metrics)
+        assert ours["loss-hurt"] == 0
+    assert found.train_metrics_clientapp == plain.train_metrics_clientapp
+
+
+def test_looking_at_every_epoch_changes_none(task, initial, spied):
+    """With shuffled batches, dropout and BatchNorm, three epochs pass through two."""
+
+    def tuned(epochs):
+        return FineTuned(tuning_epochs=epochs, fraction_train=0.0)
+
+    app, calls = spied(client_app(task, FineTunedClient))
+    grid = LocalGrid(app, 3, {"batch-size": 5, "lr": 0.1})
+    for epochs in (3, 2):
+        tuned(epochs).start(grid, initial, num_rounds=1)
+    metrics = [dict(call.reply["metrics"]) for call in calls]
+    for longer, shorter in zip(metrics[:3], metrics[3:], strict=True):
+        assert longer["epoch-2-loss"] == shorter["loss"]
+        assert longer["epoch-1-loss"] == shorter["epoch-1-loss"]
+        assert longer["loss"] != shorter["loss"] != shorter["received-loss"]
+    assert not any(call.state for call in calls)
+
+
+def test_an_evaluation_leaves_the_training_as_it_was(task, initial):
+    arrays = []
+    for fraction in (1.0, 0.0):
+        strategy = FineTuned(tuning_epochs=2, fraction_evaluate=fraction)
+        arrays.append(run(task, initial, strategy, FineTunedClient, 3).arrays)
+    for name, array in arrays[0].items():
+        assert arrays[1][name].data == array.data
+
+
+def test_who_never_trained_fine_tunes_too(task, initial):
+    strategy = FineTuned(fraction_train=0.25, sampler=UniformSampler(seed=1))
+    metrics = run(task, initial, strategy, FineTunedClient, 1)
+    found = metrics.evaluate_metrics_clientapp[1]
+    assert found["loss-unseen"] != found["received-loss-unseen"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"tuning_epochs": -1},
+            "tuning_epochs=-1 must be an integer >= 0: 0",
+        ),
+        ({"tuning_steps": 0.5}, "tuning_steps=0.5 must be an integer"),
+        (
+            {"tuning_learning_rate": 0.0},
+            "tuning_learning_rate=0.0 must be .*: None",
+        ),
+    ],
+)
+def test_bad_options_are_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        FineTuned(**options)

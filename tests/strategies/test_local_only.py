@@ -1,0 +1,72 @@
+"""Local training: every client by itself, the server's model as it was."""
+
+import numpy as np
+import pytest
+import torch
+
+from flower_ext import client_app
+from flower_ext.client.personal import Personal
+from flower_ext.core.arrays import from_record
+from flower_ext.core.sampling import UniformSampler
+from flower_ext.privacy import Mechanism
+from flower_ext.simulation import LocalGrid
+from flower_ext.strategies import LocalOnly, LocalOnlyClient
+
+CONFIG = {"batch-size": 4, "lr": 0.1}
+
+
+def test_each_client_descends_by_itself(play, point_task):
+    app = client_app(point_task([{"c": [1.0]}, {"c": [5.0]}]), LocalOnlyClient)
+    played = play(LocalOnly(), app, 2, {"w": np.float32(0)}, 4, CONFIG)
+    for number in range(1, 5):
+        gaps = [0.9**number * (0 - c) for c in (1, 5)]
+        expected = np.mean(np.square(gaps)) / 2
+        assert played.evaluate(number)["loss"] == pytest.approx(expected, rel=1e-5)
+        assert played.models[number]["w"] == 0
+
+
+def test_who_is_there_and_who_trains_changes_no_model(task, initial, spied):
+    """A client's model depends on its own rounds only, and it sends none."""
+    kept = []
+    for clients in (3, 5):
+        app, calls = spied(client_app(task, LocalOnlyClient))
+        grid = LocalGrid(app, clients, CONFIG)
+        LocalOnly().start(grid, initial, num_rounds=3)
+        kept.append({c.client: c.state for c in calls if c.kind == "train"})
+        assert not any(call.reply.get("arrays") for call in calls)
+    for client in range(3):
+        assert kept[0][client] == kept[1][client] != kept[1][4]
+
+
+def test_the_unseen_use_the_initial_model(task, initial, spied):
+    app, calls = spied(client_app(task, LocalOnlyClient))
+    grid = LocalGrid(app, 4, CONFIG)
+    strategy = LocalOnly(fraction_train=0.5, sampler=UniformSampler(seed=1))
+    result = strategy.start(grid, initial, num_rounds=2)
+    for name, x in from_record(initial).items():
+        np.testing.assert_array_equal(from_record(result.arrays)[name], x)
+    seen = {call.client for call in calls if call.kind == "train"}
+    assert 1 < len(seen) < 4
+    like = initial.to_torch_state_dict()
+    model = task.model({})
+    for call in calls:
+        if call.kind == "train" or call.server_round < 2:
+            continue
+        own = Personal(call.state).arrays("model", like=like, first=like)
+        model.load_state_dict(own)
+        _, test = task.data(_context(call.client))
+        with torch.no_grad():
+            loss = float(task.loss(model.eval(), test).mean())
+        assert call.reply["metrics"]["loss"] == pytest.approx(loss, rel=1e-6)
+        assert bool(call.state) == (call.client in seen)
+
+
+def _context(client):
+    return type("Context", (), {"node_config": {"partition-id": client}})
+
+
+def test_there_is_nothing_to_protect():
+    plan = {"num_rounds": 1, "num_sampled_clients": 1, "population_size": 1}
+    mechanism = Mechanism(**plan, noise_multiplier=1.0, target_delta=0.1)
+    with pytest.raises(ValueError, match="must be None: nothing is sent that it could"):
+        LocalOnly(mechanism=mechanism)
