@@ -6,6 +6,7 @@ from flower_ext.strategies.bounded_group_loss import (
 )
 from flower_ext.strategies.ditto import Ditto, DittoClient
 from flower_ext.strategies.dpftrl import DPFTRL
+from flower_ext.strategies.fedcurv import FedCurv, FedCurvClient
 from flower_ext.strategies.fedfish import FedFish, FedFishClient
 from flower_ext.strategies.fine_tuned import FineTuned, FineTunedClient
 from flower_ext.strategies.flasc import FLASC, FLASCClient
@@ -20,6 +21,8 @@ __all__ = [
     "Ditto",
     "DittoClient",
     "FLASCClient",
+    "FedCurv",
+    "FedCurvClient",
     "FedFish",
     "FedFishClient",
     "FineTuned",

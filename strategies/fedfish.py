@@ -18,14 +18,20 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Unpack, get_args
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from flower_ext.client.fisher import Batch, SquaredGradients, per_example
-from flower_ext.client.half import ClientHalf, Local
-from flower_ext.client.task import batches, num_examples
+from flower_ext.client.fisher import SquaredGradients
+from flower_ext.client.fisher_half import (
+    ESTIMATOR_KEY,
+    FISHER_KEY,
+    Estimator,
+    FisherHalf,
+    read_fisher,
+)
+from flower_ext.client.half import Local
+from flower_ext.client.task import num_examples
 from flower_ext.client.tensors import tensor_record
 from flower_ext.core.arrays import (
     Arrays,
@@ -36,21 +42,17 @@ from flower_ext.core.arrays import (
     zeros_like,
 )
 from flower_ext.core.contribution import DELTA, Contribution, Total
-from flower_ext.core.errors import at_least, one_of, refuse, yes_or_no
+from flower_ext.core.errors import at_least, one_of, yes_or_no
 from flower_ext.core.protocol import Config, Metrics, Reply, Round, weighted_mean
-from flower_ext.core.replies import MalformedReply
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
 
-FISHER_KEY = "fisher"
 FISHER_DELTA = "fisher-delta"
-ESTIMATOR_KEY = "fisher-estimator"
 BARRIER_KEY = "fedfish-barrier"
 BARRIER = "barrier"
 BARRIER_EXAMPLES = "barrier-examples"
 
-Estimator = Literal["last-epoch", "all-epochs", "per-example", "sampled"]
 Normalization = Literal["client", "none"]
 
 
@@ -139,7 +141,7 @@ def _mean(arrays: Arrays) -> float:
     return total / max(size, 1)
 
 
-class FedFishClient(ClientHalf):
+class FedFishClient(FisherHalf):
     r"""Collects the diagonal Fisher while the client trains.
 
     With the strategy's ``barrier=True`` it also keeps the loss of its trained model on
@@ -149,42 +151,11 @@ class FedFishClient(ClientHalf):
 
     name = "fedfish"
 
-    def __init__(self) -> None:
-        self._gradients: SquaredGradients | None = None
-        self._examples = 0
-
-    def begin(self, local: Local) -> None:
-        """Choose the passes that count."""
-        estimator = local.config.get(ESTIMATOR_KEY, "last-epoch")
-        one_of("estimator", str(estimator), get_args(Estimator))
-        if estimator == "sampled" and local.task.sample_labels is None:
-            refuse("estimator", estimator, "used with a Task that has sample_labels")
-        # The formula wants the Fisher at the client's own solution: the gradients of
-        # the last epoch are nearest to it, those before are skipped.
-        if estimator in ("last-epoch", "all-epochs") and local.num_steps:
-            window = local.num_steps
-            if estimator == "last-epoch":
-                window = min(window, local.steps_per_epoch)
-            self._gradients = SquaredGradients(
-                local.model, window, skip=local.num_steps - window
-            )
-
-    def objective(self, losses: Tensor, batch: Batch) -> Tensor:
-        """Count the examples whose mean is minimised."""
-        self._examples = len(losses)
-        return losses
-
-    def after_backward(self, model: nn.Module) -> None:
-        """Take in the squared gradients."""
-        if self._gradients:
-            self._gradients.add(self._examples)
-
     def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
         """Return the Fisher; keep the loss for the barrier."""
         if local.config.get(BARRIER_KEY, False):
             self.keep_loss(local)
-        fisher = self._gradients.mean() if self._gradients else _afterwards(local)
-        return {FISHER_KEY: tensor_record(fisher)}, {}
+        return {FISHER_KEY: tensor_record(self.fisher(local))}, {}
 
     def keep_loss(self, local: Local) -> None:
         """Keep the loss of the trained model until this round's evaluation."""
@@ -199,20 +170,6 @@ class FedFishClient(ClientHalf):
             return {}
         lost = local.mean_loss(local.train) - kept["loss"]
         return {BARRIER: lost, BARRIER_EXAMPLES: num_examples(local.train)}
-
-
-def _afterwards(local: Local) -> dict[str, Tensor]:
-    """Return the Fisher per example, with the data's labels or sampled ones."""
-    sample = local.task.sample_labels
-    if local.config.get(ESTIMATOR_KEY) != "sampled" or sample is None:
-        data = batches(local.train, local.settings.batch_size)
-        return per_example(local.model, local.task.loss, data)
-    generator = torch.Generator(local.device).manual_seed(local.seed(stream=2))
-    drawn = (
-        sample(local.model, batch, generator)
-        for batch in batches(local.train, local.settings.batch_size)
-    )
-    return per_example(local.model, local.task.loss, drawn)
 
 
 def watch_fisher(
@@ -346,22 +303,7 @@ class FedFish(AdditiveStrategy):
     def contribution(self, reply: Reply, round: Round) -> Contribution:
         r"""Return :math:`\Delta_k`, :math:`F_k` and their product, weighted by n_k."""
         sent, delta = round.sent, reply.delta(round)
-        record = reply.content.array_records.get(FISHER_KEY, ArrayRecord())
-        if unknown := sorted(set(record) - set(sent)):
-            raise MalformedReply(
-                f"ArrayRecord {FISHER_KEY!r} must have names of the model's arrays, "
-                f"unknown {unknown[:5]}: watch_fisher(...).record(arrays) takes those "
-                "of the reply"
-            )
-        # Squares beyond float32 tell nothing, and would overflow in sums of float64.
-        like = {
-            name: np.broadcast_to(np.float32(0), x.shape)
-            for name, x in round.floats.items()
-            if name in record
-        }
-        fisher = reply.arrays(FISHER_KEY, like)
-        if not fisher or any(np.min(f, initial=0) < 0 for f in fisher.values()):
-            raise MalformedReply(f"ArrayRecord {FISHER_KEY!r} must hold squares, >= 0")
+        fisher = read_fisher(reply, round)
         terms: dict[str, Term] = dict(fisher)
         if self.normalization == "client":
             terms = normalized(fisher, sum(x.size for x in sent.values()))

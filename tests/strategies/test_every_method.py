@@ -36,6 +36,8 @@ from flower_ext.strategies import (
     BoundedGroupLossClient,
     Ditto,
     DittoClient,
+    FedCurv,
+    FedCurvClient,
     FedFish,
     FedFishClient,
     FineTuned,
@@ -142,6 +144,12 @@ METHODS = {
         ),
         fedavg={"damping": math.inf},
         private=({}, {"normalization": "client"}),
+    ),
+    "FedCurv": Method(
+        make=FedCurv,
+        half=FedCurvClient,
+        others=({"estimator": "per-example"},),
+        fedavg={"strength": 0.0},
     ),
     "FLASC": Method(
         make=FLASC,

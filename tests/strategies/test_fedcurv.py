@@ -1,0 +1,253 @@
+"""FedCurv: its penalty, whose terms are in it, and runs by the paper's equations."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, RecordDict
+from torch import nn
+
+from flower_ext.client.app import client_app
+from flower_ext.client.personal import Personal
+from flower_ext.core.contribution import Total
+from flower_ext.core.protocol import Round
+from flower_ext.core.sampling import UniformSampler
+from flower_ext.strategies.fedcurv import (
+    SUM,
+    SUM_OF_MODELS,
+    Curvature,
+    FedCurv,
+    FedCurvClient,
+    keep,
+)
+
+# The penalty ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cohort():
+    """Return the Fishers and models of three clients; one knows nothing of one row."""
+    generator = torch.Generator().manual_seed(0)
+    fishers = torch.rand(3, 2, 4, generator=generator)
+    fishers[:, 0, 0] = torch.tensor([0.5, 0.0, 0.0])
+    return fishers, torch.randn(3, 2, 4, generator=generator)
+
+
+def penalty_of(cohort, client=None, strength=0.7, kept_in=1):
+    """Return the penalty that a client makes of the sums over the cohort."""
+    fishers, models = cohort
+    personal = Personal(RecordDict())
+    if client is not None:
+        mine, model = {"weight": fishers[client]}, {"weight": models[client]}
+        keep(personal, mine, model, server_round=kept_in)
+    received = {
+        SUM: {"weight": fishers.sum(0)},
+        SUM_OF_MODELS: {"weight": (fishers * models).sum(0)},
+    }
+    config = ConfigRecord({"fedcurv-round": 1, "fedcurv-strength": strength})
+    return Curvature.of_others(received, personal, config)
+
+
+def gradient_by_definition(cohort, others, weight, strength=0.7):
+    weight = weight.detach().clone().requires_grad_()
+    fishers, models = cohort
+    total = sum((fishers[j] * (weight - models[j]) ** 2).sum() for j in others)
+    (strength * total).backward()
+    return weight.grad
+
+
+@pytest.mark.parametrize(
+    ("client", "kept_in", "others"),
+    [
+        (None, 1, (0, 1, 2)),  # it was never asked
+        (0, 1, (1, 2)),
+        (2, 1, (0, 1)),
+        (2, 0, (0, 1, 2)),  # what it has kept is of a round before: it is not in it
+    ],
+)
+def test_the_pull_is_that_of_the_other_clients(cohort, client, kept_in, others):
+    model = nn.Linear(4, 2, bias=False)
+    penalty = penalty_of(cohort, client, kept_in=kept_in)
+    expected = gradient_by_definition(cohort, others, model.weight)
+    assert torch.all(expected[0, 1:] != 0)
+    penalty(model).backward()
+    torch.testing.assert_close(model.weight.grad, expected, rtol=1e-4, atol=1e-6)
+    # Client 0 alone knows this coordinate.
+    assert (model.weight.grad[0, 0] == 0) == (0 not in others)
+
+
+def test_what_is_left_out_and_was_not_in_the_sum_pulls_nowhere(cohort):
+    fishers, models = cohort
+    model = nn.Linear(4, 2, bias=False)
+    lost = 100 * fishers, models  # of a reply that did not arrive
+    personal = Personal(RecordDict())
+    keep(personal, {"weight": lost[0][1]}, {"weight": models[1]}, 1)
+    received = {SUM: {"weight": fishers[0]}, SUM_OF_MODELS: {"weight": fishers[0]}}
+    config = ConfigRecord({"fedcurv-round": 1, "fedcurv-strength": 1.0})
+    penalty = Curvature.of_others(received, personal, config)(model)
+    penalty.backward()
+    hidden = lost[0][1] >= fishers[0]
+    assert hidden.sum() >= 6
+    assert torch.all(model.weight.grad[hidden] == 0)
+
+
+def test_a_first_round_has_no_penalty():
+    config = ConfigRecord({"fedcurv-round": 0, "fedcurv-strength": 1.0})
+    assert Curvature.of_others({}, Personal(RecordDict()), config) is None
+
+
+# Runs against the paper's equations ---------------------------------------------------
+
+STRENGTH = 0.05
+SOLVE = {"lr": 0.7, "batch-size": 100, "local-steps": 30}
+ZERO = {"weight": np.zeros((1, 2), np.float32)}
+
+
+def quadratics():
+    """Return four clients: their losses have other curvatures and other minima."""
+    rng = np.random.default_rng(0)
+    turn = np.array([[0.8, -0.6], [0.6, 0.8]])
+    for curvatures in ((1.4, 0.6), (0.5, 1.0), (1.0, 1.2), (0.7, 0.5)):
+        orthogonal = np.linalg.qr(rng.normal(size=(12, 2)))[0] * 12**0.5
+        x = orthogonal * np.sqrt(curvatures) @ turn
+        yield {"x": x, "y": x @ rng.normal(size=2) + rng.normal(size=12)}
+
+
+def by_equations(clients, cohorts, strength=STRENGTH, own=0.0):
+    """Return the models of a run in which every client solves its problem exactly.
+
+    ``own`` counts the own terms of a client, which the paper leaves out.
+    """
+    model, last, models = np.zeros(2), {}, []
+    for cohort in cohorts:
+        found = {}
+        for k in cohort:
+            x, y = clients[k]["x"], clients[k]["y"]
+            left, right = x.T @ x / len(x), x.T @ y / len(x)
+            for j, (fisher, theirs) in last.items():
+                factor = 2 * strength * (own if j == k else 1.0)
+                left = left + factor * np.diag(fisher)
+                right = right + factor * fisher * theirs
+            solved = np.linalg.solve(left, right)
+            errors = x @ solved - y
+            found[k] = (np.mean((x * errors[:, None]) ** 2, 0), solved)
+        last = found
+        model = np.mean([solved for _, solved in found.values()], 0)
+        models.append(model)
+    return models
+
+
+def test_runs_are_those_of_the_equations(linear_task, play):
+    clients = list(quadratics())
+    app = client_app(linear_task(clients, 2), FedCurvClient)
+    strategy = FedCurv(strength=STRENGTH, estimator="per-example", fraction_evaluate=0)
+    run = play(strategy, app, 4, ZERO, rounds=7, config=SOLVE)
+    found = [model["weight"][0] for model in run.models[1:]]
+    cohorts = [range(4)] * 40
+    expected = by_equations(clients, cohorts)
+    assert np.array(found) == pytest.approx(np.array(expected[:7]), abs=2e-4)
+    # It has arrived at the fixed point, which is not FedAvg's.
+    assert found[-1] == pytest.approx(expected[-1], abs=2e-3)
+    average = by_equations(clients, cohorts, strength=0.0)[-1]
+    assert np.abs(found[-1] - average).max() > 0.05
+    # Clients that are pulled to their own last models as well take another way.
+    with_own = by_equations(clients, cohorts, own=1.0)
+    assert np.abs(found[2] - with_own[2]).max() > 0.005
+
+
+def test_a_client_that_was_not_in_the_last_cohort_leaves_nothing_out(
+    linear_task, play, spied
+):
+    clients = list(quadratics())
+    app, calls = spied(client_app(linear_task(clients, 2), FedCurvClient))
+    strategy = FedCurv(
+        strength=STRENGTH,
+        estimator="per-example",
+        fraction_train=0.5,
+        fraction_evaluate=0,
+        sampler=UniformSampler(seed=2),
+    )
+    run = play(strategy, app, 4, ZERO, rounds=6, config=SOLVE)
+    cohorts = [[c.client for c in calls if c.server_round == r] for r in range(1, 7)]
+    pairs = list(zip(cohorts, cohorts[1:], strict=False))
+    # Some were in it, some were not, and some have kept terms of an earlier round.
+    assert any(set(a) & set(b) for a, b in pairs)
+    assert any(set(b) - set(a) for a, b in pairs)
+    for found, model in zip(
+        run.models[1:], by_equations(clients, cohorts), strict=True
+    ):
+        assert found["weight"][0] == pytest.approx(model, abs=2e-4)
+
+
+def test_free_estimates_see_the_penalty_and_so_vanish_at_the_solution(
+    linear_task, play
+):
+    # One batch: its squared gradient is 0 at the solution of the whole objective.
+    app = client_app(linear_task(list(quadratics()), 2), FedCurvClient)
+    run = play(FedCurv(strength=STRENGTH), app, 4, ZERO, rounds=2, config=SOLVE)
+    assert run.train(2)["fisher-largest"] < 1e-8
+
+
+# The server ---------------------------------------------------------------------------
+
+
+def test_sums_that_noise_hides_pull_nowhere():
+    sent = {"w": np.float32([1.0, 1.0, 1.0])}
+    total = Total(
+        arrays={
+            "fisher": {"w": np.array([3.0, 0.4, -2.0])},
+            "fisher-delta": {"w": np.array([6.0, 5.0, 5.0])},
+        },
+        noise={"fisher": 0.5},
+    )
+    strategy = FedCurv()
+    strategy.advance(total, Round(1, sent))
+    payload = strategy.payload(None, Round(2, sent))
+    assert payload.beside[SUM]["w"].tolist() == [3.0, 0.0, 0.0]
+    assert payload.beside[SUM_OF_MODELS]["w"].tolist() == [9.0, 0.0, 0.0]
+    assert not strategy.payload(None, Round(2, sent, phase="evaluate")).beside
+
+
+def test_sums_that_are_not_finite_are_not_taken_over(caplog):
+    strategy, sent = FedCurv(), {"w": np.float32([1e20])}
+    for number, fisher in ((1, 2.0), (2, 1e38)):
+        arrays = {
+            "fisher": {"w": np.array([fisher])},
+            "fisher-delta": {"w": np.array([0.0])},
+        }
+        strategy.advance(Total(arrays=arrays), Round(number, sent))
+    assert "round 2: sums of Fishers are not finite" in caplog.text
+    assert strategy.payload(None, Round(3, sent)).beside[SUM]["w"].tolist() == [2.0]
+    assert strategy.tell(Round(3, sent))["fedcurv-round"] == 1
+
+
+def test_a_client_that_diverges_says_so_and_keeps_what_it_had(linear_task, play):
+    app = client_app(linear_task(list(quadratics()), 2), FedCurvClient)
+    strategy = FedCurv(estimator="per-example")
+    with pytest.raises(Exception, match="training diverged: strength times"):
+        play(strategy, app, 4, ZERO, config={**SOLVE, "lr": 1e5})
+
+
+def test_summary_logs_the_settings(caplog):
+    caplog.set_level(logging.INFO, logger="flwr")
+    FedCurv(strength=0.25, estimator="sampled").summary()
+    assert "Strength: 0.25" in caplog.text
+    assert "Fisher: sampled" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"strength": -0.1},
+            r"strength=-0\.1 must be a finite number >= 0: 0 is FedAvg",
+        ),
+        ({"strength": float("inf")}, "strength=inf must be a"),
+        ({"strength": "1"}, "strength='1' must be a finite number >= 0"),
+        ({"estimator": "exact"}, "estimator='exact' must be one of"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FedCurv(**options)
