@@ -245,8 +245,9 @@ class FedCurv(AdditiveStrategy):
         # Under a mechanism all weights are 1, and further ones would need a share of
         # the clipping norm.
         own = {} if round.private else {FISHER_KEY: 1.0, FISHER_DELTA: 1.0}
-        parts = {DELTA: delta, FISHER_KEY: fisher, FISHER_DELTA: product}
-        return Contribution(parts, weights=own)
+        return Contribution(
+            {DELTA: delta, FISHER_KEY: fisher, FISHER_DELTA: product}, weights=own
+        )
 
     def zero(self, sent: Arrays) -> Contribution:
         """Return no change that nobody knows anything of."""
