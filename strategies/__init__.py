@@ -8,6 +8,7 @@ from flower_ext.strategies.ditto import Ditto, DittoClient
 from flower_ext.strategies.dpftrl import DPFTRL
 from flower_ext.strategies.fedcurv import FedCurv, FedCurvClient
 from flower_ext.strategies.fedfish import FedFish, FedFishClient
+from flower_ext.strategies.fedper import FedPer, FedPerClient
 from flower_ext.strategies.fine_tuned import FineTuned, FineTunedClient
 from flower_ext.strategies.flasc import FLASC, FLASCClient
 from flower_ext.strategies.local_only import LocalOnly, LocalOnlyClient
@@ -27,6 +28,8 @@ __all__ = [
     "FedFishClient",
     "FineTuned",
     "FineTunedClient",
+    "FedPer",
+    "FedPerClient",
     "LocalOnly",
     "LocalOnlyClient",
     "MaxFL",

@@ -96,6 +96,9 @@ def test_a_stock_app_is_told_the_lines_that_work(app, capsys):
     assert "mods=[encoded()]" in flasc
     assert "describe_arrays=True" in flasc
     assert "needs these lines, to be completed" in parts["MaxFL"]
+    per = parts["FedPer"]
+    assert "which were tried (2 clients" in per
+    assert "+app = ClientApp(mods=[keep_at_home()])" in per
     assert everything(app) == before
     assert sys.path == path
     assert "quickstart.client_app" not in sys.modules.keys() - modules.keys()

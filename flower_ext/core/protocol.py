@@ -113,6 +113,9 @@ class Round:
     trained : frozenset of int
         Places of the clients that have been asked to train so far, in this run and
         those that it continues; empty where ``cohort`` is.
+    answered : frozenset of int
+        Those of them that have answered, and so have kept what their half keeps; empty
+        where ``cohort`` is.
     ties : dict[str, str]
         Further names of tied tensors with the first name of each, where known.
     upload : Decoder, optional
@@ -127,6 +130,7 @@ class Round:
     private: bool = False
     cohort: Sequence[int] = ()
     trained: frozenset[int] = frozenset()
+    answered: frozenset[int] = frozenset()
     ties: Ties = field(default_factory=dict)
     upload: Decoder | None = None
 

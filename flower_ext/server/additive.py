@@ -292,7 +292,7 @@ class AdditiveStrategy(RoundStrategy):
         round, cohorts = self._core.rounds["train"], self._core.cohorts
         return Summand(
             bare,
-            replace(round, cohort=(), trained=frozenset()),
+            replace(round, cohort=(), trained=frozenset(), answered=frozenset()),
             # Of all nodes where a worker may not know who else is in the cohort.
             cohorts.places if self._hides_cohorts else dict(cohorts.asked["train"]),
             self._keys,

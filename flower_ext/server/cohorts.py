@@ -31,6 +31,8 @@ class Cohorts:
         The number of the round for which a cohort was last drawn, by phase.
     trained : set of int
         The places of the clients that have been asked to train.
+    answered : set of int
+        Those of them that have answered, with no error.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -40,6 +42,7 @@ class Cohorts:
         self.number = 0
         self.drawn: dict[Phase, int] = {}
         self.trained: set[int] = set()
+        self.answered: set[int] = set()
 
     def draw(
         self,

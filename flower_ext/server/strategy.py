@@ -426,9 +426,13 @@ class RoundStrategy(FedAvg):
         config["server-round"] = server_round  # where Flower's strategies leave it
         hidden = self._hides_cohorts
         places = [] if hidden else list(cohort.values())  # a hook could tell of them
-        seen = frozenset() if hidden else frozenset(self._core.cohorts.trained)
+        cohorts = self._core.cohorts
+        seen, done = (
+            frozenset() if hidden else frozenset(places)
+            for places in (cohorts.trained, cohorts.answered)
+        )
         round = self._round_of(server_round, sent, phase, places)
-        round = replace(round, trained=seen)
+        round = replace(round, trained=seen, answered=done)
         round = replace(round, told={**config, **self.tell(round)})
         kinds = {node: self.variant(client, round) for node, client in cohort.items()}
         uploads = self._uploads(dict.fromkeys(kinds.values()), round)
@@ -522,6 +526,10 @@ class RoundStrategy(FedAvg):
             for line in "\n".join(sorted_.errors).splitlines():
                 if WRONG_HALF in line:
                     raise InconsistentMessageReplies(line)
+        if not quiet:
+            asked = self._core.cohorts.asked["train"]
+            nodes = (message.metadata.src_node_id for message in sorted_.usable)
+            self._core.cohorts.answered.update(asked[node] for node in nodes)
         found = self._combine(sorted_.usable, sorted_.dropped)
         metrics = MetricRecord()
         if self._tells_metrics:
@@ -642,11 +650,12 @@ class RoundStrategy(FedAvg):
 
         Then the optimizer's moments stay as they were.
         """
-        for name, x in sent.items():  # what is absent does not move
-            direction.setdefault(name, np.zeros(x.shape))
+        absent = {name: x for name, x in sent.items() if name not in direction}
+        direction |= {name: np.zeros(x.shape) for name, x in absent.items()}
         optimizer = self.server_optimizer
         before = copy.deepcopy(optimizer.state_dict())
         new = optimizer.step(sent, direction)
+        new |= absent  # what is absent does not move, by weight decay neither
         moments = (x for slot in optimizer.state_dict().values() for x in slot.values())
         if finite_or_unchanged(new, sent) and all_finite(moments):
             return new
@@ -764,6 +773,7 @@ class RoundStrategy(FedAvg):
             "tied": self._core.tied,
             # Who has taken part is as secret as the cohorts.
             "trained": [] if self._hides_cohorts else sorted(cohorts.trained),
+            "answered": [] if self._hides_cohorts else sorted(cohorts.answered),
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
@@ -779,6 +789,7 @@ class RoundStrategy(FedAvg):
         self.server_optimizer.load_state_dict(moments)
         self._core.tied = cast("Ties | None", state["tied"])
         self._core.cohorts.trained = set(cast("list[int]", state["trained"]))
+        self._core.cohorts.answered = set(cast("list[int]", state["answered"]))
 
     def summary(self) -> None:
         """Log the settings."""

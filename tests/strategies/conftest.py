@@ -66,9 +66,9 @@ def _draw_labels(model, batch, generator):
 def linear_task():
     """Make linear regression with unit Gaussian noise: ``0.5 * (y - x @ w) ** 2``."""
 
-    def make(clients, features):
+    def make(clients, features, bias=False):
         return Task(
-            lambda config: nn.Linear(features, 1, bias=False),
+            lambda config: nn.Linear(features, 1, bias),
             _pick(clients),
             _half_squares,
             sample_labels=_draw_labels,

@@ -40,6 +40,8 @@ from flower_ext.strategies import (
     FedCurvClient,
     FedFish,
     FedFishClient,
+    FedPer,
+    FedPerClient,
     FineTuned,
     FineTunedClient,
     FLASCClient,
@@ -229,6 +231,7 @@ METHODS = {
         refuses=(({}, "nothing is sent"),),
         moves=False,
     ),
+    "FedPer": Method(make=FedPer, half=FedPerClient, options={"personal": "*bias"}),
 }
 # The columns' parameters: rows, rows with each of their options, private variants.
 ROWS = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
@@ -475,7 +478,7 @@ def test_a_limit_is_fedavg(row, equal_app, initial):
 
 # Under a mechanism ------------------------------------------------------------------
 
-LINE = {"weight": np.zeros((1, 2), np.float32)}
+LINE = {"weight": np.zeros((1, 2), np.float32), "bias": np.zeros(1, np.float32)}
 
 
 @pytest.fixture
@@ -490,7 +493,7 @@ def line(linear_task):
         }
         for i in range(3)
     ]
-    app = client_app(linear_task(data, 2), *HALVES)
+    app = client_app(linear_task(data, 2, bias=True), *HALVES)
     return partial(LocalGrid, app, 3, {"lr": 0.05, "batch-size": 5})
 
 
