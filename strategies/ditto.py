@@ -35,6 +35,7 @@ class DittoClient(ClientHalf):
 
     name = "ditto"
     num_trainings = 2
+    keeps = True
     post_processing = True  # sent and kept are trained models, and nothing else
     compares = True
 

@@ -23,6 +23,7 @@ class LocalOnlyClient(ClientHalf):
     """
 
     name = "local-only"
+    keeps = True
     post_processing = True  # nothing is sent, and what is kept is the trained model
 
     def receive(self, local: Local, arrays: Tensors) -> Tensors:

@@ -52,6 +52,7 @@ from flower_ext.core.protocol import (
     ARRAYS_KEY,
     CLIENT_HALF_KEY,
     CONFIG_KEY,
+    HAS_STATE,
     METRICS_KEY,
     RECEIVED,
     RUN_KEY,
@@ -171,6 +172,8 @@ def client_app(
                 }
                 if half.compares:
                     values |= {RECEIVED + name: x for name, x in received.items()}
+                if half.keeps:
+                    values[HAS_STATE] = float(any(local.personal))
                 values = half.release(local.session.report_evaluation(values))
             content = RecordDict({METRICS_KEY: MetricRecord(values)})
             local.session.end()

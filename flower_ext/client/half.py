@@ -471,6 +471,10 @@ class ClientHalf:
     #: Whether an evaluation also tells how the received model does, with metrics
     #: ``received-loss`` and the like: what the server compares a personal model with.
     compares: ClassVar[bool] = False
+    #: Whether it is of no use without what it kept in earlier rounds. A
+    #: :class:`~flower_ext.server.personal.PersonalStrategy` then warns where clients
+    #: have trained and have kept nothing, as on a grid without clients' states.
+    keeps: ClassVar[bool] = False
 
     def make_model(
         self, task: Task, run_config: UserConfig, config: ConfigRecord

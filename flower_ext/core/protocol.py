@@ -55,6 +55,8 @@ ACCOUNT_PREFIX = "account/"
 
 # Metrics of the received model, beside those of the personal one that is evaluated.
 RECEIVED = "received-"
+# Whether a client has kept anything from its trainings, where its half needs that.
+HAS_STATE = "has-personal-state"
 
 # Part of a client's error: the server recognises by it that the app lacks a half.
 WRONG_HALF = "the strategy needs the client half"

@@ -6,11 +6,20 @@ personalization in federated learning", arXiv 2206.09262.
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from logging import WARNING
 from typing import ClassVar
 
 import numpy as np
 
-from flower_ext.core.protocol import RECEIVED, Metrics, Reply, Round, means_by_kind
+from flower_ext._flower import log
+from flower_ext.core.protocol import (
+    HAS_STATE,
+    RECEIVED,
+    Metrics,
+    Reply,
+    Round,
+    means_by_kind,
+)
 from flower_ext.server.additive import AdditiveStrategy
 
 # Metrics whose names end so are the better the smaller; of others, the larger.
@@ -77,16 +86,23 @@ class PersonalStrategy(AdditiveStrategy):
     Notes
     -----
     Under a mechanism clients' metrics are withheld, and these with them.
+
+    Where all seen clients say in an evaluation that they have kept nothing, though
+    their half needs it (:attr:`~flower_ext.client.half.ClientHalf.keeps`), the log
+    says so, once.
     """
 
     #: Metrics of an evaluation that are no property of a client's model.
     not_spread: ClassVar[tuple[str, ...]] = ()
+    _said = False
 
     def measured(
         self, replies: Sequence[Reply], round: Round
     ) -> list[tuple[str, dict[str, float]]]:
         """Return each client's kind and metrics, as :func:`spread` wants them."""
-        left_out = {self.weighted_by_key, *self.not_spread, *self.consumed_metrics}
+        self._require_states(replies, round)
+        left_out = {self.weighted_by_key, HAS_STATE}
+        left_out |= {*self.not_spread, *self.consumed_metrics}
         return [
             (
                 "seen" if reply.client in round.trained else "unseen",
@@ -98,3 +114,21 @@ class PersonalStrategy(AdditiveStrategy):
     def report_evaluate(self, replies: Sequence[Reply], round: Round) -> Metrics:
         """Return the spread of the clients' metrics."""
         return spread(self.measured(replies, round))
+
+    def _require_states(self, replies: Sequence[Reply], round: Round) -> None:
+        """Say once if clients that should have kept something have kept nothing."""
+        told = [
+            reply.numbers()[HAS_STATE]
+            for reply in replies
+            if reply.client in round.trained and HAS_STATE in reply.numbers()
+        ]
+        if told and not any(told) and not self._said:
+            self._said = True
+            problem = (
+                "PERSONAL STATE IS LOST: none of the %s clients that have been asked "
+                "to train and now evaluate has kept anything, and %s needs what they "
+                "keep. The grid must keep each client's context.state from message to "
+                "message, as LocalGrid, PackedGrid and Flower's own grids do; nodes "
+                "that are started again have lost theirs"
+            )
+            log(WARNING, problem, len(told), type(self).__name__)

@@ -48,6 +48,7 @@ from flower_ext.core.arrays import (
 from flower_ext.core.errors import fraction, refuse, whole
 from flower_ext.core.protocol import (
     CLIENT_HALF_KEY,
+    HAS_STATE,
     WRONG_HALF,
     Config,
     Metrics,
@@ -699,7 +700,7 @@ class RoundStrategy(FedAvg):
             [reply.content for reply in used],
             self.weighted_by_key,
             self.evaluate_metrics_aggr_fn,
-            self.consumed_metrics,
+            (*self.consumed_metrics, HAS_STATE),
         )
         try:
             metrics.update(self.report_evaluate(used, self._core.rounds["evaluate"]))

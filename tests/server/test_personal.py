@@ -1,5 +1,7 @@
 """How metrics of personal models are spread over clients."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from flwr.app import Message, MetricRecord, RecordDict
@@ -90,3 +92,37 @@ def test_metrics_that_are_beyond_all_bounds_do_not_end_a_run(initial):
     strategy = PersonalStrategy(fraction_train=0.0)
     result = strategy.start(LocalGrid(app, 3), initial, num_rounds=1)
     assert "loss" in result.evaluate_metrics_clientapp[1]
+
+
+class Keeping(ClientHalf):
+    """Keeps its model."""
+
+    name = "keeping"
+    keeps = True
+
+    def after_training(self, local):
+        local.personal.save(model=local.end)
+
+
+@pytest.mark.parametrize("loses", [False, True])
+def test_a_grid_that_keeps_no_state_is_named_once(task, initial, caplog, loses):
+    class Kept(PersonalStrategy):
+        client_half = Keeping
+
+    app = inner = client_app(task, Keeping)
+    if loses:
+        app = ClientApp()
+        for register in (app.train(), app.evaluate()):
+            register(lambda message, context: inner(message, forgotten(context)))
+    grid = LocalGrid(app, 3, {"batch-size": 20})
+    strategy = Kept(fraction_train=0.4, sampler=UniformSampler(seed=1))
+    metrics = strategy.start(grid, initial, num_rounds=3).evaluate_metrics_clientapp
+    text = "none of the 2 clients that have been asked to train and now evaluate"
+    assert caplog.text.count("PERSONAL STATE IS LOST") == loses
+    assert (text in caplog.text) == loses
+    assert not any("has-personal-state" in name for name in metrics[3])
+
+
+def forgotten(context):
+    """Return the context of a client that has just been started."""
+    return replace(context, state=RecordDict())

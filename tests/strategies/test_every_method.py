@@ -22,11 +22,13 @@ from tampering import tamper
 
 from flower_ext import AdditiveStrategy, Task, Tracker, client_app
 from flower_ext.client.half import ClientHalf
+from flower_ext.client.personal import PERSONAL
 from flower_ext.core.arrays import Lazy, from_record, to_record
 from flower_ext.core.contribution import Contribution
 from flower_ext.core.sampling import MinSeparationSampler
 from flower_ext.privacy import AdaptiveClipping, Mechanism
 from flower_ext.server.optimizers import SGD, Adam
+from flower_ext.server.personal import PersonalStrategy
 from flower_ext.server.tracking import read_metrics
 from flower_ext.simulation import LocalGrid, PackedGrid
 from flower_ext.strategies import (
@@ -474,6 +476,87 @@ def test_a_limit_is_fedavg(row, equal_app, initial):
         np.testing.assert_allclose(limit[name], x, rtol=1e-5, atol=1e-7)
     if row.fedavg:
         assert max(np.abs(usual[name] - x).max() for name, x in floats.items()) > 1e-6
+
+
+# Personal state ---------------------------------------------------------------------
+
+PERSONAL_ROWS = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=name)
+        for name, row in METHODS.items()
+        if isinstance(row.plain(), PersonalStrategy)
+    ],
+)
+
+
+class TappedGrid(LocalGrid):
+    """Keeps the contents of all messages, both ways."""
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        self.seen = [*getattr(self, "seen", []), *messages, *replies]
+        return replies
+
+
+def large(state):
+    """Return the personal arrays of real numbers, and the bytes of their values."""
+    found = {}
+    for key, record in state.array_records.items():
+        if key.startswith(PERSONAL):
+            for name, x in from_record(record).items():
+                if x.dtype.kind == "f" and x.size > 1:
+                    found[key, name] = x.tobytes()
+    return found
+
+
+@PERSONAL_ROWS
+def test_personal_state_never_travels(row, app, initial):
+    """Neither what clients have kept nor what they keep next is in any message."""
+    grid = TappedGrid(app, 3, CONFIG)
+    row.plain().start(grid, initial, num_rounds=1)
+    rng = np.random.default_rng(0)
+    secrets = {}
+    for client in range(3):
+        state = grid.states.read(client)
+        if not row.half.keeps:
+            assert not large(state)
+        # What they have kept is replaced by what nobody else can have.
+        for key, name in large(state):
+            x = from_record(state[key])[name]
+            noise = rng.normal(x, 0.01).astype(x.dtype)
+            secrets[client, key, name] = noise.tobytes()
+            state[key][name] = type(state[key][name])(noise)
+        grid.states.write(client, state)
+    grid.seen = []
+    row.plain().start(grid, initial, num_rounds=1)
+    after = {
+        (c, *k): x for c in range(3) for k, x in large(grid.states.read(c)).items()
+    }
+    assert bool(secrets) == bool(after) == row.half.keeps
+    sent = [
+        array.data
+        for message in grid.seen
+        for record in message.content.array_records.values()
+        for array in record.values()
+    ]
+    assert len(grid.seen) == 12 and sent
+    for key, secret in (*secrets.items(), *after.items()):
+        assert not any(secret in data for data in sent), key
+
+
+@PERSONAL_ROWS
+def test_who_never_trained_is_evaluated(row, app, initial):
+    grid = TappedGrid(app, 3, CONFIG)
+    result = row.plain(fraction_train=0.0).start(grid, initial, num_rounds=1)
+    replies = grid.seen[-3:]
+    assert all(reply.has_content() for reply in replies)
+    metrics = result.evaluate_metrics_clientapp[1]
+    assert math.isfinite(metrics["loss-unseen"]) and metrics["accuracy-unseen"] >= 0
+    assert "loss-seen" not in metrics
+    # An evaluation changes nothing.
+    assert not any(large(grid.states.read(client)) for client in range(3))
 
 
 # Under a mechanism ------------------------------------------------------------------
