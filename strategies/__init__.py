@@ -13,10 +13,12 @@ from flower_ext.strategies.fine_tuned import FineTuned, FineTunedClient
 from flower_ext.strategies.flasc import FLASC, FLASCClient
 from flower_ext.strategies.local_only import LocalOnly, LocalOnlyClient
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient
+from flower_ext.strategies.mrmtl import MRMTL, MRMTLClient
 
 __all__ = [
     "DPFTRL",
     "FLASC",
+    "MRMTL",
     "BoundedGroupLoss",
     "BoundedGroupLossClient",
     "Ditto",
@@ -32,6 +34,7 @@ __all__ = [
     "FedPerClient",
     "LocalOnly",
     "LocalOnlyClient",
+    "MRMTLClient",
     "MaxFL",
     "MaxFLClient",
 ]

@@ -75,7 +75,7 @@ class AdditiveStrategy(RoundStrategy):
     """
 
     #: Whether all clients with examples weigh the same, whatever number they have.
-    equal_weights: ClassVar[bool] = False
+    equal_weights: bool = False
     #: Whether contributions have a weight of their own: ``Contribution(weight=...)``.
     declares_weight: ClassVar[bool] = False
     #: Shapes of the contribution's scalars, by name.

@@ -13,7 +13,7 @@ then needs the memory of a few models, however large the cohort is.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
@@ -34,7 +34,7 @@ class Contributing(Protocol):
     """What a worker needs of a strategy."""
 
     #: Whether clients that have examples all weigh the same.
-    equal_weights: ClassVar[bool]
+    equal_weights: bool
 
     def contribution(self, reply: Reply, round: Round) -> Contribution:
         """Return one client's term."""

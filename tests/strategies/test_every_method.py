@@ -34,6 +34,7 @@ from flower_ext.simulation import LocalGrid, PackedGrid
 from flower_ext.strategies import (
     DPFTRL,
     FLASC,
+    MRMTL,
     BoundedGroupLoss,
     BoundedGroupLossClient,
     Ditto,
@@ -51,6 +52,7 @@ from flower_ext.strategies import (
     LocalOnlyClient,
     MaxFL,
     MaxFLClient,
+    MRMTLClient,
 )
 from flower_ext.strategies.flasc import Tier
 from flower_ext.testing import check_strategy
@@ -234,6 +236,14 @@ METHODS = {
         moves=False,
     ),
     "FedPer": Method(make=FedPer, half=FedPerClient, options={"personal": "*bias"}),
+    "MRMTL": Method(
+        make=MRMTL,
+        half=MRMTLClient,
+        options={"strength": 2.0},
+        others=({"strength": 0.0, "weights": "equal"}, {"strength": math.inf}),
+        fedavg={"strength": math.inf},
+        private=({}, {"weights": "equal"}),
+    ),
 }
 # The columns' parameters: rows, rows with each of their options, private variants.
 ROWS = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
