@@ -11,6 +11,7 @@ from flower_ext.strategies.fedfish import FedFish, FedFishClient
 from flower_ext.strategies.fedper import FedPer, FedPerClient
 from flower_ext.strategies.fine_tuned import FineTuned, FineTunedClient
 from flower_ext.strategies.flasc import FLASC, FLASCClient
+from flower_ext.strategies.hypcluster import HypCluster, HypClusterClient
 from flower_ext.strategies.local_only import LocalOnly, LocalOnlyClient
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient
 from flower_ext.strategies.mrmtl import MRMTL, MRMTLClient
@@ -32,6 +33,8 @@ __all__ = [
     "FineTunedClient",
     "FedPer",
     "FedPerClient",
+    "HypCluster",
+    "HypClusterClient",
     "LocalOnly",
     "LocalOnlyClient",
     "MRMTLClient",

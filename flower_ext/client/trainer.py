@@ -8,14 +8,16 @@ each training.
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 
 from flower_ext.client.seeds import same_generators, seed_all
+from flower_ext.client.several import choose
 from flower_ext.client.task import Batch, example_losses, num_examples, per_example
+from flower_ext.client.tensors import Tensors
 from flower_ext.core.protocol import Metrics
 
 if TYPE_CHECKING:
@@ -114,6 +116,10 @@ class Session:
 
     def measures(self) -> None:
         """Refuse that a half is shown a loss, where that would not be private."""
+
+    def choose(self, local: "Local", models: Sequence[Tensors]) -> int:
+        """Return which of several models loses least on the training data."""
+        return choose([local.loss_of(arrays) for arrays in models])
 
     def report(self, metrics: Metrics) -> Metrics:
         """Return the metrics of a reply to training, with those of the trainer."""

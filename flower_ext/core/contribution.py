@@ -20,6 +20,8 @@ from flower_ext.core.arrays import (
 )
 from flower_ext.core.typing import Floats
 
+# The change of the model. Parts "delta-..." are changes too, each of arrays of its own,
+# such as those of one of several models.
 DELTA = "delta"
 # Under a mechanism weights and counts are pieces of the clipped vector, with these
 # names, under which ``Mechanism(scales=...)`` may scale them too.
@@ -110,10 +112,11 @@ class Contribution:
         A change of no weight moves nothing, however large it is. One of a tiny count
         may move a coordinate far, which nobody else has.
         """
-        moves = self.weight_of(DELTA) != 0
-        change = self.arrays.get(DELTA, {}) if moves else {}
-        counts = self.counts.get(DELTA, {}) if moves else {}
-        return self.is_finite() and can_move(sent, _per_count(change, counts))
+        return self.is_finite() and all(
+            can_move(sent, _per_count(change, self.counts.get(part, {})))
+            for part, change in self.arrays.items()
+            if _is_change(part) and self.weight_of(part) != 0
+        )
 
     def pieces(self) -> Iterator[tuple[str, Term]]:
         """Yield arrays as ``part/name``, counts likewise, and scalars by name."""
@@ -265,15 +268,18 @@ class Total:
 
     def can_move(self, sent: Arrays) -> bool:
         """Whether all is finite, and the model can take the mean change."""
-        weight = self.weights.get(DELTA, self.weight)
+        return self.is_finite() and all(
+            self._can_move(sent, part) for part in self.arrays if _is_change(part)
+        )
+
+    def _can_move(self, sent: Arrays, part: str) -> bool:
+        weight = self.weights.get(part, self.weight)
         mean = 1 / weight if weight > 0 else 1.0
-        change, counts = self.arrays.get(DELTA, {}), self.counts.get(DELTA, {})
+        change, counts = self.arrays[part], self.counts.get(part, {})
         plain = {name: x for name, x in change.items() if name not in counts}
         counted = {name: x for name, x in change.items() if name in counts}
-        return (
-            self.is_finite()
-            and can_move(sent, plain, mean)
-            and can_move(sent, _per_count(counted, counts))
+        return can_move(sent, plain, mean) and can_move(
+            sent, _per_count(counted, counts)
         )
 
     def take(self, part: str = DELTA) -> Arrays:
@@ -295,6 +301,10 @@ class Total:
                 for name, x in self.take(part).items()
             }
         return dict(self._means[part])
+
+
+def _is_change(part: str) -> bool:
+    return part == DELTA or part.startswith(f"{DELTA}-")
 
 
 def _per_count(

@@ -82,7 +82,7 @@ class AdditiveStrategy(RoundStrategy):
     scalars: Mapping[str, tuple[int, ...]] = {}
     #: Under a mechanism, factors that are applied to parts and scalars before clipping
     #: and undone afterwards; they bring all to about the size of the change.
-    scales: ClassVar[Mapping[str, float]] = {}
+    scales: Mapping[str, float] = {}
 
     def __init__(
         self,

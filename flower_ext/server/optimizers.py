@@ -76,7 +76,8 @@ class ServerOptimizer(ABC):
             The model that the cohort received; not changed.
         direction : dict[str, ndarray]
             What to add to it, float64, same names and shapes; consumed, array by
-            array, so that no second model is held in memory.
+            array, so that no second model is held in memory. Arrays of other rounds
+            that are not among them keep their state.
 
         Returns
         -------
@@ -393,14 +394,11 @@ class TorchOptimizer(ServerOptimizer):
         optimizer = self.factory(parameters.values())
         self._restore(optimizer, parameters)
         optimizer.step()
-        self.state = {
-            slot: {
-                name: optimizer.state[parameter][slot].numpy()
-                for name, parameter in parameters.items()
-                if isinstance(optimizer.state[parameter].get(slot), torch.Tensor)
-            }
-            for slot in {k for s in optimizer.state.values() for k in s}
-        }
+        # The moments of arrays that do not move in this round stay as they are.
+        for name, parameter in parameters.items():
+            for slot, value in optimizer.state[parameter].items():
+                if isinstance(value, torch.Tensor):
+                    self.state.setdefault(slot, {})[name] = value.numpy()
         return {
             name: parameters[name].detach().numpy().astype(array.dtype)
             if name in parameters
@@ -414,10 +412,9 @@ class TorchOptimizer(ServerOptimizer):
         parameters: dict[str, torch.nn.Parameter],
     ) -> None:
         for slot, arrays in self.state.items():
-            for name, value in arrays.items():
-                optimizer.state[parameters[name]][slot] = torch.from_numpy(
-                    np.array(value)
-                )
+            for name in arrays.keys() & parameters.keys():
+                kept = torch.from_numpy(np.array(arrays[name]))
+                optimizer.state[parameters[name]][slot] = kept
 
     @property
     def kind(self) -> str:

@@ -649,14 +649,13 @@ class RoundStrategy(FedAvg):
     def _move(self, sent: Arrays, direction: Arrays) -> Arrays | None:
         """Return the new model, or None if it, or the optimizer, does not stay finite.
 
-        Then the optimizer's moments stay as they were.
+        Then the optimizer's moments stay as they were. An array that is absent from the
+        direction stays as it is, and so do its moments.
         """
-        absent = {name: x for name, x in sent.items() if name not in direction}
-        direction |= {name: np.zeros(x.shape) for name, x in absent.items()}
         optimizer = self.server_optimizer
         before = copy.deepcopy(optimizer.state_dict())
-        new = optimizer.step(sent, direction)
-        new |= absent  # what is absent does not move, by weight decay neither
+        moving = {name: x for name, x in sent.items() if name in direction}
+        new = {**sent, **(optimizer.step(moving, direction) if moving else {})}
         moments = (x for slot in optimizer.state_dict().values() for x in slot.values())
         if finite_or_unchanged(new, sent) and all_finite(moments):
             return new

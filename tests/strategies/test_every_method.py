@@ -23,9 +23,10 @@ from tampering import tamper
 from flower_ext import AdditiveStrategy, Task, Tracker, client_app
 from flower_ext.client.half import ClientHalf
 from flower_ext.client.personal import PERSONAL
-from flower_ext.core.arrays import Lazy, from_record, to_record
-from flower_ext.core.contribution import Contribution
+from flower_ext.core.arrays import Arrays, Lazy, from_record, is_parameter, to_record
+from flower_ext.core.contribution import WEIGHT_OF, Contribution
 from flower_ext.core.sampling import MinSeparationSampler
+from flower_ext.core.several import stack
 from flower_ext.privacy import AdaptiveClipping, Mechanism
 from flower_ext.server.optimizers import SGD, Adam
 from flower_ext.server.personal import PersonalStrategy
@@ -48,6 +49,8 @@ from flower_ext.strategies import (
     FineTuned,
     FineTunedClient,
     FLASCClient,
+    HypCluster,
+    HypClusterClient,
     LocalOnly,
     LocalOnlyClient,
     MaxFL,
@@ -98,6 +101,8 @@ class Method:
         Whether it has codecs of its own.
     moves : bool
         Whether the server's model moves; if not, only clients' own models do.
+    start : callable
+        ``(arrays of one model, strategy) -> arrays`` that the strategy starts from.
     """
 
     make: Callable[..., AdditiveStrategy]
@@ -110,6 +115,11 @@ class Method:
     takes_plan: bool = False
     has_codecs: bool = False
     moves: bool = True
+    start: Callable[[Arrays, AdditiveStrategy], Arrays] = lambda model, _: model
+
+    def initial(self, record, strategy):
+        """Return what a strategy starts from, of a model's record."""
+        return to_record(self.start(from_record(record), strategy))
 
     def plain(self, **options: object) -> AdditiveStrategy:
         """Make the strategy with its usual options and others."""
@@ -121,6 +131,21 @@ class Method:
         if self.takes_plan:
             return self.make(**{**plan, **options})
         return self.plain(mechanism=Mechanism(**plan), **options)
+
+
+def apart(model, strategy):
+    """Return several models that start from different points, the first from this."""
+    return stack(
+        {
+            name: (x + 0.05 * j * np.cos(np.arange(x.size)).reshape(x.shape)).astype(
+                x.dtype
+            )
+            if is_parameter(name, x)
+            else x
+            for name, x in model.items()
+        }
+        for j in range(strategy.num_models)
+    )
 
 
 METHODS = {
@@ -228,6 +253,13 @@ METHODS = {
         others=({"tuning_epochs": 2}, {"tuning_steps": 1}),
         fedavg={},
     ),
+    "HypCluster": Method(
+        make=HypCluster,
+        half=HypClusterClient,
+        options={"num_clusters": 2},
+        fedavg={"num_clusters": 1},
+        start=apart,
+    ),
     "LocalOnly": Method(
         make=LocalOnly,
         half=LocalOnlyClient,
@@ -279,12 +311,19 @@ HALVES = {row.half for row in METHODS.values()} - {None}
 
 @SETTINGS
 def test_conformance(row, options):
-    assert check_strategy(lambda: row.plain(**options)).limitations == {}
+    report = check_strategy(
+        lambda: row.plain(**options),
+        initial=lambda model: row.start(model, row.plain(**options)),
+    )
+    assert report.limitations == {}
 
 
 @PRIVATE
 def test_conformance_under_a_mechanism(row, options):
-    report = check_strategy(lambda: row.under({}, **options))
+    report = check_strategy(
+        lambda: row.under({}, **options),
+        initial=lambda model: row.start(model, row.under({}, **options)),
+    )
     assert report.limitations == {}
 
 
@@ -374,7 +413,10 @@ def require_same(row, found, expected, initial, **tolerance):
                 assert dict(ours[number]) == pytest.approx(dict(metrics), rel=1e-6)
             else:
                 assert ours[number] == metrics
-    moved = any(expected.arrays[k].data != array.data for k, array in initial.items())
+    moved = any(
+        x.data != expected.arrays[k].data
+        for k, x in row.initial(initial, row.plain()).items()
+    )
     assert moved == row.moves
     if not moved:
         measured = expected.evaluate_metrics_clientapp.values()
@@ -386,12 +428,14 @@ def plain_run(app, initial, tmp_path_factory):
     """Run a method in process, once for all columns; return its result and traffic."""
     known = {}
 
-    def run(make, key):
+    def run(make, row, private):
+        key = id(row), private
         if key not in known:
             folder = tmp_path_factory.mktemp("plain")
-            result = make().start(
+            strategy = make()
+            result = strategy.start(
                 LocalGrid(app, CLIENTS, CONFIG),
-                initial,
+                row.initial(initial, strategy),
                 num_rounds=ROUNDS,
                 tracker=Tracker(folder, tensorboard=False),
             )
@@ -416,21 +460,23 @@ def test_packed_clients_give_the_same_bit_for_bit(
     row, private, app, initial, plain_run
 ):
     make = run_of(row, private)
-    expected, _ = plain_run(make, (id(row), private))
+    expected, _ = plain_run(make, row, private)
     inner = LocalGrid(ClientApp(), 1)
     options = {"num_clients": CLIENTS, "client_app": app, "run_config": CONFIG}
     with PackedGrid(inner, **options) as grid:
-        found = make().start(grid, initial, num_rounds=ROUNDS)
+        strategy = make()
+        found = strategy.start(grid, row.initial(initial, strategy), num_rounds=ROUNDS)
     require_same(row, found, expected, initial)
 
 
 @PLAIN_AND_PRIVATE
 def test_partial_sums_give_the_same(row, private, app, initial, plain_run, tmp_path):
     make = run_of(row, private)
-    expected, its_traffic = plain_run(make, (id(row), private))
-    found = make().start(
+    expected, its_traffic = plain_run(make, row, private)
+    strategy = make()
+    found = strategy.start(
         AddingGrid(app, CLIENTS, CONFIG),
-        initial,
+        row.initial(initial, strategy),
         num_rounds=ROUNDS,
         tracker=Tracker(tmp_path, tensorboard=False),
     )
@@ -446,14 +492,15 @@ def test_codecs_that_lose_nothing_change_nothing(row, private, app, initial, pla
         return
     if "upload" in row.options:  # a row that is about what is lost
         return
-    expected, _ = plain_run(run_of(row, private), (id(row), private))
+    expected, _ = plain_run(run_of(row, private), row, private)
     for codecs in (
         {"upload": Exact(), "download": TopK(1.0)},
         {"upload": ErrorFeedback(Chain(TopK(1.0), Exact())), "download": Exact()},
     ):
         strategy = run_of(row, private, **codecs)()
         grid = LocalGrid(app, CLIENTS, CONFIG)
-        found = strategy.start(grid, initial, num_rounds=ROUNDS)
+        start = row.initial(initial, strategy)
+        found = strategy.start(grid, start, num_rounds=ROUNDS)
         require_same(row, found, expected, initial)
 
 
@@ -462,11 +509,13 @@ def test_a_run_resumed_after_every_round_is_the_same_bit_for_bit(
     row, private, app, initial, plain_run, tmp_path
 ):
     make = run_of(row, private)
-    expected, _ = plain_run(make, (id(row), private))
+    expected, _ = plain_run(make, row, private)
     for rounds in range(1, ROUNDS + 1):
         # All is new, the clients too: what they keep is in the checkpoint.
         grid = LocalGrid(app, CLIENTS, CONFIG)
-        found = make().start(grid, initial, num_rounds=rounds, checkpoint=tmp_path)
+        strategy = make()
+        start = row.initial(initial, strategy)
+        found = strategy.start(grid, start, num_rounds=rounds, checkpoint=tmp_path)
     require_same(row, found, expected, initial)
 
 
@@ -476,10 +525,13 @@ def test_a_limit_is_fedavg(row, equal_app, initial):
     models = []
     for make in (partial(row.plain, **row.fedavg), AdditiveStrategy, row.plain):
         strategy = make(server_optimizer=SGD(0.5, momentum=0.9))
-        result = strategy.start(grid, initial, num_rounds=3)
+        plain = make is AdditiveStrategy
+        start = initial if plain else row.initial(initial, strategy)
+        result = strategy.start(grid, start, num_rounds=3)
         assert result.train_metrics_clientapp[3]["num-errors"] == 0
         models.append(from_record(result.arrays))
     limit, average, usual = models
+    average = row.start(average, row.plain(**row.fedavg))
     # Under a mechanism, also one without noise, counters stay as they are.
     floats = {name: x for name, x in average.items() if x.dtype.kind == "f"}
     for name, x in floats.items():
@@ -600,14 +652,16 @@ def test_no_noise_and_no_clip_is_the_method_for_clients_of_one_size(row, options
         strategy = make(
             server_optimizer=SGD(0.8, momentum=0.9), fraction_evaluate=0.0, **options
         )
-        result = strategy.start(line(), to_record(LINE), num_rounds=3)
-        models.append(from_record(result.arrays)["weight"])
+        start = row.initial(to_record(LINE), strategy)
+        result = strategy.start(line(), start, num_rounds=3)
+        models.append(from_record(result.arrays))
     private, plain = models
-    np.testing.assert_allclose(private, plain, rtol=1e-6)
-    assert np.any(plain != 0)
+    for name, x in plain.items():
+        np.testing.assert_allclose(private[name], x, rtol=1e-6)
+    assert any(np.any(x != row.start(LINE, strategy)[n]) for n, x in plain.items())
 
 
-def total_of(strategy, grid, change=list):
+def total_of(row, strategy, grid, change=list):
     """Run a round; return what the strategy was given to make a direction of."""
     kept = []
     update = strategy.update
@@ -618,11 +672,13 @@ def total_of(strategy, grid, change=list):
             for part, arrays in total.arrays.items()
         }
         weight = {"weight": total.weight} if strategy.declares_weight else {}
+        weight |= {WEIGHT_OF + part: x for part, x in total.weights.items()}
         kept.append(Contribution(arrays, scalars={**total.scalars, **weight}))
         return update(total, *more)
 
     strategy.update = spy
-    messages = strategy.configure_train(1, to_record(LINE), ConfigRecord(), grid)
+    start = row.initial(to_record(LINE), strategy)
+    messages = strategy.configure_train(1, start, ConfigRecord(), grid)
     replies = sorted(
         grid.send_and_receive(messages), key=lambda m: m.metadata.src_node_id
     )
@@ -671,7 +727,7 @@ def test_adjacent_inputs_are_within_the_norm(row, options, line, factor):
     bound = 0.01
     plan = {"clipping": bound}
     totals = [
-        total_of(row.under(plan, **options), line(), change)
+        total_of(row, row.under(plan, **options), line(), change)
         for change in (without, enlarged)
     ]
     found = distance(*totals, dict(row.under(plan, **options).scales))
@@ -684,7 +740,9 @@ def test_adjacent_inputs_are_within_the_norm(row, options, line, factor):
 def test_noise_reaches_every_coordinate(row, options, line):
     quiet, loud = (
         total_of(
-            row.under({"noise_multiplier": z, "clipping": 0.05}, **options), line()
+            row,
+            row.under({"noise_multiplier": z, "clipping": 0.05}, **options),
+            line(),
         )
         for z in (0.0, 0.5)
     )
@@ -698,8 +756,9 @@ def test_noise_reaches_every_coordinate(row, options, line):
 @PRIVATE
 def test_a_noisy_run_stays_finite(row, options, line):
     strategy = row.under({"noise_multiplier": 20.0}, fraction_evaluate=0.0, **options)
-    result = strategy.start(line(), to_record(LINE), num_rounds=4)
-    assert np.all(np.isfinite(from_record(result.arrays)["weight"]))
+    start = row.initial(to_record(LINE), strategy)
+    result = strategy.start(line(), start, num_rounds=4)
+    assert all(np.isfinite(x).all() for x in from_record(result.arrays).values())
     assert len(result.train_metrics_clientapp) == 4
 
 
@@ -737,11 +796,12 @@ def test_no_reply_ends_a_run_or_spoils_the_model(row, honest, initial, data):
     app.evaluate()(answer)
     grid = LocalGrid(app, 3, {"batch-size": 20, "lr": 0.1})
     strategy = row.under({}) if row.takes_plan else row.plain()
-    result = strategy.start(grid, initial, num_rounds=2)
-    first, last = from_record(initial), from_record(result.arrays)
+    start = row.initial(initial, strategy)
+    result = strategy.start(grid, start, num_rounds=2)
+    first, last = from_record(start), from_record(result.arrays)
     assert {k: (x.shape, x.dtype) for k, x in last.items()} == {
         k: (x.shape, x.dtype) for k, x in first.items()
     }
     assert all(np.isfinite(x).all() for x in last.values())
-    moved = not np.array_equal(first["out.weight"], last["out.weight"])
+    moved = any(not np.array_equal(x, last[k]) for k, x in first.items())
     assert moved == row.moves
