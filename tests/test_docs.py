@@ -23,6 +23,7 @@ from torch import nn
 
 import flower_ext
 from flower_ext import LocalGrid, Task, client_app, strategies
+from flower_ext.check import imported, started
 from flower_ext.runs import report
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +134,29 @@ def apply(diff, text):
 def diffs(text):
     """Return the diffs of a text, each with the file that it changes."""
     return re.findall(r"```diff\n# (\S+)\n(.*?)```", text, re.DOTALL)
+
+
+CHANGED = [
+    page
+    for page in sorted((ROOT / "docs" / "strategies").glob("*.md"))
+    if {"client_app.py", "server_app.py"} <= dict(diffs(page.read_text("utf-8"))).keys()
+]
+
+
+@pytest.mark.parametrize("page", CHANGED, ids=lambda page: page.stem)
+def test_the_lines_of_a_page_change_the_quickstart(page, quickstart):
+    for name, diff in diffs(page.read_text("utf-8")):
+        path = quickstart / "quickstart" / name
+        path.write_text(apply(diff, path.read_text("utf-8")), "utf-8")
+    with imported(quickstart, {}) as app:
+        begun = started(app, 3)
+        grid = LocalGrid(app.client_app, 3, app.config)
+        result = begun.strategy.start(
+            grid, begun.arrays, num_rounds=2, train_config=begun.train_config
+        )
+    assert type(begun.strategy).__name__ in strategies.__all__
+    assert result.train_metrics_clientapp[2]["num-replies"] == 3
+    assert result.evaluate_metrics_clientapp[2]["eval_acc"] > 0
 
 
 def test_tutorial_step_by_step(quickstart, capsys, caplog):

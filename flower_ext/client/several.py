@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import Array, ArrayRecord
 from torch import nn
 
 from flower_ext.client.seeds import seed_torch
@@ -63,14 +63,14 @@ def initial_models(
         with torch.random.fork_rng(devices=[]):
             seed_torch(seed + number)
             model = make_model()
-        arrays = {**ArrayRecord(model.state_dict())}
+        arrays: dict[str, Array] = {**ArrayRecord(model.state_dict())}
         if warm is not None:
             arrays = {**arrays, **_all_but_the_last(model, warm)}
         models.append(arrays)
     return ArrayRecord(stack(models))
 
 
-def _all_but_the_last(model: nn.Module, warm: ArrayRecord) -> dict[str, object]:
+def _all_but_the_last(model: nn.Module, warm: ArrayRecord) -> dict[str, Array]:
     if warm.keys() != model.state_dict().keys():
         refuse("warm", list(warm)[:3], "a record of the model that make_model makes")
     *_, (last, _) = model.named_parameters()

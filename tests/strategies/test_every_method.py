@@ -577,7 +577,7 @@ def large(state):
 def test_personal_state_never_travels(row, app, initial):
     """Neither what clients have kept nor what they keep next is in any message."""
     grid = TappedGrid(app, 3, CONFIG)
-    row.plain().start(grid, initial, num_rounds=1)
+    row.plain().start(grid, row.initial(initial, row.plain()), num_rounds=1)
     rng = np.random.default_rng(0)
     secrets = {}
     for client in range(3):
@@ -592,7 +592,7 @@ def test_personal_state_never_travels(row, app, initial):
             state[key][name] = type(state[key][name])(noise)
         grid.states.write(client, state)
     grid.seen = []
-    row.plain().start(grid, initial, num_rounds=1)
+    row.plain().start(grid, row.initial(initial, row.plain()), num_rounds=1)
     after = {
         (c, *k): x for c in range(3) for k, x in large(grid.states.read(c)).items()
     }
@@ -611,7 +611,8 @@ def test_personal_state_never_travels(row, app, initial):
 @PERSONAL_ROWS
 def test_who_never_trained_is_evaluated(row, app, initial):
     grid = TappedGrid(app, 3, CONFIG)
-    result = row.plain(fraction_train=0.0).start(grid, initial, num_rounds=1)
+    start = row.initial(initial, row.plain())
+    result = row.plain(fraction_train=0.0).start(grid, start, num_rounds=1)
     replies = grid.seen[-3:]
     assert all(reply.has_content() for reply in replies)
     metrics = result.evaluate_metrics_clientapp[1]
