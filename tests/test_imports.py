@@ -42,8 +42,9 @@ def test_what_is_seldom_used_is_imported_late():
     assert not found & SELDOM
 
 
-def test_workers_without_torch_start_without_it():
-    found = loaded("import flower_ext.simulation.worker, flower_ext.simulation.local")
+def test_servers_and_workers_without_torch_start_without_it():
+    modules = ["server.additive", "simulation.local", "simulation.worker"]
+    found = loaded(f"import {', '.join(f'flower_ext.{name}' for name in modules)}")
     assert "torch" not in found
 
 

@@ -11,13 +11,16 @@ whatever the optimizer is, since momentum can drive a variance below zero.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from flwr.common import NDArray
 
 from flower_ext.core.arrays import Arrays, is_averaged, is_parameter
 from flower_ext.core.errors import at_least, fraction, positive, refuse
+
+if TYPE_CHECKING:
+    import torch
 
 _VARIANCES = ("running_var", "moving_variance")
 
@@ -371,7 +374,7 @@ class TorchOptimizer(ServerOptimizer):
 
     def __init__(
         self,
-        factory: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
+        factory: "Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]",
     ) -> None:
         super().__init__()
         if not callable(factory):
@@ -380,6 +383,8 @@ class TorchOptimizer(ServerOptimizer):
 
     def step(self, sent: Arrays, direction: Arrays) -> Arrays:
         """Return the next model, see :meth:`ServerOptimizer.step`."""
+        import torch
+
         parameters = {}
         for name, array in sent.items():
             if is_parameter(name, array):
@@ -408,9 +413,11 @@ class TorchOptimizer(ServerOptimizer):
 
     def _restore(
         self,
-        optimizer: torch.optim.Optimizer,
-        parameters: dict[str, torch.nn.Parameter],
+        optimizer: "torch.optim.Optimizer",
+        parameters: "dict[str, torch.nn.Parameter]",
     ) -> None:
+        import torch
+
         for slot, arrays in self.state.items():
             for name in arrays.keys() & parameters.keys():
                 kept = torch.from_numpy(np.array(arrays[name]))
@@ -425,6 +432,8 @@ class TorchOptimizer(ServerOptimizer):
 
     def __repr__(self) -> str:
         """Name the optimizer and its settings, for ``summary()``."""
+        import torch
+
         # Only an optimizer that has been made knows its defaults.
         optimizer = self.factory([torch.nn.Parameter(torch.zeros(1))])
         settings = "".join(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import ClassVar, Unpack, cast
+from typing import TYPE_CHECKING, ClassVar, Unpack, cast
 
 import numpy as np
 from flwr.app import (
@@ -35,7 +35,6 @@ from flower_ext._flower import (
     InconsistentMessageReplies,
     log,
 )
-from flower_ext.client.half import ClientHalf
 from flower_ext.core.arrays import (
     Arrays,
     all_finite,
@@ -91,6 +90,9 @@ from flower_ext.wire.messages import (
     describe_arrays,
 )
 from flower_ext.wire.registry import describe
+
+if TYPE_CHECKING:
+    from flower_ext.client.half import ClientHalf
 
 _NOT_HELD = "the new model, or the server optimizer, would not be finite"
 
@@ -184,7 +186,7 @@ class RoundStrategy(FedAvg):
     """
 
     #: The client half whose replies the strategy needs; None takes any.
-    client_half: ClassVar[type[ClientHalf] | None] = None
+    client_half: "ClassVar[type[ClientHalf] | None]" = None
     #: The lines that a client with a training loop of its own adds for this strategy.
     drop_in: ClassVar[DropIn] = DropIn()
     #: Metrics of replies that the strategy reads itself and that are not averaged.
@@ -508,9 +510,13 @@ class RoundStrategy(FedAvg):
 
     def _is_no_model(self, sent: Arrays, round: Round) -> bool:
         """Whether clients cannot know from their own model what is sent to them."""
-        half = self.client_half or ClientHalf
-        receives = half.receive is not ClientHalf.receive
-        return receives or layout(sent) != layout(round.sent)
+        if self.client_half is not None:
+            # Here, since it loads torch, which other strategies do without.
+            from flower_ext.client.half import ClientHalf
+
+            if self.client_half.receive is not ClientHalf.receive:
+                return True
+        return layout(sent) != layout(round.sent)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
