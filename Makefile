@@ -16,13 +16,15 @@ SOURCES := flower_ext strategies baselines benchmarks tests tools
 
 # A Flower home, port and Ray session of this command's own, removed when it ends.
 # The path is short: Ray's sockets live below it. Workers are as urgent as the rest:
-# at Ray's own niceness of 15 those of one test starve beside another test.
+# at Ray's own niceness of 15 those of one test starve beside another test. None are
+# started before they are needed: with a PYTHONPATH of their own, Ray would use no other.
 define isolated
 	home=$$(mktemp -d /tmp/flwr-XXXXXX); \
 	trap 'rm -rf "$$home"' EXIT; \
 	trap 'exit 130' HUP INT TERM; \
 	port=$$($(PY) -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'); \
 	FLWR_HOME="$$home" RAY_TMPDIR="$$home" RAY_ADDRESS=local RAY_worker_niceness=0 \
+	RAY_prestart_worker_first_driver=0 \
 	FLWR_LOCAL_SUPERLINK_HTTP_API_PORT="$$port" \
 	FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 FLWR_DISABLE_UPDATE_CHECK=1 \
 	FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0

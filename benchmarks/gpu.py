@@ -60,7 +60,7 @@ class Size:
 
 
 FULL = Size(16, 1_024, 5, (1, 2, 4, 8), ("mlp", "cnn"))
-SMALL = Size(3, 64, 1, (1, 2), ("mlp",))
+SMALL = Size(3, 64, 1, (2,), ("mlp",))
 
 
 def settings(size: Size, model: str) -> dict[str, str | int | float]:

@@ -1,5 +1,9 @@
 """Scripted clients, and a small task with clients that really train."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
@@ -125,6 +129,48 @@ def initial(task):
 def grid(task):
     """Return six clients of the small task."""
     return LocalGrid(client_app(task), 6, {"batch-size": 4, "lr": 0.1})
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Start, when it is first needed, the Ray of all tests of this process.
+
+    A head of 4 CPUs and 4 made-up GPUs, of no more processes than it takes; a test may
+    add a machine for a while, and a process of its own may join by ``address``.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    found = []
+
+    def start():
+        if not found:
+            head = Cluster(
+                initialize_head=True,
+                head_node_args={
+                    "num_cpus": 4,
+                    "num_gpus": 4,
+                    "object_store_memory": 2**30,
+                    "include_dashboard": False,
+                    "include_log_monitor": False,
+                    "no_monitor": True,
+                },
+            )
+            found.append(head)
+            app = str(Path(__file__).parent / "simulation" / "app")
+            paths = os.pathsep.join([app, *filter(None, sys.path)])
+            ray.init(
+                head.address,
+                logging_level="ERROR",
+                log_to_driver=False,
+                runtime_env={"env_vars": {"PYTHONPATH": paths}},
+            )
+        return found[0]
+
+    yield start
+    if found:
+        ray.shutdown()
+        found[0].shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """The benchmark that waits for a GPU runs here in small, with Ray and without."""
 
+import logging
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,43 +10,6 @@ import torch
 from flwr.app import ConfigRecord
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-WITHOUT_RAY = (
-    "import runpy, sys; sys.modules['ray'] = None; sys.argv[0] = 'gpu.py'; "
-    f"sys.path.insert(0, {str(BENCHMARKS)!r}); "
-    f"runpy.run_path({str(BENCHMARKS / 'gpu.py')!r}, run_name='__main__')"
-)
-
-
-def run(*command):
-    done = subprocess.run(
-        [sys.executable, *command, "--device", "cpu", "--small"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def require_everything_but_workers(printed):
-    assert len(re.findall(r"client \d: cpu, process \d+", printed)) >= 3
-    assert re.search(r"bare loop [\d.]+ s, ours [\d.]+ s, ratio [\d.]+", printed)
-    equal = r"(\w+), a round here against the CPU: 0\.0e\+00 of the change"
-    assert re.findall(equal, printed) == ["FedAvg", "FedFish", "FLASC", "MaxFL"]
-
-
-def test_without_ray_the_gpu_benchmark_does_the_rest():
-    printed = run("-c", WITHOUT_RAY)
-    require_everything_but_workers(printed)
-    assert "Ray is not installed: no workers" in printed
-
-
-@pytest.mark.slow
-def test_the_gpu_benchmark_runs_in_small():
-    printed = run(str(BENCHMARKS / "gpu.py"))
-    require_everything_but_workers(printed)
-    for number in (1, 2):
-        assert f"{number} workers with a share of 1/{number}" in printed
-    assert len(re.findall(r"s, ratio to the bare loop [\d.]+", printed)) == 2
 
 
 @pytest.fixture
@@ -56,6 +19,52 @@ def gpu(monkeypatch):
     import gpu
 
     return gpu
+
+
+@pytest.fixture
+def run(gpu, monkeypatch, capsys):
+    """Run the benchmark in small on the CPU; return what it prints."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--small"])
+    logger = logging.getLogger("flwr")
+    level = logger.level
+
+    def main():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what it sets is set back
+        status = gpu.main()
+        printed = capsys.readouterr().out
+        assert status == 0, printed
+        return printed
+
+    yield main
+    logger.setLevel(level)
+
+
+def require_everything_but_workers(printed):
+    assert len(re.findall(r"client \d: cpu, process \d+", printed)) >= 3
+    assert re.search(r"bare loop [\d.]+ s, ours [\d.]+ s, ratio [\d.]+", printed)
+    equal = r"(\w+), a round here against the CPU: 0\.0e\+00 of the change"
+    assert re.findall(equal, printed) == ["FedAvg", "FedFish", "FLASC", "MaxFL"]
+
+
+def test_without_ray_the_gpu_benchmark_does_the_rest(gpu, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    # Its second process runs in the test with Ray.
+    rounds = gpu.rounds_of_all(gpu.SMALL)
+    monkeypatch.setattr(
+        gpu.subprocess, "run", lambda command, check: gpu.save_file(rounds, command[5])
+    )
+    printed = run()
+    require_everything_but_workers(printed)
+    assert "Ray is not installed: no workers" in printed
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_in_small(run, cluster):
+    cluster()
+    printed = run()
+    require_everything_but_workers(printed)
+    assert "2 workers with a share of 1/2" in printed
+    assert len(re.findall(r"s, ratio to the bare loop [\d.]+", printed)) == 1
 
 
 def test_a_client_on_another_device_is_a_failure(gpu, capsys):

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,7 @@ from flwr.app import ArrayRecord, UserConfig
 from torch import nn
 
 import flower_ext
-from flower_ext import LocalGrid, Task, client_app, strategies
+from flower_ext import LocalGrid, Task, client_app, simulation, strategies
 from flower_ext.check import imported, started
 from flower_ext.runs import report
 
@@ -102,7 +103,11 @@ def forget_the_app():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_blocks_run(page, quickstart, monkeypatch):
+def test_blocks_run(page, quickstart, monkeypatch, cluster):
+    if page == "docs/scaling.md":
+        cluster()
+        one = partial(simulation.PackedGrid, num_workers=1)  # which starts in seconds
+        monkeypatch.setattr(simulation, "PackedGrid", one)
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     names = module.__dict__

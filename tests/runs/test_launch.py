@@ -7,12 +7,14 @@ import stat
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import FedAvg
 
 import flower_ext
 from flower_ext.runs import launch, processes
@@ -47,6 +49,7 @@ table.key = 1.5
 APP = """
 import importlib.util
 import os
+import time
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -61,6 +64,9 @@ server = ServerApp()
 @client.train()
 def train(message, context):
     print("client imports", importlib.util.find_spec("flower_ext").origin)
+    config = message.content["config"]
+    if context.run_config["message"] == "stay" and config["server-round"] == 2:
+        time.sleep(600)
     arrays = [a + 1 for a in message.content["arrays"].to_numpy_ndarrays()]
     records = {"arrays": ArrayRecord(arrays), "m": MetricRecord({"num-examples": 1})}
     return Message(RecordDict(records), reply_to=message)
@@ -70,14 +76,14 @@ def train(message, context):
 def main(grid, context):
     print("home", os.environ["FLWR_HOME"])
     print("server imports", importlib.util.find_spec("flower_ext").origin)
-    if text := context.run_config["message"]:
-        raise ValueError(text)
     result = FedAvg(fraction_evaluate=0.0).start(
         grid=grid,
         initial_arrays=ArrayRecord([np.zeros(3)]),
         num_rounds=context.run_config["num-server-rounds"],
     )
     print("result", result.arrays.to_numpy_ndarrays()[0].tolist())
+    if text := context.run_config["message"]:
+        raise ValueError(text)
 """
 
 FAKE_SUPERLINK = """
@@ -205,6 +211,21 @@ def test_a_run_in_which_every_client_failed_is_a_failed_run(
     with pytest.raises(RunFailed, match=text) as caught:
         run_app(app, on_line=lambda line: None)
     Path(str(caught.value).rsplit("full log: ")[1]).unlink()
+
+
+def test_flowers_own_strategies_say_it_in_these_words(
+    app, fake_flower, monkeypatch, scripted, caplog, capsys
+):
+    FedAvg(fraction_evaluate=0.0).start(
+        scripted([OSError("no data")] * 2), ArrayRecord([np.zeros(3)]), num_rounds=2
+    )
+    lines = [f"{r.levelname} :      {r.getMessage()}" for r in caplog.records]
+    monkeypatch.setenv("FAKE_LINES", "\n".join(lines))
+    assert launch.main([str(app)]) == 1
+    error = capsys.readouterr().err
+    assert "every client failed in every round; the first: node " in error
+    assert "no data" in error
+    Path(error.rsplit("full log: ")[1].strip()).unlink()
 
 
 @pytest.mark.parametrize(
@@ -417,67 +438,24 @@ def test_a_process_that_nobody_has_waited_for_is_gone():
 
 
 @pytest.mark.slow
-def test_two_real_runs_at_once_one_of_which_fails(app):
-    ends: dict[str, launch.RunOutcome | RunFailed] = {}
-
-    def run(message: str) -> None:
-        try:
-            ends[message] = run_app(
+def test_two_real_runs_at_once_of_which_one_fails_and_one_is_stopped(app):
+    """That a real run may also complete is tested with the transports' app."""
+    command = [sys.executable, "-m", "flower_ext.runs.launch", str(app)]
+    command += ["--num-supernodes", "2", "--run-config", "message='stay'"]
+    output: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with pytest.raises(RunFailed) as caught:
+            run_app(
                 app,
-                run_config={"message": message},
+                run_config={"message": "not today"},
                 num_supernodes=2,
                 on_line=lambda line: None,
             )
-        except RunFailed as error:
-            ends[message] = error
-
-    threads = [threading.Thread(target=run, args=[m]) for m in ["", "not today"]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-    failed = ends["not today"]
-    assert isinstance(failed, RunFailed)
-    assert "finished:failed" in str(failed)
-    assert "ValueError: not today" in str(failed)
-    log = Path(str(failed).rsplit("full log: ")[1])
-    assert left_of(home_of(log.read_text())) == []
-    log.unlink()
-
-    completed = ends[""]
-    assert isinstance(completed, launch.RunOutcome), completed
-    assert "result [2.0, 2.0, 2.0]" in completed.log
-    assert f"server imports {flower_ext.__file__}" in completed.log
-    assert f"client imports {flower_ext.__file__}" in completed.log
-    assert left_of(home_of(completed.log)) == []
-
-
-@pytest.mark.slow
-def test_a_real_run_in_which_every_client_fails_returns_1(app):
-    file = app / "tiny" / "app.py"
-    failing = "    raise OSError('no data')\n    arrays = "
-    text = file.read_text().replace("    arrays = ", failing)
-    text = "".join(x for x in text.splitlines(True) if 'print("result' not in x)
-    file.write_text(text)
-    command = [sys.executable, "-m", "flower_ext.runs.launch", str(app)]
-    done = subprocess.run(
-        [*command, "--num-supernodes", "2"], capture_output=True, encoding="utf-8"
-    )
-    assert done.returncode == 1
-    assert "no data" in done.stderr
-
-
-@pytest.mark.slow
-def test_sigterm_during_a_real_run_leaves_nothing(app):
-    command = [sys.executable, "-m", "flower_ext.runs.launch", str(app)]
-    command += ["--num-supernodes", "2", "--run-config", "num-server-rounds=100000"]
-    output: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        # The other one goes on, and is stopped within a round.
         assert process.stdout
         for line in process.stdout:
             output.append(line)
-            if "[ROUND 3/" in line:
+            if "[ROUND 2/" in line:
                 break
         started = psutil.Process(process.pid).children(recursive=True)
         names = json.dumps([name_of(process) for process in started])
@@ -488,6 +466,16 @@ def test_sigterm_during_a_real_run_leaves_nothing(app):
     assert "raylet" in names
     assert list(filter(lives, started)) == []
     assert left_of(home_of("".join(output))) == []
+
+    assert "finished:failed" in str(caught.value)
+    assert "ValueError: not today" in str(caught.value)
+    log = Path(str(caught.value).rsplit("full log: ")[1])
+    text = log.read_text()
+    assert "result [2.0, 2.0, 2.0]" in text
+    assert f"server imports {flower_ext.__file__}" in text
+    assert f"client imports {flower_ext.__file__}" in text
+    assert left_of(home_of(text)) == []
+    log.unlink()
 
 
 @pytest.mark.slow

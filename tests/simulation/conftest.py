@@ -1,6 +1,5 @@
 """A ClientApp that workers can import."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -34,10 +33,10 @@ def virtual(importable):
 def ask():
     """Ask clients of a grid; return their replies."""
 
-    def run(grid, clients, kind="train", timeout=60, **config):
+    def run(grid, clients, kind="train", timeout=60, size=3, **config):
         content = RecordDict(
             {
-                "arrays": ArrayRecord({"w": Array(np.arange(3, dtype=np.float32))}),
+                "arrays": ArrayRecord({"w": Array(np.arange(size, dtype=np.float32))}),
                 "config": ConfigRecord(config),
             }
         )
@@ -48,30 +47,9 @@ def ask():
 
 
 @pytest.fixture(scope="session")
-def ray_here():
-    """Start a Ray of this process when it is first needed: 4 CPUs, 4 made-up GPUs."""
-    import ray
-
-    def start():
-        if not ray.is_initialized():
-            paths = os.pathsep.join([_APP, *filter(None, sys.path)])
-            ray.init(
-                address="local",
-                num_cpus=4,
-                num_gpus=4,
-                include_dashboard=False,
-                logging_level="ERROR",
-                runtime_env={"env_vars": {"PYTHONPATH": paths}},
-            )
-
-    yield start
-    ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def ray_if(ray_here):
+def ray_if(cluster):
     """Start Ray for the transport that needs it."""
-    return lambda transport: ray_here() if transport == "ray" else None
+    return lambda transport: cluster() if transport == "ray" else None
 
 
 @pytest.fixture(scope="session")

@@ -13,18 +13,27 @@ APP = Path(__file__).parent / "app"
 pytestmark = pytest.mark.slow
 
 
-def run(folder, grid, when):
+def play(folder, grid, moments, address):
+    """Run in a folder, killed at each moment and started again; return what is there.
+
+    First comes the exit status of each server.
+    """
     paths = [str(APP), *filter(None, sys.path)]
-    # A file, not a pipe: processes of Ray may outlive their server, and hold it.
-    with Path(folder).with_suffix(".log").open("a") as log:
-        return subprocess.run(
-            [sys.executable, str(APP / "killed_server.py"), folder, grid, when],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            stdout=subprocess.PIPE,
-            stderr=log,
-            encoding="utf-8",
-            timeout=150,
-        )
+    done = subprocess.run(
+        [sys.executable, str(APP / "killed_server.py"), str(folder), grid, *moments],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "RAY_ADDRESS": address,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        timeout=150,
+    )
+    log, _, found = done.stdout.rpartition("\n{")
+    assert done.returncode == 0 and found, done.stdout
+    return log, json.loads("{" + found)
 
 
 KILLS = {
@@ -34,17 +43,14 @@ KILLS = {
 
 
 @pytest.mark.parametrize("grid", KILLS)
-def test_personal_clients_go_on_bit_for_bit_after_any_kill(grid, tmp_path):
+def test_personal_clients_go_on_bit_for_bit_after_any_kill(grid, tmp_path, cluster):
     """Models, momenta and metrics are those of a run that nobody killed."""
-
-    def play(name, when):
-        return run(str(tmp_path / name), grid, when)
-
-    for when in KILLS[grid]:
-        assert play("run", when).returncode == -signal.SIGKILL, when
-    again, whole = (json.loads(play(n, "never").stdout) for n in ("run", "whole"))
+    address = cluster().address if grid == "ray" else ""
+    log, again = play(tmp_path / "run", grid, [*KILLS[grid], "never"], address)
+    _, whole = play(tmp_path / "whole", grid, ["never"], address)
+    killed = [-signal.SIGKILL] * len(KILLS[grid])
+    assert (again.pop("ends"), whole.pop("ends")) == ([*killed, 0], [0])
     assert again == whole
     assert len(whole["losses"]) == 5 and len(whole["states"]) > 6
-    log = (tmp_path / "run.log").read_text()
     assert log.count("Continuing after round") == len(KILLS[grid])
     assert "start anew" not in log

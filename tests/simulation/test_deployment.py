@@ -182,43 +182,28 @@ def test_virtual_clients_live_where_their_node_says(
     assert {key: found[key] for key in expected} == expected
 
 
-BASELINES = {
-    "fedfish": {
-        "strategies": "fedfish",
-        "num-server-rounds": 1,
-        "fraction-train": 1.0,
-    },
-    "dpftrl": {
+def test_a_baseline_runs_unchanged(deployment, tmp_path):
+    """DP-FTRL; tests/test_engine.py has FedFish under ``flwr run``."""
+    results = tmp_path / "results"
+    config = {
         "mechanisms": "tree",
         "epsilons": "8",
         "dataset": "shakespeare",
+        "hidden-size": 16,
+        "local-epochs": 1,
         "num-server-rounds": 2,
         "num-sampled-clients": 1,
         "population-size": NODES,
         "simulated-cohort": 0,
         "central-examples": 100,
-    },
-}
-
-
-@pytest.fixture(scope="module", params=BASELINES)
-def rows(request, deployment, tmp_path_factory):
-    """Run a baseline, as it is, on its own data; return its name and its rounds."""
-    name, results = request.param, tmp_path_factory.mktemp("run") / "results"
-    small = {"hidden-size": 16, "local-epochs": 1, "results": str(results)}
-    log = deployment(ROOT / "baselines" / name, {**small, **BASELINES[name]})
+        "results": str(results),
+    }
+    log = deployment(ROOT / "baselines" / "dpftrl", config)
     found = [read_metrics(path.parent) for path in results.glob("*/metrics.jsonl")]
     assert len(found) == 1, log
-    assert len(found[0]) == BASELINES[name]["num-server-rounds"], log
-    return name, found[0]
-
-
-def test_baselines_run_unchanged(rows):
-    name, rounds = rows
-    clients = NODES if name == "fedfish" else 1
-    for metrics in rounds:
-        assert metrics["train/num-replies"] == clients
+    assert len(found[0]) == 2, log
+    for metrics in found[0]:
+        assert metrics["train/num-replies"] == 1
         assert metrics["train/num-errors"] == 0
-    if name == "dpftrl":
-        spent = [metrics["train/epsilon"] for metrics in rounds]
-        assert 0 < spent[0] <= spent[1] <= 8
+    spent = [metrics["train/epsilon"] for metrics in found[0]]
+    assert 0 < spent[0] <= spent[1] <= 8

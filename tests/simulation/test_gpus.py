@@ -33,8 +33,8 @@ def test_outside_ray_the_work_is_done_here(app, ask, monkeypatch):
 
 
 @pytest.mark.slow
-def test_each_client_sees_the_gpus_that_it_needs(app, ask, ray_here):
-    ray_here()
+def test_each_client_sees_the_gpus_that_it_needs(app, ask, cluster):
+    cluster()
     grid = LocalGrid(app, 10)
     for visit in (1, 2):  # the state comes back from the task
         replies = ask(grid, [1000, 1001, 1009])
@@ -46,8 +46,8 @@ def test_each_client_sees_the_gpus_that_it_needs(app, ask, ray_here):
 
 
 @pytest.mark.slow
-def test_more_demand_than_supply_waits(app, ask, ray_here):
-    ray_here()
+def test_more_demand_than_supply_waits(app, ask, cluster):
+    cluster()
     grids = [LocalGrid(app, 1) for _ in range(6)]  # each client needs a whole GPU
     with ThreadPoolExecutor(6) as pool:
         replies = [r for rs in pool.map(lambda g: ask(g, [1000]), grids) for r in rs]
@@ -56,8 +56,8 @@ def test_more_demand_than_supply_waits(app, ask, ray_here):
 
 
 @pytest.mark.slow
-def test_what_does_not_exist_and_what_fails_is_the_clients_error(app, ask, ray_here):
-    ray_here()
+def test_what_does_not_exist_and_what_fails_is_the_clients_error(app, ask, cluster):
+    cluster()
     grid = LocalGrid(app, 10, {"many": 5})
     [none, failed] = [ask(grid, [1009])[0], ask(grid, [1001], fail=True)[0]]
     assert "client 9 needs 1 CPUs and 5 GPUs, more than any machine" in (
@@ -67,8 +67,8 @@ def test_what_does_not_exist_and_what_fails_is_the_clients_error(app, ask, ray_h
 
 
 @pytest.mark.slow
-def test_gpus_that_the_worker_itself_holds_are_not_waited_for(app, ask, ray_here):
-    ray_here()
+def test_gpus_that_the_worker_itself_holds_are_not_waited_for(app, ask, cluster):
+    cluster()
     whole = {"num_gpus": 4}
     with PackedGrid(num_clients=10, client_app=app, resources=whole) as grid:
         refused, none = ask(grid, [0, 9])
@@ -79,8 +79,8 @@ def test_gpus_that_the_worker_itself_holds_are_not_waited_for(app, ask, ray_here
 
 
 @pytest.mark.slow
-def test_the_mod_works_behind_packed(app, ask, ray_here):
-    ray_here()
+def test_the_mod_works_behind_packed(app, ask, cluster):
+    cluster()
     grid = PackedGrid(LocalGrid(app, 2), num_clients=10)
     for visit in (1, 2):
         replies = ask(grid, [0, 1, 9])
@@ -184,8 +184,8 @@ def test_what_does_not_fit_is_said(machines, memory, message):
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_options(ray_here, capsys):
-    ray_here()
+def test_the_command_prints_the_options(cluster, capsys):
+    cluster()
     assert main(["--memory", "3000", "--gpu-memory", "8000"]) == 0
     out = capsys.readouterr().out
     assert "2 clients of 3500 MiB fit into a GPU of 8000 MiB; 4 run at once" in out

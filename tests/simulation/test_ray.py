@@ -21,9 +21,9 @@ INITIAL = ArrayRecord({"w": Array(np.zeros(3, np.float32))})
 
 
 @pytest.fixture
-def make(virtual, ray_here):
+def make(virtual, cluster):
     """Make packed grids on Ray, closed at the end of the test."""
-    ray_here()
+    cluster()
     grids = []
 
     def grid(num_clients=12, **options):

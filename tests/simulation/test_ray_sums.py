@@ -16,9 +16,9 @@ INITIAL = ArrayRecord({"w": Array(np.zeros(3, np.float32))})
 
 
 @pytest.fixture(scope="module")
-def grid(ray_here):
+def grid(cluster):
     """Return a grid whose two workers serve all tests that harm none."""
-    ray_here()
+    cluster()
     with PackedGrid(num_clients=12, client_app="virtual:app", num_workers=2) as grid:
         yield grid
 

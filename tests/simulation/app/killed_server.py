@@ -1,8 +1,9 @@
 """A script: rounds of personal clients with a checkpoint; the server is killed.
 
-``python killed_server.py FOLDER GRID WHEN``: WHEN is ``train:2:7`` (client 7 kills the
-server in round 2), ``flush:3:4`` (while round 3 is saved, before the fourth file is on
-the disk), ``rename:3`` or ``renamed:3`` (before or after round 3 has its name), or
+``python killed_server.py FOLDER GRID WHEN...``: one server after the other, each of
+which goes on with what the one before has saved. WHEN is ``train:2:7`` (client 7 kills
+the server in round 2), ``flush:3:4`` (while round 3 is saved, before the fourth file is
+on the disk), ``rename:3`` or ``renamed:3`` (before or after round 3 has its name), or
 ``never``.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord
+from personal import app
 
 from flower_ext import AdditiveStrategy
 from flower_ext.core.arrays import from_record
@@ -63,8 +65,8 @@ def digest(arrays):
     return hashlib.sha256(b"".join(x.tobytes() for x in arrays.values())).hexdigest()
 
 
-def main(folder, kind, when):
-    """Run or resume; print what there is in the end."""
+def serve(folder, kind, when):
+    """Run or resume; return what there is in the end."""
     what, *numbers = when.split(":")
     config = ConfigRecord()
     if what == "train":
@@ -72,8 +74,6 @@ def main(folder, kind, when):
     elif what != "never":
         watch(what, int(numbers[0]), int((numbers + ["1"])[1]))
     if kind == "local":
-        from personal import app
-
         grid = LocalGrid(app, CLIENTS)
     else:
         grid = PackedGrid(num_clients=CLIENTS, client_app="personal:app", num_workers=2)
@@ -89,12 +89,27 @@ def main(folder, kind, when):
     strategy.configure_train = tell
     result = strategy.start(grid, initial, num_rounds=ROUNDS, checkpoint=folder)
     states = {c: grid.states.read(c) for c in sorted(grid.states.versions())}
-    found = {
+    return {
         "model": digest(from_record(result.arrays)),
         "states": {c: digest(from_record(s["own"])) for c, s in states.items()},
         "losses": [m["loss"] for m in result.train_metrics_clientapp.values()],
     }
-    print(json.dumps(found))
+
+
+def main(folder, kind, *moments):
+    """Let a server run up to each moment; print the last one's result and all ends.
+
+    Each is a fork of this process, which has only imported what they need.
+    """
+    ends, (reader, writer) = [], os.pipe()
+    for when in moments:
+        child = os.fork()
+        if not child:
+            os.write(writer, json.dumps(serve(folder, kind, when)).encode())
+            sys.exit()
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    found = json.loads(os.read(reader, 2**16)) if ends[-1] == 0 else {}
+    print(json.dumps({**found, "ends": ends}))
 
 
 if __name__ == "__main__":
