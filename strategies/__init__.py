@@ -12,6 +12,7 @@ from flower_ext.strategies.fedper import FedPer, FedPerClient
 from flower_ext.strategies.fine_tuned import FineTuned, FineTunedClient
 from flower_ext.strategies.flasc import FLASC, FLASCClient
 from flower_ext.strategies.hypcluster import HypCluster, HypClusterClient
+from flower_ext.strategies.knnper import KNNPer, KNNPerClient
 from flower_ext.strategies.local_only import LocalOnly, LocalOnlyClient
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient
 from flower_ext.strategies.mrmtl import MRMTL, MRMTLClient
@@ -35,6 +36,8 @@ __all__ = [
     "FedPerClient",
     "HypCluster",
     "HypClusterClient",
+    "KNNPer",
+    "KNNPerClient",
     "LocalOnly",
     "LocalOnlyClient",
     "MRMTLClient",

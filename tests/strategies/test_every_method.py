@@ -52,6 +52,8 @@ from flower_ext.strategies import (
     FLASCClient,
     HypCluster,
     HypClusterClient,
+    KNNPer,
+    KNNPerClient,
     LocalOnly,
     LocalOnlyClient,
     MaxFL,
@@ -260,6 +262,13 @@ METHODS = {
         options={"num_clusters": 2},
         fedavg={"num_clusters": 1},
         start=apart,
+    ),
+    "KNNPer": Method(
+        make=KNNPer,
+        half=KNNPerClient,
+        options={"num_neighbours": 3},
+        others=({"weight": 0.5, "scale": 0.1},),
+        fedavg={},  # whatever its options are: what differs is the evaluation
     ),
     "LocalOnly": Method(
         make=LocalOnly,
