@@ -49,6 +49,7 @@ from flower_ext.runs.launch import ConfigValue, parse_run_config
 from flower_ext.runs.shadows import require_own
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import (
+    DropIn,
     NoPlace,
     add_half,
     changes,
@@ -470,7 +471,8 @@ def one_round(
     )
     if not outcome.problem and not usable:
         outcome.problem = "no client was asked to train"
-    if not outcome.problem and _same(result.arrays, start.arrays):
+    moves = getattr(strategy, "drop_in", DropIn()).moves
+    if not outcome.problem and moves and _same(result.arrays, start.arrays):
         outcome.problem = "the model is the same after the round: nothing was trained"
     return outcome
 
@@ -528,7 +530,7 @@ def check_strategy(
 
     # The clients as they are: a strategy that asks nothing of them ends here.
     first = attempt(app.client_app)
-    if not first.problem:
+    if not first.problem and not needs.silent:
         return Verdict(kind.__name__, _fits("drops in", first), server, fits=True)
     # An app of client_app(task, ...) says so when it lacks the half, and needs its name
     # only. In any other app the strategy's lines go into the train function.

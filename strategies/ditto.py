@@ -11,12 +11,18 @@ local training, at 0, to the shared model, at infinity.
 """
 
 from dataclasses import replace
-from typing import Unpack
+from typing import Unpack, cast
 
+from flwr.app import Context, Message
+
+from flower_ext.client.encoding import Mod
 from flower_ext.client.half import ClientHalf, Local, Proximal
+from flower_ext.client.mods import Answer, asked, drawn
+from flower_ext.client.seeds import same_generators
 from flower_ext.client.tensors import Tensors
-from flower_ext.core.errors import at_least, whole
+from flower_ext.core.errors import at_least, refuse, whole
 from flower_ext.core.protocol import Config, Round
+from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
 from flower_ext.server.personal import PersonalStrategy
 
@@ -65,11 +71,49 @@ class DittoClient(ClientHalf):
         return Proximal(local.start, local.number(STRENGTH_KEY, 0.0))
 
 
+def paired() -> Mod:
+    """Return the mod that makes a loop of one's own that of :class:`Ditto`.
+
+    For ``ClientApp(mods=[paired()])``, or ``mods=[packed, paired()]``. The app's train
+    function is called twice: with the received model, and with the client's own, when
+    the proximal term is added to each step of its torch optimizer. Its evaluate
+    function is called with both. For other strategies it does nothing.
+    """
+
+    def mod(message: Message, context: Context, call_next: Answer) -> Message:
+        if not (found := asked(DittoClient.name, message, context, call_next)):
+            return call_next(message, context)
+        client, config = found
+        if client.phase == "evaluate":
+            return client.evaluated(compares=True)
+        if config[EPOCHS_KEY]:
+            cause = "the loop trains for as many epochs as it does"
+            refuse("personal_epochs", config[EPOCHS_KEY], "None with the mod", cause)
+        reply = client.answer()
+        if reply.has_content():
+            strength = float(cast(float, config[STRENGTH_KEY]))
+            begun = client.kept or client.received
+            # What the loop draws at random for the shared model is not to depend on it.
+            with same_generators(), drawn(begun, client.received, strength) as pull:
+                own = client.answer(begun)
+            if strength and not pull.steps and client.model_of(own)[1] != begun:
+                raise ValueError(
+                    "the app trains without a step of a torch optimizer, to which the "
+                    "proximal term could be added: write Ditto's two models out in its "
+                    "loop"
+                )
+            client.keep(own)
+        return reply
+
+    return mod
+
+
 class Ditto(PersonalStrategy):
     r"""Federated averaging with a personal model beside the shared one.
 
     The shared model is that of FedAvg, bit for bit, whatever the options below are.
-    Works with the client half :class:`DittoClient`.
+    Works with the client half :class:`DittoClient`, or with the mod :func:`paired` for
+    a training loop of one's own.
 
     Parameters
     ----------
@@ -110,6 +154,11 @@ class Ditto(PersonalStrategy):
     """
 
     client_half = DittoClient
+    drop_in = DropIn(
+        imports="from flower_ext.strategies.ditto import paired",
+        mod="paired()",
+        silent=True,
+    )
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from flower_ext.client.task import evaluate
 from flower_ext.client.tensors import Tensors
 from flower_ext.core.errors import positive, whole
 from flower_ext.core.protocol import RECEIVED, Config, Metrics, Reply, Round
+from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
 from flower_ext.server.personal import PersonalStrategy, spread
 
@@ -70,7 +71,8 @@ class FineTuned(PersonalStrategy):
     Training is that of FedAvg, bit for bit. An evaluation trains a copy of the shared
     model on the client's training data first,
     :math:`v_k = \mathrm{Train}_k(w)`, and tests it on its test data. Works with the
-    client half :class:`FineTunedClient`.
+    client half :class:`FineTunedClient`; a loop of one's own trains in its evaluate
+    function.
 
     Parameters
     ----------
@@ -107,6 +109,11 @@ class FineTuned(PersonalStrategy):
     """
 
     client_half = FineTunedClient
+    drop_in = DropIn(
+        fill_in="in the evaluate function: test the received model, for metrics that\n"
+        "begin with received-, then train it further, and test it again",
+        silent=True,
+    )
 
     def __init__(
         self,

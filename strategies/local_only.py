@@ -7,11 +7,16 @@ personalization in federated learning", arXiv 2206.09262).
 
 from typing import Unpack
 
+from flwr.app import ArrayRecord, Context, Message
+
+from flower_ext.client.encoding import Mod
 from flower_ext.client.half import ClientHalf, Local
+from flower_ext.client.mods import Answer, asked
 from flower_ext.client.tensors import Tensors
 from flower_ext.core.contribution import Contribution
 from flower_ext.core.errors import refuse
 from flower_ext.core.protocol import Reply, Round
+from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
 from flower_ext.server.personal import PersonalStrategy
 
@@ -39,11 +44,36 @@ class LocalOnlyClient(ClientHalf):
         return {}
 
 
+def alone() -> Mod:
+    """Return the mod that makes a loop of one's own that of :class:`LocalOnly`.
+
+    For ``ClientApp(mods=[alone()])``, or ``mods=[packed, alone()]``. The app's
+    functions are given the client's own model in the place of the received one, and
+    what they train is kept. For other strategies it does nothing.
+    """
+
+    def mod(message: Message, context: Context, call_next: Answer) -> Message:
+        if not (found := asked(LocalOnlyClient.name, message, context, call_next)):
+            return call_next(message, context)
+        client, _ = found
+        if client.phase == "evaluate":
+            return client.evaluated(compares=False)
+        reply = client.answer(client.kept)
+        if reply.has_content():
+            client.keep(reply)
+            key, _ = client.model_of(reply)
+            reply.content[key] = ArrayRecord()
+        return reply
+
+    return mod
+
+
 class LocalOnly(PersonalStrategy):
     """Local training of every client, with nothing averaged.
 
     Against FedAvg: clients send no array, and the server's model stays as it is. Works
-    with the client half :class:`LocalOnlyClient`.
+    with the client half :class:`LocalOnlyClient`, or with the mod :func:`alone` for a
+    training loop of one's own.
 
     Parameters
     ----------
@@ -71,6 +101,12 @@ class LocalOnly(PersonalStrategy):
     """
 
     client_half = LocalOnlyClient
+    drop_in = DropIn(
+        imports="from flower_ext.strategies.local_only import alone",
+        mod="alone()",
+        silent=True,
+        moves=False,
+    )
 
     def __init__(self, *flowers: object, **options: Unpack[AdditiveOptions]) -> None:
         if options.get("mechanism") is not None:

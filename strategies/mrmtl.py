@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flower_ext.client.encoding import Mod
 from flower_ext.client.half import ClientHalf, Local, Proximal
+from flower_ext.client.mods import tell_state
 from flower_ext.client.personal import Personal
 from flower_ext.client.tensors import Tensors, read_tensors, tensor_record
 from flower_ext.core.errors import at_least, one_of, refuse
@@ -52,9 +53,11 @@ class MRMTLClient(ClientHalf):
     name = "mrmtl"
     post_processing = True  # it sends and keeps the trained model
     compares = True
+    keeps = True
 
     def receive(self, local: Local, arrays: Tensors) -> Tensors:
         """Begin with the client's own model; evaluate it beside the received mean."""
+        self.keeps = local.number(STRENGTH_KEY, 1.0) < math.inf
         if local.phase == "evaluate":
             return arrays
         return local.personal.arrays(OWN, like=arrays, first=arrays)
@@ -152,6 +155,8 @@ def mean_regularized() -> Mod:
         trains = message.metadata.message_type.partition(".")[0] == "train"
         if trains and strength < math.inf and not reply.has_error():
             personal.save(**{OWN: read_tensors(reply.content.array_records[key])})
+        if not trains:
+            tell_state(reply, OWN in personal or math.isinf(strength))
         return reply
 
     return mod

@@ -96,6 +96,12 @@ def test_a_stock_app_is_told_the_lines_that_work(app, capsys):
     assert "mods=[encoded()]" in flasc
     assert "describe_arrays=True" in flasc
     assert "needs these lines, to be completed" in parts["MaxFL"]
+    # Without their lines, clients of a personal strategy would be those of FedAvg.
+    for name, mod in {"Ditto": "paired()", "LocalOnly": "alone()"}.items():
+        assert "which were tried (2 clients" in parts[name]
+        assert f"mods=[{mod}]" in parts[name]
+    assert "to be completed" in parts["FineTuned"]
+    assert "test the received model" in parts["FineTuned"]
     per = parts["FedPer"]
     assert "which were tried (2 clients" in per
     assert "+app = ClientApp(mods=[keep_at_home()])" in per
@@ -111,7 +117,7 @@ def test_a_task_is_told_its_half(app, capsys):
     assert code == 0
     assert "works (3 clients" in parts["FedAvg, the app as it is"]
     assert "+app = client_app(" in parts["FedFish"]
-    for name in ("FedFish", "MaxFL", "FLASC", "BoundedGroupLoss"):
+    for name in ("FedFish", "MaxFL", "FLASC", "BoundedGroupLoss", "LocalOnly"):
         assert "which were tried (3 clients" in parts[name], name
 
 

@@ -202,6 +202,28 @@ def test_three_lines_a_side_make_the_quickstart_fedfish():
     assert readme == diffs((ROOT / "docs" / "tutorial.md").read_text("utf-8"))[:2]
 
 
+OWN_LOOPS = sorted(
+    path.stem
+    for path in (ROOT / "docs" / "strategies").glob("*.md")
+    if diffs(path.read_text("utf-8"))
+)
+
+
+@pytest.mark.parametrize("name", OWN_LOOPS)
+def test_the_quickstart_becomes_a_methods_own_loop(name, quickstart, capsys, caplog):
+    page = (ROOT / "docs" / "strategies" / f"{name}.md").read_text("utf-8")
+    for file, diff in diffs(page):
+        path = quickstart / "quickstart" / file
+        path.write_text(apply(diff, path.read_text("utf-8")), "utf-8")
+    (script,) = blocks("docs/tutorial.md")
+    exec(compile(script, "run.py", "exec"), {})
+    found = capsys.readouterr().out
+    if "received-" in page:
+        assert "received-eval_acc-p10" in found and "eval_acc-hurt" in found
+    assert "PERSONAL STATE IS LOST" not in caplog.text
+    assert "eval_acc-seen" in found
+
+
 # The reference ----------------------------------------------------------------------
 
 

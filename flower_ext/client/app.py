@@ -172,8 +172,8 @@ def client_app(
                 }
                 if half.compares:
                     values |= {RECEIVED + name: x for name, x in received.items()}
-                if half.keeps:
-                    values[HAS_STATE] = float(any(local.personal))
+                if type(half).keeps:
+                    values[HAS_STATE] = float(not half.keeps or any(local.personal))
                 values = half.release(local.session.report_evaluation(values))
             content = RecordDict({METRICS_KEY: MetricRecord(values)})
             local.session.end()

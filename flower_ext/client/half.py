@@ -481,8 +481,9 @@ class ClientHalf:
     compares: ClassVar[bool] = False
     #: Whether it is of no use without what it kept in earlier rounds. A
     #: :class:`~flower_ext.server.personal.PersonalStrategy` then warns where clients
-    #: have trained and have kept nothing, as on a grid without clients' states.
-    keeps: ClassVar[bool] = False
+    #: have trained and have kept nothing, as on a grid without clients' states. An
+    #: object may say False where the server's options need nothing kept.
+    keeps: bool = False
 
     def make_model(
         self, task: Task, run_config: UserConfig, config: ConfigRecord

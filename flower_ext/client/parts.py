@@ -17,6 +17,7 @@ from torch import nn
 
 from flower_ext.client.encoding import Mod
 from flower_ext.client.half import ClientHalf, Local, trainable
+from flower_ext.client.mods import tell_state
 from flower_ext.client.personal import PERSONAL
 from flower_ext.client.tensors import Tensors
 from flower_ext.core.errors import refuse
@@ -43,6 +44,7 @@ class PartlyPersonalClient(ClientHalf):
     """
 
     post_processing = True  # it sends and keeps what is trained
+    keeps = True
 
     def receive(self, local: Local, arrays: Tensors) -> Tensors:
         """Put the client's own arrays beside the shared ones."""
@@ -184,6 +186,8 @@ def keep_at_home(personal: Filter = None) -> Mod:
             reply = call_next(message, context)
         finally:
             message.content = content
+        if kind == MessageType.EVALUATE and told:
+            tell_state(reply, kept is not None)
         if kind != MessageType.TRAIN or not reply.has_content():
             return reply
         key = array_key(reply.content, key)

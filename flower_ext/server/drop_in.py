@@ -45,6 +45,10 @@ class DropIn:
         trial.
     written : str
         The same as a user would write them.
+    silent : bool
+        Whether clients without these lines go on as FedAvg's, and nothing says so.
+    moves : bool
+        Whether the server's model moves when clients train.
     """
 
     imports: str = ""
@@ -55,6 +59,8 @@ class DropIn:
     fill_in: str = ""
     arguments: Callable[[int], Mapping[str, object]] = _nothing
     written: str = ""
+    silent: bool = False
+    moves: bool = True
 
     def __bool__(self) -> bool:
         """Whether a client has to add anything."""

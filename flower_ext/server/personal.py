@@ -117,18 +117,31 @@ class PersonalStrategy(AdditiveStrategy):
 
     def _require_states(self, replies: Sequence[Reply], round: Round) -> None:
         """Say once if clients that should have kept something have kept nothing."""
+        half = self.client_half
+        if half is None or not half.keeps or self._said:
+            return
+        seen = [r.numbers() for r in replies if r.client in round.trained]
+        # Where metrics are withheld, as under DPSGD, so is this.
         told = [
-            reply.numbers()[HAS_STATE]
-            for reply in replies
-            if reply.client in round.trained and HAS_STATE in reply.numbers()
+            own.get(HAS_STATE) for own in seen if own.keys() - {self.weighted_by_key}
         ]
-        if told and not any(told) and not self._said:
+        if told and not any(told):
             self._said = True
+            if None in told:
+                cause = (
+                    f"they do not say so ({HAS_STATE!r} is no metric of theirs): a "
+                    "training loop of one's own needs the lines that `python -m "
+                    "flower_ext.check` names, without which this is FedAvg"
+                )
+            else:
+                cause = (
+                    "the grid must keep each client's context.state from message to "
+                    "message, as LocalGrid, PackedGrid and Flower's own grids do; "
+                    "nodes that are started again have lost theirs"
+                )
             problem = (
                 "PERSONAL STATE IS LOST: none of the %s clients that have been asked "
                 "to train and now evaluate has kept anything, and %s needs what they "
-                "keep. The grid must keep each client's context.state from message to "
-                "message, as LocalGrid, PackedGrid and Flower's own grids do; nodes "
-                "that are started again have lost theirs"
+                "keep: %s"
             )
-            log(WARNING, problem, len(told), type(self).__name__)
+            log(WARNING, problem, len(told), type(self).__name__, cause)

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 
 from flower_ext import AdditiveStrategy, ClientHalf, client_app
 from flower_ext.client.half import LocalSettings, Proximal
@@ -14,6 +16,7 @@ from flower_ext.server.optimizers import SGD, Adam
 from flower_ext.server.rounds import EveryClientFailed
 from flower_ext.simulation import LocalGrid
 from flower_ext.strategies import Ditto, DittoClient, LocalOnly, LocalOnlyClient
+from flower_ext.strategies.ditto import paired
 
 START = {"w": np.float32(0.0)}
 # Two clients, whose losses are (w - 1)^2 / 2 and (w - 5)^2 / 2.
@@ -136,6 +139,115 @@ def test_a_client_that_lost_its_model_begins_anew(play, point_task, spied):
     played = play(Ditto(strength=1.0), app, 2, START, 2, RATE)
     w = played.models[1]["w"]
     assert models(calls)[2, 1] == pytest.approx(w - 0.1 * (w - 5), rel=1e-6)
+
+
+# A loop of one's own ----------------------------------------------------------------
+
+
+class ClosureSGD(torch.optim.SGD):
+    """Steps with a closure, as Lightning does, through the step of its base class."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def looped(task, closure=False, between=lambda model: None, steps=True):
+    """Make the ClientApp of a loop that knows nothing of Ditto."""
+    app = ClientApp(mods=[paired()])
+
+    def opened(message, context):
+        model = task.model({})
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        return model, task.data(context)
+
+    @app.train()
+    def train(message, context):
+        model, (data, _) = opened(message, context)
+        between(model)
+        optimizer = ClosureSGD(model.parameters(), lr=message.content["config"]["lr"])
+
+        def evaluate():
+            optimizer.zero_grad()
+            task.loss(model, data).mean().backward()
+
+        if not steps:
+            model.w.data += 1.0
+        elif closure:
+            optimizer.step(evaluate)
+        else:
+            evaluate()
+            optimizer.step()
+        metrics = MetricRecord({"num-examples": 1, "noise": float(torch.rand(()))})
+        arrays = ArrayRecord(model.state_dict())
+        content = RecordDict({"arrays": arrays, "metrics": metrics})
+        return Message(content, reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message, context):
+        model, (_, data) = opened(message, context)
+        metrics = {"num-examples": 1, "loss": task.loss(model, data).mean().item()}
+        content = RecordDict({"metrics": MetricRecord(metrics)})
+        return Message(content, reply_to=message)
+
+    return app
+
+
+TOLD = {"train_config": ConfigRecord({"lr": 0.1})}
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_the_mod_makes_of_a_loop_what_the_half_does(play, point_task, spied, closure):
+    task = point_task(CENTRES)
+    found = []
+    for app in (client_app(task, DittoClient), looped(task, closure=closure)):
+        app, calls = spied(app)
+        strategy = Ditto(strength=2.0, fraction_train=0.5, min_train_nodes=1)
+        played = play(strategy, app, 2, START, 3, RATE, **TOLD)
+        evaluated = [dict(c.reply["metrics"]) for c in calls if c.kind == "evaluate"]
+        found.append((models(calls), evaluated, played.models))
+    half, mod = found
+    assert mod[0] == pytest.approx(half[0], rel=1e-6) and len(half[0]) == 3
+    for ours, theirs in zip(mod[1], half[1], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    for ours, theirs in zip(mod[2], half[2], strict=True):
+        assert ours["w"] == pytest.approx(theirs["w"], rel=1e-6)
+
+
+def test_the_mod_lets_the_loop_draw_what_it_would_have_drawn(play, point_task):
+    task = point_task(CENTRES)
+    drawn = []
+    for strategy in (Ditto(), AdditiveStrategy()):
+        torch.manual_seed(0)
+        played = play(strategy, looped(task), 2, START, 3, {}, **TOLD)
+        drawn.append([played.train(i)["noise"] for i in (1, 2, 3)])
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy", "text"),
+    [
+        ({}, Ditto(personal_epochs=2), "personal_epochs=2 must be None with the mod"),
+        ({"steps": False}, Ditto(), "without a step of a torch optimizer"),
+        (
+            {"between": lambda model: model.w.data.add_(1.0)},
+            Ditto(),
+            r"a parameter of shape \(\) was trained and is none of the arrays \['w'\]",
+        ),
+    ],
+)
+def test_a_loop_that_the_mod_cannot_serve_is_told_why(
+    play, point_task, options, strategy, text
+):
+    app = looped(point_task(CENTRES), **options)
+    with pytest.raises(EveryClientFailed, match=text):
+        play(strategy, app, 2, START, 1, {}, **TOLD)
+
+
+def test_the_mod_leaves_other_strategies_alone(play, point_task, spied):
+    app, calls = spied(looped(point_task(CENTRES)))
+    play(AdditiveStrategy(), app, 2, START, 1, {}, **TOLD)
+    assert not any(call.state for call in calls)
+    assert "received-loss" not in calls[-1].reply["metrics"]
 
 
 # What is refused --------------------------------------------------------------------

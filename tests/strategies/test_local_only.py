@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
+from flwr.clientapp import ClientApp
 
-from flower_ext import client_app
+from flower_ext import AdditiveStrategy, client_app
 from flower_ext.client.personal import Personal
 from flower_ext.core.arrays import from_record
 from flower_ext.core.sampling import UniformSampler
 from flower_ext.privacy import Mechanism
 from flower_ext.simulation import LocalGrid
 from flower_ext.strategies import LocalOnly, LocalOnlyClient
+from flower_ext.strategies.local_only import alone
 
 CONFIG = {"batch-size": 4, "lr": 0.1}
 
@@ -70,3 +73,28 @@ def test_there_is_nothing_to_protect():
     mechanism = Mechanism(**plan, noise_multiplier=1.0, target_delta=0.1)
     with pytest.raises(ValueError, match="must be None: nothing is sent that it could"):
         LocalOnly(mechanism=mechanism)
+
+
+def test_the_mod_makes_of_any_loop_what_the_half_does(play, reply):
+    """Of one without torch, too: each client adds its number to what it is given."""
+    app = ClientApp(mods=[alone()])
+
+    def answer(message, context):
+        own = from_record(message.content["arrays"])["w"]
+        own = own + 1 + context.node_config["partition-id"]
+        content = reply({"w": own}, loss=float(own))
+        return Message(content, reply_to=message)
+
+    app.train()(answer)
+    app.evaluate()(answer)
+    played = play(LocalOnly(), app, 2, {"w": np.float32(0)}, 4)
+    assert all(model["w"] == 0 for model in played.models)
+    for number in range(1, 5):
+        # This loop adds in an evaluation as well, once more than it has trained.
+        expected = (number + 1) * np.mean([1, 2])
+        assert played.evaluate(number)["loss"] == expected
+        assert played.train(number)["loss"] == number * np.mean([1, 2])
+    unseen = play(LocalOnly(fraction_train=0.0), app, 2, {"w": np.float32(0)})
+    assert unseen.evaluate()["loss-unseen"] == np.mean([1, 2])
+    plain = play(AdditiveStrategy(), app, 2, {"w": np.float32(0)}, 3)
+    assert plain.models[3]["w"] == 4.5  # other strategies are served as before
