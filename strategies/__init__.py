@@ -6,9 +6,12 @@ from flower_ext.strategies.bounded_group_loss import (
 )
 from flower_ext.strategies.ditto import Ditto, DittoClient
 from flower_ext.strategies.dpftrl import DPFTRL
+from flower_ext.strategies.fedbabu import FedBABU, FedBABUClient
+from flower_ext.strategies.fedbn import FedBN, FedBNClient
 from flower_ext.strategies.fedcurv import FedCurv, FedCurvClient
 from flower_ext.strategies.fedfish import FedFish, FedFishClient
 from flower_ext.strategies.fedper import FedPer, FedPerClient
+from flower_ext.strategies.fedrep import FedRep, FedRepClient
 from flower_ext.strategies.fine_tuned import FineTuned, FineTunedClient
 from flower_ext.strategies.flasc import FLASC, FLASCClient
 from flower_ext.strategies.hypcluster import HypCluster, HypClusterClient
@@ -26,14 +29,20 @@ __all__ = [
     "Ditto",
     "DittoClient",
     "FLASCClient",
+    "FedBABU",
+    "FedBABUClient",
+    "FedBN",
+    "FedBNClient",
     "FedCurv",
     "FedCurvClient",
     "FedFish",
     "FedFishClient",
-    "FineTuned",
-    "FineTunedClient",
     "FedPer",
     "FedPerClient",
+    "FedRep",
+    "FedRepClient",
+    "FineTuned",
+    "FineTunedClient",
     "HypCluster",
     "HypClusterClient",
     "KNNPer",

@@ -282,7 +282,7 @@ class DPSGD(Trainer):
         if hooks := sorted(vars(half).keys() & (_HOOKS | _HARMLESS)):
             cause = "an object's own would be called in the place of its class's"
             refuse(f"{type(half).__name__}'s hooks", hooks, "methods of a class", cause)
-        return PrivateSession(self, local, half.num_trainings)
+        return PrivateSession(self, local, half.num_trainings, half.planned_steps)
 
 
 _HOOKS = {
@@ -315,13 +315,22 @@ class PrivateSession(Session):
         The client; its training data are cut to ``max_examples_per_user``.
     num_trainings : int
         Models that are trained, which are charged together.
+    planned_steps : callable, optional
+        See :meth:`~flower_ext.client.half.ClientHalf.planned_steps`.
     """
 
-    def __init__(self, trainer: DPSGD, local: Local, num_trainings: int) -> None:
+    def __init__(
+        self,
+        trainer: DPSGD,
+        local: Local,
+        num_trainings: int,
+        planned_steps: Callable[[Local], int | None] = lambda local: None,
+    ) -> None:
         self._trainer = trainer
         self._privacy = trainer.privacy(local.context)
         self._trainings = whole("num_trainings", num_trainings, 1)
         local.train = self._capped(local.train)
+        self._planned = planned_steps(local)
         # What the server may choose and the half may use, before the half has seen it.
         self._told = b"" if self._privacy.seed is None else _digest_of_told(local)
         # What was kept before: if that is private, what this message keeps is, too.
@@ -394,7 +403,8 @@ class PrivateSession(Session):
         rate = min(1.0, local.settings.batch_size / size)
         # All models at once: a budget that ends between two of them would leave one
         # that is trained, spent and never sent.
-        planned = self._trainings * count
+        # At least its own: what is taken is charged, whatever a half says.
+        planned = max(count, self._planned or self._trainings * count)
         noise_multiplier = self._calibrated(kept, planned, rate)
         charged = ledger.add(rate, noise_multiplier, planned)
         spent = charged.epsilon(privacy.delta)

@@ -485,6 +485,14 @@ class ClientHalf:
     #: object may say False where the server's options need nothing kept.
     keeps: bool = False
 
+    def planned_steps(self, local: Local) -> int | None:
+        """Return the steps of all trainings of a round, where not all are as long.
+
+        Asked before :meth:`receive`, by a trainer that charges them together. None is
+        ``num_trainings`` times those of the first.
+        """
+        return None
+
     def make_model(
         self, task: Task, run_config: UserConfig, config: ConfigRecord
     ) -> nn.Module:

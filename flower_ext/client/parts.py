@@ -1,7 +1,7 @@
 """Clients that keep a part of the model: the half, and a mod for loops of one's own."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 from flwr.app import (
@@ -79,23 +79,50 @@ class PartlyPersonalClient(ClientHalf):
         return names
 
 
-def freeze(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Let parameters get no gradient, and no step of an optimizer.
+class freeze:  # noqa: N801 (as torch.no_grad)
+    """Let some parameters of a model get no gradient, and so no step of an optimizer.
+
+    At once, and for good; in a ``with`` statement until its end::
+
+        with freeze(model, "body.*"):
+            train(model, loader)  # an optimizer of all parameters
 
     Parameters
     ----------
     model : Module
-        Changed in place.
-    names : iterable of str, optional
-        Of its arrays; by default the last layer's.
+        Whose parameters they are.
+    frozen : str, sequence of str or callable, optional
+        Which ones, see :func:`~flower_ext.core.parts.personal_names`; by default those
+        of the last layer.
+
+    Raises
+    ------
+    ValueError
+        If the filter matches no array, or all parameters that are trained.
     """
-    if names is None:
-        names = personal_names(model.state_dict(), None)
-    found, frozen = trainable(model), set(names)
-    for name, parameter in found.items():
-        parameter.requires_grad_(name not in frozen)
-    if found.keys() <= frozen:
-        refuse("frozen arrays", sorted(frozen)[:5], "fewer than all that are trained")
+
+    def __init__(self, model: nn.Module, frozen: Filter = None) -> None:
+        names = list(model.state_dict())
+        own = set(personal_names(names, require_filter(frozen, "frozen"), "frozen"))
+        found = trainable(model)
+        if found.keys() <= own:
+            refuse(
+                "frozen",
+                sorted(own)[:5],
+                "arrays that leave parameters to train",
+                f"those of this model are {list(found)[:5]}",
+            )
+        self._frozen = [p for name, p in found.items() if name in own]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    def __enter__(self) -> None:
+        """Begin what they are frozen for."""
+
+    def __exit__(self, *_: object) -> None:
+        """Let them be trained again."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
 
 
 def normalization_arrays(model: nn.Module) -> list[str]:

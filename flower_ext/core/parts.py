@@ -16,7 +16,7 @@ PERSONAL_PLACES = "personal-places"
 PERSONAL_START = "personal-start"
 
 
-def require_filter(personal: Filter) -> Filter:
+def require_filter(personal: Filter, argument: str = "personal") -> Filter:
     """Refuse what is no filter."""
     patterns = [personal] if isinstance(personal, str) else personal
     if patterns is None or callable(patterns):
@@ -24,7 +24,7 @@ def require_filter(personal: Filter) -> Filter:
     ok = isinstance(patterns, Sequence) and all(isinstance(x, str) for x in patterns)
     if not ok or not patterns:
         refuse(
-            "personal",
+            argument,
             personal,
             'a pattern of names such as "head.*", several, or a function of a name',
             "where nothing stays with clients, FedAvg is the strategy",
@@ -32,7 +32,9 @@ def require_filter(personal: Filter) -> Filter:
     return personal
 
 
-def personal_names(names: Iterable[str], personal: Filter) -> list[str]:
+def personal_names(
+    names: Iterable[str], personal: Filter, argument: str = "personal"
+) -> list[str]:
     """Return the names of the arrays that stay with a client, in the model's order.
 
     Parameters
@@ -43,6 +45,8 @@ def personal_names(names: Iterable[str], personal: Filter) -> list[str]:
         Patterns as of :mod:`fnmatch`, each of which must match, or a function ``name ->
         bool``. None is the last layer: all arrays whose names are that of the last one
         up to the last dot.
+    argument : str
+        What errors call the filter.
 
     Raises
     ------
@@ -69,29 +73,31 @@ def personal_names(names: Iterable[str], personal: Filter) -> list[str]:
         patterns = [personal] if isinstance(personal, str) else personal
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                _refuse_none(pattern, names)
+                _refuse_none(argument, pattern, names)
         found = [n for n in names if any(fnmatchcase(n, p) for p in patterns)]
     if not found:
-        _refuse_none(personal, names)
+        _refuse_none(argument, personal, names)
     if len(found) == len(names):
-        refuse_all(personal, names)
+        refuse_all(personal, names, argument)
     return found
 
 
-def refuse_all(personal: Filter, names: Sequence[str]) -> None:
+def refuse_all(
+    personal: Filter, names: Sequence[str], argument: str = "personal"
+) -> None:
     """Refuse a filter that leaves nothing to share."""
     refuse(
-        "personal",
+        argument,
         personal,
-        "a filter that leaves arrays to share",
-        f"of {_shown(names)} it leaves none that is averaged; clients that share "
+        "a filter that leaves others",
+        f"of {_shown(names)} it leaves none that is trained; clients that share "
         "nothing train alone, as LocalOnly's do",
     )
 
 
-def _refuse_none(personal: object, names: Sequence[str]) -> None:
+def _refuse_none(argument: str, personal: object, names: Sequence[str]) -> None:
     refuse(
-        "personal",
+        argument,
         personal,
         "a filter that matches arrays of the model",
         f"it matches none of {_shown(names)}; a layer's arrays are "

@@ -39,7 +39,7 @@ def test_the_last_layer_is_all_of_it_and_no_more():
         (["head.*", "Scale"], "personal='Scale' must be a filter that matches arrays"),
         ("head", 'a layer\'s arrays are "<name of the layer>.*"'),
         (lambda name: False, "it matches none of ['body.weight'"),
-        ("*", "personal='*' must be a filter that leaves arrays to share"),
+        ("*", "personal='*' must be a filter that leaves others"),
         (lambda name: True, "share nothing train alone, as LocalOnly's do"),
     ],
 )

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from adding_grid import AddingGrid
 from flwr.app import ConfigRecord, Message
 from flwr.clientapp import ClientApp
@@ -20,6 +21,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from remembering import Remembering
 from tampering import tamper
+from torch import nn
 
 from flower_ext import AdditiveStrategy, Task, Tracker, client_app
 from flower_ext.client.half import ClientHalf
@@ -41,12 +43,18 @@ from flower_ext.strategies import (
     BoundedGroupLossClient,
     Ditto,
     DittoClient,
+    FedBABU,
+    FedBABUClient,
+    FedBN,
+    FedBNClient,
     FedCurv,
     FedCurvClient,
     FedFish,
     FedFishClient,
     FedPer,
     FedPerClient,
+    FedRep,
+    FedRepClient,
     FineTuned,
     FineTunedClient,
     FLASCClient,
@@ -152,6 +160,20 @@ def apart(model, strategy):
         }
         for j in range(strategy.num_models)
     )
+
+
+class OffsetNorm(nn.Module):
+    """A layer whose only array has a name that all models here know.
+
+    They are a net with BatchNorm, and two without: a line, which has a bias, and that
+    of the contract's tests, which has one in a linear layer.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.norm = nn.BatchNorm1d(4)
+        self.linear = nn.LayerNorm(2)
 
 
 METHODS = {
@@ -289,6 +311,19 @@ METHODS = {
         fedavg={"strength": math.inf},
         private=({}, {"weights": "equal"}),
         sends_kept=True,
+    ),
+    "FedRep": Method(
+        make=FedRep,
+        half=FedRepClient,
+        options={"personal": "*bias", "head_epochs": 2},
+        others=({"head_epochs": 0},),
+    ),
+    "FedBN": Method(make=FedBN, half=FedBNClient, options={"model": OffsetNorm()}),
+    "FedBABU": Method(
+        make=FedBABU,
+        half=FedBABUClient,
+        options={"personal": "*bias", "tuning_epochs": 1},
+        others=({"tunes": "head"}, {"tuning_epochs": 0}),
     ),
 }
 # The columns' parameters: rows, rows with each of their options, private variants.

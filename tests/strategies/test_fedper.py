@@ -385,9 +385,9 @@ class Silent(LocalGrid):
     [
         ("head.*", "personal='head.*' must be a filter that matches arrays"),
         (["out.*", "nrom.*"], "personal='nrom.*' must be a filter that matches"),
-        ("*", "personal='*' must be a filter that leaves arrays to share"),
+        ("*", "personal='*' must be a filter that leaves others"),
         # What is left is a counter, which says nothing.
-        (lambda name: name != COUNTER, "it leaves none that is averaged"),
+        (lambda name: name != COUNTER, "it leaves none that is trained"),
     ],
 )
 def test_a_filter_of_nothing_or_all_is_refused_before_anything_runs(

@@ -147,7 +147,7 @@ def test_together_with_the_mod_of_codecs(task, initial):
     [
         ("out.*", "norm.*", "personal='norm.*' must be a filter of the server's"),
         (None, "head.*", "personal='head.*' must be a filter that matches arrays"),
-        (None, "*", "a filter that leaves arrays to share"),
+        (None, "*", "a filter that leaves others"),
     ],
 )
 def test_what_the_two_sides_do_not_agree_on_is_refused(
@@ -246,8 +246,15 @@ def test_frozen_parameters_take_no_step():
         not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)
     ]
     assert moved == [True, True, False, False]
-    with pytest.raises(ValueError, match="fewer than all that are trained"):
-        freeze(nn.Linear(2, 2), ["weight", "bias"])
+    other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    with freeze(other, "0.*"):
+        flags = [p.requires_grad for p in other.parameters()]
+        assert flags == [False, False, True, True]
+    assert all(p.requires_grad for p in other.parameters())
+    with pytest.raises(ValueError, match="must be arrays that leave parameters to tr"):
+        freeze(nn.BatchNorm1d(2), ["weight", "bias"])
+    with pytest.raises(ValueError, match="frozen='head' must be a filter that matches"):
+        freeze(model, "head")
 
 
 def test_other_messages_pass_through(initial):
