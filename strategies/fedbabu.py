@@ -31,6 +31,7 @@ class FedBABUClient(PartlyPersonalClient):
 
     name = "fedbabu"
     compares = True
+    keeps = False
     post_processing = True  # sent is the trained body, and nothing is kept
 
     def begin(self, local: Local) -> None:
