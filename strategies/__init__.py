@@ -19,6 +19,7 @@ from flower_ext.strategies.knnper import KNNPer, KNNPerClient
 from flower_ext.strategies.local_only import LocalOnly, LocalOnlyClient
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient
 from flower_ext.strategies.mrmtl import MRMTL, MRMTLClient
+from flower_ext.strategies.scaffold import Scaffold, ScaffoldClient
 
 __all__ = [
     "DPFTRL",
@@ -52,4 +53,6 @@ __all__ = [
     "MRMTLClient",
     "MaxFL",
     "MaxFLClient",
+    "Scaffold",
+    "ScaffoldClient",
 ]

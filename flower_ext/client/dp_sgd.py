@@ -512,8 +512,9 @@ class PrivateSession(Session):
         """Refuse to show a half a loss, but for an evaluation, which is withheld."""
         if self._phase == "train":
             raise ValueError(
-                "loss_of, mean_loss and measure read the silo's data without noise: "
-                "under DPSGD a client half may not use them in training"
+                "loss_of, mean_loss, measure and the gradient of all examples read the "
+                "silo's data without noise: under DPSGD a client half may not use them "
+                "in training"
             )
 
     def report(self, metrics: Metrics) -> Metrics:

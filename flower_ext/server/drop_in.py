@@ -14,6 +14,10 @@ from flower_ext.server.options import AdditiveOptions
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+# What Flower's own apps call the arguments of their train function.
+_GIVEN = {"message": "msg", "context": "context"}
+
+
 def _nothing(num_clients: int) -> dict[str, object]:
     return {}
 
@@ -22,8 +26,9 @@ def _nothing(num_clients: int) -> dict[str, object]:
 class DropIn:
     """The lines that turn a client of FedAvg into one of another strategy.
 
-    In the lines ``{model}`` stands for the app's variable that holds the model, and
-    ``{loader}`` for the one that holds the training data.
+    In the lines ``{model}`` stands for the app's variable that holds the model,
+    ``{loader}`` for the one that holds the training data, and ``{message}`` and
+    ``{context}`` for the two that the train function is given.
 
     Parameters
     ----------
@@ -80,7 +85,7 @@ class DropIn:
             f"# ClientApp(mods=[{self.mod}])" if self.mod else "",
             *(f"# {line}" for line in self.fill_in.splitlines()),
         ]
-        names = {"model": model, "loader": loader}
+        names = {"model": model, "loader": loader} | _GIVEN
         return [_named(line, names) for line in shown if line]
 
 
@@ -312,18 +317,19 @@ def _names(function: Function) -> dict[str, str]:
         raise NoPlace("no model that loads a state_dict in the train function")
     if not loader:
         raise NoPlace("no training data called ...loader in the train function")
-    return {"model": model, "loader": loader}
+    given = [argument.arg for argument in function.args.args]
+    names = dict(zip(_GIVEN, given, strict=False))
+    return {**_GIVEN, **names, "model": model, "loader": loader}
 
 
 def _training(function: Function, names: Mapping[str, str]) -> ast.stmt:
     """Return the statement that trains: the first that has model and data."""
+    model, loader = names["model"], names["loader"]
     for statement in function.body:
         used = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
-        if set(names.values()) <= used and any(True for _ in _calls(statement)):
+        if {model, loader} <= used and any(True for _ in _calls(statement)):
             return statement
-    raise NoPlace(
-        f"no statement with {' and '.join(names.values())} in the train function"
-    )
+    raise NoPlace(f"no statement with {model} and {loader} in the train function")
 
 
 def _dict_of(function: Function, factory: str) -> ast.Dict:

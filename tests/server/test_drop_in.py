@@ -49,6 +49,13 @@ def test_lines_go_before_the_training_and_into_the_reply():
     ]
 
 
+def test_message_and_context_are_called_what_the_app_calls_them():
+    lines = DropIn(before="controls = of({message}, {context})")
+    line = "+    controls = of(note, ctx)"
+    assert edited(CLIENT.replace("(msg, context)", "(note, ctx)"), lines) == [line]
+    assert lines.lines() == ["controls = of(msg, context)"]
+
+
 @pytest.mark.parametrize("comma", ["", ","])
 def test_a_dict_of_several_lines_gets_a_line(comma):
     source = CLIENT.replace(

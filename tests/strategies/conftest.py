@@ -152,3 +152,76 @@ def spied():
         return wrapped, calls
 
     return wrap
+
+
+class _Vector(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+
+@dataclass
+class Quadratics:
+    """Clients whose loss is ``(w - a_k)' H_k (w - a_k) / 2``, in float64."""
+
+    centers: np.ndarray
+    hessians: np.ndarray
+
+    @property
+    def start(self):
+        """A model to start from."""
+        return {"w": np.zeros(self.centers.shape[1])}
+
+    @property
+    def minimizer(self):
+        """Where the mean of the losses is least."""
+        pulls = np.einsum("kij,kj->ki", self.hessians, self.centers)
+        return np.linalg.solve(self.hessians.sum(0), pulls.sum(0))
+
+    def fixed_point(self, eta, steps, weights=1.0):
+        """Where FedAvg stands still: gradient descent of each client is a linear map.
+
+        ``y_k - a_k = (I - eta H_k)^steps (w - a_k)``, and the mean of the y_k is w.
+        """
+        one, count = np.eye(self.centers.shape[1]), len(self.centers)
+        steps, weights = (np.broadcast_to(x, count) for x in (steps, weights))
+        pull = np.array(
+            [
+                weight * (one - np.linalg.matrix_power(one - eta * h, int(n)))
+                for h, n, weight in zip(self.hessians, steps, weights, strict=True)
+            ]
+        )
+        pulls = np.einsum("kij,kj->ki", pull, self.centers)
+        return np.linalg.solve(pull.sum(0), pulls.sum(0))
+
+    def task(self, **options):
+        """Make the task; each client has one example, or as many as ``copies``."""
+        copies = options.pop("copies", [1] * len(self.centers))
+
+        def data(context):
+            client = context.node_config["partition-id"]
+            columns = {
+                "a": torch.tensor(self.centers[client]),
+                "h": torch.tensor(self.hessians[client]),
+            }
+            many = {
+                k: torch.stack([x] * copies[client]) if copies[client] else x[None][:0]
+                for k, x in columns.items()
+            }
+            return many, many
+
+        def loss(model, batch):
+            away = model.w - batch["a"]
+            return 0.5 * torch.einsum("bi,bij,bj->b", away, batch["h"], away)
+
+        size = self.centers.shape[1]
+        return Task(lambda config: _Vector(size), data, loss, **options)
+
+
+@pytest.fixture(scope="session")
+def quadratics():
+    """Three clients in the plane that agree neither on minimum nor on curvature."""
+    rng = np.random.default_rng(3)
+    turns = [np.linalg.qr(rng.standard_normal((2, 2)))[0] for _ in range(3)]
+    hessians = [q @ np.diag(rng.uniform(0.5, 2.0, 2)) @ q.T for q in turns]
+    return Quadratics(3 * rng.standard_normal((3, 2)), np.array(hessians))

@@ -67,6 +67,8 @@ from flower_ext.strategies import (
     MaxFL,
     MaxFLClient,
     MRMTLClient,
+    Scaffold,
+    ScaffoldClient,
 )
 from flower_ext.strategies.flasc import Tier
 from flower_ext.testing import check_strategy
@@ -325,6 +327,7 @@ METHODS = {
         options={"personal": "*bias", "tuning_epochs": 1},
         others=({"tunes": "head"}, {"tuning_epochs": 0}),
     ),
+    "Scaffold": Method(make=Scaffold, half=ScaffoldClient, others=({"option": "I"},)),
 }
 # The columns' parameters: rows, rows with each of their options, private variants.
 ROWS = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
