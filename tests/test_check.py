@@ -105,6 +105,9 @@ def test_a_stock_app_is_told_the_lines_that_work(app, capsys):
     per = parts["FedPer"]
     assert "which were tried (2 clients" in per
     assert "+app = ClientApp(mods=[keep_at_home()])" in per
+    babu = parts["FedBABU"]
+    assert "which were tried (2 clients" in babu
+    assert "+    freeze(model)" in babu
     assert everything(app) == before
     assert sys.path == path
     assert "quickstart.client_app" not in sys.modules.keys() - modules.keys()
