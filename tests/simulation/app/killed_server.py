@@ -23,7 +23,7 @@ from flower_ext.core.arrays import from_record
 from flower_ext.server import checkpoint, saved_states
 from flower_ext.simulation import LocalGrid, PackedGrid
 
-CLIENTS, ROUNDS = 12, 5
+CLIENTS = 12
 
 
 def die():
@@ -66,7 +66,7 @@ def digest(arrays):
 
 
 def serve(folder, kind, when):
-    """Run or resume; return what there is in the end."""
+    """Run or resume; return what there is in the end, and after the same run anew."""
     what, *numbers = when.split(":")
     config = ConfigRecord()
     if what == "train":
@@ -76,9 +76,29 @@ def serve(folder, kind, when):
     if kind == "local":
         grid = LocalGrid(app, CLIENTS)
     else:
-        grid = PackedGrid(num_clients=CLIENTS, client_app="personal:app", num_workers=2)
+        grid = PackedGrid(
+            num_clients=CLIENTS,
+            client_app="pairs:app",
+            num_workers=2,
+            num_examples=[2, 5] * (CLIENTS // 2),
+        )
+    again = play(grid, kind, config, folder)
+    # As good as a new grid, with workers that have imported what they need.
+    grid.states.close()
+    return {"again": again, "whole": play(grid, kind, config, f"{folder}-whole")}
+
+
+def play(grid, kind, config, folder):
+    """Run or resume; return digests of model, states and metrics."""
+    if kind == "local":
+        rounds = 5
+        strategy = AdditiveStrategy(fraction_train=0.5, fraction_evaluate=0.0)
+    else:
+        from flower_ext.strategies.ditto import Ditto
+
+        rounds = 20
+        strategy = Ditto(fraction_train=0.25, fraction_evaluate=0.25)
     initial = ArrayRecord({"w": Array(np.linspace(-1, 1, 20_000, dtype=np.float32))})
-    strategy = AdditiveStrategy(fraction_train=0.5, fraction_evaluate=0.0)
     told = {k: config[k] for k in config}
     configure = strategy.configure_train
 
@@ -87,12 +107,20 @@ def serve(folder, kind, when):
         return configure(current, arrays, ConfigRecord({**settings, **told}), grid)
 
     strategy.configure_train = tell
-    result = strategy.start(grid, initial, num_rounds=ROUNDS, checkpoint=folder)
+    result = strategy.start(grid, initial, num_rounds=rounds, checkpoint=folder)
     states = {c: grid.states.read(c) for c in sorted(grid.states.versions())}
     return {
         "model": digest(from_record(result.arrays)),
-        "states": {c: digest(from_record(s["own"])) for c, s in states.items()},
-        "losses": [m["loss"] for m in result.train_metrics_clientapp.values()],
+        "states": {
+            client: [digest(from_record(x)) for x in state.array_records.values()]
+            for client, state in states.items()
+        },
+        "rounds": len(result.train_metrics_clientapp),
+        "metrics": hashlib.sha256(
+            repr(
+                [result.train_metrics_clientapp, result.evaluate_metrics_clientapp]
+            ).encode()
+        ).hexdigest(),
     }
 
 
