@@ -94,6 +94,8 @@ class HypClusterClient(ClientHalf):
     """
 
     name = "hypcluster"
+    # It sends a trained model and a choice that is private where the training is.
+    post_processing = True
 
     def __init__(self) -> None:
         self._cluster = 0

@@ -12,7 +12,9 @@ What leaves the silo is made of such steps only, so that the server and the othe
 need not be trusted.
 """
 
+import copy
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -29,11 +31,14 @@ from torch import Tensor
 from flower_ext.client.half import ClientHalf, Local
 from flower_ext.client.noisy_steps import GradSampleMode, NoisePlan, NoisySteps, word
 from flower_ext.client.personal import PERSONAL
-from flower_ext.client.task import Batch, num_examples
-from flower_ext.client.tensors import read_tensors
+from flower_ext.client.task import Batch, batches, example_losses, num_examples
+from flower_ext.client.tensors import Tensors, read_tensors
 from flower_ext.client.trainer import Session, Steps, Trainer
 from flower_ext.core.errors import refuse, whole
 from flower_ext.core.protocol import Metrics
+from flower_ext.core.several import stack
+from flower_ext.core.typing import Floats
+from flower_ext.privacy.selection import noisy_least
 from flower_ext.privacy.silo_account import SiloAccount, ledger_path
 from flower_ext.privacy.silo_budget import (
     SiloBudgetExhausted,
@@ -191,6 +196,14 @@ class DPSGD(Trainer):
     Opacus' own noise is not used: torch's CPU generator has 32 bits of seed. Dropout
     does draw from torch's, seeded secretly. Floating-point noise has gaps that a strong
     adversary may read (Mironov 2012).
+
+    *Choices*: a half that asks for the best of several models, ``local.best_of``, is
+    told the one of the least noisy sum of losses (report noisy min with Gumbel noise,
+    which is the exponential mechanism). Each loss is clipped to ``[0, loss_cap]``, the
+    scale of the noise is ``loss_cap / selection_epsilon``, times the examples of a
+    user: a unit's contributions only ever add to the losses, by at most that cap. It is
+    charged before it looks, as a Gaussian that reveals no less, if the training after
+    it can be paid for as well; see :mod:`flower_ext.privacy.selection`.
 
     *Several models*: their steps compose, whichever of the models leaves the silo, with
     batches and noise of their own.
@@ -350,6 +363,7 @@ class PrivateSession(Session):
             run=local.run,
         )
         self._phase = local.phase
+        self._choices = 0
         self._plan: NoisePlan | None = None
         self._spent = 0.0
         # Steps of the silo before this message, steps of it, and those still to come.
@@ -379,17 +393,7 @@ class PrivateSession(Session):
     def _charged(self, local: Local, half: ClientHalf, account: SiloAccount) -> Steps:
         """Plan the message, see that it can be trained, and charge its steps."""
         privacy, size, count = self._privacy, num_examples(local.train), local.num_steps
-        kept = account.read()
-        ledger = StepLedger.read(kept, privacy)
-        # Also where nothing is trained: a half may send what it has kept.
-        if not self._sound:
-            refuse(
-                "personal state",
-                self._kept,
-                "kept under DPSGD",
-                "what a training that was not private has left would leave the silo "
-                "with the next models",
-            )
+        kept, ledger = self._known(account)
         if not count:
             self._spent = ledger.epsilon(privacy.delta)
             return _NoSteps(local, half)
@@ -407,6 +411,37 @@ class PrivateSession(Session):
         planned = max(count, self._planned or self._trainings * count)
         noise_multiplier = self._calibrated(kept, planned, rate)
         charged = ledger.add(rate, noise_multiplier, planned)
+        spent = self._affordable(local, ledger, charged)
+        plan = NoisePlan(
+            count, rate, min(privacy.clipping_norm, _NO_CLIPPING), noise_multiplier
+        )
+        self._before = ledger.total
+        found = self._noisy(local, half, plan)
+        # Charged before the first step: a training that breaks off has cost its steps.
+        account.write(self._record(charged, noise_multiplier))
+        self._plan, self._left, self._spent = plan, planned, spent
+        return found
+
+    def _known(self, account: SiloAccount) -> tuple[ConfigRecord | None, StepLedger]:
+        """Return the account, and refuse to send what was not kept privately."""
+        kept = account.read()
+        ledger = StepLedger.read(kept, self._privacy)
+        # Also where nothing is trained: a half may send what it has kept.
+        if not self._sound:
+            refuse(
+                "personal state",
+                self._kept,
+                "kept under DPSGD",
+                "what a training that was not private has left would leave the silo "
+                "with the next models",
+            )
+        return kept, ledger
+
+    def _affordable(
+        self, local: Local, ledger: StepLedger, charged: StepLedger
+    ) -> float:
+        """Return epsilon after a charge, or refuse it."""
+        privacy = self._privacy
         spent = charged.epsilon(privacy.delta)
         # Not "spent > limit": NaN must count as exceeding.
         if privacy.limit is not None and not spent <= privacy.limit:
@@ -415,19 +450,69 @@ class PrivateSession(Session):
                 f"at delta={privacy.delta}: {ledger.epsilon(privacy.delta):.6g} is "
                 f"spent, it would be {spent:.6g}; nothing was trained"
             )
-        plan = NoisePlan(
-            count, rate, min(privacy.clipping_norm, _NO_CLIPPING), noise_multiplier
-        )
-        self._before = ledger.total
-        found = self._noisy(local, half, plan)
-        # Charged before the first step: a training that breaks off has cost its steps.
+        return spent
+
+    def _record(self, charged: StepLedger, noise_multiplier: float) -> ConfigRecord:
         record = charged.record()
         if target := self._target:
             record["noise-multiplier"] = noise_multiplier
             record["target"] = target
-        account.write(record)
-        self._plan, self._left, self._spent = plan, planned, spent
-        return found
+        return record
+
+    def choose(self, local: Local, models: Sequence[Tensors]) -> int:
+        """Choose privately in training, and charge it; see ``SiloPrivacy``.
+
+        An evaluation tells nothing of its choice, and chooses without noise.
+        """
+        privacy = self._privacy
+        if self._phase == "evaluate":
+            return super().choose(local, models)
+        if privacy.selection_epsilon is None or privacy.loss_cap is None:
+            refuse(
+                "selection_epsilon",
+                None,
+                "given, with loss_cap",
+                "a choice among models reads the silo's data: SiloPrivacy(..., "
+                "selection_epsilon=0.1, loss_cap=4.0)",
+            )
+        if not num_examples(local.train):
+            return 0
+        with self._account.locked():
+            self._charge_choice(local, self._account)
+        cap = privacy.loss_cap
+        scores = [_capped_sum(local, arrays, cap) for arrays in models]
+        scale = privacy.group_size * cap / privacy.selection_epsilon
+        return noisy_least(scores, scale, self._uniforms(local, models))
+
+    def _charge_choice(self, local: Local, account: SiloAccount) -> None:
+        """Charge a choice, if the training after it can be paid for, too."""
+        privacy, size = self._privacy, num_examples(local.train)
+        kept, ledger = self._known(account)
+        account.require(kept)
+        self._choices += 1
+        planned = self._trainings * local.num_steps
+        rate = min(1.0, local.settings.batch_size / size)
+        assert privacy.choice_noise is not None
+        charged = ledger.add(1.0, privacy.choice_noise, 1)
+        noise_multiplier = self._calibrated(kept, planned, rate)
+        self._affordable(local, ledger, charged.add(rate, noise_multiplier, planned))
+        self._before = ledger.total
+        account.write(self._record(charged, noise_multiplier))
+
+    def _uniforms(self, local: Local, models: Sequence[Tensors]) -> Floats:
+        """Draw secret numbers in (0, 1), one a model."""
+        seed, count = self._privacy.seed, len(models)
+        if seed is None:
+            words = np.frombuffer(os.urandom(8 * count), np.uint64)
+        else:
+            digest = _digest(
+                [self._told, "choice", self._privacy, local.settings],
+                chain(stack(models).items(), sorted(local.train.items())),
+            )
+            sources = [seed, local.client, local.server_round, self._before]
+            sequence = np.random.SeedSequence([*sources, self._choices, word(digest)])
+            words = sequence.generate_state(count, np.uint64).view(np.uint64)
+        return (np.asarray(words >> np.uint64(11), np.float64) + 0.5) * 2.0**-53
 
     def _further(self, local: Local, half: ClientHalf, plan: NoisePlan) -> Steps:
         """Return the steps of a further model, of those that are charged."""
@@ -454,7 +539,10 @@ class PrivateSession(Session):
         privacy = self._privacy
         if privacy.epsilon is None or privacy.num_rounds is None:
             return None
-        return [privacy.epsilon, privacy.delta, float(privacy.num_rounds)]
+        target = [privacy.epsilon, privacy.delta, float(privacy.num_rounds)]
+        if self._choices:
+            target += [float(self._choices), cast(float, privacy.choice_noise)]
+        return target
 
     def _calibrated(
         self, kept: ConfigRecord | None, planned: int, rate: float
@@ -466,12 +554,17 @@ class PrivateSession(Session):
         if kept is not None and kept.get("target") == self._target:
             return cast(float, kept["noise-multiplier"])
         assert privacy.epsilon is not None and privacy.num_rounds is not None
+        choices: tuple[int, float] | tuple[()] = ()
+        if self._choices:
+            noise = cast(float, privacy.choice_noise)
+            choices = privacy.num_rounds * self._choices, noise
         return noise_for_steps(
             privacy.epsilon,
             privacy.delta,
-            privacy.num_rounds * planned,
+            privacy.num_rounds * max(planned, 1),
             rate,
             privacy.group_size,
+            *choices,
         )
 
     def _secret_keys(self, local: Local, plan: NoisePlan) -> Sequence[int] | None:
@@ -570,6 +663,20 @@ def mark_of(state: RecordDict) -> dict[str, float]:
             hashed.update(repr((key, sorted(record.items()))).encode())
     octets = hashed.digest()
     return {f"word-{i}": word(octets[6 * i : 6 * i + 6]) for i in range(5)}
+
+
+@torch.no_grad()
+def _capped_sum(local: Local, arrays: Tensors, cap: float) -> float:
+    """Return the sum of a model's losses on the examples, each from 0 to the cap."""
+    model = copy.deepcopy(local.model)
+    model.load_state_dict(arrays)
+    model.eval()
+    total = 0.0
+    for batch in batches(local.train, 256):
+        losses = example_losses(local.task, model, batch).double()
+        # One that is not a number must not count for more than one that is bad.
+        total += float(losses.nan_to_num(nan=cap).clamp(0.0, cap).sum())
+    return total
 
 
 class _NoSteps(Steps):

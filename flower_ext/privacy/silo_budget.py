@@ -17,6 +17,8 @@ from flower_ext.privacy.accounting.calibration import (
     noise_multiplier_for,
     sampled_epsilon,
 )
+from flower_ext.privacy.accounting.gaussian import gaussian_epsilon
+from flower_ext.privacy.selection import MOST_EPSILON, choice_noise_multiplier
 from flower_ext.privacy.silo_account import ledger_path, load_record, save_record
 
 # Below, epsilon is in the hundreds and the grid of its losses too large for memory.
@@ -59,6 +61,12 @@ class SiloPrivacy:
     max_examples_per_user : int, optional
         G: protect a user with all examples in this silo, of which the first G in the
         order of the data are used, instead of one example.
+    selection_epsilon, loss_cap : float, optional
+        Of each choice among several models that a client half makes by their losses on
+        the silo's examples, as HypCluster's does: its own epsilon, at most 30 or
+        infinity for a choice without noise, and the most that one example's loss counts
+        in it. Charged with the steps. Without them no such choice is made. A smaller
+        cap needs less noise and tells losses above it apart no more.
     user : str (default: "user")
         Integer column of the data that says whose example it is.
     ledger : path, optional
@@ -85,6 +93,8 @@ class SiloPrivacy:
     num_rounds: int | None = None
     max_epsilon: float | None = None
     max_examples_per_user: int | None = None
+    selection_epsilon: float | None = None
+    loss_cap: float | None = None
     user: str = "user"
     ledger: str | os.PathLike[str] | None = None
     seed: int | None = field(default=None, repr=False)
@@ -122,6 +132,17 @@ class SiloPrivacy:
                 refuse("max_epsilon", self.max_epsilon, f">= epsilon={self.epsilon}")
         if self.max_examples_per_user is not None:
             whole("max_examples_per_user", self.max_examples_per_user, 1)
+        if (self.selection_epsilon is None) != (self.loss_cap is None):
+            raise ValueError(
+                f"selection_epsilon={self.selection_epsilon} with loss_cap="
+                f"{self.loss_cap}: a choice needs both"
+            )
+        if self.loss_cap is not None and self.selection_epsilon is not None:
+            positive("loss_cap", self.loss_cap)
+            positive("selection_epsilon", self.selection_epsilon, allow_inf=True)
+            if MOST_EPSILON < self.selection_epsilon < math.inf:
+                bound = f"<= {MOST_EPSILON:g}, or infinity"
+                refuse("selection_epsilon", self.selection_epsilon, bound)
         if self.ledger is not None:
             ledger_path(self.ledger)
         if self.seed is not None:
@@ -138,6 +159,16 @@ class SiloPrivacy:
         return self.max_examples_per_user or 1
 
     @property
+    def choice_noise(self) -> float | None:
+        """Noise multiplier of a step that reveals as much as a choice; None for none.
+
+        With that of a step, a unit's shift is ``group_size`` times the clipping norm.
+        """
+        if self.selection_epsilon is None:
+            return None
+        return self.group_size * choice_noise_multiplier(self.selection_epsilon)
+
+    @property
     def unit(self) -> str:
         """The column that names the privacy unit; empty where it is one example."""
         return self.user if self.max_examples_per_user else ""
@@ -151,6 +182,9 @@ class _Composable(LossDistribution, Protocol):
 @dataclass(frozen=True)
 class StepLedger:
     r"""Noisy steps that a silo has taken, by sampling rate and noise multiplier.
+
+    A private choice counts as a step that reveals as much, see
+    :func:`~flower_ext.privacy.selection.choice_noise_multiplier`.
 
     Parameters
     ----------
@@ -256,9 +290,18 @@ def _spent(
     if len(steps) == 1:
         [((rate, noise), count)] = steps
         return sampled_epsilon(count, delta, noise, rate, group_size, INTERVAL)
+    # Gaussian releases without sampling compose exactly: their mu^2 add up.
+    squares = [n * (group_size / noise) ** 2 for (rate, noise), n in steps if rate == 1]
+    mu = math.sqrt(sum(squares))
+    if len(squares) == len(steps):
+        return gaussian_epsilon(mu, delta)
     # Rates and noises may change from round to round; loss distributions compose.
     composed: _Composable | None = None
+    if mu:
+        composed = cast(_Composable, loss_distribution(1 / mu, 1.0, 1, INTERVAL))
     for (rate, noise), count in steps:
+        if rate == 1:
+            continue
         loss = loss_distribution(noise, rate, group_size, INTERVAL).self_compose(count)
         composed = cast(
             _Composable, loss if composed is None else composed.compose(loss)
@@ -269,9 +312,18 @@ def _spent(
 
 @lru_cache(maxsize=256)
 def noise_for_steps(
-    epsilon: float, delta: float, steps: int, rate: float, group_size: int
+    epsilon: float,
+    delta: float,
+    steps: int,
+    rate: float,
+    group_size: int,
+    choices: int = 0,
+    choice_noise: float = math.inf,
 ) -> float:
-    """Return the least noise multiplier for a target after so many steps."""
+    """Return the least noise multiplier for a target after so many steps.
+
+    Private choices, each as much as a step of ``choice_noise``, are part of the target.
+    """
     found = noise_multiplier_for(
         epsilon,
         delta,
@@ -279,4 +331,28 @@ def noise_for_steps(
         sampling_probability=rate,
         group_size=group_size,
     )
-    return max(found, _LEAST_NOISE)
+    found = max(found, _LEAST_NOISE)
+    if not choices:
+        return found
+    others = StepLedger(group_size).add(1.0, choice_noise, choices)
+    spent = others.epsilon(delta)
+    if not spent < epsilon:
+        refuse(
+            "selection_epsilon",
+            f"{choices} choices of {spent:.6g} together",
+            f"less than epsilon={epsilon}",
+            "nothing is left for the training",
+        )
+
+    def fits(noise: float) -> bool:
+        return others.add(rate, noise, steps).epsilon(delta) <= epsilon
+
+    low, high = found, 2 * found
+    while not fits(high):
+        low, high = high, 2 * high
+        if high > 1e6:
+            refuse("selection_epsilon", spent, f"well below epsilon={epsilon} together")
+    while high / low > 1.001:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

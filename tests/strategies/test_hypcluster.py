@@ -10,13 +10,17 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_ext.client.app import client_app
+from flower_ext.client.dp_sgd import DPSGD
 from flower_ext.client.several import choose, initial_models
 from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.contribution import WEIGHT_OF, Total
 from flower_ext.core.protocol import Round
 from flower_ext.core.several import stack, unstack
+from flower_ext.privacy import Mechanism, SiloPrivacy, StepLedger
+from flower_ext.privacy.selection import choice_noise_multiplier, noisy_least
 from flower_ext.server.optimizers import SGD, Adam, TorchOptimizer
+from flower_ext.server.rounds import EveryClientFailed
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies.hypcluster import HypCluster, HypClusterClient, choosing
 
@@ -217,8 +221,6 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("private", [False, True])
 def test_a_tied_tensor_moves_under_all_its_names(private, play):
-    from flower_ext.privacy import Mechanism
-
     generator = torch.Generator().manual_seed(0)
     data = {
         "x": torch.randn(6, 2, generator=generator),
@@ -331,3 +333,131 @@ def test_a_change_that_a_model_cannot_hold_is_left_out(aggregate, clustered):
     new, metrics = aggregate(HypCluster(2, **ANY), TWO, contents)
     assert new["0/w"].tolist() == [1, 4]
     assert metrics["num-dropped"] == 1
+
+
+# Silos that train with DP-SGD ---------------------------------------------------------
+
+QUIET = {"noise_multiplier": 0.0, "clipping_norm": math.inf, "delta": 1e-3}
+LOUD = {"noise_multiplier": 1.0, "clipping_norm": 1.0, "delta": 1e-3}
+CHOICE = {"selection_epsilon": 0.5, "loss_cap": 2.0}
+
+
+@pytest.fixture
+def silos(linear_task):
+    """Make six silos of two populations, in one of which an example loses a lot."""
+
+    def make(privacy, **changed):
+        clients = [population(TRUE[i % 2], i) for i in range(6)]
+        clients[0]["y"][0] = 1e6
+        clients[0] |= changed
+        return client_app(
+            linear_task(clients, 2),
+            HypClusterClient,
+            trainer=DPSGD(SiloPrivacy(**privacy)),
+        )
+
+    return make
+
+
+def losses_by_hand(start, data, cap):
+    """Return the sums of the clipped losses of each model."""
+    return [
+        np.minimum(0.5 * (data["y"] - data["x"] @ m["weight"][0]) ** 2, cap).sum()
+        for m in unstack(start)
+    ]
+
+
+def test_without_noise_the_choice_and_the_training_are_those_of_plain_clients(
+    silos, play, linear_task
+):
+    clients = [population(TRUE[i % 2], i) for i in range(6)]
+    clients[0]["y"][0] = 1e6
+    plain = client_app(linear_task(clients, 2), HypClusterClient)
+    quiet = silos({**QUIET, "selection_epsilon": math.inf, "loss_cap": 1e15})
+    ours, theirs = (
+        play(HypCluster(2), app, 6, NEAR, rounds=2, config=STEPS)
+        for app in (quiet, plain)
+    )
+    for name, x in theirs.models[-1].items():
+        np.testing.assert_allclose(ours.models[-1][name], x, rtol=1e-4)
+    assert ours.train(2)["cluster-size-0"] == theirs.train(2)["cluster-size-0"]
+    assert ours.train(2)["example-epsilon"] == math.inf
+
+
+def test_losses_are_clipped_and_the_noise_is_that_of_the_cap(silos, play, monkeypatch):
+    seen = []
+
+    def spy(scores, scale, uniforms):
+        seen.append((list(scores), scale))
+        assert np.all((uniforms > 0) & (uniforms < 1)) and len(set(uniforms)) == 2
+        return noisy_least(scores, scale, uniforms)
+
+    monkeypatch.setattr("flower_ext.client.dp_sgd.noisy_least", spy)
+    play(HypCluster(2), silos({**LOUD, **CHOICE}), 6, NEAR, config=STEPS)
+    data = population(TRUE[0], 0)
+    data["y"][0] = 1e6
+    scores, scale = seen[0]
+    assert scores == pytest.approx(losses_by_hand(NEAR, data, 2.0), rel=1e-5)
+    assert scale == 2.0 / 0.5
+    without = {name: column[1:] for name, column in data.items()}
+    gaps = np.array(scores) - losses_by_hand(NEAR, without, 2.0)
+    assert gaps == pytest.approx(2.0, rel=1e-4)  # of both models, and no more
+
+
+def test_choices_are_charged_with_the_steps(silos, play):
+    app = silos({**LOUD, **CHOICE, "seed": 1})
+    played = play(HypCluster(2), app, 6, NEAR, rounds=2, config=STEPS)
+    ledger = StepLedger().add(1.0, choice_noise_multiplier(0.5), 2)
+    expected = ledger.add(1.0, 1.0, 2 * STEPS["local-epochs"]).epsilon(1e-3)
+    assert played.train(2)["example-epsilon"] == pytest.approx(expected)
+    # One model is no choice, and costs none.
+    one = {"0/weight": NEAR["0/weight"]}
+    alone = play(HypCluster(1), app, 6, one, config=STEPS).train()
+    steps = StepLedger().add(1.0, 1.0, STEPS["local-epochs"]).epsilon(1e-3)
+    assert alone["example-epsilon"] == pytest.approx(steps)
+
+
+def test_a_target_covers_choices_and_steps(silos, play):
+    privacy = {"epsilon": 8.0, "num_rounds": 2, "clipping_norm": 1.0, "delta": 1e-3}
+    app = silos({**privacy, **CHOICE})
+    played = play(HypCluster(2), app, 6, NEAR, rounds=3, config=STEPS)
+    assert 7.9 < played.train(2)["example-epsilon"] <= 8.0
+    assert played.train(3)["num-errors"] == 6
+
+
+def test_a_budget_that_ends_before_the_training_makes_no_choice(silos, play, caplog):
+    ledger = StepLedger().add(1.0, choice_noise_multiplier(0.5), 1)
+    # Enough for a round and a further choice, but not for its steps.
+    most = 0.1 + ledger.add(1.0, choice_noise_multiplier(0.5), 1).add(
+        1.0, 1.0, STEPS["local-epochs"]
+    ).epsilon(1e-3)
+    app = silos({**LOUD, **CHOICE, "max_epsilon": most})
+    played = play(HypCluster(2), app, 6, NEAR, rounds=3, config=STEPS)
+    assert played.train(1)["num-errors"] == 0
+    spent = played.train(1)["example-epsilon"]
+    assert played.train(2)["num-errors"] == played.train(3)["num-errors"] == 6
+    # Twice refused, and nothing was charged for it: the same is said to be spent.
+    said = [r.message for r in caplog.records if "would exceed" in r.message]
+    assert len(said) >= 12 and all(f"{spent:.6g} is spent" in x for x in said)
+
+
+def test_the_same_seed_chooses_the_same_and_other_data_do_not(silos, monkeypatch, play):
+    drawn = []
+
+    def spy(scores, scale, uniforms):
+        drawn.append(tuple(uniforms))
+        return 0
+
+    monkeypatch.setattr("flower_ext.client.dp_sgd.noisy_least", spy)
+    privacy = {**LOUD, **CHOICE, "seed": 3}
+    for app in (silos(privacy), silos(privacy), silos(privacy, y=np.ones(12))):
+        play(HypCluster(2), app, 6, NEAR, config=STEPS)
+    first, again, other = drawn[0:6], drawn[6:12], drawn[12:18]
+    assert first == again
+    assert first[0] != other[0] and first[1:] == other[1:]
+    assert len(set(first)) == 6
+
+
+def test_a_choice_that_is_not_private_is_refused(silos, play):
+    with pytest.raises(EveryClientFailed, match="among models reads the silo's data"):
+        play(HypCluster(2), silos(LOUD), 6, NEAR, config=STEPS)
