@@ -218,8 +218,8 @@ def test_the_quickstart_becomes_a_methods_own_loop(name, quickstart, capsys, cap
     (script,) = blocks("docs/tutorial.md")
     exec(compile(script, "run.py", "exec"), {})
     found = capsys.readouterr().out
-    if "received-" in page:
-        assert "received-eval_acc-p10" in found and "eval_acc-hurt" in found
+    if '"received-' in page:
+        assert "received-eval_acc-seen-p10" in found and "eval_acc-seen-hurt" in found
     assert "PERSONAL STATE IS LOST" not in caplog.text
     assert "eval_acc-seen" in found
 

@@ -28,7 +28,7 @@ _SHARES = {"p10": 10, "p50": 50, "p90": 90}
 
 
 def spread(rows: Iterable[tuple[str, Mapping[str, float]]]) -> Metrics:
-    """Return how metrics are spread over clients, each of which counts once.
+    """Return how metrics are spread over the clients of each kind.
 
     Parameters
     ----------
@@ -39,11 +39,11 @@ def spread(rows: Iterable[tuple[str, Mapping[str, float]]]) -> Metrics:
     Returns
     -------
     dict[str, float]
-        For a metric ``accuracy``: ``accuracy-seen`` and ``accuracy-unseen``, means over
-        the clients of a kind; ``accuracy-p10``, ``-p50`` and ``-p90``, quantiles over
-        all clients, and ``accuracy-std``; ``accuracy-hurt``, where clients report
-        ``received-accuracy`` too, the share of those that do worse with a model of
-        their own than with the received one.
+        For a metric ``accuracy`` and the kind ``seen``: ``accuracy-seen``, the mean
+        over the clients, each of which counts once; ``accuracy-seen-p10``, ``-p50`` and
+        ``-p90``, quantiles; ``accuracy-seen-std``; ``accuracy-seen-hurt``, where
+        clients report ``received-accuracy`` too, the share of those that do worse with
+        a model of their own than with the received one.
 
     Notes
     -----
@@ -53,19 +53,19 @@ def spread(rows: Iterable[tuple[str, Mapping[str, float]]]) -> Metrics:
     Examples
     --------
     >>> found = spread([("seen", {"loss": 1.0, "received-loss": 2.0}),
-    ...                 ("unseen", {"loss": 3.0, "received-loss": 2.0})])
-    >>> found["loss-seen"], found["loss-p50"], found["loss-hurt"]
-    (1.0, 2.0, 0.5)
+    ...                 ("seen", {"loss": 3.0, "received-loss": 2.0})])
+    >>> found["loss-seen"], found["loss-seen-p50"], found["loss-seen-hurt"]
+    (2.0, 2.0, 0.5)
     """
     rows = list(rows)
     values: dict[str, list[float]] = {}
     hurt: dict[str, list[bool]] = {}
-    for _, metrics in rows:
+    for kind, metrics in rows:
         for name, own in metrics.items():
-            values.setdefault(name, []).append(own)
+            values.setdefault(f"{name}-{kind}", []).append(own)
             if (received := metrics.get(RECEIVED + name)) is not None:
                 worse = own > received if name.endswith(_COSTS) else own < received
-                hurt.setdefault(name, []).append(worse)
+                hurt.setdefault(f"{name}-{kind}", []).append(worse)
     found: Metrics = {**means_by_kind(rows)}
     for name, column in values.items():
         for suffix, share in _SHARES.items():
@@ -81,7 +81,9 @@ class PersonalStrategy(AdditiveStrategy):
 
     Against :class:`~flower_ext.AdditiveStrategy` it reports of an evaluation, beside
     the means, how the clients' metrics are spread and whom personal models hurt, see
-    :func:`spread`. *Seen* clients are those that have been asked to train so far.
+    :func:`spread`. *Seen* clients are those that have been asked to train so far, all
+    others are *unseen*; where a mechanism counts on secret cohorts nobody may know, and
+    the spread is over *all*.
 
     Notes
     -----
@@ -105,7 +107,7 @@ class PersonalStrategy(AdditiveStrategy):
         left_out |= {*self.not_spread, *self.consumed_metrics}
         return [
             (
-                "seen" if reply.client in round.trained else "unseen",
+                _kind(reply.client, round),
                 {k: x for k, x in reply.numbers().items() if k not in left_out},
             )
             for reply in replies
@@ -145,3 +147,10 @@ class PersonalStrategy(AdditiveStrategy):
                 "keep: %s"
             )
             log(WARNING, problem, len(told), type(self).__name__, cause)
+
+
+def _kind(client: int, round: Round) -> str:
+    """Return whether a client was asked to train, where that may be known."""
+    if round.private and not round.cohort:
+        return "all"
+    return "seen" if client in round.trained else "unseen"

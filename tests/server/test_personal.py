@@ -23,12 +23,16 @@ def test_spread_by_hand():
     ]
     found = spread(iter(rows))
     assert found["accuracy-seen"] == pytest.approx(0.7)
-    assert found["accuracy-unseen"] == found["received-accuracy-p10"] == 0.1
-    assert found["accuracy-p50"] == 0.5
-    assert found["accuracy-std"] == pytest.approx(np.std([0.5, 0.9, 0.1]))
-    assert found["accuracy-hurt"] == pytest.approx(1 / 3)  # equal is not hurt
-    assert found["val-loss-hurt"] == 1.0  # of those that report both
-    assert not any("received-accuracy-hurt" in name for name in found)
+    assert found["accuracy-unseen"] == 0.1
+    assert found["accuracy-seen-p10"] == pytest.approx(0.54)
+    assert found["accuracy-seen-p50"] == pytest.approx(0.7)
+    assert found["received-accuracy-seen-p90"] == pytest.approx(0.95)
+    assert found["accuracy-seen-std"] == pytest.approx(0.2)
+    assert found["accuracy-seen-hurt"] == 0.5  # equal is not hurt
+    assert found["accuracy-unseen-hurt"] == 0.0
+    assert found["val-loss-unseen-hurt"] == 1.0  # of those that report both
+    assert "val-loss-seen-hurt" not in found
+    assert not any(name.endswith("hurt") and "received" in name for name in found)
     assert spread([]) == {}
 
 
@@ -60,8 +64,9 @@ def test_clients_tell_how_the_received_model_does(task, initial):
     assert metrics["loss"] == pytest.approx(np.log(2))  # zeros know nothing
     assert metrics["received-loss"] == pytest.approx(expected["loss"])
     assert "received-loss" not in expected
-    hurt = [row["loss"] > row["received-loss"] for row in seen[0]]
-    assert metrics["loss-hurt"] == np.mean(hurt)
+    hurt = sum(row["loss"] > row["received-loss"] for row in seen[0])
+    shares = [metrics[f"loss-{kind}-hurt"] for kind in ("seen", "unseen")]
+    assert sum(shares) * 2 == hurt
     halves = [metrics["received-loss-seen"], metrics["received-loss-unseen"]]
     every = [row["received-loss"] for row in seen[0]]
     assert np.mean(halves) == pytest.approx(np.mean(every))

@@ -52,7 +52,7 @@ def test_a_run_by_hand(linear_task, tunes):
     metrics = result.evaluate_metrics_clientapp[2]
     assert metrics["received-loss"] == pytest.approx(sum(received) / 10, rel=1e-5)
     assert metrics["loss"] == pytest.approx(sum(tuned) / 10, rel=1e-5)
-    assert metrics["loss-hurt"] == 0
+    assert metrics["loss-seen-hurt"] == 0
 
 
 @pytest.mark.parametrize("codecs", [{}, {"download": BFloat16(), "upload": TopK(0.5)}])

@@ -40,7 +40,7 @@ def test_the_evaluated_model_by_hand(play, point_task, options, rate, epochs):
     assert w == pytest.approx(0.3, rel=1e-6)
     found, expected = played.evaluate(), losses(w, rate, epochs)
     assert found["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
-    assert found["loss-std"] == pytest.approx(np.std(expected), rel=1e-4)
+    assert found["loss-seen-std"] == pytest.approx(np.std(expected), rel=1e-4)
     assert found["received-loss"] == pytest.approx(0.5 * (w - 3) ** 2, rel=1e-6)
 
 
@@ -54,9 +54,11 @@ def test_every_epoch_is_reported_and_the_best_number_of_them(play, point_task):
         assert found[f"epoch-{epoch}-loss"] == pytest.approx(mean, rel=1e-5)
         # Client 0 goes from 0.3 to 1 and client 1 to 5, past 3: who is further from 3?
         hurt = np.mean([x > table[0][0] for x in table[epoch]])
-        assert found[f"epoch-{epoch}-loss-hurt"] == hurt
+        assert found[f"epoch-{epoch}-loss-seen-hurt"] == hurt
         quantile = np.percentile(table[epoch], 90)
-        assert found[f"epoch-{epoch}-loss-p90"] == pytest.approx(quantile, rel=1e-5)
+        assert found[f"epoch-{epoch}-loss-seen-p90"] == pytest.approx(
+            quantile, rel=1e-5
+        )
     assert found["epoch-6-loss"] == found["loss"]
     best = min(table, key=lambda i: np.mean(table[i]))
     assert found["best-epochs"] == best and 0 < best < 6
@@ -71,7 +73,7 @@ def test_no_epoch_is_best_where_all_are_worse(play, point_task):
     strategy = FineTuned(tuning_epochs=3, fraction_train=0.0)
     found = play(strategy, app, 2, START, 1, RATE).evaluate()
     assert found["best-epochs"] == 0
-    assert found["loss-hurt"] == found["epoch-1-loss-hurt"] == 1
+    assert found["loss-unseen-hurt"] == found["epoch-1-loss-unseen-hurt"] == 1
 
 
 def test_clients_that_diverge_count_against_their_epochs(play, point_task):
@@ -101,7 +103,7 @@ def test_no_epoch_is_fedavg_in_every_metric(task, initial):
     for number, metrics in plain.evaluate_metrics_clientapp.items():
         ours = found.evaluate_metrics_clientapp[number]
         assert {name: ours[name] for name in metrics} == dict(metrics)
-        assert ours["loss-hurt"] == 0
+        assert ours["loss-seen-hurt"] == 0
     assert found.train_metrics_clientapp == plain.train_metrics_clientapp
 
 

@@ -115,14 +115,14 @@ def test_without_weight_it_is_the_shared_model_exactly(evaluated):
     for name, value in expected.items():
         assert found[name] == value
     assert found["received-loss"] == found["loss"]
-    assert found["loss-hurt"] == 0
+    assert found["loss-seen-hurt"] == 0
 
 
 def test_who_is_hurt_is_seen(evaluated):
     metrics = evaluated(KNNPer(weight=1.0, num_neighbours=1), task_of(*CLIENTS))
     # A wrong single neighbour costs the logarithm of the smallest float.
     assert metrics["loss"] > 10 > metrics["received-loss"]
-    assert metrics["loss-hurt"] == 1
+    assert metrics["loss-seen-hurt"] == 1
 
 
 def test_an_example_that_is_in_store_has_its_label(evaluated):

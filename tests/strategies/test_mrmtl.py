@@ -62,7 +62,7 @@ def test_mean_estimation_has_its_closed_form(point_task, play, spied, weights, s
     distances = (np.array(WANTED) - mean) ** 2 / 2
     assert found["received-loss-seen"] == pytest.approx(distances.mean(), rel=1e-4)
     assert found["loss-seen"] == pytest.approx(distances.mean() / 4, rel=1e-4)
-    assert found["loss-hurt"] == 0
+    assert found["loss-seen-hurt"] == 0
 
 
 class Vector(nn.Module):
