@@ -16,7 +16,7 @@ from typing import Unpack, cast
 from flwr.app import Context, Message
 
 from flower_ext.client.encoding import Mod
-from flower_ext.client.half import ClientHalf, Local, Proximal
+from flower_ext.client.half import ClientHalf, Local, LocalSettings, Proximal
 from flower_ext.client.mods import Answer, asked, drawn
 from flower_ext.client.seeds import same_generators
 from flower_ext.client.tensors import Tensors
@@ -45,6 +45,10 @@ class DittoClient(ClientHalf):
     post_processing = True  # sent and kept are trained models, and nothing else
     compares = True
 
+    def planned_steps(self, local: Local) -> int:
+        """Return the steps of both models."""
+        return local.num_steps + replace(local, settings=_of_own(local)).num_steps
+
     def begin(self, local: Local) -> None:
         """Refuse a strength with which steps would lead away from both models."""
         self._term(local).require_stable(local)
@@ -53,10 +57,7 @@ class DittoClient(ClientHalf):
         """Train the client's own model, and keep it."""
         own = local.personal.arrays(MODEL, like=local.start, first=local.start)
         personal = local.with_model(own)
-        if epochs := int(local.number(EPOCHS_KEY, 0)):
-            personal.settings = replace(
-                local.settings, local_epochs=epochs, local_steps=0
-            )
+        personal.settings = _of_own(local)
         # Algorithm 1, line 8: towards the model as it came, not as it was trained here.
         personal.fit(self._term(local))
         local.personal.save(**{MODEL: personal.end})
@@ -69,6 +70,13 @@ class DittoClient(ClientHalf):
 
     def _term(self, local: Local) -> Proximal:
         return Proximal(local.start, local.number(STRENGTH_KEY, 0.0))
+
+
+def _of_own(local: Local) -> LocalSettings:
+    """Return the settings with which a client trains its own model."""
+    if epochs := int(local.number(EPOCHS_KEY, 0)):
+        return replace(local.settings, local_epochs=epochs, local_steps=0)
+    return local.settings
 
 
 def paired() -> Mod:
@@ -143,7 +151,7 @@ class Ditto(PersonalStrategy):
     The personal model never leaves the client, and what does is what FedAvg sends: a
     mechanism protects it all, and says nothing of the personal models, which are made
     of their client's data without noise. With ``DPSGD`` in silos both models are
-    trained privately and charged: about twice FedAvg's steps at a silo.
+    trained privately, and the steps of both are charged.
 
     Personal and shared model are trained with the same settings, as in Algorithm 1; the
     default of :math:`\lambda` is ours, the paper chooses it for each client.

@@ -8,10 +8,11 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flower_ext import AdditiveStrategy, ClientHalf, client_app
+from flower_ext import DPSGD, AdditiveStrategy, ClientHalf, client_app
 from flower_ext.client.half import LocalSettings, Proximal
 from flower_ext.client.personal import Personal
 from flower_ext.core.sampling import UniformSampler
+from flower_ext.privacy import SiloPrivacy
 from flower_ext.server.optimizers import SGD, Adam
 from flower_ext.server.rounds import EveryClientFailed
 from flower_ext.simulation import LocalGrid
@@ -19,6 +20,7 @@ from flower_ext.strategies import Ditto, DittoClient, LocalOnly, LocalOnlyClient
 from flower_ext.strategies.ditto import paired
 
 START = {"w": np.float32(0.0)}
+LINE = {"weight": np.zeros((1, 1), np.float32)}
 # Two clients, whose losses are (w - 1)^2 / 2 and (w - 5)^2 / 2.
 CENTRES = [{"c": [1.0]}, {"c": [5.0]}]
 RATE = {"lr": 0.1, "batch-size": 8}
@@ -139,6 +141,24 @@ def test_a_client_that_lost_its_model_begins_anew(play, point_task, spied):
     played = play(Ditto(strength=1.0), app, 2, START, 2, RATE)
     w = played.models[1]["w"]
     assert models(calls)[2, 1] == pytest.approx(w - 0.1 * (w - 5), rel=1e-6)
+
+
+@pytest.mark.parametrize(("personal", "in_all"), [(None, 2), (3, 4)])
+def test_a_silo_pays_for_both_models(play, linear_task, personal, in_all):
+    """It has spent as much as one that trains FedAvg's model for as many epochs."""
+    clients = [{"x": np.ones((20, 1)) * i, "y": np.ones(20)} for i in (1, 2)]
+    privacy = SiloPrivacy(noise_multiplier=1.0, delta=1e-3, clipping_norm=1.0, seed=3)
+    app = client_app(linear_task(clients, 1), DittoClient, trainer=DPSGD(privacy))
+    spent = []
+    for strategy, epochs in (
+        (Ditto(personal_epochs=personal), 1),
+        (AdditiveStrategy(), in_all),
+    ):
+        config = {"lr": 0.1, "batch-size": 10, "local-epochs": epochs}
+        found = play(strategy, app, 2, LINE, 2, config)
+        assert found.train(2)["num-errors"] == 0
+        spent.append([found.train(i)["example-epsilon"] for i in (1, 2)])
+    assert spent[0] == spent[1]
 
 
 # A loop of one's own ----------------------------------------------------------------

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
-from flower_ext import AdditiveStrategy, ClientHalf, client_app
+from flower_ext import DPSGD, AdditiveStrategy, ClientHalf, client_app
 from flower_ext.core.sampling import UniformSampler
+from flower_ext.privacy import SiloPrivacy
 from flower_ext.simulation import LocalGrid
 from flower_ext.strategies import FineTuned, FineTunedClient
 
 START = {"w": np.float32(0.0)}
+LINE = {"weight": np.zeros((1, 1), np.float32)}
 # Two clients, whose losses are (w - 1)^2 / 2 and (w - 5)^2 / 2; tested are both on 3.
 CLIENTS = [({"c": [1.0]}, {"c": [3.0]}), ({"c": [5.0]}, {"c": [3.0]})]
 RATE = {"lr": 0.1, "batch-size": 8}
@@ -139,6 +141,20 @@ def test_who_never_trained_fine_tunes_too(task, initial):
     metrics = run(task, initial, strategy, FineTunedClient, 1)
     found = metrics.evaluate_metrics_clientapp[1]
     assert found["loss-unseen"] != found["received-loss-unseen"]
+
+
+def test_a_silo_pays_for_each_fine_tuning(play, linear_task):
+    clients = [{"x": np.ones((20, 1)) * i, "y": np.ones(20)} for i in (1, 2)]
+    privacy = SiloPrivacy(noise_multiplier=1.0, delta=1e-3, clipping_norm=1.0, seed=3)
+    app = client_app(linear_task(clients, 1), FineTunedClient, trainer=DPSGD(privacy))
+    config = {"lr": 0.1, "batch-size": 10}
+    tuned = play(FineTuned(tuning_epochs=2), app, 2, LINE, 2, config)
+    plain = play(AdditiveStrategy(), app, 2, LINE, 4, config)
+    assert tuned.train(2)["num-errors"] == 0
+    # A training and two epochs of fine-tuning come before the second training.
+    expected = plain.train(4)["example-epsilon"]
+    assert tuned.train(2)["example-epsilon"] == pytest.approx(expected)
+    assert "loss" not in tuned.evaluate(2)  # withheld, unless it is asked for
 
 
 @pytest.mark.parametrize(
