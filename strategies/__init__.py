@@ -9,8 +9,11 @@ from flower_ext.strategies.dpftrl import DPFTRL
 from flower_ext.strategies.fedbabu import FedBABU, FedBABUClient
 from flower_ext.strategies.fedbn import FedBN, FedBNClient
 from flower_ext.strategies.fedcurv import FedCurv, FedCurvClient
+from flower_ext.strategies.feddyn import FedDyn, FedDynClient
 from flower_ext.strategies.fedfish import FedFish, FedFishClient
+from flower_ext.strategies.fednova import FedNova, FedNovaClient
 from flower_ext.strategies.fedper import FedPer, FedPerClient
+from flower_ext.strategies.fedprox import FedProx, FedProxClient
 from flower_ext.strategies.fedrep import FedRep, FedRepClient
 from flower_ext.strategies.fine_tuned import FineTuned, FineTunedClient
 from flower_ext.strategies.flasc import FLASC, FLASCClient
@@ -36,6 +39,12 @@ __all__ = [
     "FedBNClient",
     "FedCurv",
     "FedCurvClient",
+    "FedDyn",
+    "FedDynClient",
+    "FedNova",
+    "FedNovaClient",
+    "FedProx",
+    "FedProxClient",
     "FedFish",
     "FedFishClient",
     "FedPer",

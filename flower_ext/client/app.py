@@ -261,7 +261,12 @@ def _trained(local: Local, arrays: Tensors) -> ArrayRecord:
 
 
 def _choose(known: Mapping[str, HalfFactory], config: ConfigRecord) -> ClientHalf:
-    name = str(config.get(CLIENT_HALF_KEY, ClientHalf.name))
+    asked = (
+        name
+        for name, half in known.items()
+        if getattr(_owner(half), "asked_by", "") in config
+    )
+    name = str(config.get(CLIENT_HALF_KEY) or next(asked, ClientHalf.name))
     if name not in known:
         raise ValueError(
             f"{WRONG_HALF} {name!r}, this ClientApp has {sorted(known)}: add its class "

@@ -470,6 +470,9 @@ class ClientHalf:
 
     #: Messages name the half that they need.
     name: ClassVar[str] = "plain"
+    #: A key of the configuration that asks for this half where no half is named: as by
+    #: a strategy of Flower's, which knows of none.
+    asked_by: ClassVar[str] = ""
     #: Models that it trains in a round: the received one, and those of ``with_model``.
     num_trainings: int = 1
     #: Whether all that it sends and keeps is made of trained models and of what the
