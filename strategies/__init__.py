@@ -6,6 +6,7 @@ from flower_ext.strategies.bounded_group_loss import (
 )
 from flower_ext.strategies.ditto import Ditto, DittoClient
 from flower_ext.strategies.dpftrl import DPFTRL
+from flower_ext.strategies.ensemble import Ensemble, EnsembleClient
 from flower_ext.strategies.fedbabu import FedBABU, FedBABUClient
 from flower_ext.strategies.fedbn import FedBN, FedBNClient
 from flower_ext.strategies.fedcurv import FedCurv, FedCurvClient
@@ -32,6 +33,8 @@ __all__ = [
     "BoundedGroupLossClient",
     "Ditto",
     "DittoClient",
+    "Ensemble",
+    "EnsembleClient",
     "FLASCClient",
     "FedBABU",
     "FedBABUClient",

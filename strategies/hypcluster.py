@@ -15,21 +15,19 @@ Chung, Yin and Ramchandran 2020, "An efficient framework for clustered federated
 learning", arXiv 2006.04088: IFCA, with averaging of models.)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Unpack
 
 import numpy as np
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord
 
-from flower_ext.client.encoding import Mod
 from flower_ext.client.half import ClientHalf, Local
-from flower_ext.client.several import choose
+from flower_ext.client.several import CLUSTER
 from flower_ext.client.tensors import Tensors
 from flower_ext.core.arrays import Arrays, zeros_like
 from flower_ext.core.contribution import DELTA, WEIGHT_OF, Contribution, Total
 from flower_ext.core.errors import whole
 from flower_ext.core.protocol import (
-    ARRAYS_KEY,
     Metrics,
     Reply,
     Round,
@@ -39,51 +37,7 @@ from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
 from flower_ext.server.several import SeveralModels
 
-CLUSTER = "cluster"
 SIZES = "cluster-sizes"
-
-
-def choosing(loss: Callable[[Tensors, Context], float]) -> Mod:
-    """Return a Flower mod that gives an app's own loop the model that fits it best.
-
-    The loop receives one model, as with federated averaging; the mod adds to its reply
-    which one it was.
-
-    Parameters
-    ----------
-    loss : callable
-        ``(state_dict, Context) -> float``, the mean loss of a model on the client's
-        training data. It is asked before training and before evaluation.
-
-    Examples
-    --------
-    >>> mod = choosing(lambda arrays, context: float(arrays["w"]))
-    """
-
-    def mod(
-        message: Message,
-        context: Context,
-        call_next: Callable[[Message, Context], Message],
-    ) -> Message:
-        content = message.content
-        models = unstack(content.array_records[ARRAYS_KEY])
-        losses = [
-            loss(ArrayRecord(arrays).to_torch_state_dict(), context)
-            for arrays in models
-        ]
-        chosen = choose(losses)
-        message.content = RecordDict(
-            {**content, ARRAYS_KEY: ArrayRecord(models[chosen])}
-        )
-        try:
-            reply = call_next(message, context)
-        finally:
-            message.content = content
-        if reply.has_content() and message.metadata.message_type.startswith("train"):
-            reply.content[CLUSTER] = MetricRecord({CLUSTER: chosen})
-        return reply
-
-    return mod
 
 
 class HypClusterClient(ClientHalf):
@@ -117,8 +71,9 @@ class HypCluster(SeveralModels):
     Against FedAvg: all models are sent, and a client's change counts for the one that
     it chose. A model that nobody chose stays as it is, and so do its moments in the
     server optimizer. With ``num_clusters=1`` it is FedAvg. Works with the client half
-    :class:`HypClusterClient`, or with the mod :func:`choosing` around a loop of one's
-    own. It starts from several models: see
+    :class:`HypClusterClient`, or with the mod
+    :func:`~flower_ext.client.several.choosing` around a loop of one's own. It starts
+    from several models: see
     :func:`~flower_ext.client.several.initial_models`.
 
     Parameters
@@ -159,7 +114,7 @@ class HypCluster(SeveralModels):
 
     client_half = HypClusterClient
     drop_in = DropIn(
-        imports="from flower_ext.strategies.hypcluster import choosing",
+        imports="from flower_ext.client.several import choosing",
         mod="choosing(training_loss)",
         fill_in="training_loss(arrays, context): the mean loss of a model with the\n"
         "arrays of a state_dict on the client's training data\n"

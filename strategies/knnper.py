@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_ext.client.half import ClientHalf, Local
-from flower_ext.client.seeds import random_seed
+from flower_ext.client.personalization import hold_out
 from flower_ext.client.task import Batch, batches, evaluate, num_examples
 from flower_ext.core.errors import fraction, open_unit, positive, refuse, whole
 from flower_ext.core.protocol import Config, Metrics, Round
@@ -36,8 +36,6 @@ WEIGHT = "knn-weight"
 WEIGHTS = tuple(step / 10 for step in range(11))
 # Rows of distances at a time: for 100,000 examples 200 MB.
 _ROWS = 256
-# A use of the client's seeds.
-_HELD_OUT = 8
 
 
 def knn_probabilities(
@@ -234,16 +232,9 @@ class KNNPerClient(ClientHalf):
 
         Of equal ones it is the first. The examples are the same in every round.
         """
-        size = num_examples(local.train)
-        seed = random_seed(local.settings.seed, 0, local.client, _HELD_OUT)
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-        out = round(self._holdout * size)
-        if not 0 < out < size:  # nothing to tune on, or nobody to ask
+        rest, held = hold_out(local, self._holdout)
+        if not num_examples(held):  # nothing to tune on
             return 0.0
-        held, rest = (
-            {name: column[chosen] for name, column in local.train.items()}
-            for chosen in (order[:out], order[out:])
-        )
         memory.stored = memory.look_at(rest)
         asked = memory.look_at(held)
         near, rows = memory.neighbours(asked.represented), asked.labels.long()[:, None]

@@ -6,9 +6,14 @@ from dataclasses import replace
 import torch
 
 from flower_ext.client.half import ClientHalf, Local
-from flower_ext.client.task import evaluate
+from flower_ext.client.seeds import random_seed
+from flower_ext.client.task import Batch, evaluate
+from flower_ext.client.task import num_examples as count_examples
 from flower_ext.core.errors import whole
 from flower_ext.core.protocol import Metrics
+
+# A use of the client's seeds.
+_HELD_OUT = 8
 
 Watch = Callable[[int, Local], None]
 
@@ -70,6 +75,33 @@ def fine_tuned(
         with torch.enable_grad():
             tuned.session.train(tuned, _Watched(after_epoch))
     return tuned
+
+
+def hold_out(local: Local, share: float) -> tuple[Batch, Batch]:
+    """Return a client's training examples in two parts: to use, and held out.
+
+    The same in every round, by the client's seed. With too few examples for both parts
+    none is held out.
+
+    Parameters
+    ----------
+    local : Local
+        The client.
+    share : float
+        Of the examples to hold out, from 0 to 1, rounded to whole examples.
+    """
+    size = count_examples(local.train)
+    seed = random_seed(local.settings.seed, 0, local.client, _HELD_OUT)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    order = order.to(local.device)
+    count = round(share * size)
+    count = count if count < size else 0
+    # In their own order, so that without a held-out part nothing changes.
+    out, rest = order[:count].sort().values, order[count:].sort().values
+    return (
+        {name: column[rest] for name, column in local.train.items()},
+        {name: column[out] for name, column in local.train.items()},
+    )
 
 
 def evaluate_fine_tuned(

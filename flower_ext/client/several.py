@@ -4,12 +4,19 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import nn
 
 from flower_ext.client.seeds import seed_torch
+from flower_ext.client.tensors import Tensors
 from flower_ext.core.errors import refuse, whole
-from flower_ext.core.several import stack
+from flower_ext.core.protocol import ARRAYS_KEY
+from flower_ext.core.several import stack, unstack
+
+Call = Callable[[Message, Context], Message]
+
+#: Metric of a reply: the number of the model that a client has chosen and trained.
+CLUSTER = "cluster"
 
 
 def choose(losses: Sequence[float]) -> int:
@@ -22,6 +29,49 @@ def choose(losses: Sequence[float]) -> int:
     """
     known = [math.inf if math.isnan(loss) else loss for loss in losses]
     return known.index(min(known))
+
+
+def choosing(
+    loss: Callable[[Tensors, Context], float],
+) -> Callable[[Message, Context, Call], Message]:
+    """Return a Flower mod that gives an app's own loop the model that fits it best.
+
+    The loop receives one model, as with federated averaging; the mod adds to its reply
+    which one it was. Where one model came, there is nothing to choose.
+
+    Parameters
+    ----------
+    loss : callable
+        ``(state_dict, Context) -> float``, the mean loss of a model on the client's
+        training data. It is asked before training and before evaluation.
+
+    Examples
+    --------
+    >>> mod = choosing(lambda arrays, context: float(arrays["w"]))
+    """
+
+    def mod(message: Message, context: Context, call_next: Call) -> Message:
+        content = message.content
+        models = unstack(content.array_records[ARRAYS_KEY])
+        if not models:
+            return call_next(message, context)
+        losses = [
+            loss(ArrayRecord(arrays).to_torch_state_dict(), context)
+            for arrays in models
+        ]
+        chosen = choose(losses)
+        message.content = RecordDict(
+            {**content, ARRAYS_KEY: ArrayRecord(models[chosen])}
+        )
+        try:
+            reply = call_next(message, context)
+        finally:
+            message.content = content
+        if reply.has_content() and message.metadata.message_type.startswith("train"):
+            reply.content[CLUSTER] = MetricRecord({CLUSTER: chosen})
+        return reply
+
+    return mod
 
 
 def initial_models(

@@ -43,6 +43,8 @@ from flower_ext.strategies import (
     BoundedGroupLossClient,
     Ditto,
     DittoClient,
+    Ensemble,
+    EnsembleClient,
     FedBABU,
     FedBABUClient,
     FedBN,
@@ -294,6 +296,13 @@ METHODS = {
         half=HypClusterClient,
         options={"num_clusters": 2},
         fedavg={"num_clusters": 1},
+        start=apart,
+    ),
+    "Ensemble": Method(
+        make=Ensemble,
+        half=EnsembleClient,
+        options={"num_models": 2},
+        fedavg={"num_models": 1},
         start=apart,
     ),
     "KNNPer": Method(

@@ -11,7 +11,7 @@ from torch import nn
 
 from flower_ext.client.app import client_app
 from flower_ext.client.dp_sgd import DPSGD
-from flower_ext.client.several import choose, initial_models
+from flower_ext.client.several import choose, choosing, initial_models
 from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.contribution import WEIGHT_OF, Total
@@ -22,7 +22,7 @@ from flower_ext.privacy.selection import choice_noise_multiplier, noisy_least
 from flower_ext.server.optimizers import SGD, Adam, TorchOptimizer
 from flower_ext.server.rounds import EveryClientFailed
 from flower_ext.simulation.local import LocalGrid
-from flower_ext.strategies.hypcluster import HypCluster, HypClusterClient, choosing
+from flower_ext.strategies.hypcluster import HypCluster, HypClusterClient
 
 ANY = {"min_train_nodes": 0, "min_evaluate_nodes": 0, "min_available_nodes": 0}
 TWO = stack([{"w": np.float32([1, 2])}, {"w": np.float32([-3, 0])}])
