@@ -222,11 +222,11 @@ def test_the_mod_makes_of_a_loop_what_the_half_does(play, point_task, spied, clo
     for app in (client_app(task, DittoClient), looped(task, closure=closure)):
         app, calls = spied(app)
         strategy = Ditto(strength=2.0, fraction_train=0.5, min_train_nodes=1)
-        played = play(strategy, app, 2, START, 3, RATE, **TOLD)
+        played = play(strategy, app, 2, START, 6, RATE, **TOLD)
         evaluated = [dict(c.reply["metrics"]) for c in calls if c.kind == "evaluate"]
         found.append((models(calls), evaluated, played.models))
     half, mod = found
-    assert mod[0] == pytest.approx(half[0], rel=1e-6) and len(half[0]) == 3
+    assert mod[0] == pytest.approx(half[0], rel=1e-6) and len(half[0]) == 6
     for ours, theirs in zip(mod[1], half[1], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
     for ours, theirs in zip(mod[2], half[2], strict=True):
