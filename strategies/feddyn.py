@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from flower_ext._flower import log
 from flower_ext.client.encoding import Mod
 from flower_ext.client.half import ClientHalf, Local, Proximal, trainable
-from flower_ext.client.mods import Answer, asked, drawn
+from flower_ext.client.mods import Answer, add_metrics, asked, drawn
 from flower_ext.client.personal import Personal
 from flower_ext.client.tensors import Tensors
 from flower_ext.core.arrays import Arrays, finite_or_unchanged, is_parameter
-from flower_ext.core.contribution import Total
+from flower_ext.core.contribution import Contribution, Total
 from flower_ext.core.errors import positive
-from flower_ext.core.protocol import Config, Round
+from flower_ext.core.protocol import Config, Metrics, Reply, Round
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
@@ -85,6 +85,10 @@ class FedDynClient(ClientHalf):
         """Keep the sum of all moves."""
         keep_move(local.personal, self._start, local.end)
 
+    def records(self, local: Local) -> tuple[Mapping[str, Tensors], Metrics]:
+        """Say with which strength the model was trained."""
+        return {}, {ALPHA_KEY: self._term.strength}
+
 
 def dynamic() -> Mod:
     """Return the mod that makes a training loop of one's own that of :class:`FedDyn`.
@@ -107,6 +111,7 @@ def dynamic() -> Mod:
             reply = client.answer()
         if reply.has_content():
             keep_move(personal, start, client.model_of(reply)[1].to_torch_state_dict())
+            add_metrics(reply, {ALPHA_KEY: strength})
         return reply
 
     return mod
@@ -169,6 +174,7 @@ class FedDyn(AdditiveStrategy):
         imports="from flower_ext.strategies.feddyn import dynamic", mod="dynamic()"
     )
     equal_weights = True
+    consumed_metrics = (ALPHA_KEY,)
 
     def __init__(
         self,
@@ -184,6 +190,11 @@ class FedDyn(AdditiveStrategy):
     def tell(self, round: Round) -> Config:
         """Tell clients the strength."""
         return {ALPHA_KEY: self.alpha}
+
+    def contribution(self, reply: Reply, round: Round) -> Contribution:
+        """Return the move of a client that had the regularizer, and says so."""
+        reply.number(ALPHA_KEY)
+        return super().contribution(reply, round)
 
     def update(self, total: Total, round: Round) -> Arrays:
         r"""Return the mean move minus :math:`h / \alpha`."""

@@ -9,6 +9,7 @@ over its local steps (equation 2 of Li, Sahu, Zaheer, Sanjabi, Talwalkar and Smi
 averages as FedAvg does.
 """
 
+from collections.abc import Mapping
 from typing import Unpack, cast
 
 from flwr.app import Context, Message
@@ -16,9 +17,18 @@ from torch import Tensor, nn
 
 from flower_ext.client.encoding import Mod
 from flower_ext.client.half import ClientHalf, Local, Proximal
-from flower_ext.client.mods import Answer, drawn
+from flower_ext.client.mods import Answer, add_metrics, drawn
+from flower_ext.client.tensors import Tensors
+from flower_ext.core.contribution import Contribution
 from flower_ext.core.errors import at_least
-from flower_ext.core.protocol import ARRAYS_KEY, CONFIG_KEY, Config, Round
+from flower_ext.core.protocol import (
+    ARRAYS_KEY,
+    CONFIG_KEY,
+    Config,
+    Metrics,
+    Reply,
+    Round,
+)
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
@@ -49,6 +59,10 @@ class FedProxClient(ClientHalf):
         """Return the proximal term."""
         return self._term(model)
 
+    def records(self, local: Local) -> tuple[Mapping[str, Tensors], Metrics]:
+        """Say with which strength the model was trained."""
+        return {}, {MU_KEY: self._term.strength}
+
 
 def proximal() -> Mod:
     """Return the mod that adds the term to a training loop of one's own.
@@ -65,7 +79,10 @@ def proximal() -> Mod:
         received = message.content.array_records[ARRAYS_KEY]
         strength = float(cast(float, config[MU_KEY]))
         with drawn(begun=received, towards=received, strength=strength):
-            return call_next(message, context)
+            reply = call_next(message, context)
+        if reply.has_content():
+            add_metrics(reply, {MU_KEY: strength})
+        return reply
 
     return mod
 
@@ -109,6 +126,7 @@ class FedProx(AdditiveStrategy):
     drop_in = DropIn(
         imports="from flower_ext.strategies.fedprox import proximal", mod="proximal()"
     )
+    consumed_metrics = (MU_KEY,)
 
     def __init__(
         self,
@@ -122,6 +140,11 @@ class FedProx(AdditiveStrategy):
     def tell(self, round: Round) -> Config:
         """Tell the strength to those who train."""
         return {MU_KEY: self.proximal_mu}
+
+    def contribution(self, reply: Reply, round: Round) -> Contribution:
+        """Return the change of a client that had the term, and says so."""
+        reply.number(MU_KEY)
+        return super().contribution(reply, round)
 
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""

@@ -100,7 +100,7 @@ class Asked:
             return reply
         if compares and received is not None and received.has_content():
             before = _metrics(received)[1]
-            _add(
+            add_metrics(
                 reply,
                 {RECEIVED + k: x for k, x in before.items() if k != "num-examples"},
             )
@@ -111,7 +111,7 @@ class Asked:
 def tell_state(reply: Message, kept: bool) -> None:
     """Say in a reply to an evaluation whether the client has kept anything."""
     if reply.has_content():
-        _add(reply, {HAS_STATE: float(kept)})
+        add_metrics(reply, {HAS_STATE: float(kept)})
 
 
 def _metrics(reply: Message) -> tuple[str, MetricRecord]:
@@ -119,7 +119,8 @@ def _metrics(reply: Message) -> tuple[str, MetricRecord]:
     return next(iter(found), (METRICS_KEY, MetricRecord()))
 
 
-def _add(reply: Message, metrics: Metrics) -> None:
+def add_metrics(reply: Message, metrics: Metrics) -> None:
+    """Add metrics to a reply of the app."""
     key, record = _metrics(reply)
     reply.content[key] = MetricRecord({**record, **metrics})
 

@@ -75,7 +75,7 @@ class DropIn:
 
     def lines(self, model: str = "model", loader: str = "trainloader") -> list[str]:
         """Return the lines to add, for a reader who puts them in place by hand."""
-        entries = [f'"{key}": {value}' for key, value in self.records.items()]
+        entries = [_entry(*item) for item in self.records.items()]
         metrics = [_entry(*item) for item in self.metrics.items()]
         shown = [
             self.imports,
@@ -125,7 +125,7 @@ def edit(source: str, app: str, drop_in: DropIn) -> str:
             line = f"{indent}{_named(drop_in.before, names)}\n"
             edits.append((starts[statement.lineno - 1], line))
         for key, value in drop_in.records.items():
-            entry = _named(_entry(f'"{key}"', value), names)
+            entry = _named(_entry(key, value), names)
             edits.append(_into(source, starts, _dict_of(function, "RecordDict"), entry))
         for key, value in drop_in.metrics.items():
             entry = _named(_entry(key, value), names)
@@ -221,7 +221,7 @@ def _named(line: str, names: Mapping[str, str]) -> str:
 
 
 def _entry(key: str, value: str) -> str:
-    return f"**{value}" if key == "**" else f"{key}: {value}"
+    return f"**{value}" if key == "**" else f'"{key}": {value}'
 
 
 def _line_starts(source: str) -> list[int]:

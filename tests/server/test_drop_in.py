@@ -89,6 +89,14 @@ def test_a_mod_is_put_around_the_others_but_for_packed(made, expected):
     ]
 
 
+def test_a_metric_goes_in_under_its_name():
+    source = CLIENT.replace(
+        '{"ä": ArrayRecord(', '{"m": MetricRecord({"n": 3}), "ä": ('
+    )
+    line = edited(source, DropIn(metrics={"work": "done"}))[1]
+    assert 'MetricRecord({"n": 3, "work": done})' in line
+
+
 def test_a_dict_that_has_a_name_and_metrics_of_a_call():
     source = CLIENT.replace(
         '    return Message(RecordDict({"ä": ArrayRecord(model.state_dict())}), '

@@ -16,7 +16,7 @@ from flower_ext.core.arrays import to_record
 from flower_ext.privacy.silo_budget import SiloPrivacy
 from flower_ext.simulation import LocalGrid
 from flower_ext.strategies import FedDyn, FedDynClient
-from flower_ext.strategies.feddyn import MOVES, dynamic
+from flower_ext.strategies.feddyn import ALPHA_KEY, MOVES, dynamic
 
 ETA, STEPS = 0.2, 5
 CONFIG = {"lr": ETA, "local-steps": STEPS}
@@ -130,7 +130,7 @@ def test_moves_beyond_the_models_type_are_not_taken(caplog, reply, exchange):
     strategy, sent = FedDyn(**ALL), {"w": np.float16([0.0])}
     with caplog.at_level(logging.WARNING):
         for number in (1, 2):
-            contents = [reply({"w": np.float16([30000.0])})]
+            contents = [reply({"w": np.float16([30000.0])}, **{ALPHA_KEY: 0.1})]
             replies = exchange(strategy, sent, contents, server_round=number)
             new, _ = strategy.aggregate_train(number, replies)
     assert "the moves would not be finite" in caplog.text
@@ -138,9 +138,9 @@ def test_moves_beyond_the_models_type_are_not_taken(caplog, reply, exchange):
     assert float(new["w"].numpy()[0]) == 60000.0
 
 
-def test_a_loop_of_ones_own_is_the_half(quadratics, play):
-    task = quadratics.task()
-    app = ClientApp(mods=[dynamic()])
+def own_loop(task, *mods):
+    """Make an app with a loop that knows of no regularizer."""
+    app = ClientApp(mods=[*mods])
 
     @app.train()
     def train(msg, context):
@@ -156,11 +156,19 @@ def test_a_loop_of_ones_own_is_the_half(quadratics, play):
         arrays = ArrayRecord(model.state_dict())
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=msg)
 
+    return app
+
+
+def test_a_loop_of_ones_own_is_the_half(quadratics, play):
+    task = quadratics.task()
     run = partial(play, clients=3, initial=quadratics.start, config=CONFIG, rounds=3)
     half = run(FedDyn(alpha=0.7, **ALL), client_app(task, FedDynClient)).models
-    own = run(FedDyn(alpha=0.7, **ALL), app).models
+    own = run(FedDyn(alpha=0.7, **ALL), own_loop(task, dynamic())).models
     for left, right in zip(half, own, strict=True):
         assert left["w"] == pytest.approx(right["w"], abs=1e-12)
+    # Without the mod nobody has the regularizer.
+    with pytest.raises(Exception, match="'feddyn-alpha'"):
+        run(FedDyn(alpha=0.7, **ALL), own_loop(task))
 
 
 def test_dpsgd_takes_it(linear_task, play):

@@ -44,9 +44,9 @@ def run_of(strategy, app, start, rounds=2, told=None):
     return from_record(result.arrays)["w"]
 
 
-def own_loop(task):
-    """Make an app with a loop that knows of no term, and the mod."""
-    app = ClientApp(mods=[proximal()])
+def own_loop(task, *mods):
+    """Make an app with a loop that knows of no term."""
+    app = ClientApp(mods=[*mods])
 
     @app.train()
     def train(msg, context):
@@ -75,7 +75,7 @@ def test_every_server_and_every_client_gives_the_same(quadratics, mu):
         (AdditiveStrategy(**ALL), {MU_KEY: mu}),
     ]
     for strategy, told in servers:
-        for app in (client_app(task, FedProxClient), own_loop(task)):
+        for app in (client_app(task, FedProxClient), own_loop(task, proximal())):
             w = run_of(strategy, app, start, told=told)
             assert w == pytest.approx(found, abs=1e-12), (strategy, app)
 
@@ -113,6 +113,8 @@ def test_the_half_is_asked_for_by_its_key_only_where_none_is_named(quadratics):
     assert w == pytest.approx(expected(quadratics, 0.0, 2), abs=1e-12)
     with pytest.raises(Exception, match="needs the client half 'fedprox'"):
         run_of(FedProx(**ALL), bare, quadratics.start)
+    with pytest.raises(Exception, match="'proximal-mu'"):
+        run_of(FedProx(**ALL), own_loop(quadratics.task()), quadratics.start)
 
 
 def test_bad_strengths_are_refused(quadratics):
