@@ -245,8 +245,9 @@ def drawn(begun: ArrayRecord, towards: ArrayRecord, strength: float) -> Iterator
     >>> optimizer = torch.optim.SGD([w], lr=0.25)
     >>> with drawn(begun=zero, towards=one, strength=2.0) as pull:
     ...     for _ in range(2):
+    ...         optimizer.zero_grad()
     ...         optimizer.step()  # by 2.0 * 0.25 of the way to 1
-    >>> float(w), pull.steps
+    >>> w.item(), pull.steps
     (0.75, 2)
     """
     at_least("strength", strength, 0)
