@@ -15,8 +15,8 @@ from flower_ext.client.several import choose, choosing, initial_models
 from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.contribution import WEIGHT_OF, Total
-from flower_ext.core.protocol import Round
-from flower_ext.core.several import stack, unstack
+from flower_ext.core.protocol import Reply, Round
+from flower_ext.core.several import change_of_one, stack, unstack
 from flower_ext.privacy import Mechanism, SiloPrivacy, StepLedger
 from flower_ext.privacy.selection import choice_noise_multiplier, noisy_least
 from flower_ext.server.optimizers import SGD, Adam, TorchOptimizer
@@ -251,6 +251,16 @@ def test_a_tied_tensor_moves_under_all_its_names(private, play):
         np.testing.assert_array_equal(
             last[f"{j}/head.weight"], last[f"{j}/embed.weight"]
         )
+
+
+def test_under_a_mechanism_a_tied_tensor_counts_once(reply):
+    model = {"embed": np.float32([1, 2]), "head": np.float32([1, 2])}
+    sent = stack([model, model])
+    round = Round(1, sent, private=True, ties=HypCluster(2).find_ties(sent))
+    found = change_of_one(
+        Reply(reply({n: x + 1 for n, x in model.items()}), 0), round, 1
+    )
+    assert {n: x.numpy().tolist() for n, x in found.items()} == {"1/embed": [1, 1]}
 
 
 def make_net():
