@@ -44,7 +44,7 @@ def central_evaluation(task: Task, data: Batch, run_config: UserConfig) -> Evalu
 def compare(
     grid: Grid,
     strategies: Mapping[str, Strategy],
-    initial_arrays: ArrayRecord,
+    initial_arrays: ArrayRecord | Mapping[str, ArrayRecord],
     *,
     num_rounds: int,
     results: Path | str,
@@ -62,8 +62,9 @@ def compare(
         The ServerApp's.
     strategies : Mapping[str, Strategy]
         The runs by name, ours or Flower's own, in the order of the table.
-    initial_arrays : ArrayRecord
-        The model that each starts from.
+    initial_arrays : ArrayRecord or Mapping[str, ArrayRecord]
+        The model that all start from, or that of each by name, for those that start
+        from several.
     num_rounds : int
         Rounds of each.
     results : path
@@ -80,11 +81,13 @@ def compare(
         ``name -> callbacks`` of the run of that name: each has its own.
     """
     results = Path(results).expanduser()
+    if isinstance(initial_arrays, ArrayRecord):
+        initial_arrays = dict.fromkeys(strategies, initial_arrays)
     for name, strategy in strategies.items():
         result = run_rounds(
             strategy,
             grid,
-            initial_arrays,
+            initial_arrays[name],
             num_rounds=num_rounds,
             evaluate_fn=evaluate_fn,
             tracker=Tracker(results / name),

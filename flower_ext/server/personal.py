@@ -4,6 +4,7 @@ Wu, Li, Charles, Xiao, Liu, Xu and Smith 2022, "Motley: benchmarking heterogenei
 personalization in federated learning", arXiv 2206.09262.
 """
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from logging import WARNING
@@ -63,9 +64,12 @@ def spread(rows: Iterable[tuple[str, Mapping[str, float]]]) -> Metrics:
     for kind, metrics in rows:
         for name, own in metrics.items():
             values.setdefault(f"{name}-{kind}", []).append(own)
-            if (received := metrics.get(RECEIVED + name)) is not None:
-                worse = own > received if name.endswith(_COSTS) else own < received
-                hurt.setdefault(f"{name}-{kind}", []).append(worse)
+            if name.startswith(RECEIVED):
+                name = name.removeprefix(RECEIVED)
+                # A metric of a model that diverged is no number, and is not there.
+                ours, theirs = metrics.get(name, math.nan), own
+                good = ours <= theirs if name.endswith(_COSTS) else ours >= theirs
+                hurt.setdefault(f"{name}-{kind}", []).append(not good)
     found: Metrics = {**means_by_kind(rows)}
     for name, column in values.items():
         for suffix, share in _SHARES.items():

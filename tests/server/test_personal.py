@@ -34,6 +34,9 @@ def test_spread_by_hand():
     assert "val-loss-seen-hurt" not in found
     assert not any(name.endswith("hurt") and "received" in name for name in found)
     assert spread([]) == {}
+    diverged = spread([("seen", {"received-loss": 1.0, "accuracy": 0.5})])
+    assert diverged["loss-seen-hurt"] == 1.0
+    assert "accuracy-seen-hurt" not in diverged
 
 
 class Untrained(ClientHalf):
