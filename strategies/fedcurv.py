@@ -20,11 +20,11 @@ from logging import WARNING
 from typing import Unpack, cast, get_args
 
 import numpy as np
-import torch
-from flwr.app import ConfigRecord
-from torch import Tensor, nn
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from torch import nn
 
 from flower_ext._flower import log
+from flower_ext.client.fisher import SquaredGradients
 from flower_ext.client.fisher_half import (
     ESTIMATOR_KEY,
     FISHER_KEY,
@@ -33,13 +33,22 @@ from flower_ext.client.fisher_half import (
     read_fisher,
 )
 from flower_ext.client.half import Local, trainable
+from flower_ext.client.loops import before_steps
 from flower_ext.client.personal import Personal
-from flower_ext.client.tensors import Tensors
+from flower_ext.client.tensors import Tensors, read_tensors
 from flower_ext.core.arrays import Arrays, all_finite, is_averaged, multiply, zeros_like
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import at_least, one_of, refuse
-from flower_ext.core.protocol import Config, Metrics, Payload, Reply, Round
+from flower_ext.core.protocol import (
+    CONFIG_KEY,
+    Config,
+    Metrics,
+    Payload,
+    Reply,
+    Round,
+)
 from flower_ext.server.additive import AdditiveStrategy
+from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
 
 STRENGTH_KEY = "fedcurv-strength"
@@ -69,10 +78,13 @@ class Curvature:
 
     Examples
     --------
+    >>> import torch
     >>> model = nn.Linear(1, 1, bias=False)
-    >>> at = {"weight": model.weight.detach() - 3}
-    >>> float(Curvature({"weight": torch.ones(1, 1)}, at, strength=0.5)(model))
-    4.5
+    >>> model.weight.grad = torch.zeros(1, 1)
+    >>> centre = {"weight": model.weight.detach() - 3}
+    >>> Curvature({"weight": torch.ones(1, 1)}, centre, 0.5).pull(trainable(model))
+    >>> float(model.weight.grad)
+    3.0
     """
 
     fisher: Tensors
@@ -106,14 +118,12 @@ class Curvature:
         centre = {n: weighted[n] / x.where(x > 0, 1) for n, x in fisher.items()}
         return cls(fisher, centre, float(cast(float, config[STRENGTH_KEY])))
 
-    def __call__(self, model: nn.Module) -> Tensor:
-        """Return the penalty of a model."""
-        terms = [
-            (self.fisher[name].to(p) * (p - self.centre[name].to(p)).square()).sum()
-            for name, p in trainable(model).items()
-            if name in self.fisher
-        ]
-        return self.strength * torch.stack(terms).sum()
+    def pull(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Add the penalty's gradient to those of a step, before it is taken."""
+        for name, p in parameters.items():
+            if name in self.fisher and p.grad is not None:
+                away = p.detach() - self.centre[name].to(p)
+                p.grad += 2 * self.strength * self.fisher[name].to(p) * away
 
 
 def keep(
@@ -139,6 +149,50 @@ def keep(
     personal.save(**{OWN_ROUND: float(server_round)})
 
 
+class Held:
+    """The hold on a client with a training loop of its own, from now on.
+
+    One line before the training, with the received model, and ``"fisher":
+    held.record()`` in the reply.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        With the received weights.
+    message : Message
+        The server's.
+    context : Context
+        The client's, whose state keeps its terms.
+    batches_per_epoch : int, optional
+        Take the Fisher from the last epoch's gradients: its number of optimizer steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        message: Message,
+        context: Context,
+        batches_per_epoch: int | None = None,
+    ) -> None:
+        content = message.content
+        self._model, self._personal = model, Personal(context.state)
+        self._config = content.config_records[CONFIG_KEY]
+        received = {key: read_tensors(x) for key, x in content.array_records.items()}
+        # The Fisher is of the client's own loss: it looks before the pull is added.
+        self._fisher = SquaredGradients(model, batches_per_epoch).watch()
+        others = Curvature.of_others(received, self._personal, self._config)
+        if others:
+            before_steps(model, others.pull)
+
+    def record(self) -> ArrayRecord:
+        """Keep the client's terms, and return the Fisher, which is sent."""
+        record = self._fisher.record()
+        server_round = int(cast(int, self._config["server-round"]))
+        fisher, model = read_tensors(record), self._model.state_dict()
+        keep(self._personal, fisher, model, server_round)
+        return record
+
+
 class FedCurvClient(FisherHalf):
     """Stays where other clients' models need it, and says where its own does."""
 
@@ -149,9 +203,11 @@ class FedCurvClient(FisherHalf):
         super().begin(local)
         self._others = Curvature.of_others(local.received, local.personal, local.config)
 
-    def regularizer(self, model: nn.Module) -> Tensor | None:
-        """Return the penalty, from the second round on."""
-        return self._others(model) if self._others else None
+    def after_backward(self, model: nn.Module) -> None:
+        """Pull, once the squared gradients of the client's own loss are taken."""
+        super().after_backward(model)
+        if self._others:
+            self._others.pull(trainable(model))
 
     def records(self, local: Local) -> tuple[Mapping[str, Tensors], Metrics]:
         """Keep and send the Fisher."""
@@ -165,19 +221,20 @@ class FedCurv(AdditiveStrategy):
 
     Against FedAvg: a client sends the diagonal Fisher :math:`I_k` of its trained model
     beside the model, and is sent the sums U and V over the last cohort, to which it is
-    pulled in its local training. Works with the client half :class:`FedCurvClient`.
+    pulled in its local training. Works with the client half :class:`FedCurvClient`, or
+    with :class:`Held` in a loop of one's own.
 
     Parameters
     ----------
     strength : float (default: 1.0)
         :math:`\lambda \ge 0`; 0 is FedAvg. The pull grows with the size of the cohort,
         over which the paper sums.
-    estimator : str (default: "last-epoch")
+    estimator : str (default: "per-example")
         Of the Fisher, see :class:`~flower_ext.strategies.fedfish.FedFish`.
-        ``last-epoch`` and ``all-epochs`` are free; their gradients are those of the
-        steps, with the penalty's, so that they vanish at the client's solution, as the
-        estimate wants it. ``per-example`` is the paper's, and costs a pass over the
-        data.
+        ``per-example`` is the paper's, and costs a pass over the data. ``last-epoch``
+        and ``all-epochs`` are free, and larger by up to a batch's size where a client
+        has not arrived at its own minimum, from which the penalty keeps it: with a
+        strength that is as much smaller. :class:`Held` takes these.
     *flowers, **options
         Server optimizer, sampler, mechanism and Flower's own options, see
         :class:`~flower_ext.server.options.AdditiveOptions`.
@@ -209,13 +266,18 @@ class FedCurv(AdditiveStrategy):
     """
 
     client_half = FedCurvClient
+    drop_in = DropIn(
+        imports="from flower_ext.strategies.fedcurv import Held",
+        before="held = Held({model}, {message}, {context}, len({loader}))",
+        records={FISHER_KEY: "held.record()"},
+    )
     other_arrays = (FISHER_KEY,)
 
     def __init__(
         self,
         *flowers: object,
         strength: float = 1.0,
-        estimator: Estimator = "last-epoch",
+        estimator: Estimator = "per-example",
         **options: Unpack[AdditiveOptions],
     ) -> None:
         super().__init__(*flowers, **options)

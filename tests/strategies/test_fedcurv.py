@@ -5,13 +5,21 @@ import logging
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_ext.client.app import client_app
+from flower_ext.client.half import trainable
 from flower_ext.client.personal import Personal
 from flower_ext.core.contribution import Total
-from flower_ext.core.protocol import Round
+from flower_ext.core.protocol import Payload, Round
 from flower_ext.core.sampling import UniformSampler
 from flower_ext.strategies.fedcurv import (
     SUM,
@@ -19,6 +27,7 @@ from flower_ext.strategies.fedcurv import (
     Curvature,
     FedCurv,
     FedCurvClient,
+    Held,
     keep,
 )
 
@@ -68,10 +77,10 @@ def gradient_by_definition(cohort, others, weight, strength=0.7):
 )
 def test_the_pull_is_that_of_the_other_clients(cohort, client, kept_in, others):
     model = nn.Linear(4, 2, bias=False)
-    penalty = penalty_of(cohort, client, kept_in=kept_in)
+    model.weight.grad = torch.zeros(2, 4)
+    penalty_of(cohort, client, kept_in=kept_in).pull(trainable(model))
     expected = gradient_by_definition(cohort, others, model.weight)
     assert torch.all(expected[0, 1:] != 0)
-    penalty(model).backward()
     torch.testing.assert_close(model.weight.grad, expected, rtol=1e-4, atol=1e-6)
     # Client 0 alone knows this coordinate.
     assert (model.weight.grad[0, 0] == 0) == (0 not in others)
@@ -85,8 +94,8 @@ def test_what_is_left_out_and_was_not_in_the_sum_pulls_nowhere(cohort):
     keep(personal, {"weight": lost[0][1]}, {"weight": models[1]}, 1)
     received = {SUM: {"weight": fishers[0]}, SUM_OF_MODELS: {"weight": fishers[0]}}
     config = ConfigRecord({"fedcurv-round": 1, "fedcurv-strength": 1.0})
-    penalty = Curvature.of_others(received, personal, config)(model)
-    penalty.backward()
+    model.weight.grad = torch.zeros(2, 4)
+    Curvature.of_others(received, personal, config).pull(trainable(model))
     hidden = lost[0][1] >= fishers[0]
     assert hidden.sum() >= 6
     assert torch.all(model.weight.grad[hidden] == 0)
@@ -180,13 +189,71 @@ def test_a_client_that_was_not_in_the_last_cohort_leaves_nothing_out(
         assert found["weight"][0] == pytest.approx(model, abs=2e-4)
 
 
-def test_free_estimates_see_the_penalty_and_so_vanish_at_the_solution(
-    linear_task, play
-):
-    # One batch: its squared gradient is 0 at the solution of the whole objective.
-    app = client_app(linear_task(list(quadratics()), 2), FedCurvClient)
-    run = play(FedCurv(strength=STRENGTH), app, 4, ZERO, rounds=2, config=SOLVE)
-    assert run.train(2)["fisher-largest"] < 1e-8
+def test_free_estimates_are_of_the_clients_own_loss(linear_task, play):
+    # One batch of n: n times the squared gradient of F_k, which the penalty's balances.
+    clients = list(quadratics())
+    app = client_app(linear_task(clients, 2), FedCurvClient)
+    strategy = FedCurv(strength=0.01, estimator="last-epoch")
+    sums = []
+    advance = strategy.advance
+
+    def spy(total, round):
+        sums.append(total.arrays["fisher"]["weight"][0].copy())
+        advance(total, round)
+
+    strategy.advance = spy
+    fisher = np.array([3.0, 5.0])
+    held = {  # at (2, -1), whatever clients have found
+        SUM: {"weight": np.float32([fisher])},
+        SUM_OF_MODELS: {"weight": np.float32([fisher * [2.0, -1.0]])},
+    }
+    strategy.payload = lambda variant, round: Payload(round.sent, beside=held)
+    play(strategy, app, 4, ZERO, config=SOLVE)
+    expected = np.zeros(2)
+    for data in clients:
+        x, y = data["x"], data["y"]
+        hold = 2 * 0.01 * np.diag(fisher)
+        solved = np.linalg.solve(x.T @ x / 12 + hold, x.T @ y / 12 + hold @ [2.0, -1.0])
+        expected += 12 * (x.T @ (x @ solved - y) / 12) ** 2
+    assert expected.min() > 0.01
+    assert sums[0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_loop_of_ones_own_takes_the_same_steps(linear_task, play):
+    """Two clients with hands on their own loops are as those of the half."""
+    clients = list(quadratics())
+    task = linear_task(clients, 2)
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        model = task.model({})
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        data, _ = task.data(context)
+        optimizer = torch.optim.SGD(model.parameters(), lr=SOLVE["lr"])
+        held = Held(model, message, context, batches_per_epoch=1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            task.loss(model, data).mean().backward()
+            optimizer.step()
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord(model.state_dict()),
+                "fisher": held.record(),
+                "metrics": MetricRecord({"num-examples": 12}),
+            }
+        )
+        return Message(content, reply_to=message)
+
+    options = {"strength": 0.01, "estimator": "last-epoch", "fraction_evaluate": 0}
+    half = client_app(task, FedCurvClient)
+    config = {**SOLVE, "local-steps": 5}
+    runs = [play(FedCurv(**options), x, 4, ZERO, 4, config) for x in (app, half)]
+    for ours, theirs in zip(*(run.models for run in runs), strict=True):
+        assert ours["weight"] == pytest.approx(theirs["weight"], rel=1e-5)
+    plain = play(FedCurv(**{**options, "strength": 0}), half, 4, ZERO, 4, config)
+    gap = np.abs(plain.models[-1]["weight"] - runs[0].models[-1]["weight"])
+    assert gap.max() > 0.01
 
 
 # The server ---------------------------------------------------------------------------
