@@ -55,8 +55,9 @@ new-strategy: $(INSTALLED)  ## start a strategy from the template: make new-stra
 	@$(PY) tools/new_strategy.py "$(NAME)"
 
 # One thread a test: with two tests at a time, threads of one wait for those of the other.
+# Bytecode is kept, else every worker and every program of a test compiles all again.
 test: $(INSTALLED)  ## run the whole test suite, Ray and SuperLink included
-	@$(isolated) OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+	@$(isolated) OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= \
 	$(PY) -m pytest --durations=20 $(PYTEST_OPTIONS)
 
 check: $(INSTALLED)  ## lint, check the format and the types
