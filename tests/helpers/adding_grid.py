@@ -5,7 +5,9 @@ import pickle
 from flower_ext.server.partial_sums import PackSum, PartialSum
 from flower_ext.simulation.local import LocalGrid
 
-PACKS = 3
+# Of one client and of two, in a cohort of three: a sum that is added once for each
+# client and not once for each pack shows.
+PACKS = 2
 
 
 class AddingGrid(LocalGrid):
