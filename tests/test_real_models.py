@@ -302,6 +302,27 @@ def test_a_model_shows_its_ties():
     assert equal_in_model(model(a=layer, b={"weight": x})) == {"b.weight": "a.weight"}
 
 
+@pytest.mark.parametrize(
+    ("own", "twin", "tied"),
+    [
+        # Biases of their own, which differ, beside a weight that is shared.
+        ({"bias": np.ones(2)}, {"bias": np.full(2, 3.0)}, ["weight"]),
+        # A counter, or a bias of one number, tells nothing, unless it differs.
+        ({"count": np.array(1), "b": np.zeros(2)}, {}, ["weight", "b"]),
+        ({"count": np.array(1), "b": np.zeros(2)}, {"count": np.array(2)}, ["weight"]),
+    ],
+)
+def test_a_shared_weight_beside_what_is_not_shared(own, twin, tied):
+    x, zero = np.float32([1, 2]), np.zeros(2)
+    layers = {
+        "other": {"weight": 5 * x, "bias": zero, "b": zero},
+        "a": {"weight": x, **own},
+        "c": {"weight": x, **own, **twin},
+    }
+    arrays = {f"{k}.{n}": a for k, found in layers.items() for n, a in found.items()}
+    assert equal_in_model(arrays) == {f"c.{n}": f"a.{n}" for n in tied}
+
+
 def test_loops_that_do_not_tell_are_believed_when_all_return_copies(aggregate, reply):
     """FedFish's Fisher is there under one name only."""
 

@@ -47,8 +47,7 @@ def equal_in_all(records: Sequence[object], sent: Mapping[str, NDArray]) -> Ties
     ties: Ties = {}
     firsts: dict[object, list[str]] = {}
     for name, array in sent.items():
-        # Single numbers are often equal by chance.
-        if not is_averaged(array) or array.size < 2:
+        if not _tells(array):
             continue
         # Many layers have the same shape. Their first entries tell all but copies
         # apart, so that few arrays are compared as a whole.
@@ -82,22 +81,26 @@ def equal_in_model(sent: Mapping[str, NDArray]) -> Ties:
         layer, _, part = name.rpartition(".")
         other, _, twin = first.rpartition(".")
         if part == twin:  # the same part of two layers, which may be one layer
-            sure |= _whole_layer(sent, f"{layer}.", f"{other}.", equal)
+            sure |= _whole_layer(sent, f"{layer}.", f"{other}.", sure)
     return sure
 
 
 def _whole_layer(
-    sent: Mapping[str, NDArray], layer: str, other: str, equal: Ties
+    sent: Mapping[str, NDArray], layer: str, other: str, sure: Ties
 ) -> Ties:
     """Return the ties of one layer to another one, if they are equal throughout."""
     own = [name for name in sent if name.startswith(layer)]
     twins = {name: other + name.removeprefix(layer) for name in own}
-    # The other layer may itself be a copy of a third, to which both are then tied.
-    alike = all(
-        twin in sent and equal.get(name) in (twin, equal.get(twin))
-        for name, twin in twins.items()
-    )
-    return {name: equal[name] for name in own} if alike else {}
+    for name, twin in twins.items():
+        if twin not in sent or not _equal(sent[name], sent[twin]):
+            return {}
+    # Not with whatever else is equal: other layers' biases may be zeros as well.
+    return {n: sure.get(twin, twin) for n, twin in twins.items() if _tells(sent[n])}
+
+
+def _tells(array: NDArray) -> bool:
+    """Whether it says something that it equals another: single numbers often do."""
+    return is_averaged(array) and array.size > 1
 
 
 def _equal_in(record: object, name: str, first: str) -> bool:
