@@ -23,7 +23,14 @@ from flower_ext.client.tensors import Tensors
 from flower_ext.core.arrays import Arrays
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import fraction
-from flower_ext.core.protocol import Config, Metrics, Payload, Reply, Round
+from flower_ext.core.protocol import (
+    MODEL_NUMBER_KEY,
+    Config,
+    Metrics,
+    Payload,
+    Reply,
+    Round,
+)
 from flower_ext.core.several import change_of_one, model_of, unstack
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
@@ -54,7 +61,8 @@ class EnsembleClient(ClientHalf):
             return arrays
         models = unstack(arrays)
         data = held if num_examples(held) else local.train
-        self._chosen = choose([local.loss_of(model, data) for model in models])
+        if len(models) > 1:
+            self._chosen = choose([local.loss_of(model, data) for model in models])
         return models[self._chosen]
 
     def evaluate(self, local: Local) -> Metrics:
@@ -137,7 +145,8 @@ class Ensemble(SeveralModels):
         """Return the one model that is trained, or all to be evaluated."""
         if round.phase == "evaluate":
             return Payload(round.sent)
-        return Payload(model_of(round.sent, turn(round, self.num_models)))
+        number = turn(round, self.num_models)
+        return Payload(model_of(round.sent, number), config={MODEL_NUMBER_KEY: number})
 
     def contribution(self, reply: Reply, round: Round) -> Contribution:
         """Return the change of the one model."""

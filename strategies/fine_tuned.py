@@ -53,6 +53,9 @@ class FineTunedClient(ClientHalf):
             learning_rate=local.number(RATE_KEY, local.settings.learning_rate),
             after_epoch=self._measure if epochs > 1 and not steps else None,
         )
+        if epochs > 1 and not steps and not tuned.num_steps:
+            for epoch in range(1, epochs + 1):  # without examples it stays as it came
+                self._measure(epoch, tuned)
         return tuned.end
 
     def evaluate(self, local: Local) -> Metrics:

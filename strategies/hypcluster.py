@@ -57,7 +57,7 @@ class HypClusterClient(ClientHalf):
     def receive(self, local: Local, arrays: Tensors) -> Tensors:
         """Choose."""
         models = unstack(arrays)
-        self._cluster = local.best_of(models)
+        self._cluster = local.model_number = local.best_of(models)
         return models[self._cluster]
 
     def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:

@@ -212,6 +212,8 @@ class KNNPerClient(ClientHalf):
             refuse("label", self._label, f"one of the columns {sorted(local.train)}")
         if not num_examples(local.train):
             return {WEIGHT: 0.0}
+        if local.number(WEIGHT_KEY, 1.0):
+            local.session.measures()  # what is told quotes training data
         memory = _Memory(local, self._represents(local.model), self._label)
         try:
             if WEIGHT_KEY in local.config:

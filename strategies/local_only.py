@@ -13,7 +13,8 @@ from flower_ext.client.encoding import Mod
 from flower_ext.client.half import ClientHalf, Local
 from flower_ext.client.mods import Answer, asked
 from flower_ext.client.tensors import Tensors
-from flower_ext.core.contribution import Contribution
+from flower_ext.core.arrays import Arrays
+from flower_ext.core.contribution import Contribution, Total
 from flower_ext.core.errors import refuse
 from flower_ext.core.protocol import Reply, Round
 from flower_ext.server.drop_in import DropIn
@@ -121,3 +122,7 @@ class LocalOnly(PersonalStrategy):
     def contribution(self, reply: Reply, round: Round) -> Contribution:
         """Return nothing."""
         return Contribution({})
+
+    def update(self, total: Total, round: Round) -> Arrays:
+        """Move nothing: an optimizer may move a model that no client moves."""
+        return {}

@@ -54,6 +54,7 @@ from flower_ext.core.protocol import (
     CONFIG_KEY,
     HAS_STATE,
     METRICS_KEY,
+    MODEL_NUMBER_KEY,
     RECEIVED,
     RUN_KEY,
     WRONG_HALF,
@@ -257,6 +258,7 @@ def _trained(local: Local, arrays: Tensors) -> ArrayRecord:
         seed=local.seed(ENCODING),
         tied=_ties(local, arrays),
         received=masks and {n: x for n, x in masks.items() if n in arrays},
+        model_number=local.model_number,
     )
 
 
@@ -355,6 +357,7 @@ def _open(
         loaded=arrays,
         phase=cast(Phase, message.metadata.message_type.partition(".")[0]),
     )
+    local.model_number = int(local.number(MODEL_NUMBER_KEY, 0))
     local.session = trainer.session(local, half)
     begun = half.receive(local, arrays)
     _require_whole_ties(begun, arrays, local.model)

@@ -131,7 +131,10 @@ class DPSGD(Trainer):
         Send ``train-loss``, estimated over the batches. It is not private.
     release_evaluation : bool (default: False)
         Answer evaluations with loss and metrics of the silo's test data, not only with
-        their number. They are exact, and private for nobody.
+        their number. They are exact, and private for nobody in the test data. Training
+        data stay protected: a choice among models is private and charged in evaluations
+        then, too, and a half whose evaluation reads training data otherwise, as
+        KNNPer's and Ensemble's do, is refused in it.
 
     Raises
     ------
@@ -460,12 +463,13 @@ class PrivateSession(Session):
         return record
 
     def choose(self, local: Local, models: Sequence[Tensors]) -> int:
-        """Choose privately in training, and charge it; see ``SiloPrivacy``.
+        """Choose privately, and charge it; see ``SiloPrivacy``.
 
-        An evaluation tells nothing of its choice, and chooses without noise.
+        An evaluation that is withheld tells nothing of its choice, and chooses without
+        noise.
         """
         privacy = self._privacy
-        if self._phase == "evaluate":
+        if self._phase == "evaluate" and not self._trainer.release_evaluation:
             return super().choose(local, models)
         if privacy.selection_epsilon is None or privacy.loss_cap is None:
             refuse(
@@ -494,8 +498,10 @@ class PrivateSession(Session):
         rate = min(1.0, local.settings.batch_size / size)
         assert privacy.choice_noise is not None
         charged = ledger.add(1.0, privacy.choice_noise, 1)
+        # That of a round also where an evaluation is the first to ask for it.
         noise_multiplier = self._calibrated(kept, planned, rate)
-        self._affordable(local, ledger, charged.add(rate, noise_multiplier, planned))
+        coming = planned if self._phase == "train" else 0
+        self._affordable(local, ledger, charged.add(rate, noise_multiplier, coming))
         self._before = ledger.total
         account.write(self._record(charged, noise_multiplier))
 
@@ -512,7 +518,8 @@ class PrivateSession(Session):
             sources = [seed, local.client, local.server_round, self._before]
             sequence = np.random.SeedSequence([*sources, self._choices, word(digest)])
             words = sequence.generate_state(count, np.uint64).view(np.uint64)
-        return (np.asarray(words >> np.uint64(11), np.float64) + 0.5) * 2.0**-53
+        # 52 bits and a half: with one bit more, the largest would be rounded to 1.
+        return (np.asarray(words >> np.uint64(12), np.float64) + 0.5) * 2.0**-52
 
     def _further(self, local: Local, half: ClientHalf, plan: NoisePlan) -> Steps:
         """Return the steps of a further model, of those that are charged."""
@@ -601,9 +608,18 @@ class PrivateSession(Session):
         kept = keep_per_user(data[privacy.user], privacy.group_size)
         return {name: column[kept] for name, column in data.items()}
 
-    def measures(self) -> None:
-        """Refuse to show a half a loss, but for an evaluation, which is withheld."""
-        if self._phase == "train":
+    def measures(self, *, tests: bool = False) -> None:
+        """Refuse to show a half a loss, but for what is withheld or of test data."""
+        if self._phase == "evaluate":
+            if self._trainer.release_evaluation and not tests:
+                refuse(
+                    "release_evaluation",
+                    True,
+                    "False with this client half",
+                    "its evaluation reads the silo's training data, and the metrics "
+                    "would tell what they say, without noise",
+                )
+        else:
             raise ValueError(
                 "loss_of, mean_loss, measure and the gradient of all examples read the "
                 "silo's data without noise: under DPSGD a client half may not use them "

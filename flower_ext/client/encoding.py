@@ -25,7 +25,7 @@ from flower_ext.client.half import client_of
 from flower_ext.client.personal import Personal
 from flower_ext.client.seeds import random_seed
 from flower_ext.core.arrays import Arrays, from_record, is_averaged, to_record
-from flower_ext.core.protocol import ARRAYS_KEY, CLIENT_HALF_KEY
+from flower_ext.core.protocol import ARRAYS_KEY, CLIENT_HALF_KEY, MODEL_NUMBER_KEY
 from flower_ext.core.replies import array_key, read_arrays
 from flower_ext.core.ties import TIED_KEY
 from flower_ext.wire.codec import Codec, Sending, is_encoded
@@ -98,6 +98,7 @@ def encode_upload(
     seed: int,
     tied: Collection[str] = (),
     received: Masks | None = None,
+    model_number: int = 0,
 ) -> ArrayRecord:
     """Return a client's change as it travels.
 
@@ -117,26 +118,30 @@ def encode_upload(
         Further names of tensors, of which only what is under the first travels.
     received : dict[str, ndarray of bool], optional
         The coordinates that it was sent.
+    model_number : int
+        Of the server's models, where it has several: each has a residual of its own.
     """
     personal = Personal(state)
+    of_model = f"-{model_number}" if model_number else ""
+    left, left_in = _RESIDUAL + of_model, _RESIDUAL_ROUND + of_model
     changed = changed | {name: np.zeros_like(changed[name]) for name in tied}
     sending = Sending(np.random.default_rng(seed), silent=tied, received=received)
     kept = None
-    is_ours = personal.number(_RESIDUAL_ROUND, math.inf) < server_round
-    if codec.feedback and _RESIDUAL in personal and is_ours:
+    is_ours = personal.number(left_in, math.inf) < server_round
+    if codec.feedback and left in personal and is_ours:
         floats = {n: torch.from_numpy(x) for n, x in changed.items() if is_averaged(x)}
         try:
-            found = personal.arrays(_RESIDUAL, like=floats)
+            found = personal.arrays(left, like=floats)
         except ValueError:  # of a change of other shapes, such as another slice
             found = {}
         kept = {name: x.numpy() for name, x in found.items()}
     record, residual = upload(codec, changed, kept, sending)
     if residual is not None:
-        left = {name: torch.from_numpy(x) for name, x in residual.items()}
-        personal.save(**{_RESIDUAL: left})
-        personal.save(**{_RESIDUAL_ROUND: float(server_round)})
+        arrays = {name: torch.from_numpy(x) for name, x in residual.items()}
+        personal.save(**{left: arrays})
+        personal.save(**{left_in: float(server_round)})
     elif codec.feedback:
-        personal.drop(_RESIDUAL)
+        personal.drop(left)
     return record
 
 
@@ -261,6 +266,7 @@ def _encoded_reply(
         # As client_app draws.
         seed=random_seed(seed, server_round, client_of(context), ENCODING),
         tied=tied,
+        model_number=int(cast(int, settings.get(MODEL_NUMBER_KEY, 0))),
     )
     content = RecordDict({**content, key: record})
     if tied:

@@ -175,6 +175,10 @@ class Local:
         Whether the model cannot be trained on a single example.
     phase : {"train", "evaluate"}
         What the message asks for.
+    model_number : int
+        Which of the server's models is trained, where it has several: what an encoded
+        change of one leaves out is made up for in that one. The server says it of one
+        that comes alone; a half that chooses sets it.
     """
 
     task: Task
@@ -195,6 +199,7 @@ class Local:
     branch: tuple[int, ...] = ()
     needs_two: bool = False
     phase: Phase = "train"
+    model_number: int = 0
 
     def __post_init__(self) -> None:
         self._branches = 0
@@ -319,7 +324,7 @@ class Local:
 
     def mean_loss(self, data: Batch, model: nn.Module | None = None) -> float:
         """Return the mean loss of a model, in evaluation mode."""
-        self.session.measures()
+        self.session.measures(tests=data is self.test)
         return float(evaluate(self.task, model or self.model, data)["loss"])
 
     def loss_of(self, arrays: Tensors, data: Batch | None = None) -> float:
@@ -330,14 +335,15 @@ class Local:
     def best_of(self, models: Sequence[Tensors]) -> int:
         """Return which of several models loses least on the training data.
 
-        Of equal ones it is the first. Under DPSGD it is a private choice in training,
-        which is charged, and the only look at data that needs no noise of the half's.
+        Of equal ones it is the first. Under DPSGD it is a private choice, which is
+        charged, wherever something is told that depends on it: in training, and in
+        evaluations that are released.
         """
         return 0 if len(models) == 1 else self.session.choose(self, models)
 
     def measure(self, arrays: Tensors) -> dict[str, float]:
         """Return loss and metrics of a model with these arrays on the test data."""
-        self.session.measures()
+        self.session.measures(tests=True)
         other = self._on(arrays, self.branch)
         return evaluate(self.task, other.model, self.test)
 

@@ -114,8 +114,14 @@ class Session:
             steps.end()
         return total / count if count else math.nan
 
-    def measures(self) -> None:
-        """Refuse that a half is shown a loss, where that would not be private."""
+    def measures(self, *, tests: bool = False) -> None:
+        """Refuse that a half is shown a loss, where that would not be private.
+
+        Parameters
+        ----------
+        tests : bool
+            Whether it is of the client's test data.
+        """
 
     def choose(self, local: "Local", models: Sequence[Tensors]) -> int:
         """Return which of several models loses least on the training data."""

@@ -44,6 +44,8 @@ ARRAYS_KEY = "arrays"
 CONFIG_KEY = "config"
 METRICS_KEY = "metrics"
 CLIENT_HALF_KEY = "client-half"
+# Which of the server's models it is that came alone, where the server has several.
+MODEL_NUMBER_KEY = "model-number"
 # A record of a run that is saved: its name, and the round after which it was resumed.
 RUN_KEY = "run"
 RUN_NAME = "name"

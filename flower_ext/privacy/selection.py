@@ -33,16 +33,31 @@ def choice_noise_multiplier(epsilon: float) -> float:
     r"""Return the noise multiplier of a Gaussian release that reveals no less.
 
     Log likelihood ratios of a bounded range lie in :math:`[t - \epsilon, t]` for some
-    t. Of all such pairs of distributions the most revealing takes the two ends only;
-    its trade-off curve has one corner, on or above that of a Gaussian with
+    t. Of all such pairs of distributions the most revealing takes the two ends only,
+    the upper one with probabilities q and
 
-    .. math:: \mu(t) = \Phi^{-1}(q e^t) - \Phi^{-1}(q), \quad
-       q = \frac{e^{-t} - e^{-\epsilon}}{1 - e^{-\epsilon}},
+    .. math:: p = q e^t, \quad
+       q = \frac{e^{-t} - e^{-\epsilon}}{1 - e^{-\epsilon}}.
 
-    largest for :math:`t = \epsilon / 2`, about which it is symmetric; the tests look at
-    a grid. There :math:`q = 1/(1 + e^{\epsilon/2})` and
-    :math:`\mu = -2 \Phi^{-1}(q)`. So a choice composes, also adaptively, as a Gaussian
-    of noise multiplier :math:`1/\mu`: for a small epsilon about :math:`1.6 / \epsilon`.
+    Its trade-off curve is two straight lines that meet in :math:`(q, 1 - p)`. That of a
+    Gaussian is convex: it is below both where it is not above the corner, for
+    :math:`\mu \ge \Phi^{-1}(p) - \Phi^{-1}(q)`.
+
+    That is largest for :math:`t = \epsilon / 2`. The odds of p are :math:`e^\epsilon`
+    times those of q, so that it is the gain of :math:`\Phi^{-1}`, as a function of the
+    log odds, over a piece of length :math:`\epsilon`. Its slope is
+    :math:`N / \varphi` with :math:`N = \Phi (1 - \Phi)`, an even function of
+    :math:`z = \Phi^{-1}`, which falls for :math:`z > 0` where
+    :math:`k = z N + \varphi (1 - 2 \Phi) \le 0`. Now :math:`k(0) = k(\infty) = 0`,
+    :math:`k'(0) = 1/4 - 1/\pi < 0`, and
+    :math:`k'' / \varphi = 1 - 2 \Phi + 4 z \varphi`
+    rises from 0, falls to -1 and so changes its sign once: :math:`k'` changes its own
+    once, and k falls and then rises to 0. The piece that gains most is the one in the
+    middle, where :math:`q = 1/(1 + e^{\epsilon/2}) = 1 - p` and
+    :math:`\mu = -2 \Phi^{-1}(q)`.
+
+    So a choice composes, also adaptively, as a Gaussian of noise multiplier
+    :math:`1/\mu`: for a small epsilon about :math:`1.6 / \epsilon`.
 
     Examples
     --------

@@ -122,7 +122,6 @@ class _Elementwise(ServerOptimizer):
 
     def step(self, sent: Arrays, direction: Arrays) -> Arrays:
         """Return the next model, see :meth:`ServerOptimizer.step`."""
-        self._begin()
         new: Arrays = {}
         for name, array in sent.items():
             move = direction.pop(name)
@@ -130,9 +129,6 @@ class _Elementwise(ServerOptimizer):
                 move = self._move(name, move, _working(array))
             new[name] = apply_direction(array, move)
         return new
-
-    def _begin(self) -> None:
-        """Prepare a step, once for all arrays."""
 
     @abstractmethod
     def _move(self, name: str, delta: NDArray, dtype: type[np.floating]) -> NDArray:
@@ -222,9 +218,9 @@ class _Adaptive(_Elementwise):
         first += (1 - self.beta_1) * delta
         second = self._slot("second", name, delta, dtype, self.initial_accumulator)
         self._accumulate(second, np.square(delta))
-        return self._rate() * first / (np.sqrt(second) + self.tau)
+        return self._rate(name) * first / (np.sqrt(second) + self.tau)
 
-    def _rate(self) -> float:
+    def _rate(self, name: str) -> float:
         return self.learning_rate
 
     @abstractmethod
@@ -275,7 +271,7 @@ class Adam(_Adaptive):
     initial_accumulator : float, optional
         :math:`v_{-1}`; by default ``tau**2``, the smallest that the paper allows.
     bias_correction : bool (default: False)
-        Scale the rate by :math:`\sqrt{1-\beta_2^t}/(1-\beta_1^t)` in round
+        Scale the rate by :math:`\sqrt{1-\beta_2^t}/(1-\beta_1^t)` in an array's step
         :math:`t = 1, 2, \dots` (Kingma and Ba 2015), meant for
         ``initial_accumulator=0``. Reddi et al. do without. Flower's ``FedAdam``
         corrects too, but with :math:`t + 1` in round :math:`t`. All add ``tau`` to the
@@ -299,15 +295,13 @@ class Adam(_Adaptive):
         self.beta_2 = beta_2
         self.bias_correction = bias_correction
 
-    def _begin(self) -> None:
-        # An array under an empty name, so that it is saved like a moment.
-        steps = self.state.setdefault("steps", {"": np.zeros((), np.int64)})
-        steps[""] = np.asarray(steps[""] + 1)
-
-    def _rate(self) -> float:
+    def _rate(self, name: str) -> float:
         if not self.bias_correction:
             return self.learning_rate
-        t = int(self.state["steps"][""])
+        # Of each array its own: in a round in which it does not move its moments stay.
+        steps = self.state.setdefault("steps", {})
+        t = int(steps.get(name, 0)) + 1
+        steps[name] = np.asarray(t, np.int64)
         return float(
             self.learning_rate * np.sqrt(1 - self.beta_2**t) / (1 - self.beta_1**t)
         )

@@ -1786,7 +1786,23 @@ def test_what_a_half_measures_at_an_evaluation_is_withheld():
     assert dict(reply.content["metrics"]) == {"num-examples": EXAMPLES}
     asked = Silo(make_task(), NOISY, Telling, release_evaluation=True)
     reply = asked.send(first_arrays(), "evaluate", client_half="two")
-    assert set(reply.content["metrics"]) == {"num-examples", "loss", "told"}
+    assert "release_evaluation=True must be False" in reply.error.reason
+
+
+def test_what_a_half_measures_of_test_data_may_be_released():
+    class Testing(Two):
+        post_processing = True
+
+        def model_to_evaluate(self, local):
+            return local.personal.arrays("own", like=local.start)
+
+        def evaluate(self, local):
+            return {"told": local.loss_of(self.model_to_evaluate(local), local.test)}
+
+    asked = Silo(make_task(), NOISY, Testing, release_evaluation=True)
+    reply = asked.send(first_arrays(), "evaluate", client_half="two")
+    metrics = reply.content["metrics"]
+    assert metrics["told"] == metrics["loss"] and len(metrics) == 3
 
 
 def test_a_half_does_not_see_the_loss_that_is_withheld():

@@ -1,7 +1,10 @@
 """Ensemble: its models are those of runs of their own; choices on held-out examples."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 
 from flower_ext import AdditiveStrategy
 from flower_ext.client.app import client_app
@@ -10,11 +13,13 @@ from flower_ext.client.half import ClientHalf
 from flower_ext.client.personalization import hold_out
 from flower_ext.core.several import stack, unstack
 from flower_ext.privacy import SiloPrivacy
-from flower_ext.server.optimizers import SGD
+from flower_ext.server.optimizers import SGD, Adam, TorchOptimizer
 from flower_ext.strategies.ensemble import Ensemble, EnsembleClient
+from flower_ext.wire import ErrorFeedback, TopK
 
 TRUE = np.array([[1.0, -2.0], [-1.0, 0.5]])
 STARTS = stack([{"weight": np.float32([[j, 1 - j]])} for j in range(3)])
+DECAYING = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5)
 STEPS = {"lr": 0.1, "batch-size": 50, "local-epochs": 2}
 
 
@@ -29,13 +34,25 @@ def people(linear_task):
     return client_app(linear_task(clients, 2), EnsembleClient)
 
 
-def test_its_models_are_those_of_federated_averaging_in_runs_of_their_own(people, play):
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda: {"server_optimizer": SGD(0.8, momentum=0.9)},
+        lambda: {"server_optimizer": Adam(0.1, bias_correction=True)},
+        lambda: {"server_optimizer": TorchOptimizer(DECAYING)},
+        # What an upload leaves out comes with the next one of the same model.
+        lambda: {"upload": ErrorFeedback(TopK(0.5))},
+    ],
+    ids=["momentum", "adam", "torch", "error-feedback"],
+)
+def test_its_models_are_those_of_federated_averaging_in_runs_of_their_own(
+    people, play, options
+):
     """Full batches and cohorts, so that nothing depends on a round's number."""
-    moving = {"server_optimizer": SGD(0.8, momentum=0.9)}
-    strategy = Ensemble(3, holdout=0.0, **moving)
+    strategy = Ensemble(3, holdout=0.0, **options())
     together = play(strategy, people, 4, STARTS, rounds=6, config=STEPS)
     for j, start in enumerate(unstack(STARTS)):
-        strategy = AdditiveStrategy(server_optimizer=SGD(0.8, momentum=0.9))
+        strategy = AdditiveStrategy(**options())
         alone = play(strategy, people, 4, start, rounds=2, config=STEPS)
         np.testing.assert_allclose(
             unstack(together.models[-1])[j]["weight"],

@@ -88,6 +88,19 @@ def test_clients_that_diverge_count_against_their_epochs(play, point_task):
     assert found["best-epochs"] == 0
 
 
+def test_clients_without_training_examples_stay_where_they_are(play, point_task):
+    clients = [CLIENTS[0], ({"c": []}, {"c": [3.0]})]
+    app = client_app(point_task(clients), FineTunedClient)
+    options = {"tuning_epochs": 2, "tuning_learning_rate": 0.1}
+    strategy = FineTuned(fraction_train=0.0, **options)
+    found = play(strategy, app, 2, {"w": np.float32(0.0)}, 1, RATE).evaluate()
+    table = [(losses(0.0, 0.1, epochs)[0] + 4.5) / 2 for epochs in (1, 2)]
+    # In the means over all examples, too, which are of metrics that all have.
+    assert found["epoch-1-loss"] == pytest.approx(table[0], rel=1e-5)
+    assert found["epoch-2-loss-unseen"] == pytest.approx(table[1], rel=1e-5)
+    assert found["best-epochs"] == 2
+
+
 # With a real model ------------------------------------------------------------------
 
 

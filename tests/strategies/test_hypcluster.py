@@ -9,8 +9,10 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from flower_ext import AdditiveStrategy
 from flower_ext.client.app import client_app
 from flower_ext.client.dp_sgd import DPSGD
+from flower_ext.client.half import Local
 from flower_ext.client.several import choose, choosing, initial_models
 from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, to_record
@@ -23,6 +25,7 @@ from flower_ext.server.optimizers import SGD, Adam, TorchOptimizer
 from flower_ext.server.rounds import EveryClientFailed
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.strategies.hypcluster import HypCluster, HypClusterClient
+from flower_ext.wire import ErrorFeedback, TopK
 
 ANY = {"min_train_nodes": 0, "min_evaluate_nodes": 0, "min_available_nodes": 0}
 TWO = stack([{"w": np.float32([1, 2])}, {"w": np.float32([-3, 0])}])
@@ -116,6 +119,20 @@ def test_two_populations_are_recovered(people, play):
         assert (metrics["cluster-size-0"], metrics["cluster-size-1"]) == (3, 3)
     assert played.evaluate(25)["loss-seen"] < 1e-10
     assert played.evaluate(25)["loss-seen-p90"] < 1e-10
+
+
+def test_what_an_upload_leaves_out_comes_with_the_same_model(people, play, monkeypatch):
+    """Clients that take the models in turns are clients of two runs."""
+    monkeypatch.setattr(Local, "best_of", lambda self, _: self.server_round % 2)
+    upload = ErrorFeedback(TopK(0.5))
+    config = {"lr": 0.1, "batch-size": 12}  # one step: no order matters
+    both = play(HypCluster(2, upload=upload), people, 6, NEAR, rounds=6, config=config)
+    for j, start in enumerate(unstack(NEAR)):
+        alone = AdditiveStrategy(upload=upload)
+        found = play(alone, people, 6, start, rounds=3, config=config)
+        np.testing.assert_allclose(
+            unstack(both.models[-1])[j]["weight"], found.models[-1]["weight"], rtol=1e-5
+        )
 
 
 def test_models_in_another_order_give_the_result_in_that_order(people, play):
@@ -425,6 +442,49 @@ def test_choices_are_charged_with_the_steps(silos, play):
     alone = play(HypCluster(1), app, 6, one, config=STEPS).train()
     steps = StepLedger().add(1.0, 1.0, STEPS["local-epochs"]).epsilon(1e-3)
     assert alone["example-epsilon"] == pytest.approx(steps)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_choice_that_evaluations_tell_of_is_private_too(
+    linear_task, play, released, monkeypatch
+):
+    """By the loss of the model that was chosen: it is charged where that is told."""
+    scales = []
+
+    def spy(scores, scale, uniforms):
+        scales.append(scale)
+        return noisy_least(scores, scale, uniforms)
+
+    monkeypatch.setattr("flower_ext.client.dp_sgd.noisy_least", spy)
+    task = linear_task([population(TRUE[i % 2], i) for i in range(3)], 2)
+    privacy = SiloPrivacy(**LOUD, **CHOICE)
+    trainer = DPSGD(privacy, release_evaluation=released)
+    app = client_app(task, HypClusterClient, trainer=trainer)
+    played = play(HypCluster(2), app, 3, NEAR, rounds=2, config=STEPS)
+    choices = 3 if released else 2  # of two rounds, and of the evaluation between them
+    ledger = StepLedger().add(1.0, choice_noise_multiplier(0.5), choices)
+    expected = ledger.add(1.0, 1.0, 2 * STEPS["local-epochs"]).epsilon(1e-3)
+    assert played.train(2)["example-epsilon"] == pytest.approx(expected)
+    assert scales == [2.0 / 0.5] * 3 * (4 if released else 2)
+    assert ("loss" in played.evaluate(2)) == released
+
+
+def test_an_evaluation_that_comes_first_finds_the_noise_of_the_rounds(
+    linear_task, play
+):
+    privacy = {"epsilon": 8.0, "num_rounds": 3, "clipping_norm": 1.0, "delta": 1e-3}
+    task = linear_task([population(TRUE[i % 2], i) for i in range(3)], 2)
+    found = []
+    for first in (0.0, 1.0):
+        trainer = DPSGD(SiloPrivacy(**privacy, **CHOICE), release_evaluation=True)
+        app = client_app(task, HypClusterClient, trainer=trainer)
+        grid = LocalGrid(app, 3, STEPS)
+        if first:
+            play(HypCluster(2, fraction_train=0.0), grid, 3, NEAR)
+        options = {"fraction_evaluate": 0.0}
+        spent = play(HypCluster(2, **options), grid, 3, NEAR).train()
+        found.append(spent["example-epsilon"])
+    assert found[0] < found[1] < 1.5 * found[0]  # one choice more, of the same noise
 
 
 def test_a_target_covers_choices_and_steps(silos, play):

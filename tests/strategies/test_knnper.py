@@ -13,6 +13,7 @@ from flower_ext.client.app import client_app
 from flower_ext.client.dp_sgd import DPSGD
 from flower_ext.client.task import Task
 from flower_ext.privacy import SiloPrivacy
+from flower_ext.server.rounds import EveryClientFailed
 from flower_ext.strategies.knnper import KNNPer, KNNPerClient, knn_probabilities, mixed
 
 CLASSES = 3
@@ -211,6 +212,20 @@ def test_under_dpsgd_the_neighbours_stay_at_home(play, start):
     app = client_app(task_of(*CLIENTS), KNNPerClient, trainer=DPSGD(privacy))
     metrics = play(KNNPer(), app, 3, start).evaluate()
     assert set(metrics) <= {"num-examples"}
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, None])
+def test_predictions_that_quote_training_data_are_not_released(play, start, weight):
+    """Under DPSGD these are protected, whatever is done with the test data."""
+    privacy = SiloPrivacy(noise_multiplier=1.0, clipping_norm=1.0, delta=1e-3)
+    trainer = DPSGD(privacy, release_evaluation=True)
+    app = client_app(task_of(*CLIENTS), KNNPerClient, trainer=trainer)
+    strategy = KNNPer(weight=weight, fraction_train=0.0)
+    if weight == 0:  # the shared model's own
+        assert play(strategy, app, 3, start).evaluate()["loss"] > 0
+        return
+    with pytest.raises(EveryClientFailed, match="release_evaluation=True must be"):
+        play(strategy, app, 3, start)
 
 
 # The functions ------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Local training: every client by itself, the server's model as it was."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from flower_ext.client.personal import Personal
 from flower_ext.core.arrays import from_record
 from flower_ext.core.sampling import UniformSampler
 from flower_ext.privacy import Mechanism
+from flower_ext.server.optimizers import TorchOptimizer
 from flower_ext.simulation import LocalGrid
 from flower_ext.strategies import LocalOnly, LocalOnlyClient
 from flower_ext.strategies.local_only import alone
@@ -66,6 +69,14 @@ def test_the_unseen_use_the_initial_model(task, initial, spied):
 
 def _context(client):
     return type("Context", (), {"node_config": {"partition-id": client}})
+
+
+def test_no_optimizer_moves_the_model_of_the_server(play, point_task):
+    app = client_app(point_task([{"c": [1.0]}, {"c": [5.0]}]), LocalOnlyClient)
+    decaying = TorchOptimizer(partial(torch.optim.SGD, lr=0.1, weight_decay=0.5))
+    strategy = LocalOnly(server_optimizer=decaying)
+    played = play(strategy, app, 2, {"w": np.float32(3)}, 2, CONFIG)
+    assert [model["w"] for model in played.models] == [3, 3, 3]
 
 
 def test_there_is_nothing_to_protect():
