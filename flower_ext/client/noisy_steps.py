@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from flower_ext._flower import log
 from flower_ext.client.half import ClientHalf, Local, trainable
+from flower_ext.client.seeds import seed_torch
 from flower_ext.client.task import Batch, example_losses, num_examples, per_example
 from flower_ext.client.trainer import Steps
 from flower_ext.core.errors import refuse
@@ -156,7 +157,7 @@ class NoisySteps(Steps):
         size = num_examples(data)
         coins = None if keys is None else np.random.Generator(np.random.SFC64(keys[0]))
         # With a public seed the server would know which example had which mask.
-        torch.manual_seed(word(os.urandom(8)) if keys is None else keys[2] % 2**63)
+        seed_torch(word(os.urandom(8)) if keys is None else keys[2] % 2**63)
         for _ in range(self.plan.count):
             chosen = torch.from_numpy(_poisson(size, self.plan.rate, coins))
             yield {k: column[chosen] for k, column in data.items()}
@@ -253,7 +254,7 @@ class NoisySteps(Steps):
 
     @torch.no_grad()
     def _losses_of(self, chosen: Tensor) -> Tensor:
-        torch.manual_seed(0)
+        seed_torch(0)
         data = self.local.train
         return self._objective({name: column[chosen] for name, column in data.items()})
 
@@ -261,7 +262,7 @@ class NoisySteps(Steps):
     def _term_after(self, chosen: Tensor) -> Tensor:
         """Return the regularizer once the model has seen some examples."""
         self._losses_of(chosen)
-        torch.manual_seed(0)
+        seed_torch(0)
         extra = self.half.regularizer(self.local.model)
         return torch.zeros(()) if extra is None else extra.detach().reshape(()).cpu()
 
