@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from flower_ext.data.images import fashion_mnist, mnist_small
 from flower_ext.data.mail import spam_assassin
+from flower_ext.data.schools import schools
 from flower_ext.data.tabular import adult, compas
 from flower_ext.data.text import shakespeare
 
@@ -92,6 +93,14 @@ _ENTRIES = [
         "130 senders",
         "19.9 MB",
         "Apache-2.0 (package)",
+    ),
+    Entry(
+        "schools",
+        schools,
+        "3,245 + 814",
+        "65 schools",
+        "50.1 MB",
+        "GPL-2.0-or-later",
     ),
 ]
 

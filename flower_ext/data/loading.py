@@ -30,9 +30,9 @@ def load(
     Parameters
     ----------
     name : str
-        "shakespeare", "fashion-mnist", "adult", "compas", "mnist-small" or
-        "spam-assassin"; or, when it contains a "/", a data set on the Hugging Face Hub,
-        which comes with the splits and columns it has there.
+        "shakespeare", "fashion-mnist", "adult", "compas", "mnist-small",
+        "spam-assassin" or "schools"; or, when it contains a "/", a data set on the
+        Hugging Face Hub, which comes with the splits and columns it has there.
     cache_dir : path or None, default None
         Where to keep it. None: ``$FLOWER_EXT_CACHE``, else
         ``$XDG_CACHE_HOME/flower-ext``, else ``~/.cache/flower-ext`` (Hub data sets:

@@ -42,7 +42,7 @@ def feature_names(dataset: Dataset) -> list[str]:
     Parameters
     ----------
     dataset : datasets.Dataset
-        A split of `load("adult")` or `load("compas")`, or a part of one.
+        A split of `load("adult")`, `load("compas")` or `load("schools")`, or a part.
 
     Returns
     -------
@@ -58,7 +58,7 @@ def feature_names(dataset: Dataset) -> list[str]:
     if not isinstance(names, list) or not names:
         raise ValueError(
             f"dataset has no feature names (columns: {dataset.column_names}): only "
-            "'adult' and 'compas' have a `features` column"
+            "'adult', 'compas' and 'schools' have a `features` column"
         )
     return [str(name) for name in names]
 

@@ -132,3 +132,17 @@ def test_spam_assassin():
         "spamassassin": 117,
     }
     assert not any(re.search(r"\w@\w", text) for text in data["test"]["text"])
+
+
+def test_schools():
+    data = load("schools")
+    assert (len(data["train"]), len(data["test"])) == (3245, 814)
+    sizes = []
+    for split in data.values():
+        division = partitioner(split, "natural")
+        assert division.num_partitions == 65
+        sizes.append([len(division.load_partition(i)) for i in range(65)])
+    both = np.sum(sizes, axis=0)
+    assert (both.min(), both.max(), both.sum()) == (2, 198, 4059)
+    every = np.concatenate([split["label"][:] for split in data.values()])
+    assert (every.mean(), every.std()) == pytest.approx((0, 1), abs=2e-3)
