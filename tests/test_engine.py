@@ -210,3 +210,29 @@ def test_a_round_of_flasc(importable: Path, tmp_path: Path) -> None:
         assert (tmp_path / name / "model" / "adapter_model.safetensors").is_file()
     assert bytes_["lora"] > 10 * bytes_["flasc"]
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("importable", ["silo_privacy"], indirect=True)
+def test_two_rounds_of_silo_privacy(importable: Path, tmp_path: Path) -> None:
+    config = {
+        "strategies": "local mrmtl@0.5 fedavg",
+        "num-server-rounds": 2,
+        "evaluate-every": 2,
+    }
+    run_here(importable, config, 4, tmp_path)
+    runs = json.loads((tmp_path / SUMMARY_FILE).read_text("utf-8"))["runs"]
+    errors = {name: values["evaluate/mse"] for name, values in runs.items()}
+    assert all(0.2 < error < 3 for error in errors.values())
+    assert len(set(errors.values())) == 3
+    # All spend the same, and each its own: schools begin anew with every strategy.
+    for name in errors:
+        rows = read_metrics(tmp_path / name)
+        assert [row["train/num-errors"] for row in rows] == [0, 0]
+        assert "evaluate/mse" not in rows[0]
+        assert 0.97 < rows[-1]["train/example-epsilon"] <= 1.0
+    module = importlib.import_module("silo_privacy.plot")
+    found = module.errors([tmp_path])
+    assert found == {1.0: {name: [error] for name, error in errors.items()}}
+    assert f"{errors['local']:.4f}" in module.table(found)
+    drawn = module.plot_strengths(found, tmp_path / "strength.png")
+    assert drawn.read_bytes().startswith(b"\x89PNG")

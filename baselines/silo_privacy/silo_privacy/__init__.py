@@ -1,0 +1,1 @@
+"""MR-MTL beside local and federated training in silos that are private."""
