@@ -3,6 +3,6 @@
 COLUMNS = {
     "evaluate/mse": "MSE",
     "evaluate/received-mse": "of the mean",
-    "evaluate/mse-p90": "90 % of schools",
+    "evaluate/mse-seen-p90": "90 % of schools",
 }
 PANELS = ["evaluate/mse", "train/example-epsilon"]
