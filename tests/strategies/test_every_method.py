@@ -811,7 +811,8 @@ def test_adjacent_inputs_are_within_the_norm(row, options, line, factor):
         return replies
 
     bound = 0.01
-    plan = {"clipping": bound}
+    # Without noise, below which no weight of several is taken to be.
+    plan = {"clipping": bound, "noise_multiplier": 0.0}
     totals = [
         total_of(row, row.under(plan, **options), line(), change)
         for change in (without, enlarged)
