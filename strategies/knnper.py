@@ -251,11 +251,14 @@ class KNNPerClient(ClientHalf):
             if self._layer not in named:
                 refuse("layer", self._layer, f"one of {[n for n in named if n]}")
             return named[self._layer]
-        linear = [x for x in named.values() if isinstance(x, nn.Linear)]
+        linear = [name for name, x in named.items() if isinstance(x, nn.Linear)]
         if not linear:
             cause = "the model has no torch.nn.Linear"
             refuse("layer", None, "the name of a module", cause)
-        return linear[-1]
+        # Of a layer with an adapter, as peft makes them: not the adapter's own layers.
+        adapted = (name for name, x in named.items() if hasattr(x, "base_layer"))
+        last = linear[-1]
+        return named[next((n for n in adapted if last.startswith(f"{n}.")), last)]
 
 
 class KNNPer(PersonalStrategy):

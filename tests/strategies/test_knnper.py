@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch import nn
@@ -197,6 +198,15 @@ def test_another_layer_represents(evaluated, start):
         gaps = np.linalg.norm(test["x"].numpy()[:, None] - train["x"].numpy(), axis=2)
         hits.append((train["y"].numpy()[gaps.argmin(1)] == test["y"].numpy()).mean())
     assert found["accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_the_last_layer_may_have_an_adapter():
+    lora = peft.LoraConfig(r=2, target_modules=["body", "out"])
+    model = peft.inject_adapter_in_model(lora, Net())
+    assert KNNPerClient()._represents(model) is model.out
+    only = peft.LoraConfig(r=2, target_modules=["body"])
+    model = peft.inject_adapter_in_model(only, Net())
+    assert KNNPerClient()._represents(model) is model.out
 
 
 def test_a_model_keeps_no_hook(play, start):
