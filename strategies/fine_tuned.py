@@ -85,7 +85,8 @@ class FineTuned(PersonalStrategy):
     tuning_steps : int (default: 0)
         Steps instead of epochs; 0 means epochs.
     tuning_learning_rate : float, optional
-        :math:`> 0`. By default, and for all other settings, that of local training.
+        :math:`> 0`. By default, and for all other settings, that of local training,
+        from the run config or ``train_config``, unless ``evaluate_config`` has others.
     *flowers, **options
         Server optimizer, sampler, mechanism and Flower's own options, see
         :class:`~flower_ext.server.options.AdditiveOptions`.

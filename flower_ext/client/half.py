@@ -99,6 +99,8 @@ _SPELLED = {
     item.name.replace("_", ""): item.name.replace("_", "-")
     for item in fields(LocalSettings)
 } | {"lr": "lr"}
+#: Their keys in a configuration.
+SETTINGS = frozenset(_SPELLED.values())
 
 
 def _require_spelling(config: Mapping[str, object]) -> None:

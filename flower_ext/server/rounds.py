@@ -151,6 +151,8 @@ def run_rounds(
     # round to round.
     train_config = _record("train_config", train_config)
     evaluate_config = _record("evaluate_config", evaluate_config)
+    if getattr(strategy, "client_half", None):
+        evaluate_config = _told_settings(train_config, evaluate_config)
     if isinstance(strategy, FedAvg):
         _require_nodes(strategy, grid)
     log(INFO, "Starting %s strategy:", type(strategy).__name__)
@@ -501,6 +503,20 @@ def _tell_run(messages: Iterable[Message], folder: Path, done: int) -> None:
         about[RUN_RESUMED] = done
     for message in messages:
         message.content[RUN_KEY] = about
+
+
+def _told_settings(train: ConfigRecord, evaluate: ConfigRecord) -> ConfigRecord:
+    """Return what evaluations are told, with how clients train unless they say else.
+
+    Some clients train in an evaluation, or leave out what they do not train on.
+    """
+    # Here, since it loads torch, which other strategies do without.
+    from flower_ext.client.half import SETTINGS
+
+    rates = {"lr", "learning-rate"}
+    own = evaluate.keys() | (rates if rates & evaluate.keys() else set())
+    told = {k: x for k, x in train.items() if k in SETTINGS and k not in own}
+    return ConfigRecord({**told, **evaluate})
 
 
 def _record(name: str, config: ConfigRecord | None) -> ConfigRecord:

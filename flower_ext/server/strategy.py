@@ -735,7 +735,9 @@ class RoundStrategy(FedAvg):
         ----------
         grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config,
         evaluate_fn
-            As in :meth:`flwr.serverapp.strategy.Strategy.start`.
+            As in :meth:`flwr.serverapp.strategy.Strategy.start`. Of a strategy with a
+            client half, evaluations are told the settings of local training that are in
+            ``train_config``, too, unless ``evaluate_config`` has others.
         checkpoint : path, optional
             Folder to save the run in after each round, and to continue it from.
         tracker : Tracker, optional

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord
 
 from flower_ext import DPSGD, AdditiveStrategy, ClientHalf, client_app
 from flower_ext.core.sampling import UniformSampler
@@ -44,6 +45,23 @@ def test_the_evaluated_model_by_hand(play, point_task, options, rate, epochs):
     assert found["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
     assert found["loss-seen-std"] == pytest.approx(np.std(expected), rel=1e-4)
     assert found["received-loss"] == pytest.approx(0.5 * (w - 3) ** 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "rate"), [({}, 0.3), ({"learning-rate": 0.2}, 0.2), ({"lr": 0.2}, 0.2)]
+)
+def test_settings_of_the_training_are_those_of_the_fine_tuning(
+    play, point_task, evaluate, rate
+):
+    app = client_app(point_task(CLIENTS), FineTunedClient)
+    configs = {
+        "train_config": ConfigRecord({"lr": 0.3, "batch-size": 8}),
+        "evaluate_config": ConfigRecord(evaluate),
+    }
+    played = play(FineTuned(tuning_epochs=2), app, 2, START, 1, None, **configs)
+    expected = losses(played.models[1]["w"], rate, 2)
+    assert played.evaluate()["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert dict(configs["evaluate_config"]) == evaluate  # the caller's own
 
 
 def test_every_epoch_is_reported_and_the_best_number_of_them(play, point_task):
