@@ -34,7 +34,7 @@ from flower_ext.client.fisher_half import (
 )
 from flower_ext.client.half import Local, trainable
 from flower_ext.client.loops import before_steps
-from flower_ext.client.personal import Personal
+from flower_ext.client.personal import Personal, forget_other_runs
 from flower_ext.client.tensors import Tensors, read_tensors
 from flower_ext.core.arrays import Arrays, all_finite, is_averaged, multiply, zeros_like
 from flower_ext.core.contribution import DELTA, Contribution, Total
@@ -175,6 +175,7 @@ class Held:
         batches_per_epoch: int | None = None,
     ) -> None:
         content = message.content
+        forget_other_runs(content, context.state)
         self._model, self._personal = model, Personal(context.state)
         self._config = content.config_records[CONFIG_KEY]
         received = {key: read_tensors(x) for key, x in content.array_records.items()}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from flower_ext.client.encoding import Mod
 from flower_ext.client.half import ClientHalf, Local, Proximal
 from flower_ext.client.mods import tell_state
-from flower_ext.client.personal import Personal
+from flower_ext.client.personal import Personal, forget_other_runs
 from flower_ext.client.tensors import Tensors, read_tensors, tensor_record
 from flower_ext.core.errors import at_least, one_of, refuse
 from flower_ext.core.protocol import Config, Round
@@ -144,6 +144,7 @@ def mean_regularized() -> Mod:
         strength = _strength_told(content)
         if strength is None:
             return call_next(message, context)
+        forget_other_runs(content, context.state)
         [(key, record)] = content.array_records.items()
         mean = read_tensors(record)
         own = tensor_record(personal.arrays(OWN, like=mean, first=mean))

@@ -26,7 +26,7 @@ from flower_ext._flower import log
 from flower_ext.client.groups import mean_gradient
 from flower_ext.client.half import ClientHalf, Local, trainable
 from flower_ext.client.loops import before_steps
-from flower_ext.client.personal import Personal
+from flower_ext.client.personal import Personal, forget_other_runs
 from flower_ext.client.task import num_examples
 from flower_ext.client.tensors import Tensors, read_tensors, tensor_record
 from flower_ext.core.arrays import Arrays, all_finite, is_parameter, zeros_like
@@ -102,6 +102,7 @@ class Controls:
             name: x.to(devices.get(name, x.device))
             for name, x in read_tensors(record).items()
         }
+        forget_other_runs(message.content, context.state)
         controls = cls(control, Personal(context.state))
         before_steps(model, controls.correct)
         return controls

@@ -41,7 +41,7 @@ from flower_ext.client.half import (
     LocalSettings,
     client_of,
 )
-from flower_ext.client.personal import kept_unless_done
+from flower_ext.client.personal import forget_other_runs, kept_unless_done
 from flower_ext.client.seeds import random_seed, same_generators, seed_all
 from flower_ext.client.task import Batch, Task, evaluate, num_examples, tied_names
 from flower_ext.client.tensors import Tensors, read_tensors, tensor_record
@@ -322,6 +322,7 @@ def _open(
                 f"{sorted(message.content)}: the strategy's arrayrecord_key and "
                 f"configrecord_key must be {ARRAYS_KEY!r} and {CONFIG_KEY!r}"
             )
+    forget_other_runs(message.content, context.state)
     config = message.content.config_records[CONFIG_KEY]
     half = _choose(known, config)
     settings = LocalSettings.read(config, context.run_config)

@@ -22,7 +22,7 @@ from flwr.app import (
 )
 
 from flower_ext.client.half import client_of
-from flower_ext.client.personal import Personal
+from flower_ext.client.personal import Personal, forget_other_runs
 from flower_ext.client.seeds import random_seed
 from flower_ext.core.arrays import Arrays, from_record, is_averaged, to_record
 from flower_ext.core.protocol import ARRAYS_KEY, CLIENT_HALF_KEY, MODEL_NUMBER_KEY
@@ -183,6 +183,7 @@ def encoded(*codecs: type[Codec]) -> Mod:
         record = content.array_records.get(key)
         if record is None or not (codec or is_encoded(record)):
             return call_next(message, context)
+        forget_other_runs(content, context.state)
         _require_no_freeze(codec, config)
         received = read_download(record, config, _not_described, own).arrays
         message.content = RecordDict({**content, key: to_record(received)})

@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from flower_ext.client.personal import PERSONAL
+from flower_ext.client.personal import PERSONAL, forget_other_runs
 from flower_ext.core.errors import at_least
 from flower_ext.core.protocol import (
     ARRAYS_KEY,
@@ -49,6 +49,7 @@ class Asked:
 
     def __init__(self, message: Message, context: Context, call_next: Answer) -> None:
         self._message, self._context, self._call = message, context, call_next
+        forget_other_runs(message.content, context.state)
         kind = message.metadata.message_type.partition(".")[0]
         self.phase = cast(Phase, kind)
         self._key = array_key(message.content, ARRAYS_KEY)

@@ -18,7 +18,7 @@ from torch import nn
 from flower_ext.client.encoding import Mod
 from flower_ext.client.half import ClientHalf, Local, trainable
 from flower_ext.client.mods import tell_state
-from flower_ext.client.personal import PERSONAL
+from flower_ext.client.personal import PERSONAL, forget_other_runs
 from flower_ext.client.tensors import Tensors
 from flower_ext.core.errors import refuse
 from flower_ext.core.parts import (
@@ -201,6 +201,7 @@ def keep_at_home(personal: Filter = None) -> Mod:
         told = _told(content)
         order = _order(record, told)
         names = _agreed(order, personal, told)
+        forget_other_runs(content, context.state)
         kept = context.state.array_records.get(PERSONAL + PART)
         whole = {**came, **_of_these(kept, names)}
         if missing := [name for name in order if name not in whole]:

@@ -5,14 +5,18 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from flower_ext.client.tensors import Tensors, read_tensors, tensor_record
 from flower_ext.core.errors import refuse
+from flower_ext.core.protocol import RUN_CLIENTS, RUN_KEY
 
 #: Keys of a client's ``context.state`` that begin so are its personal state.
 PERSONAL = "personal/"
+
+# Key of a client's state: of which run what it keeps is, where runs begin anew.
+_OF_RUN = "run-of-personal-state"
 
 Numbers = Mapping[str, float]
 
@@ -123,6 +127,30 @@ class Personal:
     def drop(self, name: str) -> None:
         """Forget a group, if there is one."""
         self._state.pop(PERSONAL + name, None)
+
+
+def forget_other_runs(content: RecordDict, state: RecordDict) -> None:
+    """Drop what a client has kept in another run, if that of a message begins anew.
+
+    Parameters
+    ----------
+    content : RecordDict
+        Of the message.
+    state : RecordDict
+        The client's ``context.state``.
+    """
+    run, known = (
+        records.get(key, ConfigRecord()).get(RUN_CLIENTS)
+        for records, key in (
+            (content.config_records, RUN_KEY),
+            (state.config_records, _OF_RUN),
+        )
+    )
+    if run is None or run == known:
+        return
+    for key in [key for key in state if key.startswith(PERSONAL)]:
+        del state[key]
+    state[_OF_RUN] = ConfigRecord({RUN_CLIENTS: run})
 
 
 def _shapes(arrays: Tensors) -> dict[str, tuple[int, ...]]:

@@ -50,6 +50,8 @@ MODEL_NUMBER_KEY = "model-number"
 RUN_KEY = "run"
 RUN_NAME = "name"
 RUN_RESUMED = "resumed-after"
+# In that record, of a run whose clients begin anew: what they keep is of this run only.
+RUN_CLIENTS = "clients-of"
 
 # Records of ``context.state`` under such keys say what a client has spent. A checkpoint
 # puts none of them back: what was charged after it was saved is spent all the same.

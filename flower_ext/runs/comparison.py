@@ -56,6 +56,8 @@ def compare(
 ) -> None:
     """Run all strategies from the same model; keep metrics, models, table and plot.
 
+    Every run begins with clients that keep nothing of those before.
+
     Parameters
     ----------
     grid : Grid
@@ -92,6 +94,7 @@ def compare(
             evaluate_fn=evaluate_fn,
             tracker=Tracker(results / name),
             callbacks=callbacks(name) if callbacks else (),
+            new_clients=True,
         )
         save_file(result.arrays.to_torch_state_dict(), results / name / MODEL_FILE)
     write_summary(results, strategies, columns, config=config)

@@ -1,6 +1,7 @@
 """The rounds of a run: Flower's loop, with checkpoints and callbacks."""
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +24,7 @@ from flower_ext._flower import (
 )
 from flower_ext.core.errors import positive, refuse, whole
 from flower_ext.core.nodes import NodeOrder, is_fixed, ordered_nodes, wait_for_nodes
-from flower_ext.core.protocol import RUN_KEY, RUN_NAME, RUN_RESUMED
+from flower_ext.core.protocol import RUN_CLIENTS, RUN_KEY, RUN_NAME, RUN_RESUMED
 from flower_ext.core.sampling import Purpose, TooFewClients
 from flower_ext.server.callbacks import Callback, Callbacks
 from flower_ext.server.checkpoint import Checkpoint, CheckpointError
@@ -89,6 +90,7 @@ def run_rounds(
     checkpoint: Path | str | None = None,
     tracker: Tracker | None = None,
     callbacks: Sequence[Callback] = (),
+    new_clients: bool = False,
 ) -> Result:
     """Run any Flower strategy, ours or Flower's own.
 
@@ -115,6 +117,11 @@ def run_rounds(
     callbacks : sequence of Callback, optional
         Called in their order, see :mod:`flower_ext.server.callbacks`: they see each
         finished round before it is saved, with their own states, and may end the run.
+    new_clients : bool (default: False)
+        Let clients forget what they keep of other runs on this grid, such as models of
+        their own, the first time that they are asked. Otherwise they go on with it, as
+        with all of ``context.state``. What they have spent is never forgotten. Not with
+        ``checkpoint``, which has their states.
 
     Returns
     -------
@@ -173,6 +180,11 @@ def run_rounds(
         evaluate_fn,
         watching,
     )
+    if new_clients:
+        if checkpoint is not None:
+            cause = "a saved run goes on with the states of its clients"
+            refuse("new_clients", new_clients, "False with a checkpoint", cause)
+        run.about[RUN_CLIENTS] = secrets.token_hex(8)
     if checkpoint is None:
         return run.play()
     run.saved = Checkpoint(
@@ -211,6 +223,7 @@ class _Run:
         self.evaluate_fn = evaluate_fn
         self.callbacks = callbacks
         self.saved: Checkpoint | None = None
+        self.about = ConfigRecord()  # what clients are told of the run
         self.done = 0  # rounds that the checkpoint had
         self.clients: list[ClientReply] = []  # of the round, where anybody asks
         self.mechanism = mechanism = getattr(strategy, "mechanism", None)
@@ -307,7 +320,10 @@ class _Run:
         return messages
 
     def _adopt(self, purpose: Purpose, current: int, messages: list[Message]) -> None:
-        """Tell the strategy whom it has asked, if it must know."""
+        """Tell the strategy whom it has asked, if it must know; name the run."""
+        if self.about:
+            for message in messages:
+                message.content[RUN_KEY] = self.about
         if isinstance(self.strategy, Adopting):
             arrays = self.result.arrays
             self.strategy.adopt(purpose, current, arrays, messages, self.grid)

@@ -7,6 +7,8 @@ from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load_file
 
+from flower_ext.client.app import client_app
+from flower_ext.client.half import ClientHalf
 from flower_ext.client.task import evaluate
 from flower_ext.runs.comparison import (
     COMPARISON_FILE,
@@ -17,7 +19,9 @@ from flower_ext.runs.comparison import (
 from flower_ext.runs.report import SUMMARY_FILE, table
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.callbacks import KeepBest, StopWhen
+from flower_ext.server.rounds import run_rounds
 from flower_ext.server.tracking import read_metrics
+from flower_ext.simulation.local import LocalGrid
 
 
 @pytest.fixture
@@ -93,3 +97,42 @@ def test_the_server_evaluates_the_arrays_that_it_is_given(task, central):
             parameter.data.normal_()
         metrics = judge(1, ArrayRecord(model.state_dict()))
         assert dict(metrics) == evaluate(task, model, central)
+
+
+class Counting(ClientHalf):
+    """Counts its trainings in the client's personal state."""
+
+    name = "counting"
+
+    def after_training(self, local):
+        local.personal.save(visits=local.personal.number("visits", 0) + 1)
+
+    def records(self, local):
+        return {}, {"visits": local.personal.number("visits", 0)}
+
+
+class Counted(AdditiveStrategy):
+    client_half = Counting
+
+
+def test_no_client_remembers_the_run_before(task, initial, tmp_path):
+    grid = LocalGrid(client_app(task, Counting), 4, {"batch-size": 8})
+    compare(
+        grid,
+        {"a": Counted(), "b": Counted(min_train_nodes=3, fraction_train=0.5)},
+        initial,
+        num_rounds=2,
+        results=tmp_path,
+        columns={"train/visits": "visits"},
+        panels=["train/visits"],
+    )
+    for name in ("a", "b"):
+        counted = [row["train/visits"] for row in read_metrics(tmp_path / name)]
+        assert counted[0] == 1 < counted[1] <= 2, name
+    # Other runs on the same grid go on with what clients keep.
+    result = Counted().start(grid, initial, num_rounds=1)
+    assert result.train_metrics_clientapp[1]["visits"] > 2
+    with pytest.raises(ValueError, match="new_clients=True must be False"):
+        run_rounds(
+            Counted(), grid, initial, checkpoint=tmp_path / "c", new_clients=True
+        )
