@@ -18,7 +18,15 @@ from flower_ext.runs.report import write_summary
 from flower_ext.simulation.local import app_config
 
 BASELINES = Path(__file__).parents[1] / "baselines"
-NAMES = ["bounded_group_loss", "dpftrl", "fedfish", "flasc", "maxfl", "silo_privacy"]
+NAMES = [
+    "bounded_group_loss",
+    "dpftrl",
+    "drift",
+    "fedfish",
+    "flasc",
+    "maxfl",
+    "silo_privacy",
+]
 FILES = ["client_app", "dataset", "model", "server_app", "strategy", "utils"]
 SECTIONS = [
     "About this baseline",

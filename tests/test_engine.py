@@ -236,3 +236,32 @@ def test_two_rounds_of_silo_privacy(importable: Path, tmp_path: Path) -> None:
     assert f"{errors['local']:.4f}" in module.table(found)
     drawn = module.plot_strengths(found, tmp_path / "strength.png")
     assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("importable", ["drift"], indirect=True)
+def test_two_rounds_of_drift(importable: Path, tmp_path: Path) -> None:
+    config = {
+        "num-images": 600,
+        "num-clients": 3,
+        "num-server-rounds": 2,
+        "local-epochs": "1-2",
+        "hidden-size": 8,
+    }
+    run_here(importable, config, 3, tmp_path)
+    names = str(app_config(importable)["strategies"]).split()
+    last = {name: read_metrics(tmp_path / name)[-1] for name in names}
+    assert len(last) == 6
+    for row in last.values():
+        assert (row["train/num-replies"], row["train/num-errors"]) == (3, 0)
+        assert 0 < row["central/accuracy"] < 1
+    losses = {row["central/loss"] for row in last.values()}
+    assert len(losses) == 6  # all do something else
+    assert last["fedcurv"]["bytes/down"] > 2.9 * last["fedavg"]["bytes/down"]
+    assert last["scaffold"]["bytes/up"] > 1.9 * last["fedavg"]["bytes/up"]
+    told = importlib.import_module("drift.claims").claims(tmp_path)
+    assert [line.split("|")[1].strip() for line in told.splitlines()[2:]] == names
+    make = importlib.import_module("drift.strategy").make_strategy
+    assert make("scaffold@16", app_config(importable)).local_epochs == (16, 16)
+    assert make("fednova@1-16", app_config(importable)).local_epochs == (1, 16)
+    with pytest.raises(ValueError, match="must name one of"):
+        make("fedsgd", app_config(importable))

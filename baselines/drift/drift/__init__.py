@@ -1,0 +1,1 @@
+"""Methods against client drift on images with label skew, over local epochs."""
