@@ -22,7 +22,7 @@ from flower_ext.client.task import num_examples
 from flower_ext.client.tensors import Tensors
 from flower_ext.core.arrays import Arrays
 from flower_ext.core.contribution import DELTA, Contribution, Total
-from flower_ext.core.errors import fraction
+from flower_ext.core.errors import fraction, refuse
 from flower_ext.core.protocol import (
     MODEL_NUMBER_KEY,
     Config,
@@ -87,7 +87,7 @@ class Ensemble(SeveralModels):
     *flowers
         Flower's own options by position.
     holdout : float (default: 0.2)
-        Share of a client's training examples, from 0 to 1, that no model is trained on.
+        Share of a client's training examples, in [0, 1), that no model is trained on.
         With 0, and with one model, none is held out, and clients choose by their
         training examples.
     **options
@@ -135,6 +135,8 @@ class Ensemble(SeveralModels):
     ) -> None:
         super().__init__(num_models, *flowers, **options)
         self.holdout = fraction("holdout", holdout)
+        if holdout == 1:
+            refuse("holdout", holdout, "below 1", "nothing would be left to train on")
 
     def tell(self, round: Round) -> Config:
         """Tell clients how much to hold out."""

@@ -50,10 +50,11 @@ class FedPer(PartlyPersonal):
     Notes
     -----
     Personal arrays never travel to the server; to a client they do until it has first
-    answered. The server's own stay those of the initial model: a client that was never
-    asked to train, also one that evaluates only, has this fresh head, and the result of
-    the run, its ``arrays``, too. A client that has lost its state goes on with a head
-    that ``Task.model`` makes; one with the mod fails and says so.
+    answered, and in every round where a mechanism keeps secret who takes part. The
+    server's own stay those of the initial model: a client that was never asked to
+    train, also one that evaluates only, has this fresh head, and the result of the run,
+    its ``arrays``, too. A client that has lost its state goes on with a head that
+    ``Task.model`` makes; one with the mod fails and says so.
 
     Revealed is the change of the shared arrays, from which much of a client's data can
     be inferred as with FedAvg. Under a mechanism they are clipped and noised; what

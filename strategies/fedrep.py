@@ -98,10 +98,11 @@ class FedRep(PartlyPersonal):
     -----
     A round costs the steps of both phases, and their gradients only of one part each.
     ``train-loss`` is that of the body's. Personal arrays never travel to the server; to
-    a client they do until it has first answered. A client that was never asked to train
-    has the head of the initial model, and is evaluated with that: in the paper such a
-    client trains a head first. What is shared reveals as much as with FedAvg; under a
-    mechanism it alone is clipped and noised. Under ``DPSGD`` both phases are private,
+    a client they do until it has first answered, and in every round where a mechanism
+    keeps secret who takes part. A client that was never asked to train has the head
+    of the initial model, and is evaluated with that: in the paper such a client trains
+    a head first. What is shared reveals as much as with FedAvg; under a mechanism it
+    alone is clipped and noised. Under ``DPSGD`` both phases are private,
     and their steps are charged together.
 
     Examples

@@ -27,7 +27,8 @@ class PartlyPersonal(PersonalStrategy):
     The base of strategies whose clients keep a part of the model, with a half derived
     from :class:`~flower_ext.client.parts.PartlyPersonalClient`. Personal arrays are
     never sent to the server, whose own stay what they are in the initial model. They
-    are sent to a client until it has first answered, and then no more.
+    are sent to a client until it has first answered, and then no more, but where a
+    mechanism keeps secret who has.
 
     Parameters
     ----------

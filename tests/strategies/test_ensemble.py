@@ -169,6 +169,7 @@ def test_silos_train_it_privately_without_a_choice(linear_task, play):
     [
         ({"num_models": 0}, "num_models=0 must be an integer >= 1"),
         ({"holdout": 1.5}, "holdout=1.5 must be between 0 and 1"),
+        ({"holdout": 1.0}, "holdout=1.0 must be below 1"),
     ],
 )
 def test_options(options, says):
