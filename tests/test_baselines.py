@@ -25,6 +25,7 @@ NAMES = [
     "fedfish",
     "flasc",
     "maxfl",
+    "personalization",
     "silo_privacy",
 ]
 FILES = ["client_app", "dataset", "model", "server_app", "strategy", "utils"]

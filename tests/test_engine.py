@@ -265,3 +265,28 @@ def test_two_rounds_of_drift(importable: Path, tmp_path: Path) -> None:
     assert make("fednova@1-16", app_config(importable)).local_epochs == (1, 16)
     with pytest.raises(ValueError, match="must name one of"):
         make("fedsgd", app_config(importable))
+
+
+@pytest.mark.parametrize("importable", ["personalization"], indirect=True)
+def test_two_rounds_of_personal_models(importable: Path, tmp_path: Path) -> None:
+    config = {
+        "strategies": "local ditto fedper hypcluster knnper",
+        "num-clients": 10,
+        "num-training-clients": 8,
+        "num-server-rounds": 2,
+        "evaluate-every": 2,
+        "fraction-train": 0.4,
+        "local-epochs": 1,
+        "batch-size": 256,
+    }
+    run_here(importable, config, 10, tmp_path)
+    runs = json.loads((tmp_path / SUMMARY_FILE).read_text("utf-8"))["runs"]
+    assert list(runs) == str(config["strategies"]).split()
+    for name, values in runs.items():
+        seen, unseen = (values[f"evaluate/accuracy-{x}"] for x in ("seen", "unseen"))
+        assert 0 <= unseen <= 1 and 0.2 < seen < 1, name
+    assert runs["knnper"]["evaluate/accuracy-seen-hurt"] < 0.5
+    first, last = read_metrics(tmp_path / "ditto")
+    assert "evaluate/loss" in last and "evaluate/loss" not in first
+    assert runs["fedper"]["bytes/up"] < runs["ditto"]["bytes/up"]
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000

@@ -1,0 +1,1 @@
+"""Personal models on images with label skew and on text by speaker."""

@@ -1,0 +1,67 @@
+"""Small models: of characters a GRU, of images a perceptron. Both end in ``out``."""
+
+from collections import OrderedDict
+from typing import cast
+
+from flwr.app import UserConfig
+from torch import Tensor, nn
+
+from flower_ext.data.tensors import CHARACTERS
+from personalization.dataset import is_text
+
+
+class CharGRU(nn.Module):
+    """Predicts the next character.
+
+    Parameters
+    ----------
+    embedding, hidden : int
+        Widths of the character embedding and of the GRU.
+    """
+
+    def __init__(self, embedding: int = 16, hidden: int = 96) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(CHARACTERS, embedding)
+        self.gru = nn.GRU(embedding, hidden, batch_first=True)
+        self.out = nn.Linear(hidden, CHARACTERS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map characters ``(batch, time)`` to logits ``(batch, time, characters)``."""
+        states, _ = self.gru(self.embedding(x))
+        return cast(Tensor, self.out(states))
+
+
+def make_model(run_config: UserConfig) -> nn.Module:
+    """Make the model that the run config asks for."""
+    hidden = int(run_config["hidden-size"])
+    if is_text(run_config):
+        return CharGRU(hidden=hidden)
+    layers = OrderedDict[str, nn.Module](
+        flat=nn.Flatten(), hidden=nn.Linear(784, hidden)
+    )
+    if run_config["batch-norm"]:
+        layers["norm"] = nn.BatchNorm1d(hidden)
+    layers |= {"relu": nn.ReLU(), "out": nn.Linear(hidden, 10)}
+    return nn.Sequential(layers)
+
+
+def logits_and_targets(
+    model: nn.Module, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return logits ``(batch, classes, time)`` and targets; images have one time."""
+    if "x" in batch:
+        return model(batch["x"]).unsqueeze(2), batch["y"].unsqueeze(1)
+    text = batch["text"].long()
+    return model(text[:, :-1]).transpose(1, 2), text[:, 1:]
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return each image's or window's mean cross-entropy, in nats."""
+    logits, targets = logits_and_targets(model, batch)
+    return nn.functional.cross_entropy(logits, targets, reduction="none").mean(1)
+
+
+def accuracy(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return each one's share of right predictions."""
+    logits, targets = logits_and_targets(model, batch)
+    return {"accuracy": (logits.argmax(1) == targets).float().mean(1)}
