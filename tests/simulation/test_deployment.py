@@ -228,4 +228,3 @@ def test_a_personal_model_stays_with_its_node(deployment, tmp_path):
     last = rows[1]
     assert last["evaluate/loss-seen"] != last["evaluate/received-loss-seen"]
     assert last["evaluate/loss-unseen"] == last["evaluate/received-loss-unseen"]
-    assert last["evaluate/loss-seen"] < 4.5  # nats of 96 characters: it has learned
