@@ -5,6 +5,7 @@ COLUMNS = {
     "evaluate/accuracy-unseen": "unseen",
     "evaluate/accuracy-seen-p10": "tenth worst",
     "evaluate/received-accuracy-seen": "shared model, seen",
+    "evaluate/received-accuracy-unseen": "unseen",
     "evaluate/accuracy-seen-hurt": "hurt",
     "bytes/up": "up a round",
 }
