@@ -191,11 +191,16 @@ def _sample_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -
 _TASK = Task(_make_model, _data, _loss, sample_labels=_sample_labels)
 
 
-class _Clients(ClientApp):
-    """Clients that answer at once what was asked before, as most rules do.
+class Remembering(ClientApp):
+    """Clients that answer at once what they were asked before.
 
-    Training takes longer than all the rest of a rule, and an answer depends on the
-    message and the context only.
+    For tests of a server: training takes longer than all the rest. An answer must
+    depend on the message and the context only. Errors are not remembered.
+
+    Parameters
+    ----------
+    app : ClientApp
+        Makes the answers.
     """
 
     def __init__(self, app: ClientApp | None) -> None:
@@ -203,13 +208,8 @@ class _Clients(ClientApp):
         self._app = app
         self._known: dict[bytes, bytes] = {}
 
-    def serve(self, strategy: Strategy) -> None:
-        """Become the clients of a strategy, unless there are others."""
-        if self._app is None:
-            half = getattr(strategy, "client_half", None)
-            self._app = client_app(_TASK, *([half] if half else []))
-
     def __call__(self, message: Message, context: Context) -> Message:
+        """Answer a message."""
         assert self._app is not None
         asked = message.metadata.message_type, message.content
         config = context.node_config, context.run_config
@@ -221,6 +221,16 @@ class _Clients(ClientApp):
             self._known[key] = pickle.dumps((reply.content, context.state))
         content, context.state = pickle.loads(self._known[key])
         return Message(content, reply_to=message)
+
+
+class _Clients(Remembering):
+    """The clients of whatever strategy is looked at, unless there are others."""
+
+    def serve(self, strategy: Strategy) -> None:
+        """Become the clients of a strategy."""
+        if self._app is None:
+            half = getattr(strategy, "client_half", None)
+            self._app = client_app(_TASK, *([half] if half else []))
 
 
 class _Bench:

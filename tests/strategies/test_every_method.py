@@ -19,7 +19,6 @@ from flwr.app import ConfigRecord, Message
 from flwr.clientapp import ClientApp
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
-from remembering import Remembering
 from tampering import tamper
 from torch import nn
 
@@ -79,7 +78,7 @@ from flower_ext.strategies import (
     ScaffoldClient,
 )
 from flower_ext.strategies.flasc import Tier
-from flower_ext.testing import check_strategy
+from flower_ext.testing import Remembering, check_strategy
 from flower_ext.wire import NF4, BFloat16, Chain, ErrorFeedback, Exact, TopK
 
 # What a mechanism is asked for: three clients of three, or as a test says.
