@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from flower_ext.data import feature_names, load, partitioner
+from flower_ext.data.clients import client_images, speaker_windows, speakers
+from flower_ext.data.tensors import character_windows, image_columns
 
 pytestmark = pytest.mark.slow
 
@@ -146,3 +148,21 @@ def test_schools():
     assert (both.min(), both.max(), both.sum()) == (2, 198, 4059)
     every = np.concatenate([split["label"][:] for split in data.values()])
     assert (every.mean(), every.std()) == pytest.approx((0, 1), abs=2e-3)
+
+
+def test_clients_share_the_images_once_and_keep_a_fifth():
+    options = {"num_clients": 4, "alpha": 0.5, "seed": 3, "num_images": 400}
+    found = [client_images(client, **options) for client in range(4)]
+    together = np.concatenate([x["x"].numpy() for pair in found for x in pair])
+    first = image_columns(load("fashion-mnist")["train"].select(range(400)))["x"]
+    assert sorted(map(bytes, together)) == sorted(map(bytes, first.numpy()))
+    for train, test in found:
+        assert len(test["y"]) == (len(train["y"]) + len(test["y"])) // 5
+    kinds = [np.bincount(train["y"], minlength=10) for train, _ in found]
+    assert not np.array_equal(kinds[0], kinds[1])
+
+
+def test_a_speakers_windows_are_its_speeches():
+    windows = speaker_windows("test", 3, 16)
+    text = "\n".join(speakers("test").load_partition(3)["text"])
+    assert windows.tolist() == character_windows(text, 16).tolist()

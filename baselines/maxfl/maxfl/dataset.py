@@ -7,11 +7,9 @@ from functools import lru_cache
 
 import numpy as np
 from flwr.app import Context
-from flwr_datasets.partitioner import Partitioner
 from torch import Tensor
 
-from flower_ext.data import load, partitioner
-from flower_ext.data.tensors import image_columns
+from flower_ext.data.clients import client_images
 
 # What is added to the labels of a client that conflicts with the others, modulo 10.
 SHIFTS = (3, 7)
@@ -35,30 +33,6 @@ def shifts(
     return {client: SHIFTS[i % len(SHIFTS)] for i, client in enumerate(chosen)}
 
 
-@lru_cache(maxsize=1)
-def clients(num_clients: int, alpha: float, seed: int) -> Partitioner:
-    """Return the clients; made once per process."""
-    images = load("fashion-mnist")["train"]
-    return partitioner(
-        images, "dirichlet", num_partitions=num_clients, alpha=alpha, seed=seed
-    )
-
-
-@lru_cache(maxsize=256)
-def columns(
-    client: int, num_clients: int, alpha: float, seed: int, shift: int = 0
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return training and test data of a client: images in [0, 1], and labels."""
-    rows = clients(num_clients, alpha, seed).load_partition(client)
-    images = image_columns(rows.shuffle(seed=seed))
-    images["y"] = (images["y"] + shift) % 10
-    test = len(rows) // 5
-    return (
-        {name: x[test:] for name, x in images.items()},
-        {name: x[:test] for name, x in images.items()},
-    )
-
-
 def client_data(context: Context) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return training and test data of the client that the context is of."""
     config = context.run_config
@@ -66,5 +40,11 @@ def client_data(context: Context) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     number = int(config["num-clients"])
     may_train = int(config["num-training-clients"])
     shifted = shifts(number, may_train, float(config["conflict"]), seed)
-    alpha = float(config["alpha"])
-    return columns(client, number, alpha, seed, shifted.get(client, 0))
+    train, test = client_images(
+        client, num_clients=number, alpha=float(config["alpha"]), seed=seed
+    )
+    shift = shifted.get(client, 0)
+    return (
+        {**train, "y": (train["y"] + shift) % 10},
+        {**test, "y": (test["y"] + shift) % 10},
+    )

@@ -1,0 +1,92 @@
+"""Clients of real data, as tensors: images with label skew, and speakers of plays.
+
+Both are made once a process and kept, since a process meets a client many times.
+"""
+
+from functools import lru_cache
+
+from flwr_datasets.partitioner import Partitioner
+from torch import Tensor
+
+from flower_ext.data.loading import load
+from flower_ext.data.partition import partitioner
+from flower_ext.data.tensors import character_windows, image_columns
+
+
+@lru_cache(maxsize=2)
+def _skewed(
+    dataset: str, num_images: int, num_clients: int, alpha: float, seed: int
+) -> Partitioner:
+    images = load(dataset)["train"]
+    if num_images:
+        images = images.select(range(num_images))
+    return partitioner(
+        images, "dirichlet", num_partitions=num_clients, alpha=alpha, seed=seed
+    )
+
+
+@lru_cache(maxsize=256)
+def client_images(
+    client: int,
+    *,
+    num_clients: int,
+    alpha: float,
+    seed: int,
+    dataset: str = "fashion-mnist",
+    num_images: int = 0,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a client's images: four fifths for training, a fifth for testing.
+
+    Parameters
+    ----------
+    client : int
+        Its number, below ``num_clients``.
+    num_clients : int
+        Clients that share the training images.
+    alpha : float
+        Concentration of the Dirichlet distribution over the labels; the smaller, the
+        fewer kinds of images a client has.
+    seed : int
+        Of the division, and of the order of a client's images.
+    dataset : str (default: "fashion-mnist")
+        Of :func:`flower_ext.data.load`, with columns ``image`` and ``label``.
+    num_images : int (default: 0)
+        Only the first so many are shared; 0 means all.
+
+    Returns
+    -------
+    tuple of dict[str, Tensor]
+        Columns as of :func:`~flower_ext.data.tensors.image_columns`. They are kept and
+        shared: do not change them in place.
+    """
+    divided = _skewed(dataset, num_images, num_clients, alpha, seed)
+    rows = divided.load_partition(client)
+    columns = image_columns(rows.shuffle(seed=seed))
+    test = len(rows) // 5
+    return (
+        {name: x[test:] for name, x in columns.items()},
+        {name: x[:test] for name, x in columns.items()},
+    )
+
+
+@lru_cache(maxsize=2)
+def speakers(split: str) -> Partitioner:
+    """Return Shakespeare's speakers in a split, in the order of the plays."""
+    return partitioner(load("shakespeare")[split], "natural")
+
+
+@lru_cache(maxsize=1024)
+def speaker_windows(split: str, client: int, window: int) -> Tensor:
+    """Return a speaker's speeches as windows of characters.
+
+    Parameters
+    ----------
+    split : {"train", "test"}
+        Of the data set ``shakespeare``.
+    client : int
+        The speaker's number.
+    window : int
+        See :func:`~flower_ext.data.tensors.character_windows`.
+    """
+    speeches = speakers(split).load_partition(client)["text"]
+    return character_windows("\n".join(speeches), window)
