@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ConfigRecord
+from plain_loop import plain_loop
 
 from flower_ext import client_app
 from flower_ext.client.dp_sgd import DPSGD
@@ -19,6 +19,7 @@ from flower_ext.strategies import FedDyn, FedDynClient
 from flower_ext.strategies.feddyn import ALPHA_KEY, MOVES, dynamic
 
 ETA, STEPS = 0.2, 5
+own_loop = partial(plain_loop, rate=ETA, steps=STEPS)
 CONFIG = {"lr": ETA, "local-steps": STEPS}
 ALL = {"fraction_evaluate": 0.0, "min_available_nodes": 0, "min_train_nodes": 0}
 
@@ -136,27 +137,6 @@ def test_moves_beyond_the_models_type_are_not_taken(caplog, reply, exchange):
     assert "the moves would not be finite" in caplog.text
     assert strategy.state_dict()["moves"]["w"] == 30000.0
     assert float(new["w"].numpy()[0]) == 60000.0
-
-
-def own_loop(task, *mods):
-    """Make an app with a loop that knows of no regularizer."""
-    app = ClientApp(mods=[*mods])
-
-    @app.train()
-    def train(msg, context):
-        model = task.model({})
-        model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
-        data, _ = task.data(context)
-        optimizer = torch.optim.SGD(model.parameters(), lr=ETA)
-        for _ in range(STEPS):
-            optimizer.zero_grad()
-            task.loss(model, data).mean().backward()
-            optimizer.step()
-        metrics = MetricRecord({"num-examples": 1})
-        arrays = ArrayRecord(model.state_dict())
-        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=msg)
-
-    return app
 
 
 def test_a_loop_of_ones_own_is_the_half(quadratics, play):

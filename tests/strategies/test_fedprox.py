@@ -4,10 +4,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedProx as FlowersFedProx
+from plain_loop import plain_loop
 
 from flower_ext import AdditiveStrategy, client_app
 from flower_ext.core.arrays import from_record, to_record
@@ -16,6 +15,7 @@ from flower_ext.strategies import FedProx, FedProxClient
 from flower_ext.strategies.fedprox import MU_KEY, proximal
 
 ETA, STEPS = 0.1, 4
+own_loop = partial(plain_loop, rate=ETA, steps=STEPS)
 CONFIG = {"lr": ETA, "local-steps": STEPS}
 ALL = {"fraction_evaluate": 0.0, "min_available_nodes": 0, "min_train_nodes": 0}
 
@@ -42,27 +42,6 @@ def run_of(strategy, app, start, rounds=2, told=None):
         grid, to_record(start), num_rounds=rounds, train_config=train_config
     )
     return from_record(result.arrays)["w"]
-
-
-def own_loop(task, *mods):
-    """Make an app with a loop that knows of no term."""
-    app = ClientApp(mods=[*mods])
-
-    @app.train()
-    def train(msg, context):
-        model = task.model({})
-        model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
-        data, _ = task.data(context)
-        optimizer = torch.optim.SGD(model.parameters(), lr=ETA)
-        for _ in range(STEPS):
-            optimizer.zero_grad()
-            task.loss(model, data).mean().backward()
-            optimizer.step()
-        metrics = MetricRecord({"num-examples": 1})
-        arrays = ArrayRecord(model.state_dict())
-        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=msg)
-
-    return app
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 15.0])
