@@ -24,6 +24,7 @@ from flower_ext.client.personalization import hold_out
 from flower_ext.client.task import Batch, batches, evaluate, num_examples
 from flower_ext.core.errors import fraction, open_unit, positive, refuse, whole
 from flower_ext.core.protocol import Config, Metrics, Round
+from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
 from flower_ext.server.personal import PersonalStrategy
 
@@ -307,6 +308,11 @@ class KNNPer(PersonalStrategy):
     """
 
     client_half = KNNPerClient
+    drop_in = DropIn(
+        fill_in="in the evaluate function: what mixed(...) of knn_probabilities(...),\n"
+        "of flower_ext.strategies.knnper, makes of the model's predictions",
+        silent=True,
+    )
 
     def __init__(
         self,

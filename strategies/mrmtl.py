@@ -236,6 +236,7 @@ class MRMTL(PersonalStrategy):
         mod="mean_regularized()",
         fill_in="in the training, the loss is that of a batch plus "
         "pull_to_mean(message)(model), of the same module",
+        silent=True,
     )
 
     def __init__(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg
 
-from flower_ext import AdditiveStrategy, check
+from flower_ext import AdditiveStrategy, check, strategies
 from flower_ext.check import main
 
 QUICKSTART = Path(__file__).parent / "quickstart"
@@ -100,6 +100,10 @@ def test_a_stock_app_is_told_the_lines_that_work(app, capsys):
     for name, mod in {"Ditto": "paired()", "LocalOnly": "alone()"}.items():
         assert "which were tried (2 clients" in parts[name]
         assert f"mods=[{mod}]" in parts[name]
+    for name, part in parts.items():
+        half = getattr(getattr(strategies, name, None), "client_half", None)
+        if "drops in (" in part:  # as it is: what has a half of its own does not
+            assert half is None, name
     assert "to be completed" in parts["FineTuned"]
     assert "test the received model" in parts["FineTuned"]
     per = parts["FedPer"]
