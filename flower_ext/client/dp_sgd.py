@@ -410,8 +410,7 @@ class PrivateSession(Session):
         rate = min(1.0, local.settings.batch_size / size)
         # All models at once: a budget that ends between two of them would leave one
         # that is trained, spent and never sent.
-        # At least its own: what is taken is charged, whatever a half says.
-        planned = max(count, self._planned or self._trainings * count)
+        planned = self._steps_of_message(local)
         noise_multiplier = self._calibrated(kept, planned, rate)
         charged = ledger.add(rate, noise_multiplier, planned)
         spent = self._affordable(local, ledger, charged)
@@ -424,6 +423,12 @@ class PrivateSession(Session):
         account.write(self._record(charged, noise_multiplier))
         self._plan, self._left, self._spent = plan, planned, spent
         return found
+
+    def _steps_of_message(self, local: Local) -> int:
+        """Return the steps of all trainings that this message is charged for."""
+        # At least its own: what is taken is charged, whatever a half says.
+        count = local.num_steps
+        return max(count, self._planned or self._trainings * count)
 
     def _known(self, account: SiloAccount) -> tuple[ConfigRecord | None, StepLedger]:
         """Return the account, and refuse to send what was not kept privately."""
@@ -494,7 +499,7 @@ class PrivateSession(Session):
         kept, ledger = self._known(account)
         account.require(kept)
         self._choices += 1
-        planned = self._trainings * local.num_steps
+        planned = self._steps_of_message(local)
         rate = min(1.0, local.settings.batch_size / size)
         assert privacy.choice_noise is not None
         charged = ledger.add(1.0, privacy.choice_noise, 1)
