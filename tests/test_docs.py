@@ -26,7 +26,6 @@ import flower_ext
 from flower_ext import LocalGrid, Task, client_app, simulation, strategies
 from flower_ext.check import imported, started
 from flower_ext.runs import report
-from flower_ext.server.personal import PersonalStrategy
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -150,8 +149,9 @@ CHANGED = [
 
 
 @pytest.mark.parametrize("page", CHANGED, ids=lambda page: page.stem)
-def test_the_lines_of_a_page_change_the_quickstart(page, quickstart):
-    for name, diff in diffs(page.read_text("utf-8")):
+def test_the_lines_of_a_page_change_the_quickstart(page, quickstart, caplog):
+    text = page.read_text("utf-8")
+    for name, diff in diffs(text):
         path = quickstart / "quickstart" / name
         path.write_text(apply(diff, path.read_text("utf-8")), "utf-8")
     with imported(quickstart, {}) as app:
@@ -162,7 +162,11 @@ def test_the_lines_of_a_page_change_the_quickstart(page, quickstart):
         )
     assert type(begun.strategy).__name__ in strategies.__all__
     assert result.train_metrics_clientapp[2]["num-replies"] == 3
-    assert result.evaluate_metrics_clientapp[2]["eval_acc"] > 0
+    found = result.evaluate_metrics_clientapp[2]
+    assert found["eval_acc"] > 0
+    if '"received-' in text or "paired()" in text:
+        assert "received-eval_acc-seen-p10" in found and "eval_acc-seen-hurt" in found
+    assert "PERSONAL STATE IS LOST" not in caplog.text
 
 
 def test_tutorial_step_by_step(quickstart, capsys, caplog):
@@ -201,30 +205,6 @@ def test_three_lines_a_side_make_the_quickstart_fedfish():
         assert 0 < len(added) <= 3
     # They are the tutorial's first step, which is applied and run.
     assert readme == diffs((ROOT / "docs" / "tutorial.md").read_text("utf-8"))[:2]
-
-
-OWN_LOOPS = sorted(
-    path.stem
-    for path in (ROOT / "docs" / "strategies").glob("*.md")
-    if diffs(path.read_text("utf-8"))
-)
-
-
-@pytest.mark.parametrize("name", OWN_LOOPS)
-def test_the_quickstart_becomes_a_methods_own_loop(name, quickstart, capsys, caplog):
-    page = (ROOT / "docs" / "strategies" / f"{name}.md").read_text("utf-8")
-    for file, diff in diffs(page):
-        path = quickstart / "quickstart" / file
-        path.write_text(apply(diff, path.read_text("utf-8")), "utf-8")
-    (script,) = blocks("docs/tutorial.md")
-    exec(compile(script, "run.py", "exec"), {})
-    found = capsys.readouterr().out
-    if '"received-' in page:
-        assert "received-eval_acc-seen-p10" in found and "eval_acc-seen-hurt" in found
-    assert "PERSONAL STATE IS LOST" not in caplog.text
-    [made] = re.findall(r"^\+from flower_ext.strategies import (\w+)$", page, re.M)
-    is_personal = issubclass(getattr(strategies, made), PersonalStrategy)
-    assert ("eval_acc-seen" if is_personal else "eval_acc") in found
 
 
 # The reference ----------------------------------------------------------------------
