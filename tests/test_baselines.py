@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import QFedAvg
 
 from flower_ext.client.half import Proximal
 from flower_ext.core.arrays import to_record
+from flower_ext.core.protocol import Round
 from flower_ext.runs.report import write_summary
 from flower_ext.simulation.local import app_config
 
@@ -214,3 +215,42 @@ def test_fairlearn_finds_the_worst_group(baseline, monkeypatch):
     assert found["equalized-odds-difference"] == 1.0
     paired = baseline.fairness({**config, "by-label": True})(3, arrays)
     assert paired["worst-group-loss"] == pytest.approx(np.log1p(np.exp(3.0)), rel=1e-6)
+
+
+@pytest.mark.parametrize("baseline", ["personalization.dataset"], indirect=True)
+def test_clients_differ_in_how_they_take_their_images(baseline):
+    plain = app_config(BASELINES / "personalization")
+    images = {"x": torch.arange(4.0).view(1, 1, 2, 2) / 3, "y": torch.tensor([1])}
+    same = baseline.shifted(images, 3, plain)
+    assert torch.equal(same["x"], images["x"]) and same["y"] is images["y"]
+    turned = [
+        baseline.shifted(images, client, {**plain, "rotations": 2}) for client in (2, 3)
+    ]
+    assert torch.equal(turned[0]["x"], images["x"])
+    assert torch.equal(turned[1]["x"], images["x"].rot90(1, (2, 3)))
+    # Every pixel to a power of the client's own.
+    powers = []
+    for client in (0, 1):
+        darker = baseline.shifted(images, client, {**plain, "gamma": 4.0})["x"]
+        ratio = darker[0, 0, 0, 1].log() / images["x"][0, 0, 0, 1].log()
+        assert torch.allclose(darker, images["x"] ** ratio)
+        powers.append(float(ratio))
+    assert 0.25 < min(powers) < max(powers) < 4
+    for option in ("rotations", "gamma"):
+        with pytest.raises(ValueError, match=option):
+            baseline.shifted(images, 3, {**plain, option: 0})
+
+
+@pytest.mark.parametrize("baseline", ["drift.strategy"], indirect=True)
+def test_epochs_are_drawn_anew_or_last(baseline):
+    config = app_config(BASELINES / "drift")
+    for lasts in (False, True):
+        strategy = baseline.make_strategy(
+            "fedavg@1-16", {**config, "epochs-last": lasts}
+        )
+        drawn = [
+            [strategy.variant(client, Round(number, SENT)) for client in range(10)]
+            for number in (1, 2)
+        ]
+        assert (drawn[0] == drawn[1]) == lasts
+        assert len(set(drawn[0])) > 3 and {*drawn[0]} <= {*range(1, 17)}

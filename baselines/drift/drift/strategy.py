@@ -15,14 +15,15 @@ from flower_ext.strategies import FedCurv, FedDyn, FedNova, FedProx, Scaffold
 class Epochs(AdditiveStrategy):
     """Tells every client how many local epochs to train."""
 
-    #: The least and the most; drawn anew for every client and round.
+    #: The least and the most; drawn for every client, and for every round or for all.
     local_epochs = (1, 1)
+    epochs_last = False
     seed = 0
 
     def variant(self, client: int, round: Round) -> Hashable:
         """Return the client's epochs."""
-        draw = Random(f"{self.seed} {round.number} {client}")
-        return draw.randint(*self.local_epochs)
+        number = 0 if self.epochs_last else round.number
+        return Random(f"{self.seed} {number} {client}").randint(*self.local_epochs)
 
     def payload(self, variant: Hashable, round: Round) -> Payload:
         """Send what the method sends, and the epochs."""
@@ -67,7 +68,8 @@ KINDS: dict[str, tuple[type[Epochs], dict[str, str]]] = {
 def make_strategy(name: str, config: UserConfig) -> Epochs:
     """Make ``scaffold``, ``scaffold@16`` with 16 local epochs, or ``scaffold@1-16``.
 
-    With a range the epochs of every client are drawn from it in every round.
+    With a range the epochs of every client are drawn from it, in every round, or once
+    if ``epochs-last`` is set.
     """
     kind, _, epochs = name.partition("@")
     least, _, most = (epochs or str(config["local-epochs"])).partition("-")
@@ -81,5 +83,6 @@ def make_strategy(name: str, config: UserConfig) -> Epochs:
         **{option: float(config[key]) for option, key in settings.items()},
     )
     strategy.local_epochs = int(least), int(most or least)
+    strategy.epochs_last = bool(config["epochs-last"])
     strategy.seed = int(config["seed"])
     return strategy

@@ -31,7 +31,10 @@ METHODS: Mapping[
     "local": (LocalOnly, lambda config: {}),
     "fine-tuned": (
         FineTuned,
-        lambda config: {"tuning_epochs": int(config["tuning-epochs"])},
+        lambda config: {
+            "tuning_epochs": int(config["tuning-epochs"]),
+            "tuning_learning_rate": float(config["tuning-learning-rate"]) or None,
+        },
     ),
     "ditto": (Ditto, lambda config: {"strength": float(config["ditto-strength"])}),
     "mrmtl": (MRMTL, lambda config: {"strength": float(config["mrmtl-strength"])}),
