@@ -3,14 +3,19 @@
 Both are made once a process and kept, since a process meets a client many times.
 """
 
-from functools import lru_cache
+from __future__ import annotations
 
-from flwr_datasets.partitioner import Partitioner
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from flower_ext.data.loading import load
 from flower_ext.data.partition import partitioner
 from flower_ext.data.tensors import character_windows, image_columns
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 
 @lru_cache(maxsize=2)

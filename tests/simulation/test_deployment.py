@@ -105,6 +105,7 @@ def deployment(tmp_path_factory):
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
     }
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n[superlink.here]\n'
@@ -147,22 +148,19 @@ def deployment(tmp_path_factory):
     def run(app, config):
         settings = " ".join(f"{k}={json.dumps(v)}" for k, v in config.items())
         command = [tool("flwr"), "run", str(app), "here", "--run-config", settings]
-        try:
-            done = subprocess.run(
-                [*command, "--stream"],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=SECONDS,
+        log = home / f"run-{app.name}.log"
+        start(log.stem, *command, "--stream")
+        submitted = processes[-1]
+
+        def end():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                submitted.wait(SECONDS)
+            return "\n".join(
+                f"== {log.name}\n{log.read_text('utf-8', errors='replace')[-3000:]}"
+                for log in home.glob("*.log")
             )
-            said = done.stdout.decode()
-        except subprocess.TimeoutExpired as late:
-            said = f"{late}: {(late.output or b'').decode()}"
-        logs = "\n".join(
-            f"== {log.name}\n{log.read_text('utf-8', errors='replace')[-3000:]}"
-            for log in home.glob("*.log")
-        )
-        return f"{said[-5000:]}\n{logs}"
+
+        return end
 
     yield run
     for process in processes:
@@ -171,34 +169,57 @@ def deployment(tmp_path_factory):
         process.wait(20)
 
 
-def test_virtual_clients_live_where_their_node_says(
-    deployment, tmp_path, plain_clients
-):
-    file = tmp_path / "results.json"
-    log = deployment(APP, {"results": str(file), "transports": "auto", "rounds": 2})
+@pytest.fixture(scope="module")
+def started(deployment, tmp_path_factory):
+    """Start all runs at once: each mostly waits, for processes and Flower's polls.
+
+    For each app's name, what waits for the run's end and returns the logs, and where
+    its results are.
+    """
+    folder = tmp_path_factory.mktemp("results")
+    packed = {"transports": "auto", "rounds": 2}
+    dpftrl = {
+        "mechanisms": "tree",
+        "epsilons": "8",
+        "num-sampled-clients": 1,
+        "population-size": NODES,
+        "simulated-cohort": 0,
+        "central-examples": 100,
+        "num-server-rounds": 1,
+    }
+    ditto = {
+        "strategies": "ditto",
+        "num-training-clients": 1,
+        "fraction-train": 0.5,
+        "num-server-rounds": 2,
+        "evaluate-every": 2,
+    }
+    model = {"dataset": "shakespeare", "hidden-size": 16, "local-epochs": 1}
+    runs = {}
+    for app, config in (
+        (APP, packed),
+        (ROOT / "baselines" / "dpftrl", {**dpftrl, **model}),
+        (ROOT / "baselines" / "personalization", {**ditto, **model}),
+    ):
+        results = folder / app.name
+        end = deployment(app, {**config, "results": str(results)})
+        runs[app.name] = end, results
+    return runs
+
+
+def test_virtual_clients_live_where_their_node_says(started, plain_clients):
+    end, file = started["flower_app"]
+    log = end()
     assert file.exists(), log
     found = json.loads(file.read_text("utf-8"))["auto"]
     expected = plain_clients(2)
     assert {key: found[key] for key in expected} == expected
 
 
-def test_a_baseline_runs_unchanged(deployment, tmp_path):
+def test_a_baseline_runs_unchanged(started):
     """DP-FTRL; tests/test_engine.py has FedFish under ``flwr run``."""
-    results = tmp_path / "results"
-    config = {
-        "mechanisms": "tree",
-        "epsilons": "8",
-        "dataset": "shakespeare",
-        "hidden-size": 16,
-        "local-epochs": 1,
-        "num-server-rounds": 1,
-        "num-sampled-clients": 1,
-        "population-size": NODES,
-        "simulated-cohort": 0,
-        "central-examples": 100,
-        "results": str(results),
-    }
-    log = deployment(ROOT / "baselines" / "dpftrl", config)
+    end, results = started["dpftrl"]
+    log = end()
     found = [read_metrics(path.parent) for path in results.glob("*/metrics.jsonl")]
     assert len(found) == 1, log
     [metrics] = found[0]
@@ -207,21 +228,10 @@ def test_a_baseline_runs_unchanged(deployment, tmp_path):
     assert 7 < metrics["train/epsilon"] <= 8
 
 
-def test_a_personal_model_stays_with_its_node(deployment, tmp_path):
+def test_a_personal_model_stays_with_its_node(started):
     """Ditto: one client trains twice and has a model of its own, the other has none."""
-    results = tmp_path / "results"
-    config = {
-        "strategies": "ditto",
-        "dataset": "shakespeare",
-        "hidden-size": 16,
-        "local-epochs": 1,
-        "num-training-clients": 1,
-        "fraction-train": 0.5,
-        "num-server-rounds": 2,
-        "evaluate-every": 2,
-        "results": str(results),
-    }
-    log = deployment(ROOT / "baselines" / "personalization", config)
+    end, results = started["personalization"]
+    log = end()
     assert (results / "ditto" / "metrics.jsonl").exists(), log
     rows = read_metrics(results / "ditto")
     assert [row["train/num-replies"] for row in rows] == [1, 1], log

@@ -1,14 +1,19 @@
 """Fashion-MNIST with label skew, or Shakespeare's speakers, as clients."""
 
+from __future__ import annotations
+
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from flwr.app import Context, UserConfig
-from flwr_datasets.partitioner import Partitioner
 from torch import Tensor
 
 from flower_ext.data import load, partitioner
 from flower_ext.data.tensors import character_windows, image_columns
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 Columns = dict[str, Tensor]
 
