@@ -6,22 +6,33 @@ Both are made once a process and kept, since a process meets a client many times
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from flower_ext.data.loading import load
 from flower_ext.data.partition import partitioner
-from flower_ext.data.tensors import character_windows, image_columns
+from flower_ext.data.tensors import character_windows, pixels, scaled
 
 if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
+    from numpy.typing import NDArray
+
+    from flower_ext.data.rows import RowPartitioner
+
+
+@lru_cache(maxsize=2)
+def _images(dataset: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    from flower_ext.data.rows import column_values
+
+    train = load(dataset)["train"]
+    return pixels(train), column_values(train, "label")
 
 
 @lru_cache(maxsize=2)
 def _skewed(
     dataset: str, num_images: int, num_clients: int, alpha: float, seed: int
-) -> Partitioner:
+) -> RowPartitioner:
     images = load(dataset)["train"]
     if num_images:
         images = images.select(range(num_images))
@@ -65,8 +76,10 @@ def client_images(
         shared: do not change them in place.
     """
     divided = _skewed(dataset, num_images, num_clients, alpha, seed)
-    rows = divided.load_partition(client)
-    columns = image_columns(rows.shuffle(seed=seed))
+    rows = divided.rows(client)
+    rows = rows[np.random.default_rng(seed).permutation(len(rows))]
+    images, labels = _images(dataset)
+    columns = scaled(images[rows], labels[rows])
     test = len(rows) // 5
     return (
         {name: x[test:] for name, x in columns.items()},
@@ -75,7 +88,7 @@ def client_images(
 
 
 @lru_cache(maxsize=2)
-def speakers(split: str) -> Partitioner:
+def speakers(split: str) -> RowPartitioner:
     """Return Shakespeare's speakers in a split, in the order of the plays."""
     return partitioner(load("shakespeare")[split], "natural")
 

@@ -11,7 +11,8 @@ from flower_ext.data.metadata import natural_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from flwr_datasets.partitioner import Partitioner
+
+    from flower_ext.data.rows import RowPartitioner
 
 SCHEMES = ("natural", "iid", "dirichlet", "shard")
 _SHARDS_PER_CLIENT = 2
@@ -26,7 +27,7 @@ def partitioner(
     alpha: float | None = None,
     ids: Sequence[str] | None = None,
     seed: int = 0,
-) -> Partitioner:
+) -> RowPartitioner:
     """Divide one split into clients.
 
     The same arguments give the same clients in every process. Only the rows' numbers
@@ -64,7 +65,7 @@ def partitioner(
     -------
     flwr_datasets.partitioner.Partitioner
         It already holds the data set: use ``.load_partition(i)`` and
-        ``.num_partitions``.
+        ``.num_partitions``. ``.rows(i)`` gives the numbers of the client's rows only.
 
     Raises
     ------
@@ -121,7 +122,7 @@ def partitioner(
 
 def _natural(
     dataset: Dataset, column: str, number: int | None, ids: Sequence[str] | None
-) -> Partitioner:
+) -> RowPartitioner:
     import numpy as np
 
     from flower_ext.data.rows import RowPartitioner, column_values
@@ -151,7 +152,7 @@ def _natural(
     return RowPartitioner(dataset, count, lambda i: order[starts[i] : ends[i]])
 
 
-def _iid(dataset: Dataset, number: int, seed: int) -> Partitioner:
+def _iid(dataset: Dataset, number: int, seed: int) -> RowPartitioner:
     from flwr_datasets.partitioner import IidPartitioner
 
     from flower_ext.data.rows import delegate, row_table
@@ -161,7 +162,7 @@ def _iid(dataset: Dataset, number: int, seed: int) -> Partitioner:
     return delegate(IidPartitioner(number), table, dataset)
 
 
-def _shard(dataset: Dataset, number: int, column: str, seed: int) -> Partitioner:
+def _shard(dataset: Dataset, number: int, column: str, seed: int) -> RowPartitioner:
     from flwr_datasets.partitioner import ShardPartitioner
 
     from flower_ext.data.rows import delegate, row_table
@@ -177,7 +178,7 @@ def _shard(dataset: Dataset, number: int, column: str, seed: int) -> Partitioner
 
 def _dirichlet(
     dataset: Dataset, number: int, column: str, alpha: float, seed: int
-) -> Partitioner:
+) -> RowPartitioner:
     from flwr_datasets.partitioner import DirichletPartitioner
 
     from flower_ext.data.rows import delegate, row_table

@@ -47,6 +47,32 @@ class RowPartitioner(Partitioner):  # type: ignore[misc]
         """Number of clients."""
         return self._num_partitions
 
+    def rows(self, partition_id: int) -> NDArray[np.int64]:
+        """Row numbers of one client, for columns that are read already.
+
+        Parameters
+        ----------
+        partition_id : int
+            The client's number, from 0 to ``num_partitions - 1``.
+
+        Returns
+        -------
+        ndarray
+            Shape ``(examples,)``, in the order of :meth:`load_partition`.
+
+        Raises
+        ------
+        ValueError
+            No such client.
+        """
+        if not 0 <= partition_id < self._num_partitions:
+            raise ValueError(
+                f"partition_id={partition_id} must be from 0 to "
+                f"{self._num_partitions - 1}: usually num-supernodes is larger than "
+                f"the number of partitions ({self._num_partitions})"
+            )
+        return self._rows(int(partition_id))
+
     def load_partition(self, partition_id: int) -> Dataset:
         """Rows of one client, as a view of the data set.
 
@@ -65,13 +91,7 @@ class RowPartitioner(Partitioner):  # type: ignore[misc]
         ValueError
             No such client.
         """
-        if not 0 <= partition_id < self._num_partitions:
-            raise ValueError(
-                f"partition_id={partition_id} must be from 0 to "
-                f"{self._num_partitions - 1}: usually num-supernodes is larger than "
-                f"the number of partitions ({self._num_partitions})"
-            )
-        rows = self._rows(int(partition_id))
+        rows = self.rows(partition_id)
         # A block of neighbours is a slice of the file, without a table of indices.
         if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
             return self.dataset.select(range(rows[0], rows[0] + len(rows)))

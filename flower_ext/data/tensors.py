@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flower_ext.core.errors import whole
@@ -34,10 +35,31 @@ def image_columns(rows: Dataset) -> dict[str, Tensor]:
         ``x``, float32 in [0, 1] of shape ``(n, 1, height, width)``, and ``y``, int64 of
         shape ``(n,)``.
     """
-    columns = rows.with_format("numpy")[:]
-    pixels = torch.from_numpy(np.asarray(columns["image"], np.float32) / 255)
-    labels = torch.from_numpy(np.asarray(columns["label"], np.int64))
-    return {"x": pixels.unsqueeze(1), "y": labels}
+    labels = np.asarray(rows.select_columns("label").with_format("numpy")[:]["label"])
+    return scaled(pixels(rows), labels)
+
+
+def pixels(rows: Dataset) -> NDArray[Any]:
+    """Return the column ``image`` of :func:`image_columns` as one array.
+
+    Rows that are shuffled or selected one by one are slow to read: where many parts of
+    a data set are wanted, read the whole and take parts of the array.
+    """
+    from datasets import Array2D
+
+    feature = rows.features["image"]
+    if not isinstance(feature, Array2D):
+        return np.asarray(rows.select_columns("image").with_format("numpy")[:]["image"])
+    # The numpy format copies image by image; what Arrow stores is an array already.
+    column = rows.select_columns("image").with_format("arrow")[:]["image"]
+    flat = column.combine_chunks().storage.flatten().flatten().to_numpy()
+    return np.asarray(flat).reshape(len(rows), *feature.shape)
+
+
+def scaled(images: NDArray[Any], labels: NDArray[Any]) -> dict[str, Tensor]:
+    """Return images and their labels as :func:`image_columns` does."""
+    x = torch.from_numpy(np.divide(images, 255, dtype=np.float32))
+    return {"x": x.unsqueeze(1), "y": torch.from_numpy(np.asarray(labels, np.int64))}
 
 
 def character_windows(text: str, window: int) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from flower_ext.data import DataError, images, load
 
 
-def test_digits_are_stratified_in_file_order(digits):
+def test_digits_are_stratified_in_file_order(digits, without_pip):
     data = load("mnist-small")
     assert data["train"]["label"][:] == [0] * 8 + [1] * 8
     assert data["test"]["label"][:] == [0] * 2 + [1] * 2
@@ -18,7 +18,7 @@ def test_digits_are_stratified_in_file_order(digits):
     assert len(np.unique([i[3, 3] for s in data.values() for i in s["image"]])) == 20
 
 
-def test_images_are_uint8_arrays_also_after_reopening(digits):
+def test_images_are_uint8_arrays_also_after_reopening(digits, without_pip):
     for _ in range(2):
         batch = load("mnist-small")["train"][:3]
         assert batch["image"].shape == (3, 28, 28)

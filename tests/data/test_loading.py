@@ -28,7 +28,7 @@ def test_unknown_option_lists_the_options():
         load("adult", screened=True)
 
 
-def test_each_value_of_an_option_has_its_folder(plays, cache):
+def test_each_value_of_an_option_has_its_folder(plays, without_pip, cache):
     load("shakespeare", min_words=4)
     load("shakespeare", min_words=4)
     load("shakespeare", min_words=1)

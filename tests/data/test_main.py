@@ -7,7 +7,7 @@ from flower_ext.data.__main__ import main
 from flower_ext.data.catalogue import CATALOGUE
 
 
-def test_list_shows_what_is_cached(digits, cache, capsys):
+def test_list_shows_what_is_cached(digits, without_pip, cache, capsys):
     assert main([]) == 0
     before = capsys.readouterr().out
     assert all(name in before for name in CATALOGUE)
@@ -22,7 +22,7 @@ def test_list_shows_what_is_cached(digits, cache, capsys):
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_cache_dir_option_on_either_side(digits, tmp_path, capsys, before):
+def test_cache_dir_option_on_either_side(digits, without_pip, tmp_path, capsys, before):
     option, fetch = ["--cache-dir", str(tmp_path / "x")], ["fetch", "mnist-small"]
     assert main(option + fetch if before else fetch + option) == 0
     assert (tmp_path / "x" / "prepared" / "v1" / "mnist-small").is_dir()

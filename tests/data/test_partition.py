@@ -126,6 +126,21 @@ def test_seed_decides(letters, scheme, options):
     assert divide(3) != divide(4)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("natural", {}),
+        ("iid", {"num_partitions": 4}),
+        ("dirichlet", {"num_partitions": 4, "alpha": 0.5}),
+    ],
+)
+def test_row_numbers_are_those_of_the_clients_rows(letters, scheme, options):
+    division = partitioner(letters, scheme, **options)
+    assert [division.rows(i).tolist() for i in range(4)] == rows(division)
+    with pytest.raises(ValueError, match="partition_id=4 must be from 0 to 3"):
+        division.rows(4)
+
+
 def test_same_division_in_another_process(letters, tmp_path):
     letters.save_to_disk(str(tmp_path / "d"))
     code = (

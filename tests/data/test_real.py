@@ -154,8 +154,14 @@ def test_clients_share_the_images_once_and_keep_a_fifth():
     options = {"num_clients": 4, "alpha": 0.5, "seed": 3, "num_images": 400}
     found = [client_images(client, **options) for client in range(4)]
     together = np.concatenate([x["x"].numpy() for pair in found for x in pair])
-    first = image_columns(load("fashion-mnist")["train"].select(range(400)))["x"]
-    assert sorted(map(bytes, together)) == sorted(map(bytes, first.numpy()))
+    first = load("fashion-mnist")["train"].select(range(400))
+    images = image_columns(first)["x"].numpy()
+    assert sorted(map(bytes, together)) == sorted(map(bytes, images))
+    division = partitioner(first, "dirichlet", num_partitions=4, alpha=0.5, seed=3)
+    shuffled = image_columns(division.load_partition(2).shuffle(seed=3))
+    for name, column in shuffled.items():
+        train, test = (part[name] for part in found[2])
+        assert np.array_equal(column, np.concatenate([test, train]))
     for train, test in found:
         assert len(test["y"]) == (len(train["y"]) + len(test["y"])) // 5
     kinds = [np.bincount(train["y"], minlength=10) for train, _ in found]

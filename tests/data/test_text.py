@@ -4,7 +4,7 @@ from flower_ext.data import load
 from flower_ext.data.text import speeches, split_point
 
 
-def test_columns_order_and_split_by_time(plays):
+def test_columns_order_and_split_by_time(plays, without_pip):
     data = load("shakespeare", min_words=1)
     assert data["train"].to_list() == [
         {
@@ -29,7 +29,7 @@ def test_columns_order_and_split_by_time(plays):
     assert data["test"]["text"][:] == ["Nay.", "Who is there?"]
 
 
-def test_min_words_counts_both_splits(plays):
+def test_min_words_counts_both_splits(plays, without_pip):
     # Hamlet has 10 words, Marcellus 4.
     assert set(load("shakespeare", min_words=10)["test"]["client"]) == {"hamlet/Ham"}
     assert len(set(load("shakespeare", min_words=4)["test"]["client"])) == 2

@@ -47,14 +47,8 @@ def tokenized(split: str, tokens: int) -> Columns:
 @lru_cache(maxsize=2)
 def senders(split: str) -> list[Tensor]:
     """Return the rows of every sender in a split."""
-    data = load("spam-assassin")[split].add_column(
-        "row", list(range(len(load("spam-assassin")[split])))
-    )
-    clients = partitioner(data, "natural")
-    return [
-        torch.tensor(list(clients.load_partition(i)["row"]), dtype=torch.int64)
-        for i in range(clients.num_partitions)
-    ]
+    clients = partitioner(load("spam-assassin")[split], "natural")
+    return [torch.from_numpy(clients.rows(i)) for i in range(clients.num_partitions)]
 
 
 def client_data(context: Context) -> tuple[Columns, Columns]:
