@@ -10,6 +10,7 @@ from flower_ext.data.cache import is_intact, prepared, prepared_dir
 
 BUILD = """
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 from datasets import Dataset, DatasetDict
 from flower_ext.data.cache import prepared
@@ -20,9 +21,18 @@ def build():
     part = Dataset.from_dict({"x": list(range(1000))})
     return DatasetDict(train=part, test=part)
 
-print("ready", flush=True)
-sys.stdin.readline()
-print(sum(prepared(Path(sys.argv[1]), "numbers", build)["train"]["x"][:]))
+def load(barrier):
+    barrier.wait()
+    print(sum(prepared(Path(sys.argv[1]), "numbers", build)["train"]["x"][:]))
+
+# Forked, so that one process imports for all of them.
+fork = get_context("fork")
+barrier = fork.Barrier(4)
+processes = [fork.Process(target=load, args=(barrier,)) for _ in range(4)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
 """
 
 
@@ -48,18 +58,8 @@ def test_built_once(tmp_path):
 def test_processes_that_load_at_once_build_once(tmp_path):
     log = tmp_path / "log"
     command = [sys.executable, "-c", BUILD, str(tmp_path / "cache"), str(log)]
-    processes = [
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(4)
-    ]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    assert [p.communicate()[0] for p in processes] == ["499500\n"] * 4
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out == "499500\n" * 4
     assert log.read_text() == "built\n"
 
 
