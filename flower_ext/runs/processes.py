@@ -57,7 +57,7 @@ def stop_all(home: Path) -> None:
                 elif process not in told:
                     process.terminate()
         told |= processes
-        psutil.wait_procs(processes, timeout=0.5)
+        psutil.wait_procs(processes, timeout=min(0.5, GRACE_SECONDS))
         if seconds > GIVE_UP_SECONDS:
             left = sorted(process.pid for process in processes)
             print(f"WARNING: cannot stop processes {left}", file=sys.stderr)

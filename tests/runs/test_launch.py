@@ -137,7 +137,7 @@ def fake_flower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "get_path",
         lambda name: str(scripts) if name == "scripts" else get_path(name),
     )
-    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.1)
 
 
 def home_of(log: str) -> str:

@@ -192,7 +192,7 @@ def test_ids_are_stable_and_in_order(grid):
 
 def test_a_client_that_takes_too_long_is_stopped(transport, virtual, ask, ray_if):
     ray_if(transport)
-    with packed_grid(transport, virtual, client_timeout=2.0) as grid:
+    with packed_grid(transport, virtual, client_timeout=1.0) as grid:
         ask(grid, [0, 1, 2, 3])  # workers are up
         begun = time.monotonic()
         replies = ask(grid, [0, 1, 2], sleep=[1])
@@ -200,7 +200,7 @@ def test_a_client_that_takes_too_long_is_stopped(transport, virtual, ask, ray_if
         assert not ask(grid, [1])[0].has_error()
     assert [reply.has_error() for reply in replies] == [False, True, False]
     assert replies[1].error.code == CLIENT_CRASHED
-    assert "client_timeout=2 s" in replies[1].error.reason
+    assert "client_timeout=1 s" in replies[1].error.reason
 
 
 # Results are those of the unpacked run ----------------------------------------------

@@ -54,20 +54,20 @@ def test_an_app_that_cannot_be_loaded_ends_the_run(make, ask, app, message):
     assert message in str(caught.value)
 
 
-def test_a_gigabyte_of_states_is_in_nobodys_memory(make, ask):
+def test_half_a_gigabyte_of_states_is_in_nobodys_memory(make, ask):
     from heavy import resident
 
-    grid = make(1000, client_app="heavy:app")
+    grid = make(500, client_app="heavy:app")
     first = max(values(ask(grid, range(10)), "mib"))
     before = resident()
     for count in (0, 1):
-        replies = ask(grid, range(10, 1000), timeout=300)
+        replies = ask(grid, range(10, 500), timeout=300)
         assert set(values(replies, "count")) == {count}
-        # Of 990 MB; a pack's states, and what Ray maps of its store, come and go.
+        # Of 490 MB; a pack's states, and what Ray maps of its store, come and go.
         assert max(values(replies, "mib")) < first + 250
         assert resident() < before + 250
     assert grid.states.in_memory == 0
-    assert len(list(grid.states.shelf().folder.iterdir())) < 2000
+    assert len(list(grid.states.shelf().folder.iterdir())) < 1000
     folder = grid.states.shelf().folder
     grid.close()
     assert not folder.exists()
@@ -118,7 +118,7 @@ EATS = {"eat": 1, "mib": 256}
 
 @pytest.mark.parametrize(
     ("partial_sums", "faults"),
-    [(True, [KILLED, EATS, {**EATS, "killed": True}]), (False, [KILLED])],
+    [(True, [EATS, {**EATS, "killed": True}]), (False, [KILLED])],
 )
 def test_a_round_says_how_many_were_lost(make, partial_sums, faults):
     grid = make(6, partial_sums=partial_sums)
@@ -135,12 +135,13 @@ def test_a_round_says_how_many_were_lost(make, partial_sums, faults):
         )
 
 
-def test_a_client_that_cannot_be_interrupted_is_stopped(make, ask):
-    grid = make(client_timeout=2.0, num_examples=[1.0] * 12)
+def test_a_client_that_cannot_be_interrupted_is_stopped(make, ask, monkeypatch):
+    grid = make(client_timeout=1.0, num_examples=[1.0] * 12)
     ask(grid, range(4))
+    monkeypatch.setattr(policy, "HANG_SECONDS", 1.0)
     replies = ask(grid, [0, 1], stuck=[1])
     assert [reply.has_error() for reply in replies] == [False, True]
-    assert "client_timeout=2 s" in replies[1].error.reason
+    assert "client_timeout=1 s" in replies[1].error.reason
     assert not any(reply.has_error() for reply in ask(grid, range(4)))
 
 
@@ -148,11 +149,11 @@ def test_after_the_timeout_there_are_errors_and_the_next_round_goes_on(make, ask
     grid = make()
     ask(grid, range(4))
     begun = time.monotonic()
-    replies = ask(grid, [0, 1], timeout=5, sleep=[1])
+    replies = ask(grid, [0, 1], timeout=2, sleep=[1])
     assert time.monotonic() - begun < 45  # the client sleeps for 60
     assert [reply.has_error() for reply in replies] == [False, True]
     assert replies[1].error.code == NO_REPLY
-    assert replies[1].error.reason == "no reply after timeout=5 s"
+    assert replies[1].error.reason == "no reply after timeout=2 s"
     assert values(ask(grid, [1, 0]), "visits") == [2, 3]
 
 
@@ -182,21 +183,21 @@ def test_fractions_share_a_gpu(make, ask):
 
 
 def resources(partition_id, run_config):
-    """One client needs all four GPUs, some a half, the others none."""
+    """One client needs all four GPUs, one a half, the other none."""
     if partition_id == 0:
         return {"num_gpus": 4}
-    if partition_id < run_config["smaller"]:
+    if partition_id == run_config["smaller"]:
         return {"num_gpus": 0.5}
     return {}
 
 
 def test_clients_may_differ_and_more_demand_than_supply_waits(make, ask):
-    grid = make(num_workers=None, resources=resources, run_config={"smaller": 3})
+    grid = make(num_workers=None, resources=resources, run_config={"smaller": 1})
     for _ in range(2):
-        seen = gpus(ask(grid, range(5), timeout=100))
+        seen = gpus(ask(grid, range(3), timeout=100))
         assert sorted(seen[0].split(",")) == ["0", "1", "2", "3"]
-        assert set(seen[1:3]) <= {"0", "1", "2", "3"}
-        assert seen[3:] == ["none", "none"]
+        assert seen[1] in ["0", "1", "2", "3"]
+        assert seen[2] == "none"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_gpus_that_are_never_free_end_the_run_with_the_reason(
 def test_workers_that_have_gpus_do_the_work_of_those_that_wait(
     make, ask, hold, monkeypatch, caplog
 ):
-    monkeypatch.setattr(policy, "START_SECONDS", 3.0)
+    monkeypatch.setattr(policy, "START_SECONDS", 1.0)
     hold(3)
     grid = make(num_workers=4, resources={"num_gpus": 1})
     for visit in (1, 2):
