@@ -14,6 +14,7 @@ Kameni and Vidal 2022, "Personalized federated learning through local memorizati
 ICML, arXiv 2111.09360).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Unpack
 
 import torch
@@ -32,6 +33,9 @@ NEIGHBOURS_KEY = "knn-neighbours"
 SCALE_KEY = "knn-scale"
 WEIGHT_KEY = "knn-weight"
 WEIGHT = "knn-weight"
+
+# The column of the labels, or how they are made of a batch.
+Labels = str | Callable[[Batch], Tensor]
 
 # The weights of the neighbours that a client tries on its held-out examples.
 WEIGHTS = tuple(step / 10 for step in range(11))
@@ -108,7 +112,7 @@ def mixed(model_chances: Tensor, knn_chances: Tensor, weight: float) -> Tensor:
 class _Memory:
     """Hooks on a model: they keep its representations, and mix into its answers."""
 
-    def __init__(self, local: Local, layer: nn.Module, label: str) -> None:
+    def __init__(self, local: Local, layer: nn.Module, label: Labels) -> None:
         self.model, self.task, self.label = local.model, local.task, label
         self.k = int(local.number(NEIGHBOURS_KEY, 10))
         self.scale = local.number(SCALE_KEY, 1.0)
@@ -125,19 +129,26 @@ class _Memory:
             hook.remove()
 
     def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._represented = inputs[0].detach().flatten(1)
+        self._represented = inputs[0].detach()
 
     def _answer(
         self, model: nn.Module, inputs: object, answers: object
     ) -> Tensor | None:
         shape = tuple(answers.shape) if isinstance(answers, Tensor) else ()
-        if not isinstance(answers, Tensor) or answers.ndim != 2:
+        if not isinstance(answers, Tensor) or answers.ndim < 2:
             shown = shape or type(answers).__name__
-            refuse("the model's output", shown, "logits of shape (batch, classes)")
-        self._chances = answers.detach().softmax(1)
+            refuse("the model's output", shown, "logits of shape (batch, ..., classes)")
+        asked, came = shape[:-1], tuple(self._represented.shape)
+        if came[: len(asked)] != asked:
+            cause = "it must have the model's answers' batch, and time, first"
+            refuse("layer's input", came, f"of shape {asked} and features", cause)
+        # Each answer of a sequence has neighbours of its own.
+        self._represented = self._represented.flatten(0, len(asked) - 1).flatten(1)
+        self._chances = answers.detach().softmax(-1).flatten(0, -2)
         if not self.weight:
             return None
-        return mixed(self._chances, self.neighbours(self._represented), self.weight)
+        near = self.neighbours(self._represented)
+        return mixed(self._chances, near, self.weight).view(shape)
 
     def neighbours(self, represented: Tensor) -> Tensor:
         """Return the labels' probabilities among the neighbours in store."""
@@ -159,11 +170,14 @@ class _Memory:
         self.model.eval()
         for batch in batches(data, 256):
             self.task.loss(self.model, batch)
-            labels, rows = batch[self.label], len(self._represented)
-            if rows != len(labels):
-                cause = "the batch must be the first dimension of what it is given"
-                refuse("layer's input", rows, f"{len(labels)} rows", cause)
-            parts.append((self._represented, self._chances, labels))
+            label = self.label
+            labels = batch[label] if isinstance(label, str) else label(batch)
+            if labels.numel() != len(self._chances):
+                cause = "one for each answer of the model"
+                refuse(
+                    "label", tuple(labels.shape), f"{len(self._chances)} labels", cause
+                )
+            parts.append((self._represented, self._chances, labels.flatten()))
         return Seen(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -183,8 +197,9 @@ class KNNPerClient(ClientHalf):
     layer : str, optional
         Name of the module whose input is the representation; by default the last
         ``torch.nn.Linear`` of the model.
-    label : str (default: "y")
-        Column of the data with the class, an integer.
+    label : str or callable (default: "y")
+        Column of the data with the class, an integer; or ``batch -> classes``, of the
+        shape of the model's answers, such as the characters that come next.
     holdout : float (default: 0.2)
         Share of the training examples, in (0, 1), on which the weight of the neighbours
         is found, where the strategy gives none. The others are the neighbours then; in
@@ -193,8 +208,10 @@ class KNNPerClient(ClientHalf):
     Notes
     -----
     The task must be classification: the model returns logits of shape ``(batch,
-    classes)``, and loss and metrics are made of what it returns, as those of cross
-    entropy and accuracy are. They are then given logarithms of the mixed probabilities.
+    classes)``, or ``(batch, time, classes)`` for a sequence, of which each answer has
+    neighbours of its own. Loss and metrics must be made of what it returns, as those of
+    cross entropy and accuracy are. They are then given logarithms of the mixed
+    probabilities.
     """
 
     name = "knnper"
@@ -202,14 +219,14 @@ class KNNPerClient(ClientHalf):
     compares = True
 
     def __init__(
-        self, layer: str | None = None, label: str = "y", holdout: float = 0.2
+        self, layer: str | None = None, label: Labels = "y", holdout: float = 0.2
     ) -> None:
         self._layer, self._label = layer, label
         self._holdout = open_unit("holdout", holdout)
 
     def evaluate(self, local: Local) -> Metrics:
         """Return loss and metrics of the mixed predictions, and their weight."""
-        if self._label not in local.train:
+        if isinstance(self._label, str) and self._label not in local.train:
             refuse("label", self._label, f"one of the columns {sorted(local.train)}")
         if not num_examples(local.train):
             return {WEIGHT: 0.0}

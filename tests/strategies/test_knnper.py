@@ -1,6 +1,7 @@
 """KNNPer: against neighbours found by NumPy, and its limits."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -118,6 +119,47 @@ def test_without_weight_it_is_the_shared_model_exactly(evaluated):
         assert found[name] == value
     assert found["received-loss"] == found["loss"]
     assert found["loss-seen-hurt"] == 0
+
+
+def steps(batch):
+    """Return points and labels of sequences."""
+    return batch["steps"][..., :2], batch["steps"][..., 2].long()
+
+
+def sequences(clients, make=Net, axes=(1, 2)):
+    """Make a task of clients whose examples are two of others' each."""
+
+    def long(data):
+        return {"steps": torch.cat([data["x"], data["y"][:, None]], 1).view(-1, 2, 3)}
+
+    def losses(model, batch):
+        x, y = steps(batch)
+        logs = model(x).transpose(*axes)
+        return nn.functional.cross_entropy(logs, y, reduction="none").mean(1)
+
+    task = task_of(*[tuple(map(long, client)) for client in clients], make=make)
+    return replace(task, loss=losses, metrics=None)
+
+
+class ClassesFirst(Net):
+    def forward(self, x):
+        return super().forward(x).transpose(1, 2)
+
+
+def test_each_answer_of_a_sequence_has_neighbours_of_its_own(evaluated, caplog):
+    """As if every step of a sequence were an example."""
+    clients = [tuple(columns(size, size + i) for size in (12, 8)) for i in range(3)]
+    half = partial(KNNPerClient, label=lambda batch: steps(batch)[1])
+    strategy = KNNPer(num_neighbours=4, weight=0.3)
+    found = evaluated(strategy, sequences(clients), half)
+    expected = evaluated(strategy, task_of(*clients))
+    for name in ("loss", "received-loss"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+    assert found["loss"] != found["received-loss"]
+    # Logits as cross entropy takes them have no axis of answers to go by.
+    with pytest.raises(KeyError):  # nobody has metrics
+        evaluated(strategy, sequences(clients, ClassesFirst, axes=(1, 1)), half)
+    assert "layer's input=(6, 2, 4) must be of shape (6, 3) and features" in caplog.text
 
 
 def test_who_is_hurt_is_seen(evaluated):
@@ -295,6 +337,11 @@ class Flat(nn.Module):
     [
         (partial(KNNPerClient, layer="head"), Net, "layer='head' must be one of"),
         (partial(KNNPerClient, label="z"), Net, "label='z' must be one of"),
+        (
+            partial(KNNPerClient, label=lambda batch: batch["y"][:1]),
+            Net,
+            "one for each answer of the model",
+        ),
         (KNNPerClient, Flat, "the model has no torch.nn.Linear"),
     ],
 )

@@ -1,5 +1,7 @@
 """The client: one app for all methods; the server says which it needs."""
 
+from functools import partial
+
 from flower_ext import Task, client_app
 from flower_ext.strategies import (
     DittoClient,
@@ -15,7 +17,7 @@ from flower_ext.strategies import (
     MRMTLClient,
 )
 from personalization.dataset import client_data
-from personalization.model import accuracy, loss, make_model
+from personalization.model import accuracy, loss, make_model, targets
 
 task = Task(model=make_model, data=client_data, loss=loss, metrics=accuracy)
 app = client_app(
@@ -28,7 +30,7 @@ app = client_app(
     FedRepClient,
     FineTunedClient,
     HypClusterClient,
-    KNNPerClient,
+    partial(KNNPerClient, label=targets),
     LocalOnlyClient,
     MRMTLClient,
 )

@@ -1,6 +1,7 @@
 """Small models: of characters a GRU, of images a perceptron. Both end in ``out``."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import cast
 
 from flwr.app import UserConfig
@@ -45,14 +46,18 @@ def make_model(run_config: UserConfig) -> nn.Module:
     return nn.Sequential(layers)
 
 
+def targets(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the kinds of clothes, or the characters that come next."""
+    return batch["y"] if "x" in batch else batch["text"][:, 1:].long()
+
+
 def logits_and_targets(
     model: nn.Module, batch: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return logits ``(batch, classes, time)`` and targets; images have one time."""
     if "x" in batch:
-        return model(batch["x"]).unsqueeze(2), batch["y"].unsqueeze(1)
-    text = batch["text"].long()
-    return model(text[:, :-1]).transpose(1, 2), text[:, 1:]
+        return model(batch["x"]).unsqueeze(2), targets(batch).unsqueeze(1)
+    return model(batch["text"][:, :-1].long()).transpose(1, 2), targets(batch)
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

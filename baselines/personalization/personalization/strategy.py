@@ -31,10 +31,7 @@ METHODS: Mapping[
     "local": (LocalOnly, lambda config: {}),
     "fine-tuned": (
         FineTuned,
-        lambda config: {
-            "tuning_epochs": int(config["tuning-epochs"]),
-            "tuning_learning_rate": float(config["tuning-learning-rate"]) or None,
-        },
+        lambda config: {"tuning_epochs": int(config["tuning-epochs"])},
     ),
     "ditto": (Ditto, lambda config: {"strength": float(config["ditto-strength"])}),
     "mrmtl": (MRMTL, lambda config: {"strength": float(config["mrmtl-strength"])}),
@@ -60,10 +57,13 @@ METHODS: Mapping[
 }
 
 
-def seldom(kind: type[PersonalStrategy], every: int) -> type[PersonalStrategy]:
+def seldom(
+    kind: type[PersonalStrategy], every: int, learning_rate: float
+) -> type[PersonalStrategy]:
     """Return the strategy, evaluated after every so many rounds only.
 
-    An evaluation asks all clients, some of which train for it.
+    An evaluation asks all clients. Some methods train for it, with the learning rate,
+    or that of all training if it is 0.
     """
 
     def configure_evaluate(
@@ -75,6 +75,8 @@ def seldom(kind: type[PersonalStrategy], every: int) -> type[PersonalStrategy]:
     ) -> Iterable[Message]:
         if server_round % every:
             return []
+        if learning_rate:
+            config["learning-rate"] = learning_rate
         return kind.configure_evaluate(self, server_round, arrays, config, grid)
 
     return type(kind.__name__, (kind,), {"configure_evaluate": configure_evaluate})
@@ -88,7 +90,8 @@ def make_strategy(name: str, config: UserConfig) -> PersonalStrategy:
     sampler = HeldOutSampler(
         int(config["seed"]), num_training_clients=int(config["num-training-clients"])
     )
-    make = seldom(kind, int(config["evaluate-every"]))
+    every, rate = int(config["evaluate-every"]), float(config["tuning-learning-rate"])
+    make = seldom(kind, every, rate)
     return make(
         sampler=sampler,
         fraction_train=float(config["fraction-train"]),
