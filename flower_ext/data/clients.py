@@ -93,6 +93,11 @@ def speakers(split: str) -> RowPartitioner:
     return partitioner(load("shakespeare")[split], "natural")
 
 
+@lru_cache(maxsize=2)
+def _speeches(split: str) -> list[str]:
+    return list(load("shakespeare")[split]["text"])
+
+
 @lru_cache(maxsize=1024)
 def speaker_windows(split: str, client: int, window: int) -> Tensor:
     """Return a speaker's speeches as windows of characters.
@@ -106,5 +111,6 @@ def speaker_windows(split: str, client: int, window: int) -> Tensor:
     window : int
         See :func:`~flower_ext.data.tensors.character_windows`.
     """
-    speeches = speakers(split).load_partition(client)["text"]
-    return character_windows("\n".join(speeches), window)
+    speeches = _speeches(split)
+    text = "\n".join(speeches[row] for row in speakers(split).rows(client))
+    return character_windows(text, window)
