@@ -1,7 +1,5 @@
-import contextlib
 import json
 import os
-import re
 import signal
 import stat
 import subprocess
@@ -15,8 +13,8 @@ import psutil
 import pytest
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
+from left_behind import home_of, left_of, lives
 
-import flower_ext
 from flower_ext.runs import launch, processes
 from flower_ext.runs.launch import RunFailed, parse_run_config, run_app
 from flower_ext.runs.report import write_summary
@@ -44,46 +42,6 @@ clientapp = "tiny.app:client"
 num-server-rounds = 2
 message = ""
 table.key = 1.5
-"""
-
-APP = """
-import importlib.util
-import os
-import time
-
-import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
-from flwr.serverapp.strategy import FedAvg
-
-client = ClientApp()
-server = ServerApp()
-
-
-@client.train()
-def train(message, context):
-    print("client imports", importlib.util.find_spec("flower_ext").origin)
-    config = message.content["config"]
-    if context.run_config["message"] == "stay" and config["server-round"] == 2:
-        time.sleep(600)
-    arrays = [a + 1 for a in message.content["arrays"].to_numpy_ndarrays()]
-    records = {"arrays": ArrayRecord(arrays), "m": MetricRecord({"num-examples": 1})}
-    return Message(RecordDict(records), reply_to=message)
-
-
-@server.main()
-def main(grid, context):
-    print("home", os.environ["FLWR_HOME"])
-    print("server imports", importlib.util.find_spec("flower_ext").origin)
-    result = FedAvg(fraction_evaluate=0.0).start(
-        grid=grid,
-        initial_arrays=ArrayRecord([np.zeros(3)]),
-        num_rounds=context.run_config["num-server-rounds"],
-    )
-    print("result", result.arrays.to_numpy_ndarrays()[0].tolist())
-    if text := context.run_config["message"]:
-        raise ValueError(text)
 """
 
 FAKE_SUPERLINK = """
@@ -119,7 +77,7 @@ def app(tmp_path: Path) -> Path:
     (folder / "tiny").mkdir(parents=True)
     (folder / "pyproject.toml").write_text(PYPROJECT)
     (folder / "tiny" / "__init__.py").touch()
-    (folder / "tiny" / "app.py").write_text(APP)
+    (folder / "tiny" / "app.py").touch()
     return folder
 
 
@@ -138,37 +96,6 @@ def fake_flower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lambda name: str(scripts) if name == "scripts" else get_path(name),
     )
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.1)
-
-
-def home_of(log: str) -> str:
-    found = re.search(r"home (\S+)", log)
-    assert found
-    return found[1]
-
-
-def left_of(home: str) -> list[str]:
-    """List what a run left: processes with its home in environment or command."""
-    left = [home] if Path(home).exists() else []
-    for process in filter(lives, psutil.process_iter()):
-        with contextlib.suppress(psutil.Error):
-            if home in [process.environ().get("FLWR_HOME"), *process.cmdline()]:
-                left.append(" ".join(process.cmdline()))
-    return left
-
-
-def lives(process: psutil.Process) -> bool:
-    """Whether a process runs: one that init has not yet taken note of is gone."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def name_of(process: psutil.Process) -> str:
-    try:
-        return process.name()
-    except psutil.Error:  # it has ended meanwhile
-        return ""
 
 
 def test_completed_run_returns_its_log_and_leaves_nothing(app, fake_flower, tmp_path):
@@ -435,47 +362,6 @@ def test_a_process_that_nobody_has_waited_for_is_gone():
         assert not lives(process)
     assert not lives(process)
     assert lives(psutil.Process())
-
-
-@pytest.mark.slow
-def test_two_real_runs_at_once_of_which_one_fails_and_one_is_stopped(app):
-    """That a real run may also complete is tested with the transports' app."""
-    command = [sys.executable, "-m", "flower_ext.runs.launch", str(app)]
-    command += ["--num-supernodes", "2", "--run-config", "message='stay'"]
-    output: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        with pytest.raises(RunFailed) as caught:
-            run_app(
-                app,
-                run_config={"message": "not today"},
-                num_supernodes=2,
-                on_line=lambda line: None,
-            )
-        # The other one goes on, and is stopped within a round.
-        assert process.stdout
-        for line in process.stdout:
-            output.append(line)
-            if "[ROUND 2/" in line:
-                break
-        started = psutil.Process(process.pid).children(recursive=True)
-        names = json.dumps([name_of(process) for process in started])
-        process.terminate()
-        process.stdout.read()
-        assert process.wait(DEADLINE) == 143, output
-    assert "flower-superlin" in names
-    assert "raylet" in names
-    assert list(filter(lives, started)) == []
-    assert left_of(home_of("".join(output))) == []
-
-    assert "finished:failed" in str(caught.value)
-    assert "ValueError: not today" in str(caught.value)
-    log = Path(str(caught.value).rsplit("full log: ")[1])
-    text = log.read_text()
-    assert "result [2.0, 2.0, 2.0]" in text
-    assert f"server imports {flower_ext.__file__}" in text
-    assert f"client imports {flower_ext.__file__}" in text
-    assert left_of(home_of(text)) == []
-    log.unlink()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
-"""Both transports of the packed grid inside Flower's own simulation engine."""
+"""Runs on Flower's own simulation engine: both transports, and how a run may end."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,11 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from left_behind import home_of, left_of, lives, name_of
 
-from flower_ext.runs.launch import run_app
+import flower_ext
+from flower_ext.runs.launch import RunFailed, run_app
 
 APP = Path(__file__).parent / "flower_app"
+DEADLINE = 120.0
 pytestmark = pytest.mark.slow
 
 
@@ -33,17 +38,62 @@ def run_until_killed(saved, config):
     assert process.returncode != 0
 
 
-def test_both_transports_under_flwr_run_give_what_plain_clients_give(
+def test_two_runs_at_once_of_which_one_is_resumed_and_fails_and_one_is_stopped(
     plain_clients, tmp_path
 ):
-    """With states, over messages, of a run whose server was killed within a round."""
-    file, saved = tmp_path / "results.json", tmp_path / "saved"
+    """That a run may also complete is tested with the baselines, in test_engine.py.
+
+    Both transports give what plain clients give: with states, over messages, of a run
+    whose server was killed within a round.
+    """
+    command = [sys.executable, "-m", "flower_ext.runs.launch", str(APP)]
+    config = f"transports='messages' stay=true results='{tmp_path / 'stopped'}'"
+    command += ["--num-supernodes", "2", "--run-config", config]
+    output = []
+    with contextlib.ExitStack() as stack:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        stack.enter_context(process)
+        stack.callback(process.terminate)  # whatever happens
+        text = resume_and_fail(plain_clients, tmp_path)
+        # The other one goes on, and is stopped within a round.
+        assert process.stdout
+        for line in process.stdout:
+            output.append(line)
+            if "[ROUND 2/" in line:
+                break
+        started = psutil.Process(process.pid).children(recursive=True)
+        names = json.dumps([name_of(process) for process in started])
+        process.terminate()
+        output += process.stdout
+        assert process.wait(DEADLINE) == 143, output
+    assert "flower-superlin" in names
+    assert "raylet" in names
+    assert list(filter(lives, started)) == []
+    assert left_of(home_of("".join(output))) == []
+    assert f"client imports {flower_ext.__file__}" in "".join(output)
+    assert f"server imports {flower_ext.__file__}" in text
+    assert left_of(home_of(text)) == []
+
+
+def resume_and_fail(plain_clients, folder):
+    """Run until killed, then to the end, which is an error; return the last log."""
+    file, saved = folder / "results.json", folder / "saved"
     config = {"results": str(file), "checkpoint": str(saved)}
     run_until_killed(saved, {**config, "transports": "messages"})
     assert [path.name for path in (saved / "messages").glob("round-*")] == [
         "round-00001"
     ]
-    run_app(APP, run_config=config, num_supernodes=2, timeout=300)
+    config["message"] = "not today"
+    with pytest.raises(RunFailed) as caught:
+        run_app(
+            APP,
+            run_config=config,
+            num_supernodes=2,
+            timeout=300,
+            on_line=lambda line: None,
+        )
+    assert "finished:failed" in str(caught.value)
+    assert "ValueError: not today" in str(caught.value)
     assert (saved / "messages" / "round-00003").is_dir()
     results = json.loads(file.read_text("utf-8"))
     assert set(results) == {"ray", "messages"}
@@ -53,3 +103,7 @@ def test_both_transports_under_flwr_run_give_what_plain_clients_give(
         workers[transport] = {pid for pids in found["pids"] for pid in pids}
     # Ray's are the grid's own, the others are Flower's.
     assert not workers["ray"] & workers["messages"]
+    log = Path(str(caught.value).rsplit("full log: ")[1])
+    text = log.read_text()
+    log.unlink()
+    return text

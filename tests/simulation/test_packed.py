@@ -203,6 +203,18 @@ def test_a_client_that_takes_too_long_is_stopped(transport, virtual, ask, ray_if
     assert "client_timeout=1 s" in replies[1].error.reason
 
 
+@pytest.mark.parametrize(
+    ("app", "message"),
+    [
+        ("virtual:no_such_app", "has no attribute 'no_such_app'"),
+        ("virtual:np", "is no ClientApp"),
+    ],
+)
+def test_what_is_no_app_is_refused(importable, app, message):
+    with pytest.raises((AttributeError, TypeError), match=message):
+        packed_grid("direct", app)
+
+
 # Results are those of the unpacked run ----------------------------------------------
 
 

@@ -40,18 +40,10 @@ def values(replies, key):
     return [reply.content["metrics"][key] for reply in replies]
 
 
-@pytest.mark.parametrize(
-    ("app", "message"),
-    [
-        ("no_such_module:app", "No module named 'no_such_module'"),
-        ("virtual:no_such_app", "has no attribute 'no_such_app'"),
-        ("virtual:np", "is no ClientApp"),
-    ],
-)
-def test_an_app_that_cannot_be_loaded_ends_the_run(make, ask, app, message):
+def test_an_app_that_cannot_be_loaded_ends_the_run(make, ask):
     with pytest.raises(RuntimeError, match="a worker cannot run clients") as caught:
-        ask(make(client_app=app, num_workers=1), [0])
-    assert message in str(caught.value)
+        ask(make(client_app="no_such_module:app", num_workers=1), [0])
+    assert "No module named 'no_such_module'" in str(caught.value)
 
 
 def test_half_a_gigabyte_of_states_is_in_nobodys_memory(make, ask):

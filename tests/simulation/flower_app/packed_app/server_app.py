@@ -9,6 +9,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+import flower_ext
 from flower_ext import AdditiveStrategy
 from flower_ext.simulation import PackedGrid
 
@@ -25,7 +26,9 @@ def collect(replies: list[RecordDict], weighted_by_key: str) -> MetricRecord:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the strategy on a grid of each transport."""
+    """Run the strategy on a grid of each transport; fail in the end, if told to."""
+    print("home", os.environ["FLWR_HOME"])
+    print("server imports", flower_ext.__file__)
     results = {}
     checkpoint = str(context.run_config["checkpoint"])
     victim = Path(checkpoint) / "victim"
@@ -62,3 +65,5 @@ def main(grid: Grid, context: Context) -> None:
         }
         clients.close()
     Path(str(context.run_config["results"])).write_text(json.dumps(results), "utf-8")
+    if text := context.run_config["message"]:
+        raise ValueError(text)
