@@ -15,6 +15,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from flower_ext._flower import CLIENT_RAISED
 from flower_ext.client.app import client_app
+from flower_ext.client.half import ClientHalf
 from flower_ext.client.seeds import seed_torch
 from flower_ext.client.task import Batch, Task
 from flower_ext.core.arrays import Arrays, from_record, layout, to_record
@@ -126,9 +128,11 @@ def check_strategy(
     """
     report = Report()
     broken: dict[str, str] = {}
+    strategy = factory()
     if robust is None:
-        robust = isinstance(factory(), RoundStrategy)
-    clients = _Clients(app)
+        robust = isinstance(strategy, RoundStrategy)
+    half = getattr(strategy, "client_half", None)
+    clients = _clients_with(half) if app is None else Remembering(app)
     expected: dict[int, Arrays] = {}
     rules: list[tuple[Callable[[_Bench], None], bool]]
     rules = [(rule, True) for rule in _CONTRACT]
@@ -171,6 +175,12 @@ def _make_model(config: UserConfig) -> nn.Module:
         return _Model(bool(config["counter"]))
 
 
+@cache
+def _initial(counter: bool) -> Arrays:
+    model = _make_model({"counter": counter})
+    return {name: x.numpy() for name, x in model.state_dict().items()}
+
+
 def _data(context: Context) -> tuple[Batch, Batch]:
     client = int(context.node_config["partition-id"])
     generator = torch.Generator().manual_seed(client)
@@ -203,14 +213,13 @@ class Remembering(ClientApp):
         Makes the answers.
     """
 
-    def __init__(self, app: ClientApp | None) -> None:
+    def __init__(self, app: ClientApp) -> None:
         super().__init__()
         self._app = app
         self._known: dict[bytes, bytes] = {}
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message."""
-        assert self._app is not None
         asked = message.metadata.message_type, message.content
         config = context.node_config, context.run_config
         key = pickle.dumps((asked, config, context.state))
@@ -223,14 +232,10 @@ class Remembering(ClientApp):
         return Message(content, reply_to=message)
 
 
-class _Clients(Remembering):
-    """The clients of whatever strategy is looked at, unless there are others."""
-
-    def serve(self, strategy: Strategy) -> None:
-        """Become the clients of a strategy."""
-        if self._app is None:
-            half = getattr(strategy, "client_half", None)
-            self._app = client_app(_TASK, *([half] if half else []))
+@cache
+def _clients_with(half: type[ClientHalf] | None) -> Remembering:
+    """Make the clients of all strategies that have this half, in all checks."""
+    return Remembering(client_app(_TASK, *([half] if half else [])))
 
 
 class _Bench:
@@ -239,7 +244,7 @@ class _Bench:
     def __init__(
         self,
         factory: Callable[[], Strategy],
-        clients: _Clients,
+        clients: Remembering,
         initial: Callable[[Arrays], Arrays] | None,
         expected: dict[int, Arrays] | None = None,
         *,
@@ -251,9 +256,8 @@ class _Bench:
         self.clients = clients
         self.strategy = factory()
         config: UserConfig = {"batch-size": 5, "lr": 0.5, "counter": counter}
-        clients.serve(self.strategy)
         self.grid = LocalGrid(clients, CLIENTS, config)
-        model = {n: x.numpy() for n, x in _make_model(config).state_dict().items()}
+        model = {name: x.copy() for name, x in _initial(counter).items()}
         self.sent = to_record(initial(model) if initial else model)
 
     def anew(self, *, counter: bool = False) -> "_Bench":
