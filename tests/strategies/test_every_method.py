@@ -885,7 +885,7 @@ def test_no_reply_ends_a_run_or_spoils_the_model(row, asked_before, initial):
         return Message(evaluated[client], reply_to=message)
 
     @seed(zlib.crc32(name.encode()))
-    @settings(max_examples=10, deadline=None, database=None)
+    @settings(max_examples=12, deadline=None, database=None)
     @given(data=st.data())
     def stays_whole(data):
         run_tampered_with(row, honest, initial, data.draw)
