@@ -16,6 +16,14 @@ from flower_ext.core.arrays import to_record
 from flower_ext.simulation.local import LocalGrid
 
 
+def pytest_collection_modifyitems(items):
+    """Put slow tests first, which mostly wait: of two workers, one computes meanwhile.
+
+    One worker has them all, and with them the only Ray; no long one is left to the end.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def reply():
     """Make the content of a reply: arrays, a weight and metrics."""
