@@ -104,12 +104,7 @@ def paired() -> Mod:
             # What the loop draws at random for the shared model is not to depend on it.
             with same_generators(), drawn(begun, client.received, strength) as pull:
                 own = client.answer(begun)
-            if strength and not pull.steps and client.model_of(own)[1] != begun:
-                raise ValueError(
-                    "the app trains without a step of a torch optimizer, to which the "
-                    "proximal term could be added: write Ditto's two models out in its "
-                    "loop"
-                )
+            pull.require_steps(begun, client.model_of(own)[1])
             client.keep(own)
         return reply
 

@@ -14,7 +14,7 @@ The sums :math:`U = \sum_j I_j` and :math:`V = \sum_j I_j w_j` are all that has 
 travel to clients.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from logging import WARNING
 from typing import Unpack, cast, get_args
@@ -24,7 +24,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from torch import nn
 
 from flower_ext._flower import log
-from flower_ext.client.fisher import SquaredGradients
+from flower_ext.client.fisher import SquaredGradients, spellings
 from flower_ext.client.fisher_half import (
     ESTIMATOR_KEY,
     FISHER_KEY,
@@ -40,20 +40,22 @@ from flower_ext.core.arrays import Arrays, all_finite, is_averaged, multiply, ze
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import at_least, one_of, refuse
 from flower_ext.core.protocol import (
-    CONFIG_KEY,
     Config,
     Metrics,
     Payload,
     Reply,
     Round,
+    model_in,
+    told,
 )
+from flower_ext.core.states import new_id
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
 
 STRENGTH_KEY = "fedcurv-strength"
-# The round of which the sums are.
-SUMMED_KEY = "fedcurv-round"
+# Which round's the sums are, and which this one is: a number of its own in any run.
+SUMMED_KEY, NUMBER_KEY = "fedcurv-summed", "fedcurv-number"
 SUM, SUM_OF_MODELS = "fedcurv-fisher", "fedcurv-fisher-model"
 FISHER_DELTA = "fisher-delta"
 # What a client keeps: its Fisher, the model it is of, and the round.
@@ -93,7 +95,11 @@ class Curvature:
 
     @classmethod
     def of_others(
-        cls, received: Mapping[str, Tensors], personal: Personal, config: ConfigRecord
+        cls,
+        received: Mapping[str, Tensors],
+        personal: Personal,
+        config: ConfigRecord,
+        trained: Collection[str],
     ) -> "Curvature | None":
         """Return what the server sends, less the client's own terms if they are in it.
 
@@ -105,10 +111,15 @@ class Curvature:
             Where the client has kept its terms, see :func:`keep`.
         config : ConfigRecord
             What the server tells.
+        trained : collection of str
+            Names of what the client trains. Noisy sums are of more.
         """
-        fisher, weighted = received.get(SUM), received.get(SUM_OF_MODELS)
-        if not fisher or weighted is None:
+        if SUM not in received:
             return None
+        fisher, weighted = (
+            {name: x for name, x in received[key].items() if name in trained}
+            for key in (SUM, SUM_OF_MODELS)
+        )
         if personal.number(OWN_ROUND, 0) == config.get(SUMMED_KEY):
             own = personal.arrays(OWN_FISHER, like=fisher)
             model = personal.arrays(OWN_MODEL, like=fisher)
@@ -127,7 +138,7 @@ class Curvature:
 
 
 def keep(
-    personal: Personal, fisher: Tensors, model: Tensors, server_round: int
+    personal: Personal, fisher: Tensors, model: Tensors, config: ConfigRecord
 ) -> None:
     """Keep a client's terms, which it does not pull itself to in the next round.
 
@@ -146,7 +157,7 @@ def keep(
             "fisher-largest: a smaller strength or learning-rate",
         )
     personal.save(**{OWN_FISHER: fisher, OWN_MODEL: model})
-    personal.save(**{OWN_ROUND: float(server_round)})
+    personal.save(**{OWN_ROUND: float(cast(float, config[NUMBER_KEY]))})
 
 
 class Held:
@@ -177,20 +188,22 @@ class Held:
         content = message.content
         forget_other_runs(content, context.state)
         self._model, self._personal = model, Personal(context.state)
-        self._config = content.config_records[CONFIG_KEY]
+        self._config = told(content)
         received = {key: read_tensors(x) for key, x in content.array_records.items()}
         # The Fisher is of the client's own loss: it looks before the pull is added.
         self._fisher = SquaredGradients(model, batches_per_epoch).watch()
-        others = Curvature.of_others(received, self._personal, self._config)
-        if others:
-            before_steps(model, others.pull)
+        names = {ways[-1] for ways in spellings(model)}
+        others = Curvature.of_others(received, self._personal, self._config, names)
+        pull = others.pull if others else lambda _: None
+        sent = model_in(content, (SUM, SUM_OF_MODELS))
+        before_steps(model, lambda own, _: pull(own), sent)
 
     def record(self) -> ArrayRecord:
         """Keep the client's terms, and return the Fisher, which is sent."""
         record = self._fisher.record()
-        server_round = int(cast(int, self._config["server-round"]))
-        fisher, model = read_tensors(record), self._model.state_dict()
-        keep(self._personal, fisher, model, server_round)
+        own = dict(self._model.named_parameters())
+        model = {ways[-1]: own[ways[0]].detach() for ways in spellings(self._model)}
+        keep(self._personal, read_tensors(record), model, self._config)
         return record
 
 
@@ -202,7 +215,9 @@ class FedCurvClient(FisherHalf):
     def begin(self, local: Local) -> None:
         """Read what others need."""
         super().begin(local)
-        self._others = Curvature.of_others(local.received, local.personal, local.config)
+        self._others = Curvature.of_others(
+            local.received, local.personal, local.config, trainable(local.model)
+        )
 
     def after_backward(self, model: nn.Module) -> None:
         """Pull, once the squared gradients of the client's own loss are taken."""
@@ -213,7 +228,7 @@ class FedCurvClient(FisherHalf):
     def records(self, local: Local) -> tuple[Mapping[str, Tensors], Metrics]:
         """Keep and send the Fisher."""
         fisher = self.fisher(local)
-        keep(local.personal, fisher, local.end, local.server_round)
+        keep(local.personal, fisher, local.end, local.config)
         return {FISHER_KEY: fisher}, {}
 
 
@@ -285,14 +300,17 @@ class FedCurv(AdditiveStrategy):
         self.strength = at_least("strength", strength, 0, "0 is FedAvg")
         self.estimator = one_of("estimator", estimator, get_args(Estimator))
         self._sums: dict[str, Arrays] = {}
-        self._summed = 0
+        self._number = self._summed = 0.0
 
     def tell(self, round: Round) -> Config:
         """Tell clients which Fisher to send, how strong the pull is, and of whom."""
+        if round.phase == "train":
+            self._number = new_id()
         return {
             ESTIMATOR_KEY: self.estimator,
             STRENGTH_KEY: self.strength,
             SUMMED_KEY: self._summed,
+            NUMBER_KEY: self._number,
         }
 
     def payload(self, variant: Hashable, round: Round) -> Payload:
@@ -335,22 +353,20 @@ class FedCurv(AdditiveStrategy):
                 sums[SUM][name] = np.where(fisher > least, fisher, 0).astype(dtype)
                 sums[SUM_OF_MODELS][name] = weighted.astype(dtype)
         if all(all_finite(arrays.values()) for arrays in sums.values()):
-            self._sums, self._summed = sums, round.number
+            self._sums, self._summed = sums, self._number
         else:
             problem = "round %s: sums of Fishers are not finite: the old ones stay"
             log(WARNING, problem, round.number)
 
     def state_dict(self) -> dict[str, object]:
         """Add the sums."""
-        own = {"sums": self._sums, "round": self._summed}
-        return {**super().state_dict(), "fedcurv": own}
+        return {**super().state_dict(), "sums": self._sums, "summed": self._summed}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take over the sums."""
         super().load_state_dict(state)
-        own = cast(dict[str, object], state["fedcurv"])
-        self._sums = dict(cast(dict[str, Arrays], own["sums"]))
-        self._summed = cast(int, own["round"])
+        self._sums = dict(cast(dict[str, Arrays], state["sums"]))
+        self._summed = cast(float, state["summed"])
 
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""

@@ -29,12 +29,13 @@ from flower_ext._flower import log
 from flower_ext.client.encoding import Mod
 from flower_ext.client.half import ClientHalf, Local, Proximal, trainable
 from flower_ext.client.mods import Answer, add_metrics, asked, drawn
-from flower_ext.client.personal import Personal
+from flower_ext.client.personal import Personal, forget_other_states
 from flower_ext.client.tensors import Tensors
 from flower_ext.core.arrays import Arrays, finite_or_unchanged, is_parameter
 from flower_ext.core.contribution import Contribution, Total
 from flower_ext.core.errors import positive
-from flower_ext.core.protocol import Config, Metrics, Reply, Round
+from flower_ext.core.protocol import STATE_KEY, Config, Metrics, Reply, Round
+from flower_ext.core.states import new_id
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
@@ -50,7 +51,11 @@ def keep_move(personal: Personal, start: Tensors, end: Tensors) -> None:
     A sum that would not be finite stays as it was.
     """
     moves = personal.arrays(MOVES, like=start)
-    new = {name: moves[name].to(x) + end[name].to(x) - x for name, x in start.items()}
+    # In half precision a sum of many moves would lose the small ones.
+    wide = {
+        n: x.to(torch.promote_types(x.dtype, torch.float32)) for n, x in start.items()
+    }
+    new = {n: moves[n].to(x) + end[n].to(x) - x for n, x in wide.items()}
     if all(bool(torch.isfinite(x).all()) for x in new.values()):
         personal.save(**{MOVES: new})
     else:
@@ -72,8 +77,9 @@ class FedDynClient(ClientHalf):
         """Put the centre of the proximal term where this client's is."""
         names = trainable(local.model).keys() & local.start.keys()
         self._start = {n: x for n, x in local.start.items() if n in names}
+        forget_other_states(local.personal, local.config, MOVES)
         moves = local.personal.arrays(MOVES, like=self._start)
-        centre = {name: x - moves[name].to(x) for name, x in self._start.items()}
+        centre = {name: x - moves[name] for name, x in self._start.items()}
         self._term = Proximal(centre, local.number(ALPHA_KEY, 0.0))
         self._term.require_stable(local)
 
@@ -104,13 +110,16 @@ def dynamic() -> Mod:
         client, config = found
         personal, begun = Personal(context.state), client.received.to_torch_state_dict()
         start = {n: x for n, x in begun.items() if is_parameter(n, x.numpy())}
+        forget_other_states(personal, config, MOVES)
         moves = personal.arrays(MOVES, like=start)
         centre = ArrayRecord(begun | {n: x - moves[n] for n, x in start.items()})
         strength = float(cast(float, config[ALPHA_KEY]))
-        with drawn(begun=client.received, towards=centre, strength=strength):
+        with drawn(client.received, towards=centre, strength=strength) as pull:
             reply = client.answer()
         if reply.has_content():
-            keep_move(personal, start, client.model_of(reply)[1].to_torch_state_dict())
+            trained = client.model_of(reply)[1]
+            pull.require_steps(client.received, trained)
+            keep_move(personal, start, trained.to_torch_state_dict())
             add_metrics(reply, {ALPHA_KEY: strength})
         return reply
 
@@ -156,9 +165,11 @@ class FedDyn(AdditiveStrategy):
     and not the solution. Only trained parameters have an :math:`h`; BatchNorm's
     statistics are averaged.
 
-    :math:`h` is the mean of the clients' :math:`h_k` only while every reply arrives: a
-    client whose reply was lost or dropped has moved on. A sum of moves that is not
-    finite, at a client or at the server, is dropped for the one before, with a warning.
+    :math:`h` is the mean of the clients' :math:`h_k` only while every reply arrives and
+    all clients stay: a client whose reply was lost or dropped has moved on, and what
+    one that leaves, or that lost its state, has moved stays part of :math:`h`. A sum of
+    moves that is not finite, at a client or at the server, is dropped for the one
+    before, with a warning.
 
     **Privacy.** What is sent is as with FedAvg, and a mechanism protects it in the same
     way: :math:`h` is made of the noisy means. It adds up the noise of all rounds,
@@ -186,10 +197,11 @@ class FedDyn(AdditiveStrategy):
         cause = "0 would leave h undefined; FedAvg is AdditiveStrategy"
         self.alpha = positive("alpha", alpha, cause)
         self._moves: Arrays = {}
+        self._id = new_id()
 
     def tell(self, round: Round) -> Config:
-        """Tell clients the strength."""
-        return {ALPHA_KEY: self.alpha}
+        """Tell clients the strength, and whose moves they are to keep."""
+        return {ALPHA_KEY: self.alpha, STATE_KEY: self._id}
 
     def contribution(self, reply: Reply, round: Round) -> Contribution:
         """Return the move of a client that had the regularizer, and says so."""
@@ -220,12 +232,13 @@ class FedDyn(AdditiveStrategy):
 
     def state_dict(self) -> dict[str, object]:
         """Add the sum of all moves."""
-        return {**super().state_dict(), "moves": self._moves}
+        return {**super().state_dict(), "moves": self._moves, "id": self._id}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take over the sum of all moves."""
         super().load_state_dict(state)
         self._moves = dict(cast(Arrays, state["moves"]))
+        self._id = cast(float, state["id"])
 
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""

@@ -21,6 +21,7 @@ from flower_ext.core.arrays import Arrays, scale
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import fraction, positive, refuse, whole
 from flower_ext.core.protocol import Metrics, Reply, Round
+from flower_ext.core.replies import MalformedReply
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
@@ -73,23 +74,29 @@ class FedNovaClient(ClientHalf):
     def optimizer(self, local: Local) -> torch.optim.Optimizer:
         """Return the optimizer, if it is one whose work is known."""
         found = super().optimizer(local)
-        momenta = {float(group.get("momentum", 0)) for group in found.param_groups}
-        plain = type(found) is torch.optim.SGD and not any(
-            group["nesterov"] or group["dampening"] for group in found.param_groups
-        )
-        if not plain or len(momenta) > 1:
-            refuse(
-                "Task.optimizer",
-                found,
-                "torch.optim.SGD with one momentum, not Nesterov's, and no dampening",
-                "FedNova divides by what the steps add up, which it knows of these",
-            )
-        [self._momentum] = momenta
+        self._momentum = _momentum_of(found)
         return found
 
     def records(self, local: Local) -> tuple[Mapping[str, Tensors], Metrics]:
         """Return the work."""
         return {}, {WORK: local_work(local.num_steps, self._momentum)}
+
+
+def _momentum_of(optimizer: torch.optim.Optimizer) -> float:
+    """Return the momentum of an optimizer, if it is one whose work is known."""
+    groups = optimizer.param_groups
+    momenta = {float(group.get("momentum", 0)) for group in groups}
+    plain = type(optimizer) is torch.optim.SGD and not any(
+        group["nesterov"] or group["dampening"] for group in groups
+    )
+    if not plain or len(momenta) > 1:
+        refuse(
+            "optimizer",
+            type(optimizer),
+            "torch.optim.SGD with one momentum, not Nesterov's, and no dampening",
+            "FedNova divides by what the steps add up, which it knows of these",
+        )
+    return momenta.pop()
 
 
 class Work:
@@ -102,15 +109,28 @@ class Work:
     ----------
     model : torch.nn.Module
         What the loop trains.
+
+    Raises
+    ------
+    ValueError
+        When the loop takes a step of another optimizer than SGD.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._steps: Counter[str] = Counter()
-        before_steps(model, lambda parameters: self._steps.update(list(parameters)))
+        self._momentum = 0.0
+        before_steps(model, self._count)
 
-    def done(self, momentum: float = 0.0) -> float:
-        """Return the work so far, of SGD with this momentum."""
-        return local_work(max(self._steps.values(), default=0), momentum)
+    def _count(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._momentum = _momentum_of(optimizer)
+        self._steps.update(list(parameters))
+
+    def done(self, momentum: float | None = None) -> float:
+        """Return the work so far, by default of the momentum of the last step."""
+        beta = self._momentum if momentum is None else momentum
+        return local_work(max(self._steps.values(), default=0), beta)
 
 
 class FedNova(AdditiveStrategy):
@@ -187,13 +207,18 @@ class FedNova(AdditiveStrategy):
 
     def contribution(self, reply: Reply, round: Round) -> Contribution:
         """Return the move per unit of work, and the work; nothing without a step."""
-        work = reply.number(WORK)
+        work, delta = reply.number(WORK), reply.delta(round)
         if work < 1:
+            if round.upload is None and any(x.numpy().any() for x in delta.values()):
+                raise MalformedReply(
+                    f"metric {WORK!r}={work} of a model that was trained: "
+                    "Work(model) comes before the training, by a torch optimizer"
+                )
             return Contribution({DELTA: {}})
         factor = (self.effective_work or 1.0) / work
         change = {
             name: scale(x, factor) if name in round.parameters else x
-            for name, x in reply.delta(round).items()
+            for name, x in delta.items()
         }
         if self.effective_work is not None:
             return Contribution({DELTA: change})

@@ -10,7 +10,7 @@ averages as FedAvg does.
 """
 
 from collections.abc import Mapping
-from typing import Unpack, cast
+from typing import Unpack
 
 from flwr.app import Context, Message
 from torch import Tensor, nn
@@ -22,12 +22,11 @@ from flower_ext.client.tensors import Tensors
 from flower_ext.core.contribution import Contribution
 from flower_ext.core.errors import at_least
 from flower_ext.core.protocol import (
-    ARRAYS_KEY,
-    CONFIG_KEY,
     Config,
     Metrics,
     Reply,
     Round,
+    model_in,
 )
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
@@ -72,15 +71,16 @@ def proximal() -> Mod:
     """
 
     def mod(message: Message, context: Context, call_next: Answer) -> Message:
-        config = message.content.config_records.get(CONFIG_KEY)
+        content = message.content
+        told = [x[MU_KEY] for x in content.config_records.values() if MU_KEY in x]
         trains = message.metadata.message_type.partition(".")[0] == "train"
-        if config is None or MU_KEY not in config or not trains:
+        if not told or not trains:
             return call_next(message, context)
-        received = message.content.array_records[ARRAYS_KEY]
-        strength = float(cast(float, config[MU_KEY]))
-        with drawn(begun=received, towards=received, strength=strength):
+        received, strength = model_in(content), at_least(MU_KEY, told[0], 0)
+        with drawn(begun=received, towards=received, strength=strength) as pull:
             reply = call_next(message, context)
         if reply.has_content():
+            pull.require_steps(received, model_in(reply.content))
             add_metrics(reply, {MU_KEY: strength})
         return reply
 

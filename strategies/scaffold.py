@@ -12,8 +12,9 @@ Suresh 2020, "SCAFFOLD: stochastic controlled averaging for federated learning",
 arXiv 1910.06378).
 """
 
+import weakref
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from logging import WARNING
 from typing import Literal, Unpack, cast, get_args
 
@@ -25,14 +26,28 @@ from torch import Tensor, nn
 from flower_ext._flower import log
 from flower_ext.client.groups import mean_gradient
 from flower_ext.client.half import ClientHalf, Local, trainable
-from flower_ext.client.loops import before_steps
-from flower_ext.client.personal import Personal, forget_other_runs
+from flower_ext.client.loops import NO_STEPS, before_steps, is_received
+from flower_ext.client.personal import (
+    Personal,
+    forget_other_runs,
+    forget_other_states,
+)
 from flower_ext.client.task import num_examples
 from flower_ext.client.tensors import Tensors, read_tensors, tensor_record
 from flower_ext.core.arrays import Arrays, all_finite, is_parameter, zeros_like
 from flower_ext.core.contribution import DELTA, Contribution, Total
 from flower_ext.core.errors import one_of, refuse
-from flower_ext.core.protocol import CONFIG_KEY, Config, Metrics, Payload, Reply, Round
+from flower_ext.core.protocol import (
+    STATE_KEY,
+    Config,
+    Metrics,
+    Payload,
+    Reply,
+    Round,
+    model_in,
+    told,
+)
+from flower_ext.core.states import new_id
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
@@ -56,6 +71,11 @@ class Controls:
     personal : Personal
         What the client keeps: :math:`c_k`, under the same names; 0 at first.
 
+    Attributes
+    ----------
+    trained : callable
+        ``() -> bool``: whether the model was trained, where that can be told.
+
     Examples
     --------
     >>> from flwr.app import RecordDict
@@ -74,6 +94,7 @@ class Controls:
         self._shift = {name: x - own[name] for name, x in control.items()}
         self._sums = {name: torch.zeros_like(x) for name, x in control.items()}
         self._steps: Counter[str] = Counter()
+        self.trained: Callable[[], bool] = lambda: False
 
     @classmethod
     def of(cls, model: nn.Module, message: Message, context: Context) -> "Controls":
@@ -95,7 +116,8 @@ class Controls:
         if record is None:
             sent = sorted(message.content)
             refuse("message", sent, f"with {CONTROL!r}", "is the strategy Scaffold?")
-        if message.content.config_records[CONFIG_KEY].get(OPTION_KEY) == "I":
+        config = told(message.content)
+        if config.get(OPTION_KEY) == "I":
             refuse("option", "I", "'II'", "a loop of one's own does not read all data")
         devices = {name: p.device for name, p in model.named_parameters()}
         control = {
@@ -103,8 +125,13 @@ class Controls:
             for name, x in read_tensors(record).items()
         }
         forget_other_runs(message.content, context.state)
-        controls = cls(control, Personal(context.state))
-        before_steps(model, controls.correct)
+        personal = Personal(context.state)
+        forget_other_states(personal, config, OWN)
+        controls = cls(control, personal)
+        received = model_in(message.content, (CONTROL,))
+        before_steps(model, lambda own, _: controls.correct(own), received)
+        found = weakref.ref(model)  # the hook keeps the controls, and not the model
+        controls.trained = lambda: bool((m := found()) and not is_received(m, received))
         return controls
 
     def correct(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -143,6 +170,8 @@ class Controls:
 
     def change(self) -> ArrayRecord:
         """Keep the new control; return its change as the record that is sent."""
+        if not self._steps and self.trained():
+            raise ValueError(NO_STEPS)
         return tensor_record(self.keep())
 
 
@@ -160,6 +189,7 @@ class ScaffoldClient(ClientHalf):
     def begin(self, local: Local) -> None:
         """Read the controls, and find the new one by option I."""
         control = local.received[CONTROL]
+        forget_other_states(local.personal, local.config, OWN)
         self._controls = Controls(control, local.personal)
         self._gradient: Tensors | None = None
         if local.config.get(OPTION_KEY) == "I" and num_examples(local.train):
@@ -214,10 +244,11 @@ class Scaffold(AdditiveStrategy):
     anything; the mean is, and is what is used here, so that any local optimizer may be
     corrected. The paper's theorems are for plain SGD.
 
-    The mean of the clients' controls is :math:`c` only while every reply arrives: a
-    client whose reply was lost or dropped has changed its control, and the server does
-    not know. A control that is not finite, at a client or at the server, is dropped for
-    the one before, with a warning.
+    The mean of the clients' controls is :math:`c` only while every reply arrives and
+    all clients stay: a client whose reply was lost or dropped has changed its control,
+    and the server does not know; the control of one that leaves, or that lost its
+    state, stays part of :math:`c`. A control that is not finite, at a client or at the
+    server, is dropped for the one before, with a warning.
 
     **Privacy.** A control is a gradient of the client's data: it says more of them than
     a change of the model over many steps. The control stays with the client, and its
@@ -253,10 +284,11 @@ class Scaffold(AdditiveStrategy):
         super().__init__(*flowers, **options)
         self.option = one_of("option", option, get_args(Option))
         self._control: Arrays = {}
+        self._id = new_id()
 
     def tell(self, round: Round) -> Config:
-        """Tell clients the option."""
-        return {OPTION_KEY: self.option}
+        """Tell clients the option, and whose controls they are to keep."""
+        return {OPTION_KEY: self.option, STATE_KEY: self._id}
 
     def payload(self, variant: Hashable, round: Round) -> Payload:
         """Send the control to those who train."""
@@ -300,12 +332,14 @@ class Scaffold(AdditiveStrategy):
 
     def state_dict(self) -> dict[str, object]:
         """Add the control."""
-        return {**super().state_dict(), "control": self._control}
+        own = {"control": self._control, "id": self._id}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take over the control."""
         super().load_state_dict(state)
         self._control = cast(Arrays, dict(cast(Arrays, state["control"])))
+        self._id = cast(float, state["id"])
 
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""

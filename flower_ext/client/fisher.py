@@ -350,14 +350,22 @@ def _tensors(values: object) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _names_sent(model: nn.Module, arrays: Collection[str]) -> dict[str, str]:
-    """Return the name that each trainable parameter has among the arrays of a reply."""
+def spellings(model: nn.Module) -> list[tuple[str, ...]]:
+    """Return the names that each trainable parameter may travel by.
+
+    The first is the model's own, then those of the model inside ``torch.compile``,
+    ``DataParallel`` or Opacus' module, and peft's.
+    """
     outer = [name for name, p in model.named_parameters() if p.requires_grad]
     inner = _unwrapped(model)
     own = [name for name, p in inner.named_parameters() if p.requires_grad]
-    adapter = _adapter_names(inner, own)
+    return list(zip(outer, own, _adapter_names(inner, own), strict=True))
+
+
+def _names_sent(model: nn.Module, arrays: Collection[str]) -> dict[str, str]:
+    """Return the name that each trainable parameter has among the arrays of a reply."""
     found = {}
-    for name, *others in zip(outer, own, adapter, strict=True):
+    for name, *others in spellings(model):
         if not arrays:
             found[name] = others[-1]
             continue

@@ -439,16 +439,21 @@ class Proximal:
         momentum :math:`\beta` they converge for :math:`\eta\mu < 2(1 + \beta)`. Of
         other optimizers nothing is said.
         """
-        settings, bound = local.settings, math.inf
-        if local.task.optimizer is None and settings.learning_rate:
-            bound = 2 * (1 + settings.momentum) / settings.learning_rate
-        if self.strength >= bound:
-            refuse(
-                "strength",
-                self.strength,
-                f"< {bound:.6g} at a learning rate of {settings.learning_rate:g}",
-                "every step would lead further away; a lower learning rate allows more",
-            )
+        settings = local.settings
+        if local.task.optimizer is None:
+            require_stable(self.strength, settings.learning_rate, settings.momentum)
+
+
+def require_stable(strength: float, learning_rate: float, momentum: float) -> None:
+    """Refuse a proximal term that SGD cannot follow, see :class:`Proximal`."""
+    bound = 2 * (1 + momentum) / learning_rate if learning_rate else math.inf
+    if strength >= bound:
+        refuse(
+            "strength",
+            strength,
+            f"< {bound:.6g} at a learning rate of {learning_rate:g}",
+            "every step would lead further away; a lower learning rate allows more",
+        )
 
 
 class ClientHalf:

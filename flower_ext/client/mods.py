@@ -14,12 +14,10 @@ from typing import cast
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim import SGD, Optimizer
 
+from flower_ext.client.half import require_stable
+from flower_ext.client.loops import NO_STEPS, on_steps
 from flower_ext.client.personal import PERSONAL, forget_other_runs
 from flower_ext.core.errors import at_least
 from flower_ext.core.protocol import (
@@ -35,7 +33,6 @@ from flower_ext.core.protocol import (
 from flower_ext.core.replies import array_key
 
 Answer = Callable[[Message, Context], Message]
-StepArguments = tuple[tuple[object, ...], dict[str, object]]
 
 
 class Asked:
@@ -151,41 +148,16 @@ class Drawn:
         self._towards = towards.to_torch_state_dict()
         self._strength = strength
         self._anchors: dict[int, tuple[nn.Parameter, Tensor | None]] = {}
-        self._stepping: Optimizer | None = None
         self._thread = threading.get_ident()
 
-    def before(
-        self,
-        optimizer: Optimizer,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> StepArguments | None:
-        """Add the term's gradient to those that an optimizer is about to step with."""
-        # A step may call that of its base class; another thread trains another model.
-        if self._stepping is optimizer or threading.get_ident() != self._thread:
-            return None
-        self._stepping = optimizer
-        closures = [x for x in (*args[1:], kwargs.get("closure")) if callable(x)]
-        if not closures:
-            self._add(optimizer)
-            return None
-        [closure] = closures
-
-        def evaluate() -> object:
-            result = closure()
-            self._add(optimizer)
-            return result
-
-        others = {key: x for key, x in kwargs.items() if key != "closure"}
-        return (args[0], evaluate), others
-
-    def after(self, optimizer: Optimizer, *_: object) -> None:
-        """Note that a step is done."""
-        if self._stepping is optimizer:
-            self._stepping = None
-
     @torch.no_grad()
-    def _add(self, optimizer: Optimizer) -> None:
+    def add(self, optimizer: Optimizer) -> None:
+        """Add the term's gradient to those that an optimizer is about to step with."""
+        if threading.get_ident() != self._thread:  # it trains another model
+            return
+        for group in optimizer.param_groups if type(optimizer) is SGD else ():
+            if not group["dampening"]:
+                require_stable(self._strength, float(group["lr"]), group["momentum"])
         # A fused optimizer is handed scaled gradients.
         scale = getattr(optimizer, "grad_scale", None)
         factor = self._strength * (1.0 if scale is None else float(scale))
@@ -196,6 +168,11 @@ class Drawn:
                     pull = factor * (p - anchor)
                     p.grad = pull if p.grad is None else p.grad + pull
         self.steps += 1
+
+    def require_steps(self, begun: ArrayRecord, trained: ArrayRecord) -> None:
+        """Refuse a model that was trained without the term."""
+        if self._strength and not self.steps and trained != begun:
+            raise ValueError(NO_STEPS)
 
     def _anchor(self, p: nn.Parameter) -> Tensor | None:
         """Return what a parameter is drawn to; None if it is none of the arrays."""
@@ -251,15 +228,12 @@ def drawn(begun: ArrayRecord, towards: ArrayRecord, strength: float) -> Iterator
     >>> w.item(), pull.steps
     (0.75, 2)
     """
-    at_least("strength", strength, 0)
+    strength = at_least("strength", strength, 0)
     pull = Drawn(begun, towards, strength)
     if not strength:
         yield pull
         return
-    handles = [
-        register_optimizer_step_pre_hook(pull.before),
-        register_optimizer_step_post_hook(pull.after),
-    ]
+    handles = on_steps(pull.add)
     try:
         yield pull
     finally:

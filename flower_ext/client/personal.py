@@ -10,13 +10,16 @@ from torch import Tensor
 
 from flower_ext.client.tensors import Tensors, read_tensors, tensor_record
 from flower_ext.core.errors import refuse
-from flower_ext.core.protocol import RUN_CLIENTS, RUN_KEY
+from flower_ext.core.protocol import RUN_CLIENTS, RUN_KEY, STATE_KEY, Config
 
 #: Keys of a client's ``context.state`` that begin so are its personal state.
 PERSONAL = "personal/"
 
 # Key of a client's state: of which run what it keeps is, where runs begin anew.
 _OF_RUN = "run-of-personal-state"
+
+# Ends the name of a number of a client's: for which strategy it keeps a group.
+_OF_STATE = "-of"
 
 Numbers = Mapping[str, float]
 
@@ -151,6 +154,27 @@ def forget_other_runs(content: RecordDict, state: RecordDict) -> None:
     for key in [key for key in state if key.startswith(PERSONAL)]:
         del state[key]
     state[_OF_RUN] = ConfigRecord({RUN_CLIENTS: run})
+
+
+def forget_other_states(personal: Personal, config: Config, *groups: str) -> None:
+    """Drop groups that a client has kept for another strategy than the one that asks.
+
+    A new strategy on a grid that was used before begins at 0, and so must its clients.
+
+    Parameters
+    ----------
+    personal : Personal
+        The client's.
+    config : ConfigRecord
+        What the server tells.
+    *groups : str
+        Names of what was kept; the first also tells for whom.
+    """
+    asking = float(cast(float, config.get(STATE_KEY, 0.0)))
+    if personal.number(groups[0] + _OF_STATE, asking) != asking:
+        for group in groups:
+            personal.drop(group)
+    personal.save(**{groups[0] + _OF_STATE: asking})
 
 
 def _shapes(arrays: Tensors) -> dict[str, tuple[int, ...]]:

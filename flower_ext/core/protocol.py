@@ -13,7 +13,13 @@ from typing import Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecordValues, MetricRecordValues, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    ConfigRecordValues,
+    MetricRecordValues,
+    RecordDict,
+)
 
 from flower_ext.core.arrays import (
     Arrays,
@@ -23,6 +29,7 @@ from flower_ext.core.arrays import (
     is_parameter,
     subtract,
 )
+from flower_ext.core.errors import refuse
 from flower_ext.core.replies import (
     NOT_FINITE,
     MalformedReply,
@@ -46,6 +53,8 @@ METRICS_KEY = "metrics"
 CLIENT_HALF_KEY = "client-half"
 # Which of the server's models it is that came alone, where the server has several.
 MODEL_NUMBER_KEY = "model-number"
+# Which strategy's state it is that a client keeps the other half of.
+STATE_KEY = "state-of"
 # A record of a run that is saved: its name, and the round after which it was resumed.
 RUN_KEY = "run"
 RUN_NAME = "name"
@@ -354,6 +363,26 @@ def means_by_kind(rows: Iterable[tuple[str, Mapping[str, float]]]) -> dict[str, 
         for name, value in metrics.items():
             values.setdefault(f"{name}-{kind}", []).append(value)
     return {name: sum(found) / len(found) for name, found in values.items()}
+
+
+def model_in(content: RecordDict, others: Iterable[str] = ()) -> ArrayRecord:
+    """Return the model in a message; keys in ``others`` are not it."""
+    return content.array_records[array_key(content, ARRAYS_KEY, others)]
+
+
+def told(content: RecordDict) -> ConfigRecord:
+    """Return what the strategy tells, in a message that asks for a client half.
+
+    Raises
+    ------
+    ValueError
+        If it asks for none: it is of another strategy.
+    """
+    configs = [x for x in content.config_records.values() if CLIENT_HALF_KEY in x]
+    if not configs:
+        bound = f"with a configuration that has {CLIENT_HALF_KEY!r}"
+        refuse("message", sorted(content), bound, "is the strategy that of the lines?")
+    return configs[0]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What crosses rounds: objects that can be saved, several of them by name."""
 
+import secrets
 from collections.abc import Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -26,3 +27,11 @@ def load_states(parts: Mapping[str, Stateful], saved: object) -> None:
     for name, part in parts.items():
         if name in states:
             part.load_state_dict(states[name])
+
+
+def new_id() -> float:
+    """Return a number that no other state, or round, of any run has.
+
+    It is a float, of as many bytes as any other in a message.
+    """
+    return float(secrets.randbits(53))

@@ -1,6 +1,7 @@
 """FedCurv: its penalty, whose terms are in it, and runs by the paper's equations."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,13 +16,16 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from flower_ext import Mechanism
 from flower_ext.client.app import client_app
 from flower_ext.client.half import trainable
 from flower_ext.client.personal import Personal
 from flower_ext.core.contribution import Total
 from flower_ext.core.protocol import Payload, Round
 from flower_ext.core.sampling import UniformSampler
+from flower_ext.simulation import LocalGrid
 from flower_ext.strategies.fedcurv import (
+    OWN_ROUND,
     SUM,
     SUM_OF_MODELS,
     Curvature,
@@ -49,13 +53,13 @@ def penalty_of(cohort, client=None, strength=0.7, kept_in=1):
     personal = Personal(RecordDict())
     if client is not None:
         mine, model = {"weight": fishers[client]}, {"weight": models[client]}
-        keep(personal, mine, model, server_round=kept_in)
+        keep(personal, mine, model, ConfigRecord({"fedcurv-number": float(kept_in)}))
     received = {
         SUM: {"weight": fishers.sum(0)},
         SUM_OF_MODELS: {"weight": (fishers * models).sum(0)},
     }
-    config = ConfigRecord({"fedcurv-round": 1, "fedcurv-strength": strength})
-    return Curvature.of_others(received, personal, config)
+    config = ConfigRecord({"fedcurv-summed": 1.0, "fedcurv-strength": strength})
+    return Curvature.of_others(received, personal, config, ["weight"])
 
 
 def gradient_by_definition(cohort, others, weight, strength=0.7):
@@ -91,19 +95,20 @@ def test_what_is_left_out_and_was_not_in_the_sum_pulls_nowhere(cohort):
     model = nn.Linear(4, 2, bias=False)
     lost = 100 * fishers, models  # of a reply that did not arrive
     personal = Personal(RecordDict())
-    keep(personal, {"weight": lost[0][1]}, {"weight": models[1]}, 1)
+    number = ConfigRecord({"fedcurv-number": 1.0})
+    keep(personal, {"weight": lost[0][1]}, {"weight": models[1]}, number)
     received = {SUM: {"weight": fishers[0]}, SUM_OF_MODELS: {"weight": fishers[0]}}
-    config = ConfigRecord({"fedcurv-round": 1, "fedcurv-strength": 1.0})
+    config = ConfigRecord({"fedcurv-summed": 1.0, "fedcurv-strength": 1.0})
     model.weight.grad = torch.zeros(2, 4)
-    Curvature.of_others(received, personal, config).pull(trainable(model))
+    Curvature.of_others(received, personal, config, ["weight"]).pull(trainable(model))
     hidden = lost[0][1] >= fishers[0]
     assert hidden.sum() >= 6
     assert torch.all(model.weight.grad[hidden] == 0)
 
 
 def test_a_first_round_has_no_penalty():
-    config = ConfigRecord({"fedcurv-round": 0, "fedcurv-strength": 1.0})
-    assert Curvature.of_others({}, Personal(RecordDict()), config) is None
+    config = ConfigRecord({"fedcurv-summed": 0.0, "fedcurv-strength": 1.0})
+    assert Curvature.of_others({}, Personal(RecordDict()), config, ["w"]) is None
 
 
 # Runs against the paper's equations ---------------------------------------------------
@@ -256,6 +261,49 @@ def test_a_loop_of_ones_own_takes_the_same_steps(linear_task, play):
     assert gap.max() > 0.01
 
 
+class Partly(nn.Module):
+    """A model with statistics, and layers that are frozen or tied."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.frozen = nn.BatchNorm1d(2), nn.Linear(2, 2)
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.frozen.requires_grad_(False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(self.frozen(self.norm(x)))).sum(1, keepdim=True)
+
+
+def test_noisy_sums_of_what_nobody_trains_are_no_matter(linear_task, play):
+    task = replace(linear_task(list(quadratics()), 2), model=lambda config: Partly())
+    mechanism = Mechanism(
+        num_rounds=3,
+        num_sampled_clients=4,
+        population_size=4,
+        noise_multiplier=0.01,
+        clipping=1.0,
+    )
+    strategy = FedCurv(strength=0.01, fraction_evaluate=0.0, mechanism=mechanism)
+    initial = {n: x.numpy() for n, x in Partly().state_dict().items()}
+    config = {"lr": 0.01, "batch-size": 4}
+    found = play(strategy, client_app(task, FedCurvClient), 4, initial, 3, config)
+    assert [found.train(n)["num-errors"] for n in (1, 2, 3)] == [0, 0, 0]
+
+
+def test_rounds_of_two_starts_are_told_apart(linear_task, play, spied):
+    """What a client has kept of round 1 of one start is not in that of another."""
+    app, calls = spied(client_app(linear_task(list(quadratics()), 2), FedCurvClient))
+    grid, strategy = (
+        LocalGrid(app, 4, SOLVE),
+        FedCurv(strength=STRENGTH, fraction_evaluate=0),
+    )
+    for _ in range(2):
+        play(strategy, grid, 4, ZERO, rounds=1)
+    numbers = {c.state["personal/" + OWN_ROUND][OWN_ROUND] for c in calls}
+    assert len(numbers) == 2
+
+
 # The server ---------------------------------------------------------------------------
 
 
@@ -277,8 +325,9 @@ def test_sums_that_noise_hides_pull_nowhere():
 
 
 def test_sums_that_are_not_finite_are_not_taken_over(caplog):
-    strategy, sent = FedCurv(), {"w": np.float32([1e20])}
+    strategy, sent, told = FedCurv(), {"w": np.float32([1e20])}, []
     for number, fisher in ((1, 2.0), (2, 1e38)):
+        told.append(strategy.tell(Round(number, sent))["fedcurv-number"])
         arrays = {
             "fisher": {"w": np.array([fisher])},
             "fisher-delta": {"w": np.array([0.0])},
@@ -286,7 +335,7 @@ def test_sums_that_are_not_finite_are_not_taken_over(caplog):
         strategy.advance(Total(arrays=arrays), Round(number, sent))
     assert "round 2: sums of Fishers are not finite" in caplog.text
     assert strategy.payload(None, Round(3, sent)).beside[SUM]["w"].tolist() == [2.0]
-    assert strategy.tell(Round(3, sent))["fedcurv-round"] == 1
+    assert strategy.tell(Round(3, sent))["fedcurv-summed"] == told[0] != told[1]
 
 
 def test_a_client_that_diverges_says_so_and_keeps_what_it_had(linear_task, play):

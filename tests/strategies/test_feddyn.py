@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, RecordDict
 from plain_loop import plain_loop
 
 from flower_ext import client_app
@@ -16,7 +16,7 @@ from flower_ext.core.arrays import to_record
 from flower_ext.privacy.silo_budget import SiloPrivacy
 from flower_ext.simulation import LocalGrid
 from flower_ext.strategies import FedDyn, FedDynClient
-from flower_ext.strategies.feddyn import ALPHA_KEY, MOVES, dynamic
+from flower_ext.strategies.feddyn import ALPHA_KEY, MOVES, dynamic, keep_move
 
 ETA, STEPS = 0.2, 5
 own_loop = partial(plain_loop, rate=ETA, steps=STEPS)
@@ -149,6 +149,47 @@ def test_a_loop_of_ones_own_is_the_half(quadratics, play):
     # Without the mod nobody has the regularizer.
     with pytest.raises(Exception, match="'feddyn-alpha'"):
         run(FedDyn(alpha=0.7, **ALL), own_loop(task))
+
+
+def test_a_new_run_on_a_used_grid_begins_at_0(quadratics, play):
+    for app in (
+        client_app(quadratics.task(), FedDynClient),
+        own_loop(quadratics.task(), dynamic()),
+    ):
+        grid = LocalGrid(app, 3, CONFIG)
+        run = partial(play, app=grid, clients=3, initial=quadratics.start)
+        run(FedDyn(alpha=1.0, **ALL), rounds=2)
+        strategy = FedDyn(alpha=1.0, **ALL)
+        found = run(strategy, rounds=14).models[-1]["w"]
+        # The same strategy goes on, also as one that was saved and loaded.
+        loaded = FedDyn(alpha=1.0, **ALL)
+        loaded.load_state_dict(strategy.state_dict())
+        found = play(loaded, grid, 3, {"w": found}, rounds=14).models[-1]["w"]
+        assert found == pytest.approx(quadratics.minimizer, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "how", "words"),
+    [
+        (1.0, {"by_hand": True}, "without a step of a torch optimizer"),
+        (10.0, {}, r"strength=10\.0 must be < 10 at a learning"),
+    ],
+)
+def test_loops_that_the_term_cannot_serve_are_refused(
+    quadratics, play, alpha, how, words
+):
+    app = own_loop(quadratics.task(), dynamic(), **how)
+    with pytest.raises(Exception, match=words):
+        play(FedDyn(alpha=alpha, **ALL), app, 2, quadratics.start)
+
+
+def test_small_moves_in_half_precision_add_up():
+    personal, start = Personal(RecordDict()), torch.ones(1, dtype=torch.float16)
+    step = torch.finfo(torch.float16).eps
+    for _ in range(5000):
+        keep_move(personal, {"w": start}, {"w": start + step})
+    kept = personal.arrays(MOVES, like={"w": start})["w"]
+    assert float(kept) == pytest.approx(5000 * step, rel=1e-6)
 
 
 def test_dpsgd_takes_it(linear_task, play):

@@ -122,26 +122,7 @@ def test_work_that_is_not_known_is_refused(quadratics, play, optimizer):
 
 
 def test_a_loop_of_ones_own_counts_its_steps(quadratics, play):
-    task = quadratics.task()
-    app = ClientApp()
-
-    @app.train()
-    def train(msg, context):
-        model = task.model({})
-        model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
-        data, _ = task.data(context)
-        work = Work(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for _ in range(context.node_config["partition-id"] + 1):
-            optimizer.zero_grad()
-            task.loss(model, data).mean().backward()
-            optimizer.step()
-        assert work.done(momentum=0.5) > work.done() or work.done() == 1
-        metrics = MetricRecord({"num-examples": 1, "local-work": work.done()})
-        arrays = ArrayRecord(model.state_dict())
-        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=msg)
-
-    found = play(FedNova(**ALL), app, 3, quadratics.start)
+    found = play(FedNova(**ALL), own_loop(quadratics.task()), 3, quadratics.start)
     moves = np.array(
         [
             center - np.linalg.matrix_power(np.eye(2) - 0.1 * h, k + 1) @ center
@@ -153,3 +134,46 @@ def test_a_loop_of_ones_own_counts_its_steps(quadratics, play):
     expected = direction([1, 1, 1], np.array([1, 2, 3]), moves)
     assert found.models[-1]["w"] == pytest.approx(expected, rel=1e-9)
     assert found.train()["effective-work"] == 2.0
+
+
+def test_the_momentum_is_that_of_the_loop(quadratics, play):
+    app = own_loop(quadratics.task(), partial(torch.optim.SGD, momentum=0.5))
+    found = play(FedNova(**ALL), app, 3, quadratics.start)
+    works = [local_work(steps, momentum=0.5) for steps in (1, 2, 3)]
+    assert found.train()["effective-work"] == pytest.approx(np.mean(works))
+
+
+@pytest.mark.parametrize(
+    ("make", "late", "words"),
+    [
+        (torch.optim.Adam, False, r"Adam'> must be torch\.optim\.SGD with one"),
+        (torch.optim.SGD, True, r"'local-work'=0\.0 of a model that was trained"),
+    ],
+)
+def test_loops_whose_work_is_not_known_are_refused(quadratics, play, make, late, words):
+    app = own_loop(quadratics.task(), make, late=late)
+    with pytest.raises(Exception, match=words):
+        play(FedNova(**ALL), app, 3, quadratics.start)
+
+
+def own_loop(task, make=torch.optim.SGD, late=False):
+    """Make an app whose client k takes k + 1 steps."""
+    app = ClientApp()
+
+    @app.train()
+    def train(msg, context):
+        model = task.model({})
+        model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
+        data, _ = task.data(context)
+        work = None if late else Work(model)
+        optimizer = make(model.parameters(), lr=0.1)
+        for _ in range(context.node_config["partition-id"] + 1):
+            optimizer.zero_grad()
+            task.loss(model, data).mean().backward()
+            optimizer.step()
+        work = work or Work(model)
+        metrics = MetricRecord({"num-examples": 1, "local-work": work.done()})
+        arrays = ArrayRecord(model.state_dict())
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=msg)
+
+    return app

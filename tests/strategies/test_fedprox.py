@@ -102,3 +102,26 @@ def test_bad_strengths_are_refused(quadratics):
     app = client_app(quadratics.task(), FedProxClient)
     with pytest.raises(Exception, match=r"strength=20\.0 must be < 20 at a learning"):
         run_of(FedProx(proximal_mu=20.0, **ALL), app, quadratics.start)
+    own = own_loop(quadratics.task(), proximal())
+    with pytest.raises(Exception, match=r"strength=20\.0 must be < 20 at a learning"):
+        run_of(FedProx(proximal_mu=20.0, **ALL), own, quadratics.start)
+    with pytest.raises(Exception, match=r"proximal-mu='abc' must be a finite"):
+        run_of(AdditiveStrategy(**ALL), own, quadratics.start, told={MU_KEY: "abc"})
+
+
+def test_a_loop_that_the_term_cannot_reach_is_refused(quadratics):
+    app = own_loop(quadratics.task(), proximal(), by_hand=True)
+    with pytest.raises(Exception, match="without a step of a torch optimizer"):
+        run_of(FedProx(**ALL), app, quadratics.start)
+
+
+def test_the_mod_finds_records_under_keys_of_ones_own(quadratics):
+    app = own_loop(quadratics.task(), proximal(), model_key="model")
+    found = expected(quadratics, 0.5, rounds=2)
+    keys = {"arrayrecord_key": "model", "configrecord_key": "settings"}
+    for strategy in (
+        FedProx(proximal_mu=0.5, **keys, **ALL),
+        FlowersFedProx(proximal_mu=0.5, fraction_evaluate=0.0, **keys),
+    ):
+        w = run_of(strategy, app, quadratics.start)
+        assert w == pytest.approx(found, abs=1e-12)

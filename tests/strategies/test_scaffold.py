@@ -220,6 +220,19 @@ def test_a_half_without_the_strategy_says_what_is_missing(quadratics):
         )
 
 
+def test_a_new_run_on_a_used_grid_begins_at_0(quadratics, play):
+    grid = LocalGrid(client_app(quadratics.task(), ScaffoldClient), 3, CONFIG)
+    run = partial(play, app=grid, clients=3, initial=quadratics.start)
+    run(Scaffold(**ALL), rounds=2)
+    strategy = Scaffold(**ALL)
+    found = run(strategy, rounds=9).models[-1]["w"]
+    # The same strategy goes on, also as one that was saved and loaded.
+    loaded = Scaffold(**ALL)
+    loaded.load_state_dict(strategy.state_dict())
+    found = play(loaded, grid, 3, {"w": found}, rounds=9).models[-1]["w"]
+    assert found == pytest.approx(quadratics.minimizer, abs=1e-6)
+
+
 # Privacy ----------------------------------------------------------------------------
 
 
@@ -267,7 +280,7 @@ def test_the_control_is_clipped_with_the_model(quadratics):
 # Loops of one's own -----------------------------------------------------------------
 
 
-def own_loop(task):
+def own_loop(task, late=False, by_hand=False):
     """Make an app with a loop of its own, and Scaffold's two lines."""
     app = ClientApp()
 
@@ -276,13 +289,17 @@ def own_loop(task):
         model = task.model({})
         model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
         data, _ = task.data(context)
-        controls = Controls.of(model, msg, context)
+        controls = None if late else Controls.of(model, msg, context)
         stepper = torch.optim.SGD(model.parameters(), lr=ETA)
         for _ in range(STEPS):
             stepper.zero_grad()
             for half in (0.25, 0.75):  # accumulated over two backward passes
                 (half * task.loss(model, data).mean()).backward()
-            stepper.step()
+            if by_hand:
+                model.w.data -= ETA * model.w.grad
+            else:
+                stepper.step()
+        controls = controls or Controls.of(model, msg, context)
         content = {
             "arrays": ArrayRecord(model.state_dict()),
             "control-change": controls.change(),
@@ -310,6 +327,16 @@ def test_loops_of_ones_own_refuse_what_they_cannot_do(quadratics):
     ):
         with pytest.raises(Exception, match=words):
             strategy.start(grid, to_record(quadratics.start), num_rounds=1)
+
+
+def test_loops_that_are_not_corrected_are_refused(quadratics):
+    for how, words in (
+        ({"late": True}, "between load_state_dict and the training"),
+        ({"by_hand": True}, "without a step of a torch optimizer"),
+    ):
+        grid = LocalGrid(own_loop(quadratics.task(), **how), 2)
+        with pytest.raises(Exception, match=words):
+            Scaffold(**ALL).start(grid, to_record(quadratics.start), num_rounds=1)
 
 
 def test_a_parameter_that_no_step_reaches_keeps_its_control():
