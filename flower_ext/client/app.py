@@ -263,11 +263,11 @@ def _trained(local: Local, arrays: Tensors) -> ArrayRecord:
 
 
 def _choose(known: Mapping[str, HalfFactory], config: ConfigRecord) -> ClientHalf:
-    asked = (
-        name
-        for name, half in known.items()
-        if getattr(_owner(half), "asked_by", "") in config
-    )
+    keys = {name: getattr(_owner(half), "asked_by", "") for name, half in known.items()}
+    for key in keys.values():
+        if "-" in key and (other := key.replace("-", "_")) in config:
+            refuse(f"configuration {other!r}", config[other], f"spelt {key!r}")
+    asked = (name for name, key in keys.items() if key in config)
     name = str(config.get(CLIENT_HALF_KEY) or next(asked, ClientHalf.name))
     if name not in known:
         raise ValueError(

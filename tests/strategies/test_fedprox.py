@@ -96,6 +96,14 @@ def test_the_half_is_asked_for_by_its_key_only_where_none_is_named(quadratics):
         run_of(FedProx(**ALL), own_loop(quadratics.task()), quadratics.start)
 
 
+def test_a_key_in_another_spelling_is_refused(quadratics):
+    app, told = client_app(quadratics.task(), FedProxClient), {"proximal_mu": 0.1}
+    with pytest.raises(
+        Exception, match=r"'proximal_mu'=0\.1 must be spelt 'proximal-mu'"
+    ):
+        run_of(AdditiveStrategy(**ALL), app, quadratics.start, told=told)
+
+
 def test_bad_strengths_are_refused(quadratics):
     with pytest.raises(ValueError, match=r"proximal_mu=-1 must be a finite"):
         FedProx(proximal_mu=-1)
