@@ -24,6 +24,7 @@ from flower_ext.privacy import (
     gaussian_mu,
     noise_multiplier_for,
 )
+from flower_ext.privacy.accounting.calibration import least_noise
 
 
 def configuration(sampling="no-amplification", **options):
@@ -193,6 +194,28 @@ def test_noise_from_a_target_and_back(options):
     noise = noise_multiplier_for(2.0, 1e-6, **options)
     spent = epsilon_for(noise, 1e-6, **options)
     assert 2.0 * (1 - 1e-3) < spent <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("spent", "at_most"),
+    [
+        (lambda noise: 2.5 / noise, 6),
+        (lambda noise: 3 / noise**2 + 0.2 / noise, 8),
+        (lambda noise: math.expm1(2 / noise), 8),
+        (lambda noise: 9.0 if noise < 1.2345 else 0.0, 15),  # as long as bisection
+    ],
+)
+def test_the_search_is_short_and_ends_just_above_the_least_noise(spent, at_most):
+    asked = []
+
+    def counted(noise):
+        asked.append(noise)
+        return spent(noise)
+
+    found = least_noise(counted, 1.9, (1.0, 2.0), (spent(1.0), spent(2.0)))
+    assert spent(found) <= 1.9 < spent(found / 1.0001001)
+    assert len(asked) <= at_most
+    assert all(1 < noise < 2 for noise in asked)
 
 
 def test_a_target_that_sampling_alone_meets_ends_the_search():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import Protocol, cast
@@ -195,24 +196,74 @@ def noise_multiplier_for(
             count, delta, noise, sampling_probability, group_size, interval
         )
 
-    while spent(high) > epsilon:  # a coarse grid may cost more than no sampling
+    while (cost := spent(high)) > epsilon:  # a coarse grid may cost more than none
         high *= 1.1
         if high > 1e6:
             raise ValueError(
                 f"interval={interval} must be smaller: epsilon={epsilon} cannot be "
                 "resolved on this grid"
             )
-    # Bracket the noise from below, then bisect its logarithm; ``high`` always meets the
-    # target, so that the result does.
+    # Bracket the noise from below; ``high`` always meets the target, so that the result
+    # does.
     low = high / 2
-    while spent(low) <= epsilon:
-        low, high = low / 2, low
+    while (less := spent(low)) <= epsilon:
+        low, high, cost = low / 2, low, less
         if high < _LEAST_NOISE:  # sampling alone may meet a large delta
             return high
-    while high / low > 1.0001:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if spent(middle) > epsilon else (low, middle)
-    return high
+    return least_noise(spent, epsilon, (low, high), (less, cost))
+
+
+def least_noise(
+    spent: Callable[[float], float],
+    epsilon: float,
+    between: tuple[float, float],
+    costs: tuple[float, float],
+    tolerance: float = 1e-4,
+) -> float:
+    """Return the least noise that meets a target, within a tolerance above.
+
+    Parameters
+    ----------
+    spent : callable
+        Epsilon of a noise, which falls with it.
+    epsilon : float
+        The target.
+    between : tuple of float
+        A noise that misses the target, and one that meets it.
+    costs : tuple of float
+        What these two spend.
+    tolerance : float
+        Relative.
+
+    References
+    ----------
+    Oliveira and Takahashi 2020, "An enhancement of the bisection method average
+    performance preserving minmax optimality" (ITP), ACM TOMS 47(1).
+    """
+
+    def excess(cost: float) -> float:
+        return math.log(max(cost, 1e-300) / epsilon)
+
+    # The logarithm of epsilon is almost a line in that of the noise.
+    low, high = map(math.log, between)
+    above, below = map(excess, costs)
+    width, least = high - low, math.log1p(tolerance)
+    most = math.ceil(math.log2(width / least)) + 1
+    while high - low > least:
+        middle, line = (low + high) / 2, low + (high - low) * above / (above - below)
+        # A little towards the middle, so that the root is between it and the nearer
+        # end, and never so far off that it would take longer than bisection.
+        nudge = max(0.2 * (high - low) ** 2 / width, 0.4 * least)
+        nudge = min(nudge, abs(middle - line))
+        place = line + math.copysign(nudge, middle - line)
+        reach = least / 2 * 2.0**most - (high - low) / 2
+        place = min(max(place, middle - reach), middle + reach)
+        most -= 1
+        if (cost := spent(math.exp(place))) > epsilon:
+            low, above = place, excess(cost)
+        else:
+            high, below = place, excess(cost)
+    return math.exp(high)
 
 
 class RenyiAccountant(Protocol):
