@@ -44,8 +44,9 @@ class Case:
 
 
 # Ours by default (workers add up), with all replies sent to the server, and over
-# Flower's messages.
-SUMS, OURS = "packed-sums", ("packed-sums", "packed-replies", "packed-messages")
+# Flower's messages, of a ClientApp as a user writes it; and of client_app's.
+SUMS, TASK = "packed-sums", "packed-task"
+OURS = (SUMS, "packed-replies", "packed-messages", TASK)
 ALL = ("bare-1", "bare-2", *OURS, "flower", "pfl-1", "pfl-2")
 CASES = {
     "mlp": Case("mlp", 1_000, 20, 45, 5, ALL),
@@ -234,16 +235,18 @@ def _start(case: Case, clock: Clock, base: type, grid: object) -> None:
     )
 
 
-def packed_ray(case: Case, clock: Clock, partial_sums: bool) -> None:
+def packed_ray(case: Case, clock: Clock, system: str) -> None:
     """Run ours, over Ray actors."""
     from flower_ext import AdditiveStrategy
     from flower_ext.simulation import PackedGrid
 
     with PackedGrid(
         num_clients=case.clients,
-        client_app="_images:app",
+        client_app="_task:app" if system == TASK else "_images:app",
         num_workers=WORKERS,
-        partial_sums=partial_sums,
+        partial_sums=system in (SUMS, TASK),
+        # As in the other apps, which read the model from the message.
+        run_config={"model": case.model, "batch-size": 10, "learning-rate": 0.1},
     ) as grid:
         _start(case, clock, AdditiveStrategy, grid)
         print(json.dumps(clock.report()), flush=True)
@@ -289,8 +292,8 @@ def run_here(system: str, case: Case) -> None:
     clock = Clock(case)
     if system.startswith("bare"):
         bare(case, clock, int(system[-1]))
-    elif system in (SUMS, "packed-replies"):
-        packed_ray(case, clock, system == SUMS)
+    elif system in (SUMS, "packed-replies", TASK):
+        packed_ray(case, clock, system)
     elif system == "packed-messages":
         from flower_ext.simulation import PackedGrid
 

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Unpack, get_args
 
 import numpy as np
-from flwr.app import ArrayRecord
 from torch import nn
 from torch.optim import Optimizer
 
@@ -32,7 +31,7 @@ from flower_ext.client.fisher_half import (
 )
 from flower_ext.client.half import Local
 from flower_ext.client.task import num_examples
-from flower_ext.client.tensors import tensor_record
+from flower_ext.client.tensors import Tensors
 from flower_ext.core.arrays import (
     Arrays,
     Term,
@@ -151,11 +150,11 @@ class FedFishClient(FisherHalf):
 
     name = "fedfish"
 
-    def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
+    def records(self, local: Local) -> tuple[Mapping[str, Tensors], Metrics]:
         """Return the Fisher; keep the loss for the barrier."""
         if local.config.get(BARRIER_KEY, False):
             self.keep_loss(local)
-        return {FISHER_KEY: tensor_record(self.fisher(local))}, {}
+        return {FISHER_KEY: self.fisher(local)}, {}
 
     def keep_loss(self, local: Local) -> None:
         """Keep the loss of the trained model until this round's evaluation."""

@@ -44,7 +44,7 @@ from flower_ext.client.half import (
 from flower_ext.client.personal import forget_other_runs, kept_unless_done
 from flower_ext.client.seeds import random_seed, same_generators, seed_all
 from flower_ext.client.task import Batch, Task, evaluate, num_examples, tied_names
-from flower_ext.client.tensors import Tensors, read_tensors, tensor_record
+from flower_ext.client.tensors import Tensors, read_tensors, reply_tensors
 from flower_ext.client.trainer import Plain, Trainer
 from flower_ext.core.arrays import Arrays
 from flower_ext.core.errors import refuse
@@ -222,7 +222,7 @@ def _owner(half: HalfFactory) -> object:
 
 
 def _record(group: ArrayRecord | Tensors) -> ArrayRecord:
-    return group if isinstance(group, ArrayRecord) else tensor_record(group)
+    return group if isinstance(group, ArrayRecord) else reply_tensors(group)
 
 
 def _ties(local: Local, arrays: Tensors) -> dict[str, str]:
@@ -234,7 +234,7 @@ def _ties(local: Local, arrays: Tensors) -> dict[str, str]:
 def _trained(local: Local, arrays: Tensors) -> ArrayRecord:
     """Return what the client sends: its model, or the change as it travels."""
     if local.upload is None:
-        return tensor_record(arrays)
+        return reply_tensors(arrays)
     # The change from what the server has under a name, as it would find it itself. A
     # half that was sent several models, or none, has it from what it began with.
     came = {

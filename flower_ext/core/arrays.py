@@ -11,6 +11,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 from flwr.common import NDArray
 
+from flower_ext.core.held import HeldArray
 from flower_ext.core.typing import Floats
 
 Arrays = dict[str, NDArray]
@@ -43,6 +44,8 @@ def view(array: Array) -> NDArray:
     ValueError
         If the bytes are not those of a plain NumPy array of the stated size.
     """
+    if isinstance(array, HeldArray):
+        return array.values
     if array.stype != "numpy.ndarray":
         raise ValueError(f"stype={array.stype!r} must be 'numpy.ndarray'")
     shape, fortran_order, dtype, start = npy_layout(array.data)

@@ -12,9 +12,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common import NDArray
 
 from flower_ext.core.arrays import npy_layout
+from flower_ext.core.held import Fields, fields_of
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
-Fields = tuple[str, tuple[int, ...], str, bytes]
 
 # Smaller ones are copied faster than they are shared.
 _SHARED_BYTES = 1 << 16
@@ -43,11 +43,6 @@ class SentArray(Array):
 
     def __reduce__(self) -> tuple[type[Array], Fields]:
         return Array, fields_of(self)
-
-
-def fields_of(array: Array) -> Fields:
-    """Return what an array is made of."""
-    return array.dtype, tuple(array.shape), array.stype, array.data
 
 
 def sent_array(

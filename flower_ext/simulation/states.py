@@ -29,9 +29,10 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from flower_ext.core.errors import refuse, whole
 from flower_ext.core.files import link_or_copy
+from flower_ext.core.held import fields_of
 from flower_ext.core.protocol import ACCOUNT_PREFIX
 from flower_ext.simulation.clients import LostState
-from flower_ext.simulation.records import fields_of, sent_array
+from flower_ext.simulation.records import sent_array
 from flower_ext.simulation.setting import STATE_MEMORY
 
 # A larger one costs less to write and read than to carry to the server and back.

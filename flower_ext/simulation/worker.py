@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from flwr.app import Error
 from flwr.clientapp import ClientApp
 
 from flower_ext.core.contribution import Total
+from flower_ext.core.held import holding_replies
 from flower_ext.server.partial_sums import PackSum, PartialSum, Summand, Summed
 from flower_ext.simulation.clients import load_client_app, run_client
 from flower_ext.simulation.jobs import Job, Outcome
@@ -163,8 +165,10 @@ class Worker:
         for sent in jobs:
             # They came beside the job: Ray shares NumPy's arrays and not Flower's.
             sent.job.own.update(from_wires(sent.own))
-            outcome = run_client(app, self._setting, sent.job, self._shared, states)
-            answers.append(Answer.of(outcome, sent.job.client, into))
+            # What is added up here, before the next client, is not serialised for it.
+            with holding_replies() if into else nullcontext():
+                outcome = run_client(app, self._setting, sent.job, self._shared, states)
+                answers.append(Answer.of(outcome, sent.job.client, into))
         total = into.total if into else None
         return PackAnswer(answers, total, states.changed)
 

@@ -29,6 +29,7 @@ from flwr.app import Array, ArrayRecord
 from flwr.common import NDArray
 
 from flower_ext.core.arrays import Arrays, layout, to_record, view
+from flower_ext.core.held import num_bytes
 from flower_ext.core.replies import MalformedReply
 from flower_ext.wire.masks import Masks
 
@@ -398,5 +399,5 @@ def num_values(record: ArrayRecord) -> int:
     return sum(
         size
         for array in record.values()
-        if 0 <= (size := prod(array.shape)) <= len(array.data)
+        if 0 <= (size := prod(array.shape)) <= num_bytes(array)
     )

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from flower_ext._flower import recorddict_to_proto
+from flower_ext.core.held import HeldArray, num_bytes
 from flower_ext.wire.codec import num_values
 
 
@@ -70,7 +71,7 @@ def measure_content(content: RecordDict) -> Traffic:
     records = [x for x in content.values() if isinstance(x, ArrayRecord)]
     return Traffic(
         serialized_bytes(content),
-        sum(_contents(array.data) for r in records for array in r.values()),
+        sum(_contents(array) for r in records for array in r.values()),
         sum(num_values(record) for record in records),
         1,
     )
@@ -94,7 +95,7 @@ def serialized_bytes(content: RecordDict) -> int:
 
 def _record_bytes(record: ArrayRecord) -> int:
     return sum(
-        _array_bytes(name, x.dtype, tuple(x.shape), x.stype, len(x.data))
+        _array_bytes(name, x.dtype, tuple(x.shape), x.stype, num_bytes(x))
         for name, x in record.items()
     )
 
@@ -120,8 +121,11 @@ def _varint(number: int) -> int:
     return max(1, (number.bit_length() + 6) // 7)
 
 
-def _contents(data: bytes) -> int:
+def _contents(array: Array) -> int:
     """Return the length without NumPy's header, whose own length is in it."""
+    if isinstance(array, HeldArray):
+        return array.values.nbytes
+    data = array.data
     is_numpy = data[:6] == b"\x93NUMPY" and len(data) >= 10
     header = 10 + int.from_bytes(data[8:10], "little") if is_numpy else 0
     return max(len(data) - header, 0)

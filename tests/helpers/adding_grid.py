@@ -2,6 +2,7 @@
 
 import pickle
 
+from flower_ext.core.held import holding_replies
 from flower_ext.server.partial_sums import PackSum, PartialSum
 from flower_ext.simulation.local import LocalGrid
 
@@ -11,17 +12,23 @@ PACKS = 2
 
 
 class AddingGrid(LocalGrid):
-    """Adds up in packs, as workers do: by what was pickled, in any order."""
+    """Adds up in packs, as workers do: each reply before the next client, in any order.
+
+    Replies hold their arrays, unless the clients are remembered ones.
+    """
 
     def send_and_sum(self, messages, summand, *, timeout):
         summand = pickle.loads(pickle.dumps(summand))
         into = [PartialSum(summand) for _ in range(PACKS)]
-        replies = list(self.send_and_receive(messages))
         members = [[] for _ in into]
-        for i, reply in enumerate(replies):
-            if reply.has_error():
-                continue
-            rest = into[i % PACKS].add(reply.content, reply.metadata.src_node_id)
+        replies = []
+        for i, message in enumerate(messages):
+            with holding_replies():
+                [reply] = self.send_and_receive([message])
+                replies.append(reply)
+                if reply.has_error():
+                    continue
+                rest = into[i % PACKS].add(reply.content, reply.metadata.src_node_id)
             assert not rest.array_records
             reply.content = rest
             if not rest.problem:
