@@ -20,7 +20,21 @@ Fields = tuple[str, tuple[int, ...], str, bytes]
 _HOLDING = ContextVar("holding", default=False)
 
 
-class HeldArray(Array):
+class LikeFlowers(Array):
+    """Equals Flower's array of the same fields, and is pickled as that."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Array):
+            return NotImplemented
+        return fields_of(self) == fields_of(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[Array], Fields]:
+        return Array, fields_of(self)
+
+
+class HeldArray(LikeFlowers):
     """A Flower array that holds its values; its bytes are made when they are asked for.
 
     Parameters
@@ -59,16 +73,6 @@ class HeldArray(Array):
     def numpy(self) -> NDArray:
         """Return the array as a NumPy array of the caller's own."""
         return self.values.copy(order="K")
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Array):
-            return NotImplemented
-        return fields_of(self) == fields_of(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[type[Array], Fields]:
-        return Array, fields_of(self)
 
 
 @lru_cache(maxsize=4096)  # every client sends the same

@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common import NDArray
 
 from flower_ext.core.arrays import npy_layout
-from flower_ext.core.held import Fields, fields_of
+from flower_ext.core.held import LikeFlowers, fields_of
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 
@@ -20,7 +20,7 @@ Record = ArrayRecord | MetricRecord | ConfigRecord
 _SHARED_BYTES = 1 << 16
 
 
-class SentArray(Array):
+class SentArray(LikeFlowers):
     """A Flower array that is quick to read; in everything else it is a plain one."""
 
     def numpy(self) -> NDArray:
@@ -33,16 +33,6 @@ class SentArray(Array):
         if fortran_order:
             return flat.reshape(shape[::-1]).T.copy(order="F")
         return flat.reshape(shape).copy()
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Array):
-            return NotImplemented
-        return fields_of(self) == fields_of(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[type[Array], Fields]:
-        return Array, fields_of(self)
 
 
 def sent_array(
