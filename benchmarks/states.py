@@ -2,8 +2,8 @@
 
 Every client keeps an array and changes it whenever it is asked, one cohort after the
 other, until all have one; then the first are asked again. The peer writes such arrays
-to files in a loop, and later reads, changes and writes them. The default, 10,000
-clients of a megabyte, takes 10 GB of disk.
+to files in a loop, and later reads, changes and writes them. The default, 1,000 clients
+of a megabyte, takes 1 GB of disk.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def peer(clients: int, cohort: int, size: int, folder: Path) -> tuple[list[float
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clients", type=int, default=10_000)
+    parser.add_argument("--clients", type=int, default=1_000)
     parser.add_argument("--cohort", type=int, default=100)
     parser.add_argument("--size", type=int, default=1_000_000, help="bytes of each")
     chosen = parser.parse_args()
