@@ -203,6 +203,7 @@ def test_noise_from_a_target_and_back(options):
         (lambda noise: 3 / noise**2 + 0.2 / noise, 8),
         (lambda noise: math.expm1(2 / noise), 8),
         (lambda noise: 9.0 if noise < 1.2345 else 0.0, 15),  # as long as bisection
+        (lambda noise: math.inf if noise < 1.2345 else 2 / noise, 15),
     ],
 )
 def test_the_search_is_short_and_ends_just_above_the_least_noise(spent, at_most):

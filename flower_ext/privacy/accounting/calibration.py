@@ -242,7 +242,8 @@ def least_noise(
     """
 
     def excess(cost: float) -> float:
-        return math.log(max(cost, 1e-300) / epsilon)
+        # Too little noise may cost infinitely much.
+        return math.log(min(max(cost, 1e-300), 1e300) / epsilon)
 
     # The logarithm of epsilon is almost a line in that of the noise.
     low, high = map(math.log, between)
