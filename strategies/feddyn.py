@@ -80,7 +80,7 @@ class FedDynClient(ClientHalf):
         forget_other_states(local.personal, local.config, MOVES)
         moves = local.personal.arrays(MOVES, like=self._start)
         centre = {name: x - moves[name] for name, x in self._start.items()}
-        self._term = Proximal(centre, local.number(ALPHA_KEY, 0.0))
+        self._term = Proximal(centre, local.number(ALPHA_KEY, 0.0), "alpha")
         self._term.require_stable(local)
 
     def regularizer(self, model: nn.Module) -> Tensor | None:
@@ -114,7 +114,7 @@ def dynamic() -> Mod:
         moves = personal.arrays(MOVES, like=start)
         centre = ArrayRecord(begun | {n: x - moves[n] for n, x in start.items()})
         strength = float(cast(float, config[ALPHA_KEY]))
-        with drawn(client.received, towards=centre, strength=strength) as pull:
+        with drawn(client.received, centre, strength, "alpha") as pull:
             reply = client.answer()
         if reply.has_content():
             trained = client.model_of(reply)[1]

@@ -51,7 +51,7 @@ class FedProxClient(ClientHalf):
 
     def begin(self, local: Local) -> None:
         """Read the strength; refuse one with which steps would lead away."""
-        self._term = Proximal(local.start, local.number(MU_KEY, 0.0))
+        self._term = Proximal(local.start, local.number(MU_KEY, 0.0), MU_KEY)
         self._term.require_stable(local)
 
     def regularizer(self, model: nn.Module) -> Tensor | None:
@@ -77,7 +77,7 @@ def proximal() -> Mod:
         if not told or not trains:
             return call_next(message, context)
         received, strength = model_in(content), at_least(MU_KEY, told[0], 0)
-        with drawn(begun=received, towards=received, strength=strength) as pull:
+        with drawn(received, received, strength, MU_KEY) as pull:
             reply = call_next(message, context)
         if reply.has_content():
             pull.require_steps(received, model_in(reply.content))

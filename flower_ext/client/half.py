@@ -397,6 +397,8 @@ class Proximal:
         :math:`w_0`; trained parameters without an array of their name are left free.
     strength : float
         :math:`\mu \ge 0`; 0 is no term.
+    name : str (default: "strength")
+        What it is called where it is refused.
 
     References
     ----------
@@ -414,9 +416,10 @@ class Proximal:
 
     towards: Tensors
     strength: float
+    name: str = "strength"
 
     def __post_init__(self) -> None:
-        at_least("strength", self.strength, 0)
+        at_least(self.name, self.strength, 0)
 
     def __call__(self, model: nn.Module) -> Tensor | None:
         """Return the term; None if there is none."""
@@ -439,17 +442,19 @@ class Proximal:
         momentum :math:`\beta` they converge for :math:`\eta\mu < 2(1 + \beta)`. Of
         other optimizers nothing is said.
         """
-        settings = local.settings
+        rate, momentum = local.settings.learning_rate, local.settings.momentum
         if local.task.optimizer is None:
-            require_stable(self.strength, settings.learning_rate, settings.momentum)
+            require_stable(self.name, self.strength, rate, momentum)
 
 
-def require_stable(strength: float, learning_rate: float, momentum: float) -> None:
+def require_stable(
+    name: str, strength: float, learning_rate: float, momentum: float
+) -> None:
     """Refuse a proximal term that SGD cannot follow, see :class:`Proximal`."""
     bound = 2 * (1 + momentum) / learning_rate if learning_rate else math.inf
     if strength >= bound:
         refuse(
-            "strength",
+            name,
             strength,
             f"< {bound:.6g} at a learning rate of {learning_rate:g}",
             "every step would lead further away; a lower learning rate allows more",

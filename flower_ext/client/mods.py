@@ -142,8 +142,11 @@ class Drawn:
         Optimizer steps that it was added to.
     """
 
-    def __init__(self, begun: ArrayRecord, towards: ArrayRecord, strength: float):
+    def __init__(
+        self, begun: ArrayRecord, towards: ArrayRecord, strength: float, name: str
+    ) -> None:
         self.steps = 0
+        self._name = name
         self._begun = begun.to_torch_state_dict()
         self._towards = towards.to_torch_state_dict()
         self._strength = strength
@@ -157,7 +160,8 @@ class Drawn:
             return
         for group in optimizer.param_groups if type(optimizer) is SGD else ():
             if not group["dampening"]:
-                require_stable(self._strength, float(group["lr"]), group["momentum"])
+                rate, momentum = float(group["lr"]), group["momentum"]
+                require_stable(self._name, self._strength, rate, momentum)
         # A fused optimizer is handed scaled gradients.
         scale = getattr(optimizer, "grad_scale", None)
         factor = self._strength * (1.0 if scale is None else float(scale))
@@ -200,7 +204,9 @@ class Drawn:
 
 
 @contextmanager
-def drawn(begun: ArrayRecord, towards: ArrayRecord, strength: float) -> Iterator[Drawn]:
+def drawn(
+    begun: ArrayRecord, towards: ArrayRecord, strength: float, name: str = "strength"
+) -> Iterator[Drawn]:
     r"""Add :math:`\frac{\mu}{2} \|w - w_0\|^2` to what torch optimizers minimise here.
 
     For training loops that cannot be told of it. Its gradient is added to those of
@@ -215,6 +221,8 @@ def drawn(begun: ArrayRecord, towards: ArrayRecord, strength: float) -> Iterator
         :math:`w_0`, under the same names.
     strength : float
         :math:`\mu \ge 0`.
+    name : str (default: "strength")
+        What it is called where it is refused.
 
     Examples
     --------
@@ -228,8 +236,8 @@ def drawn(begun: ArrayRecord, towards: ArrayRecord, strength: float) -> Iterator
     >>> w.item(), pull.steps
     (0.75, 2)
     """
-    strength = at_least("strength", strength, 0)
-    pull = Drawn(begun, towards, strength)
+    strength = at_least(name, strength, 0)
+    pull = Drawn(begun, towards, strength, name)
     if not strength:
         yield pull
         return

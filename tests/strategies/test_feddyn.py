@@ -109,7 +109,7 @@ def test_alpha_out_of_range_is_refused(alpha):
 
 def test_an_alpha_that_sgd_cannot_follow_is_refused(quadratics, play):
     app = client_app(quadratics.task(), FedDynClient)
-    with pytest.raises(Exception, match=r"strength=10\.0 must be < 10 at a learning"):
+    with pytest.raises(Exception, match=r"alpha=10\.0 must be < 10 at a learning"):
         play(FedDyn(alpha=10.0, **ALL), app, 2, quadratics.start, config=CONFIG)
 
 
@@ -172,7 +172,7 @@ def test_a_new_run_on_a_used_grid_begins_at_0(quadratics, play):
     ("alpha", "how", "words"),
     [
         (1.0, {"by_hand": True}, "without a step of a torch optimizer"),
-        (10.0, {}, r"strength=10\.0 must be < 10 at a learning"),
+        (10.0, {}, r"alpha=10\.0 must be < 10 at a learning"),
     ],
 )
 def test_loops_that_the_term_cannot_serve_are_refused(

@@ -108,10 +108,14 @@ def test_bad_strengths_are_refused(quadratics):
     with pytest.raises(ValueError, match=r"proximal_mu=-1 must be a finite"):
         FedProx(proximal_mu=-1)
     app = client_app(quadratics.task(), FedProxClient)
-    with pytest.raises(Exception, match=r"strength=20\.0 must be < 20 at a learning"):
+    with pytest.raises(
+        Exception, match=r"proximal-mu=20\.0 must be < 20 at a learning"
+    ):
         run_of(FedProx(proximal_mu=20.0, **ALL), app, quadratics.start)
     own = own_loop(quadratics.task(), proximal())
-    with pytest.raises(Exception, match=r"strength=20\.0 must be < 20 at a learning"):
+    with pytest.raises(
+        Exception, match=r"proximal-mu=20\.0 must be < 20 at a learning"
+    ):
         run_of(FedProx(proximal_mu=20.0, **ALL), own, quadratics.start)
     with pytest.raises(Exception, match=r"proximal-mu='abc' must be a finite"):
         run_of(AdditiveStrategy(**ALL), own, quadratics.start, told={MU_KEY: "abc"})
