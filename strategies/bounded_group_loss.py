@@ -197,6 +197,7 @@ class BoundedGroupLoss(AdditiveStrategy):
         written='groups=("...", "..."), upper_bound=...',
     )
     consumed_metrics = (LOSS_SUMS, COUNTS)
+    needs_rounds = "duals and average are about the one model of a round"
     scales = {LOSS_SUMS: 0.01, COUNTS: 0.01}
 
     def __init__(
@@ -350,8 +351,7 @@ class BoundedGroupLoss(AdditiveStrategy):
         """Return groups not measured, largest excess, overall loss: less is better."""
         latest = self._groups.latest(losses)
         excess = float(np.nanmax(latest - self.upper_bound, initial=0))
-        missing = len(self._groups.missing(losses))
-        return missing, excess, self._groups.overall(latest)
+        return len(self._groups.missing(losses)), excess, self._groups.overall(latest)
 
     def _gap_after(self, total: Total, round: Round) -> DualityGap | None:
         """Return the duality gap after this round.

@@ -124,6 +124,7 @@ class Ensemble(SeveralModels):
         arguments=lambda _: {"num_models": 1},
         written="num_models=...",
     )
+    needs_rounds = "each round trains one of the models, and stale clients another one"
     consumed_metrics = (CHOSEN,)
 
     def __init__(

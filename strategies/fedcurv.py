@@ -287,6 +287,7 @@ class FedCurv(AdditiveStrategy):
         before="held = Held({model}, {message}, {context}, len({loader}))",
         records={FISHER_KEY: "held.record()"},
     )
+    needs_rounds = "clients leave out their terms of the last sum, that of one round"
     other_arrays = (FISHER_KEY,)
 
     def __init__(
@@ -370,8 +371,5 @@ class FedCurv(AdditiveStrategy):
 
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""
-        return {
-            "Strength": self.strength,
-            "Fisher": self.estimator,
-            **super().settings(),
-        }
+        own = {"Strength": self.strength, "Fisher": self.estimator}
+        return {**own, **super().settings()}

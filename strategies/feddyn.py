@@ -184,6 +184,9 @@ class FedDyn(AdditiveStrategy):
     drop_in = DropIn(
         imports="from flower_ext.strategies.feddyn import dynamic", mod="dynamic()"
     )
+    needs_rounds = (
+        "the sum of all moves is that of the clients' only while all count alike"
+    )
     equal_weights = True
     consumed_metrics = (ALPHA_KEY,)
 

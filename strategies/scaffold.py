@@ -272,6 +272,10 @@ class Scaffold(AdditiveStrategy):
         before="controls = Controls.of({model}, {message}, {context})",
         records={CHANGE: "controls.change()"},
     )
+    needs_rounds = (
+        "the server's control is the mean of the clients' only while all their "
+        "changes count alike"
+    )
     equal_weights = True
     other_arrays = (CHANGE,)
 

@@ -70,6 +70,17 @@ class Contribution:
         """Return the term with the weight ``plain``, unless it has one of its own."""
         return replace(self, weight=plain) if self.weight is None else self
 
+    def times(self, factor: float) -> "Contribution":
+        """Return what counts as ``factor`` of the client, weights and scalars too."""
+        if factor == 1.0:
+            return self
+        return replace(
+            self,
+            weight=factor * (1.0 if self.weight is None else self.weight),
+            weights={part: factor * w for part, w in self.weights.items()},
+            scalars={name: factor * x for name, x in self.scalars.items()},
+        )
+
     def carried(self) -> "Contribution":
         """Return the term with all weights multiplied in.
 

@@ -132,6 +132,13 @@ class Sampler(ABC):
     ) -> list[int]:
         """Draw about ``size`` of ``clients`` and return them in their given order."""
 
+    def eligible(self, clients: Sequence[int], purpose: Purpose) -> Sequence[int]:
+        """Return those of all clients that may be drawn at all; here all of them.
+
+        Asynchronous runs draw from those of them that are free.
+        """
+        return clients
+
     def guarantee(self) -> Guarantee:
         """Return what accountants may count on; here nothing.
 
@@ -295,9 +302,14 @@ class HeldOutSampler(UniformSampler):
         self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
     ) -> list[int]:
         """Draw ``size`` clients."""
-        if purpose == "train" or self.same_for_evaluation:
-            clients = clients[: self.num_training_clients]
+        clients = self.eligible(clients, purpose)
         return super().sample(clients, size, server_round, purpose)
+
+    def eligible(self, clients: Sequence[int], purpose: Purpose) -> Sequence[int]:
+        """Return the training clients, but for an evaluation."""
+        if purpose == "train" or self.same_for_evaluation:
+            return clients[: self.num_training_clients]
+        return clients
 
 
 class PoissonSampler(Sampler):

@@ -10,26 +10,31 @@ and noise is added to it.
 """
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from logging import WARNING
 from typing import ClassVar, Unpack, cast
 
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
 
 from flower_ext._flower import log
 from flower_ext.core.arrays import Arrays
 from flower_ext.core.contribution import DELTA, WEIGHT, Contribution, Total, no_change
 from flower_ext.core.errors import refuse
-from flower_ext.core.protocol import Metrics, Reply, Round
+from flower_ext.core.protocol import Config, Decoder, Metrics, Reply, Round
 from flower_ext.core.replies import MalformedReply
 from flower_ext.core.ties import Ties, equal_in_model
 from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.privacy.private_sum import PrivateSum
+from flower_ext.server.cohorts import Seats
 from flower_ext.server.options import RoundOptions
-from flower_ext.server.partial_sums import PackSum, Summand, Summed
+from flower_ext.server.partial_sums import PackSum, Summand, Summed, Version
 from flower_ext.server.strategy import Outcome, RoundStrategy
+from flower_ext.wire.messages import UPLOAD_KEY, Uploads
+from flower_ext.wire.registry import classes, rebuild
 
 # Terms that are added to the sum together: many, so that the sum is read and written
 # rarely, but few enough to be held in memory at a time.
@@ -37,6 +42,9 @@ _TERMS_AT_A_TIME = 16
 # Public attributes of Flower's FedAvg on which no contribution depends: functions,
 # which may not be picklable.
 _FLOWERS = {"train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"}
+
+# What samplers guarantee of rounds, and cannot where places are filled one by one.
+_OF_ROUNDS = {"poisson", "cyclic-poisson", "limited", "all"}
 
 
 class AdditiveStrategy(RoundStrategy):
@@ -221,6 +229,8 @@ class AdditiveStrategy(RoundStrategy):
         total.fill(zero)
         metrics |= self.report(total, round)
         direction = self.update(total, round)
+        if self._core.versions:
+            direction = self._damped(direction, usable, used)
         self.advance(total, round)
         return Outcome(used, direction, metrics)
 
@@ -292,12 +302,13 @@ class AdditiveStrategy(RoundStrategy):
         round, cohorts = self._core.rounds["train"], self._core.cohorts
         return Summand(
             bare,
-            replace(round, cohort=(), trained=frozenset(), answered=frozenset()),
+            _without_cohort(round),
             # Of all nodes where a worker may not know who else is in the cohort.
             cohorts.places if self._hides_cohorts else dict(cohorts.asked["train"]),
             self._keys,
             self.zero(round.sent).shapes(),
             self._core.private.clipper().clip if self._core.private else None,
+            {node: _bare(version) for node, version in self._core.versions.items()},
         )
 
     def _problem(self, total: Total) -> str:
@@ -317,6 +328,97 @@ class AdditiveStrategy(RoundStrategy):
             )
         fits = total.can_move(self._core.rounds["train"].sent)
         return "" if fits else "the model cannot hold the sum of the replies"
+
+    # Asynchronous runs ------------------------------------------------------------
+
+    def no_asynchronous_run(self) -> str:
+        """Return why clients must take part in whole rounds; empty if they need not."""
+        if self._core.private:
+            return (
+                "a mechanism accounts for cohorts that are drawn at once from all "
+                "clients, and for sums whose terms weigh alike; here the next client "
+                "is drawn from those who are not at work, and fast ones take part more "
+                "often"
+            )
+        for hook in ("configure_train", "aggregate_train"):
+            if getattr(type(self), hook) is not getattr(RoundStrategy, hook):
+                return f"its own {hook} is written for whole rounds"
+        if self.sampler.guarantee().kind in _OF_ROUNDS:
+            return (
+                f"its {type(self.sampler).__name__} draws whole rounds, and here "
+                "places are filled as they become free: choose UniformSampler"
+            )
+        return self.needs_rounds
+
+    def let_in(self, seats: Seats | None) -> None:
+        """Ask clients as ``seats`` says from now on; None asks for whole rounds."""
+        self._core.cohorts.let_in(seats)
+        if seats is None:
+            self._core.contents, self._core.versions = {}, {}
+
+    def ask_more(self, arrays: ArrayRecord, grid: Grid) -> list[Message]:
+        """Ask further clients to train in the round that was last configured.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The model, as ``configure_train`` was given it.
+        grid : Grid
+            Of the clients.
+        """
+        core = self._core
+        round = core.rounds["train"]
+        cohort = core.cohorts.draw(
+            grid,
+            "train",
+            round.number,
+            share=self.fraction_train,
+            least=self.min_train_nodes,
+            available=self.min_available_nodes,
+        )
+        seen = frozenset(core.cohorts.trained)
+        return self._address(
+            cohort, replace(round, trained=seen), arrays, core.contents
+        )
+
+    def last_asked(self) -> tuple[Round, Mapping[int, int]]:
+        """Return the round of the clients that were last asked, and their places."""
+        return self._core.rounds["train"], self._core.cohorts.asked["train"]
+
+    def reader_of(self, told: Config) -> Decoder | None:
+        """Return what reads the change of a client that was told this."""
+        text = told.get(UPLOAD_KEY)
+        own = classes(self._core.upload) if self._core.upload else ()
+        return Uploads.of([rebuild(text, own)]) if isinstance(text, str) else None
+
+    def take_up(self, versions: Mapping[int, Version]) -> None:
+        """Expect the replies of these nodes, each to the model of its version."""
+        core = self._core
+        places = {node: core.cohorts.places[node] for node in versions}
+        core.cohorts.asked["train"] = places
+        core.versions = dict(versions)
+        core.rounds["train"] = replace(
+            core.rounds["train"], cohort=sorted(places.values())
+        )
+
+    def _damped(
+        self, direction: Arrays, usable: list[Message], used: list[RecordDict]
+    ) -> Arrays:
+        """Return the direction times the mean factor of what is in the sum.
+
+        With equal weights that divides by the number of contributions, as FedBuff does,
+        and not by the sum of their factors: where all are stale the step is short.
+        """
+        ids = {id(content) for content in used}
+        factors = [
+            self._core.versions[message.metadata.src_node_id].factor
+            for message in usable
+            if id(message.content) in ids
+        ]
+        mean = math.fsum(factors) / len(factors)
+        if mean == 1.0:
+            return direction
+        return {name: mean * x for name, x in direction.items()}
 
     # The run ----------------------------------------------------------------------
 
@@ -362,6 +464,14 @@ def _warn_of_ties(ties: Ties) -> None:
             first,
             name,
         )
+
+
+def _without_cohort(round: Round) -> Round:
+    return replace(round, cohort=(), trained=frozenset(), answered=frozenset())
+
+
+def _bare(version: Version) -> Version:
+    return version._replace(round=_without_cohort(version.round))
 
 
 def _whole_pack(content: Summed, nodes: set[int]) -> PackSum:

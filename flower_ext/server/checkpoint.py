@@ -36,6 +36,7 @@ from flower_ext.core.arrays import Arrays, from_record, layout, to_record
 from flower_ext.core.files import flush
 from flower_ext.core.states import Stateful
 from flower_ext.core.strict_json import read, write
+from flower_ext.server.at_work import AtWork
 from flower_ext.server.run_settings import (
     Changes,
     Configs,
@@ -44,6 +45,7 @@ from flower_ext.server.run_settings import (
     digest,
     readable,
     settings_of,
+    text_of,
 )
 from flower_ext.server.saved_states import Found, SavedStates
 
@@ -86,6 +88,8 @@ class Checkpoint:
         results, may differ.
     releases : bool (default: False)
         Whether rounds are released under a mechanism, each once and for all.
+    at_work : AtWork, optional
+        The clients at work, in an asynchronous run.
 
     Raises
     ------
@@ -103,6 +107,7 @@ class Checkpoint:
         callbacks: Stateful | None = None,
         run_config: UserConfig | None = None,
         releases: bool = False,
+        at_work: AtWork | None = None,
     ) -> None:
         if not isinstance(strategy, Stateful):
             raise CheckpointError(
@@ -117,9 +122,10 @@ class Checkpoint:
         states = getattr(grid, "states", None)
         self._clients = None if states is None else SavedStates(states)
         self._callbacks = callbacks
+        self._at_work = at_work
         self._configs = dict(configs or {})
         self._changes = Changes(self._configs)
-        self._begun = settings_of(strategy, self._configs)
+        self._begun = self._settings()
         self._run_config = readable(run_config or {})
         self._initial = ""
         self.releases = releases
@@ -134,6 +140,14 @@ class Checkpoint:
                 f"checkpoint={str(folder)!r} must be a folder that can be written: "
                 f"{error.strerror}"
             ) from error
+
+    def _settings(self) -> Settings:
+        """Return what a run that continues this one must have in common with it."""
+        found = settings_of(self.strategy, self._configs)
+        if self._at_work:
+            own = self._at_work.settings.settings()
+            found |= {f"asynchronous.{name}": text_of(x) for name, x in own.items()}
+        return found
 
     def contents(self) -> str:
         """Return where rounds are saved, and whether clients' states are with them."""
@@ -291,6 +305,8 @@ class Checkpoint:
                 self._callbacks.load_state_dict(states["callbacks"])
             if self._grid and states["grid"]:
                 self._grid.load_state_dict(states["grid"])
+            if self._at_work:
+                self._at_work.load_state_dict(states["at-work"])
             if self._clients and clients:
                 self._clients.restore(clients)
         except (LookupError, OSError, TypeError, ValueError) as error:
@@ -371,6 +387,7 @@ class Checkpoint:
                 "strategy": self.strategy.state_dict(),
                 "grid": grid,
                 "callbacks": callbacks,
+                "at-work": self._at_work.state_dict() if self._at_work else {},
             }
         )
         saved = {
@@ -382,7 +399,7 @@ class Checkpoint:
             "clients": self._clients.write(folder) if self._clients else None,
             "settings": {
                 "begun": self._begun,
-                "now": settings_of(self.strategy, self._configs),
+                "now": self._settings(),
             },
             "run-config": self._run_config,
             "initial": self._initial,

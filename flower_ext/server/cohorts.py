@@ -1,16 +1,51 @@
 """Who is asked in a round: drawing cohorts, and knowing clients by their places."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from logging import INFO, WARNING
 
 from flwr.serverapp import Grid
 
 from flower_ext._flower import in_simulation, log
+from flower_ext.core.errors import refuse
 from flower_ext.core.nodes import NodeOrder, is_fixed, ordered_nodes, wait_for_nodes
 from flower_ext.core.protocol import Phase
 from flower_ext.core.sampling import Sampler, TooFewClients
 from flower_ext.privacy.private_sum import PrivateSum
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Who may be asked next where clients train at any time.
+
+    Attributes
+    ----------
+    taken : collection of int
+        Nodes that are at work, or whose contributions wait for the update: they are not
+        asked to train.
+    free : int
+        How many may begin now.
+    draw : int
+        Number of the draw, which the sampler takes for that of a round.
+    away : collection of int
+        Nodes that are not asked to evaluate.
+    """
+
+    taken: Collection[int]
+    free: int
+    draw: int
+    away: Collection[int] = ()
+
+    def barred(self, phase: Phase) -> Collection[int]:
+        """Return the nodes that may not be asked."""
+        return self.taken if phase == "train" else self.away
+
+    def require_room(self, drawn: int) -> None:
+        """Refuse a sampler that draws more clients than are asked for."""
+        if drawn > self.free:
+            bound = f"one that draws at most as many clients as asked for, {self.free}"
+            refuse("sampler", f"one that drew {drawn}", bound)
 
 
 class Cohorts:
@@ -33,6 +68,8 @@ class Cohorts:
         The places of the clients that have been asked to train.
     answered : set of int
         Those of them that have answered, with no error.
+    seats : Seats or None
+        Who may be asked next, in an asynchronous run.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -43,6 +80,8 @@ class Cohorts:
         self.drawn: dict[Phase, int] = {}
         self.trained: set[int] = set()
         self.answered: set[int] = set()
+        self.seats: Seats | None = None
+        self._nodes: Sequence[int] = ()
 
     def draw(
         self,
@@ -84,13 +123,20 @@ class Cohorts:
             number = self.number or server_round
         sampler = private.sampler if private else self.sampler
         while True:
-            nodes = wait_for_nodes(
-                grid, min_available_nodes=available, **{f"min_{phase}_nodes": least}
-            )
-            self.places = NodeOrder(nodes)
+            nodes = self._find(grid, phase, least, available)
             # In a simulation ids are new in every run; places are the partitions.
-            names = range(len(nodes)) if in_simulation(grid) else nodes
+            by_place = in_simulation(grid)
+            names = range(len(nodes)) if by_place else nodes
             size = max(int(len(nodes) * share), least)
+            if self.seats is not None:
+                barred = self.seats.barred(phase)
+                names = [
+                    name
+                    for name in sampler.eligible(names, phase)
+                    if (nodes[name] if by_place else name) not in barred
+                ]
+                if phase == "train":
+                    size, number = self.seats.free, self.seats.draw
             if private and phase == "train":
                 private.require_nodes(len(nodes))
                 size = private.mechanism.cohort
@@ -107,14 +153,36 @@ class Cohorts:
             private.require_population(sampler.num_known)
             if phase == "train":
                 private.require_cohort(chosen)
-        if private is None or not private.mechanism.hides_cohorts:
+        if phase == "train" and self.seats is not None:
+            self.seats.require_room(len(chosen))
+        elif private is None or not private.mechanism.hides_cohorts:
             planned = size if private and private.accountant else 0
             _tell(phase, server_round, len(chosen), len(nodes), planned)
-        asked = [nodes[i] for i in chosen] if names is not nodes else chosen
+        asked = [nodes[i] for i in chosen] if by_place else chosen
         self.drawn[phase] = server_round
         self.asked[phase] = {}
         self._ask(phase, asked)
         return self.asked[phase]
+
+    def let_in(self, seats: Seats | None) -> None:
+        """Ask clients as ``seats`` says from now on; None asks for whole rounds."""
+        self.seats = seats
+        if seats is None:  # the next run may be on another grid
+            self._nodes = ()
+
+    def _find(
+        self, grid: Grid, phase: Phase, least: int, available: int
+    ) -> Sequence[int]:
+        """Return the nodes in their order, once there are enough."""
+        # A grid whose nodes never change takes many looks for waiting.
+        if self._nodes and phase == "train" and is_fixed(grid):
+            return self._nodes
+        nodes = wait_for_nodes(
+            grid, min_available_nodes=available, **{f"min_{phase}_nodes": least}
+        )
+        self.places = NodeOrder(nodes)
+        self._nodes = nodes if self.seats is not None else ()
+        return nodes
 
     def adopt(
         self, grid: Grid, phase: Phase, nodes: Sequence[int], *, added: bool

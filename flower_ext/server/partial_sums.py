@@ -12,8 +12,8 @@ then needs the memory of a few models, however large the cohort is.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
@@ -40,6 +40,13 @@ class Contributing(Protocol):
         """Return one client's term."""
 
 
+class Version(NamedTuple):
+    """The round whose model a client was sent, and how much its term counts."""
+
+    round: Round
+    factor: float = 1.0
+
+
 @dataclass(frozen=True)
 class Summand:
     """Makes the terms of replies: all that a worker needs to add them up.
@@ -59,6 +66,8 @@ class Summand:
     clip : callable or None
         Under a mechanism ``Contribution -> Contribution``; it returns None for a
         contribution that is not finite.
+    versions : Mapping[int, Version]
+        Of nodes that may have been sent the model of an earlier round.
     """
 
     strategy: Contributing
@@ -67,6 +76,7 @@ class Summand:
     keys: ReplyKeys
     shapes: Mapping[str, tuple[int, ...]]
     clip: Callable[[Contribution], Contribution | None] | None
+    versions: Mapping[int, Version] = field(default_factory=dict)
 
     def term(self, content: RecordDict, node: int, *, check: bool) -> Contribution:
         """Return the clipped term of a reply.
@@ -86,9 +96,10 @@ class Summand:
             If the reply is to be left out.
         """
         reply = Reply(content, self.places[node], self.keys)
+        version = self.versions.get(node, Version(self.round))
         try:
             plain = self._plain_weight(reply)
-            term = self.strategy.contribution(reply, self.round)
+            term = self.strategy.contribution(reply, version.round)
             shapes = term.shapes()
         except MalformedReply:
             raise
@@ -102,7 +113,7 @@ class Summand:
                 )
         self._require_counts_that_fit(term)
         if self.clip is None:
-            term = term.weighed(plain)
+            term = term.weighed(plain).times(version.factor)
             if check and not term.can_move(self.round.sent):
                 raise MalformedReply(NOT_FINITE)
             return term

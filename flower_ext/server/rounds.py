@@ -26,6 +26,8 @@ from flower_ext.core.errors import positive, refuse, whole
 from flower_ext.core.nodes import NodeOrder, is_fixed, ordered_nodes, wait_for_nodes
 from flower_ext.core.protocol import RUN_CLIENTS, RUN_KEY, RUN_NAME, RUN_RESUMED
 from flower_ext.core.sampling import Purpose, TooFewClients
+from flower_ext.server.asynchronous import Asynchronous
+from flower_ext.server.at_work import Asking, AtWork, at_work, require_asynchronous
 from flower_ext.server.callbacks import Callback, Callbacks
 from flower_ext.server.checkpoint import Checkpoint, CheckpointError
 from flower_ext.server.finished import (
@@ -36,6 +38,7 @@ from flower_ext.server.finished import (
 )
 from flower_ext.server.partial_sums import Summable, Summand, SummingGrid
 from flower_ext.server.returned import messages_of, metrics_of, trained
+from flower_ext.server.run_settings import text_of
 from flower_ext.server.tracking import Tracker
 from flower_ext.wire.codec import CANNOT_READ, SEALED
 from flower_ext.wire.traffic import Traffic, measure
@@ -91,6 +94,7 @@ def run_rounds(
     tracker: Tracker | None = None,
     callbacks: Sequence[Callback] = (),
     new_clients: bool = False,
+    asynchronous: Asynchronous | None = None,
 ) -> Result:
     """Run any Flower strategy, ours or Flower's own.
 
@@ -122,6 +126,9 @@ def run_rounds(
         their own, the first time that they are asked. Otherwise they go on with it, as
         with all of ``context.state``. What they have spent is never forgotten. Not with
         ``checkpoint``, which has their states.
+    asynchronous : Asynchronous, optional
+        Let clients train at any time. A round is then an update of the model, and an
+        :class:`~flower_ext.AdditiveStrategy` is needed. ``timeout`` is for each client.
 
     Returns
     -------
@@ -180,6 +187,9 @@ def run_rounds(
         evaluate_fn,
         watching,
     )
+    if asynchronous is not None:
+        additive = require_asynchronous(asynchronous, strategy, grid)
+        run.at_work = at_work(asynchronous, additive, grid, timeout)
     if new_clients:
         if checkpoint is not None:
             cause = "a saved run goes on with the states of its clients"
@@ -195,6 +205,7 @@ def run_rounds(
         callbacks=watching,
         run_config=getattr(getattr(grid, "run", None), "override_config", None),
         releases=run.releases,
+        at_work=run.at_work,
     )
     with run.saved.locked():
         return run.play()
@@ -223,6 +234,7 @@ class _Run:
         self.evaluate_fn = evaluate_fn
         self.callbacks = callbacks
         self.saved: Checkpoint | None = None
+        self.at_work: AtWork | None = None  # in an asynchronous run
         self.about = ConfigRecord()  # what clients are told of the run
         self.done = 0  # rounds that the checkpoint had
         self.clients: list[ClientReply] = []  # of the round, where anybody asks
@@ -240,6 +252,8 @@ class _Run:
             error = problem
             raise
         finally:
+            if self.at_work:
+                self.at_work.close()
             self.callbacks.end(error)
         return self.result
 
@@ -276,6 +290,9 @@ class _Run:
         """Describe the run to those who watch it."""
         strategy, mechanism = self.strategy, self.mechanism
         settings = strategy.settings() if hasattr(strategy, "settings") else {}
+        if self.at_work:
+            own = text_of(self.at_work.settings.settings())
+            settings = {**settings, "Asynchronous": own}
         return RunInfo(
             self.num_rounds,
             self.done,
@@ -312,38 +329,83 @@ class _Run:
         config = self.configs["train_config"]
         self.callbacks.configure(current, config)
         arrays = self.result.arrays
+        if self.at_work:
+            self.at_work.open(current, arrays)
         found = self.strategy.configure_train(current, arrays, config, self.grid)
         messages = messages_of("configure_train", found)
         self._adopt("train", current, messages)
-        if self.saved:
-            _tell_run(messages, self.saved.folder, self.done)
+        self._name(messages)
+        if self.at_work:
+            self.at_work.begin(messages)
         return messages
 
+    def _name(self, messages: list[Message]) -> None:
+        """Name the run to those who train, if it is saved."""
+        if self.saved:
+            _tell_run(messages, self.saved.folder, self.done)
+
     def _adopt(self, purpose: Purpose, current: int, messages: list[Message]) -> None:
-        """Tell the strategy whom it has asked, if it must know; name the run."""
-        if self.about:
-            for message in messages:
-                message.content[RUN_KEY] = self.about
+        """Tell the strategy whom it has asked, if it must know; name the clients'."""
+        self._name_clients(messages)
         if isinstance(self.strategy, Adopting):
             arrays = self.result.arrays
             self.strategy.adopt(purpose, current, arrays, messages, self.grid)
 
+    def _name_clients(self, messages: list[Message]) -> None:
+        """Say of which run the clients are, where they begin anew."""
+        if self.about:
+            for message in messages:
+                message.content[RUN_KEY] = self.about
+
     def _train(self, current: int, messages: list[Message]) -> _Phase:
         """Let clients train, and take over the model that comes of it."""
         strategy = self.strategy
-        summand = strategy.summand() if isinstance(strategy, Summable) else None
         with self._discretion():
-            train = self._exchange("train", messages, summand)
+            if self.at_work:
+                train = self._gather(self.at_work)
+            else:
+                train = self._exchange("train", messages, self._summand())
             if self._is_first(current) and (reason := _all_failed(train)):
                 # Before anything is released: the rounds to come would end as this.
                 raise EveryClientFailed(_every("train", current, reason))
             arrays, metrics = trained(strategy.aggregate_train(current, train.replies))
         train.replies = []  # free them before the evaluation
+        if self.at_work:
+            metrics = MetricRecord({**(metrics or {}), **self.at_work.metrics()})
         if arrays is not None:
             self.result.arrays = arrays
         if metrics is not None:
             self.result.train_metrics_clientapp[current] = metrics
         return train
+
+    def _summand(self) -> Summand | None:
+        strategy = self.strategy
+        return strategy.summand() if isinstance(strategy, Summable) else None
+
+    def _gather(self, at_work: AtWork) -> _Phase:
+        """Let clients train until an update is complete."""
+        train, begun = _Phase(Traffic()), time.monotonic()
+        while at_work.missing:
+            works = at_work.next(self._ask_more)
+            at_work.expect(works)
+            messages = [work.message for work in works]
+            self._name(messages)  # some may have been asked before an interruption
+            grid = at_work.exchange_on()
+            part = self._exchange("train", messages, self._summand(), grid)
+            at_work.take(works, part.replies)
+            train.down, train.up = train.down + part.down, train.up + part.up
+            train.asked += part.asked
+            train.replies += part.replies
+        train.seconds = time.monotonic() - begun
+        return train
+
+    def _ask_more(self) -> list[Message]:
+        """Ask further clients, with the model as it is."""
+        assert isinstance(self.strategy, Asking)
+        messages = self.strategy.ask_more(self.result.arrays, self.grid)
+        self._name_clients(messages)
+        self._name(messages)
+        return messages
 
     def _save_or_stop(self, saved: Checkpoint, current: int) -> None:
         if not saved.save(current, self.result):
@@ -404,18 +466,23 @@ class _Run:
         )
 
     def _exchange(
-        self, purpose: Purpose, messages: list[Message], summand: Summand | None = None
+        self,
+        purpose: Purpose,
+        messages: list[Message],
+        summand: Summand | None = None,
+        grid: Grid | None = None,
     ) -> _Phase:
         """Send messages, wait for the replies, and count the bytes of both."""
+        grid = grid or self.grid
         # Nobody may see what single clients say under a mechanism.
         told = self.callbacks.need_clients and self.mechanism is None
         places = NodeOrder(ordered_nodes(self.grid)) if told else {}
         begun = time.monotonic()
         phase = _Phase(measure(messages), len(messages))
-        if summand is not None and isinstance(self.grid, SummingGrid):
-            replies = self.grid.send_and_sum(messages, summand, timeout=self.timeout)
+        if summand is not None and isinstance(grid, SummingGrid):
+            replies = grid.send_and_sum(messages, summand, timeout=self.timeout)
         else:
-            replies = self.grid.send_and_receive(messages, timeout=self.timeout)
+            replies = grid.send_and_receive(messages, timeout=self.timeout)
         phase.replies = list(replies)
         phase.up = measure(phase.replies)
         phase.seconds = time.monotonic() - begun

@@ -30,10 +30,10 @@ def settings_of(strategy: object, configs: Configs) -> Settings:
     They are what the strategy's ``settings()`` returns, the options of its constructor
     that it keeps under their own names, and every value of the configurations.
     """
-    found = {name: _text(value) for name, value in _options(strategy)}
+    found = {name: text_of(value) for name, value in _options(strategy)}
     described = getattr(strategy, "settings", None)
     if callable(described):
-        found |= {name: _text(value) for name, value in described().items()}
+        found |= {name: text_of(value) for name, value in described().items()}
     for config, record in configs.items():
         found |= {f"{config}[{k!r}]": v for k, v in readable(record).items()}
     return found
@@ -53,7 +53,8 @@ def _options(strategy: object) -> Iterator[tuple[str, object]]:
                     yield name, value
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
+    """Return a setting as a text, by which it is compared."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if inspect.isroutine(value):
@@ -126,7 +127,7 @@ class Changes:
                 if _guarded(before.get(key)) != _guarded(record.get(key)):
                     changed.add(key)
             state[config] = {
-                "set": {k: _encode(v) for k, v in record.items() if k in changed},
+                "set": {k: encode_value(v) for k, v in record.items() if k in changed},
                 "gone": sorted(changed - record.keys()),
             }
         return state
@@ -136,27 +137,29 @@ class Changes:
         for config, record in self._configs.items():
             new, gone = state[config]["set"], state[config]["gone"]
             assert isinstance(new, dict) and isinstance(gone, list)
-            record.update({key: _decode(value) for key, value in new.items()})
+            record.update({key: decode_value(value) for key, value in new.items()})
             for key in gone:
                 record.pop(key, None)
             self._changed[config] |= {*new, *gone}
 
 
-def _encode(value: object) -> object:
+def encode_value(value: object) -> object:
+    """Return a value of a configuration as JSON has it."""
     if isinstance(value, bytes):
         return {_BYTES: value.hex()}
     if isinstance(value, list):
-        return [_encode(v) for v in value]
+        return [encode_value(v) for v in value]
     if isinstance(value, float) and not np.isfinite(value):
         return {"$float": str(value)}
     return value
 
 
-def _decode(value: object) -> ConfigRecordValues:
+def decode_value(value: object) -> ConfigRecordValues:
+    """Return what :func:`encode_value` was given."""
     if isinstance(value, dict):
         if _BYTES in value:
             return bytes.fromhex(value[_BYTES])
         return float(value["$float"])
     if isinstance(value, list):
-        return [_decode(v) for v in value]  # type: ignore[return-value]
+        return [decode_value(v) for v in value]  # type: ignore[return-value]
     return value  # type: ignore[return-value]

@@ -75,11 +75,13 @@ from flower_ext.core.ties import (
     read_ties,
 )
 from flower_ext.privacy.private_sum import PrivateSum
+from flower_ext.server.asynchronous import Asynchronous
 from flower_ext.server.callbacks import Callback
 from flower_ext.server.cohorts import Cohorts
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.optimizers import SGD, ServerOptimizer, State, keep_variances
 from flower_ext.server.options import FedAvgOptions, by_name, require_known
+from flower_ext.server.partial_sums import Version
 from flower_ext.server.rounds import run_rounds
 from flower_ext.server.tracking import Tracker
 from flower_ext.wire.codec import Codec, Sending, is_encoded, seal
@@ -119,6 +121,10 @@ class Core:
     tied : dict[str, str] or None
         The tied tensors; None before the first replies, or under a mechanism before
         the first model.
+    contents : dict
+        In an asynchronous run, what each kind of client is sent in this round.
+    versions : dict[int, Version]
+        In an asynchronous run, of the nodes whose replies are about to be summed.
     """
 
     server_optimizer: ServerOptimizer
@@ -129,6 +135,8 @@ class Core:
     rounds: dict[Phase, Round] = field(default_factory=dict)
     understood: bool = False
     tied: Ties | None = None
+    contents: dict[Hashable, RecordDict] = field(default_factory=dict)
+    versions: dict[int, Version] = field(default_factory=dict)
 
 
 @dataclass
@@ -193,6 +201,9 @@ class RoundStrategy(FedAvg):
     consumed_metrics: tuple[str, ...] = ()
     #: Keys of array records in a reply that are not its model.
     other_arrays: ClassVar[tuple[str, ...]] = ()
+    #: Why replies of a round must all be to the model of that round, so that there is
+    #: no asynchronous run; empty where they need not.
+    needs_rounds: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -437,20 +448,37 @@ class RoundStrategy(FedAvg):
         round = self._round_of(server_round, sent, phase, places)
         round = replace(round, trained=seen, answered=done)
         round = replace(round, told={**config, **self.tell(round)})
+        contents: dict[Hashable, RecordDict] = {}
+        if train and cohorts.seats is not None:  # others are asked in this round, too
+            self._core.contents = contents
+        return self._address(cohort, round, arrays, contents)
+
+    def _address(
+        self,
+        cohort: Mapping[int, int],
+        round: Round,
+        arrays: ArrayRecord,
+        contents: dict[Hashable, RecordDict],
+    ) -> list[Message]:
+        """Make the messages to a cohort; ``contents`` has what kinds are sent."""
         kinds = {node: self.variant(client, round) for node, client in cohort.items()}
         uploads = self._uploads(dict.fromkeys(kinds.values()), round)
-        if uploads:
-            round = replace(round, upload=Uploads.of(uploads.values()))
-        self._core.rounds[phase] = round
-        contents = {}
-        for place, variant in enumerate(dict.fromkeys(kinds.values())):
+        reader = Uploads.of(uploads.values()) if uploads else round.upload
+        if reader != round.upload:
+            round = replace(round, upload=reader)
+        self._core.rounds[round.phase] = round
+        for variant in dict.fromkeys(kinds.values()):
+            if variant in contents:
+                continue
             # Draws by the place among the kinds would tell who else is asked.
-            content = self._content(variant, 0 if hidden else place, round, arrays)
+            place = 0 if self._hides_cohorts else len(contents)
+            content = self._content(variant, place, round, arrays)
             if variant in uploads:
                 told = content.config_records[self.configrecord_key]
                 told[UPLOAD_KEY] = describe(uploads[variant])
             contents[variant] = content
-        kind = MessageType.TRAIN if phase == "train" else MessageType.EVALUATE
+        train = round.phase == "train"
+        kind = MessageType.TRAIN if train else MessageType.EVALUATE
         return [Message(contents[kinds[node]], node, kind) for node in cohort]
 
     def _uploads(
@@ -728,8 +756,9 @@ class RoundStrategy(FedAvg):
         checkpoint: Path | str | None = None,
         tracker: Tracker | None = None,
         callbacks: Sequence[Callback] = (),
+        asynchronous: Asynchronous | None = None,
     ) -> Result:
-        """Run the rounds as Flower does, with three options more.
+        """Run the rounds as Flower does, with four options more.
 
         Parameters
         ----------
@@ -744,6 +773,9 @@ class RoundStrategy(FedAvg):
             Told of every round.
         callbacks : sequence of Callback, optional
             Told of every round, after the tracker.
+        asynchronous : Asynchronous, optional
+            Let clients train at any time: a round is an update of the model, made of
+            the contributions of so many clients. For strategies that are sums.
 
         Returns
         -------
@@ -769,6 +801,7 @@ class RoundStrategy(FedAvg):
             checkpoint=checkpoint,
             tracker=tracker,
             callbacks=callbacks,
+            asynchronous=asynchronous,
         )
 
     def state_dict(self) -> dict[str, object]:

@@ -162,6 +162,14 @@ class BaseGrid(Grid):
         for i in late:
             self._answer(Outcome(int(i), None, Error(NO_REPLY, reason)))
 
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        """Stop clients, and forget messages for whose replies nobody waits."""
+        gone = set(message_ids)
+        self._transport.give_up([int(i) for i in gone if i in self._asked])
+        for i in gone:
+            self._asked.pop(i, None)
+            self._replies.pop(i, None)
+
     def _collect(self, seconds: float | None) -> None:
         for outcome in self._transport.wait(seconds):
             self._answer(outcome)

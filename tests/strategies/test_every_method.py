@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from adding_grid import AddingGrid
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ from flower_ext.privacy import AdaptiveClipping, Mechanism
 from flower_ext.server.optimizers import SGD, Adam
 from flower_ext.server.personal import PersonalStrategy
 from flower_ext.server.tracking import read_metrics
-from flower_ext.simulation import LocalGrid, PackedGrid
+from flower_ext.simulation import Asynchronous, LocalGrid, PackedGrid, VirtualClock
 from flower_ext.strategies import (
     DPFTRL,
     FLASC,
@@ -612,6 +612,74 @@ def test_a_run_resumed_after_every_round_is_the_same_bit_for_bit(
         start = row.initial(initial, strategy)
         found = strategy.start(grid, start, num_rounds=rounds, checkpoint=tmp_path)
     require_same(row, found, expected, initial)
+
+
+# Asynchronous runs ------------------------------------------------------------------
+
+# Why a method has none.
+IN_ROUNDS = {
+    "BoundedGroupLoss": "about the one model of a round",
+    "DPFTRL": "a mechanism accounts for cohorts",
+    "Ensemble": "each round trains one of the models",
+    "FedCurv": "the last sum, that of one round",
+    "FedDyn": "the sum of all moves",
+    "Scaffold": "the mean of the clients' only while all their changes count alike",
+}
+AT_ANY_TIME = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=name)
+        for name, row in METHODS.items()
+        if name not in IN_ROUNDS
+    ],
+)
+
+
+@pytest.mark.parametrize("name", IN_ROUNDS)
+def test_what_needs_rounds_is_refused(name, asked_before, initial):
+    row = METHODS[name]
+    strategy, grid = row.plain(), LocalGrid(asked_before, CLIENTS, CONFIG)
+    start = row.initial(initial, strategy)
+    with pytest.raises(ValueError, match=f"left out with {name}: .*{IN_ROUNDS[name]}"):
+        strategy.start(grid, start, asynchronous=Asynchronous(2, 3))
+
+
+@AT_ANY_TIME
+def test_equal_times_are_the_synchronous_run_bit_for_bit(
+    row, asked_before, initial, plain_run
+):
+    expected, _ = plain_run(run_of(row, False), row, False)
+    strategy, grid = row.plain(), LocalGrid(asked_before, CLIENTS, CONFIG)
+    start = row.initial(initial, strategy)
+    how = Asynchronous(CLIENTS // 2, CLIENTS // 2, clock=VirtualClock())
+    found = strategy.start(grid, start, ROUNDS, asynchronous=how)
+    own = {"staleness-mean", "staleness-max", "virtual-seconds"}
+    for number, metrics in found.train_metrics_clientapp.items():
+        assert metrics["virtual-seconds"] == number and not metrics["staleness-max"]
+        kept = {key: x for key, x in metrics.items() if key not in own}
+        found.train_metrics_clientapp[number] = MetricRecord(kept)
+    require_same(row, found, expected, initial)
+
+
+@AT_ANY_TIME
+def test_an_asynchronous_run_resumed_is_the_same_bit_for_bit(
+    row, app, initial, tmp_path
+):
+    # Four clients are at work, the last of them over two updates.
+    how = Asynchronous(
+        2, 4, clock=VirtualClock(lambda client, task: [1.0, 1.5, 2.0, 3.5][client])
+    )
+
+    def run(rounds, **options):
+        strategy, grid = row.plain(), LocalGrid(app, 4, CONFIG)
+        start = row.initial(initial, strategy)
+        return strategy.start(grid, start, rounds, asynchronous=how, **options)
+
+    expected = run(ROUNDS)
+    run(2, checkpoint=tmp_path)
+    require_same(row, run(ROUNDS, checkpoint=tmp_path), expected, initial)
+    stale = expected.train_metrics_clientapp[ROUNDS]["staleness-max"]
+    assert stale == 1
 
 
 @pytest.fixture(scope="module")
