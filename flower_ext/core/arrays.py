@@ -134,16 +134,22 @@ class Lazy:
         Takes flat blocks of the operands and returns a flat block.
     *operands : ndarray or Lazy
         All of one shape.
+    within : callable, optional
+        See :func:`within`; without it nothing is known of the entries' size.
     """
 
     def __init__(
-        self, function: Callable[..., NDArray], *operands: "NDArray | Lazy"
+        self,
+        function: Callable[..., NDArray],
+        *operands: "NDArray | Lazy",
+        within: Callable[[float], bool] = lambda limit: False,
     ) -> None:
         self.shape: tuple[int, ...] = operands[0].shape
         if any(x.shape != self.shape for x in operands):
             shapes = [x.shape for x in operands]
             raise ValueError(f"operands of shapes {shapes} must have one shape")
         self._function = function
+        self.within = within
         self._flat = [x if isinstance(x, Lazy) else x.reshape(-1) for x in operands]
 
     def block(self, where: slice) -> NDArray:
@@ -184,18 +190,45 @@ def lazy(term: Term) -> Lazy:
     return term if isinstance(term, Lazy) else Lazy(np.asarray, term)
 
 
-def subtract(new: NDArray, old: NDArray, *, finite: bool = False) -> Lazy:
+def subtract(new: NDArray, old: NDArray, *, largest: float = math.inf) -> Lazy:
     """Return ``new - old``: floats in float32 or wider, integers exactly in int64.
 
-    An entry that is unchanged gives 0, also where it is an infinity or a NaN. Where
-    ``old`` is known to be ``finite``, no block is searched for these.
+    An entry that is unchanged gives 0, also where it is an infinity or a NaN. Where it
+    is known that no entry of ``old`` is larger in size than ``largest``, no block is
+    searched for these, and the size of the difference is seen from ``new`` alone.
     """
     if not is_averaged(new):
         return Lazy(_subtract_integers, new, old)
     wide = np.result_type(new, old, np.float32)
-    if finite:
-        return Lazy(partial(np.subtract, dtype=wide), new, old)
-    return Lazy(partial(_subtract_floats, wide), new, old)
+    if largest == math.inf:
+        return Lazy(partial(_subtract_floats, wide), new, old)
+    return Lazy(
+        partial(np.subtract, dtype=wide),
+        new,
+        old,
+        within=lambda limit: within(new, limit - largest),
+    )
+
+
+def largest(array: NDArray) -> float:
+    """Return the size of the largest number of a float array; inf beside a NaN, too."""
+    if not array.size:
+        return 0.0
+    found = max(abs(float(array.min())), abs(float(array.max())))
+    return found if math.isfinite(found) else math.inf
+
+
+def within(term: Term, limit: float) -> bool:
+    """Whether it is known that no entry is larger in size; a NaN is not known."""
+    if isinstance(term, Lazy):
+        return term.within(limit)
+    if term.dtype.kind != "f":
+        return False
+    return all(
+        -limit <= float(np.minimum.reduce(block))
+        and float(np.maximum.reduce(block)) <= limit
+        for block in _blocks(term)
+    )
 
 
 def _subtract_floats(wide: npt.DTypeLike, new: NDArray, old: NDArray) -> NDArray:

@@ -16,6 +16,7 @@ from flower_ext.core.arrays import (
     lazy,
     numpy_of,
     scale,
+    within,
     zeros_like,
 )
 from flower_ext.core.typing import Floats
@@ -28,6 +29,10 @@ DELTA = "delta"
 WEIGHT = "weight"
 WEIGHT_OF = "weight-of-"
 COUNT_OF = "count-of-"
+
+# Products of two numbers of this size are finite, and any model of float32 or wider can
+# be moved by it.
+_SMALL = 1e17
 
 
 @dataclass
@@ -123,7 +128,26 @@ class Contribution:
         A change of no weight moves nothing, however large it is. One of a tiny count
         may move a coordinate far, which nobody else has.
         """
-        return self.is_finite() and all(
+        return self._is_small(sent) or (self.is_finite() and self._moves(sent))
+
+    def _is_small(self, sent: Arrays) -> bool:
+        """Whether all is so small that the model can surely take it.
+
+        That is so of nearly all terms, and seen without computing them.
+        """
+        numbers = (self.weight or 0.0, *self.weights.values(), *self.scalars.values())
+        return (
+            not self.counts
+            and all(np.all(np.abs(x) <= _SMALL) for x in numbers)
+            and all(
+                within(x, _SMALL) and (name not in sent or _has_room(sent[name]))
+                for arrays in self.arrays.values()
+                for name, x in arrays.items()
+            )
+        )
+
+    def _moves(self, sent: Arrays) -> bool:
+        return all(
             can_move(sent, _per_count(change, self.counts.get(part, {})))
             for part, change in self.arrays.items()
             if _is_change(part) and self.weight_of(part) != 0
@@ -316,6 +340,11 @@ class Total:
 
 def _is_change(part: str) -> bool:
     return part == DELTA or part.startswith(f"{DELTA}-")
+
+
+def _has_room(array: NDArray) -> bool:
+    """Whether an array can be moved far: half precision overflows soon."""
+    return array.dtype.kind != "f" or array.dtype.itemsize >= 4
 
 
 def _per_count(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 from typing import Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from flower_ext.core.arrays import (
     all_finite,
     is_averaged,
     is_parameter,
+    largest,
     subtract,
 )
 from flower_ext.core.errors import refuse
@@ -160,9 +162,14 @@ class Round:
         return {name: x for name, x in self.sent.items() if is_parameter(name, x)}
 
     @cached_property
+    def largest(self) -> Mapping[str, float]:
+        """The size of the largest number in each float array; inf beside a NaN, too."""
+        return {name: largest(x) for name, x in self.floats.items()}
+
+    @property
     def infinite(self) -> frozenset[str]:
         """The arrays of the model with infinities or NaN."""
-        return frozenset(n for n, x in self.sent.items() if not all_finite([x]))
+        return frozenset(n for n, size in self.largest.items() if size == inf)
 
 
 @dataclass(frozen=True)
@@ -272,7 +279,7 @@ class Reply:
                 name: subtract(
                     x if name in tied else new[name],
                     x,
-                    finite=start is None and name not in round.infinite,
+                    largest=round.largest.get(name, inf) if start is None else inf,
                 )
                 for name, x in sent.items()
             }

@@ -5,7 +5,10 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from flower_ext.core.arrays import largest, subtract, within
 from flower_ext.core.contribution import DELTA, Contribution, Total
 
 
@@ -163,3 +166,45 @@ def test_counts_of_a_whole_array_and_of_its_coordinates_add_up():
         for total in (together, merged):
             assert total.counts["delta"]["w"].tolist() == [3, 1]
             assert total.mean()["w"].tolist() == [2, 12]
+
+
+# Around every bound: that of a change, of float16 and float32, and what squares to inf.
+_NUMBERS = [0, 1.5, 6e4, -7e4, 9e16, 2e17, -9e17, 1.1e18, 3e38, -3e38]
+_NUMBERS += [math.inf, -math.inf, math.nan]
+
+
+@given(
+    old=st.lists(st.sampled_from(_NUMBERS), min_size=3, max_size=3),
+    new=st.lists(st.sampled_from(_NUMBERS), min_size=3, max_size=3),
+    weight=st.sampled_from([0.0, 1.0, 50.0, 1e17, 1e200, math.inf, math.nan]),
+    dtype=st.sampled_from(["float16", "float32", "float64"]),
+)
+def test_a_term_is_refused_exactly_if_the_model_cannot_take_it(old, new, weight, dtype):
+    with np.errstate(all="ignore"):
+        sent, came = np.array(old, dtype), np.array(new, dtype)
+        wide = np.result_type(dtype, np.float32)
+        change = came.astype(wide) - sent.astype(wide)
+        same = (came == sent) | (np.isnan(came) & np.isnan(sent))
+        change[same] = 0
+        good = math.isfinite(weight) and np.isfinite(change.astype(float) * weight).all()
+        if good and weight != 0:
+            moved = (sent.astype(float) + change).astype(dtype)
+            lost = ~np.isfinite(moved) & np.isfinite(sent)
+            good = (np.abs(change) <= 1e18).all() and not lost.any()
+    for size in (largest(sent), math.inf):
+        term = Contribution({DELTA: {"w": subtract(came, sent, largest=size)}}, weight)
+        assert term.can_move({"w": sent}) == good
+
+
+def test_the_size_of_an_array_is_that_of_its_largest_number():
+    assert largest(np.float32([1, -3, 2])) == 3
+    assert largest(np.float32([1, math.nan])) == math.inf
+    assert largest(np.float32([[-math.inf]])) == math.inf
+    assert largest(np.empty((0, 2))) == 0
+    assert within(np.float32([1, -3]), 3)
+    assert not within(np.float32([1, -3]), 2.9)
+    assert not within(np.float32([math.nan]), 3)
+    assert not within(np.array([1, 2]), 3)  # integers are looked at exactly
+    assert within(subtract(np.float32([1]), np.float32([-2]), largest=2), 3)
+    assert not within(subtract(np.float32([1]), np.float32([-2]), largest=2), 2.9)
+    assert not within(subtract(np.float32([1]), np.float32([-2])), 9)
