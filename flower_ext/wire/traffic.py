@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from flower_ext._flower import recorddict_to_proto
 from flower_ext.core.held import HeldArray, num_bytes
@@ -68,36 +68,67 @@ def measure_content(content: RecordDict) -> Traffic:
     """Measure the content of one message."""
     if isinstance(content, Measured):
         return content.traffic
-    records = [x for x in content.values() if isinstance(x, ArrayRecord)]
-    return Traffic(
-        serialized_bytes(content),
-        sum(_contents(array) for r in records for array in r.values()),
-        sum(num_values(record) for record in records),
-        1,
-    )
+    serialized, encoded, parameters = _rest_bytes(_layout(content)), 0, 0
+    for key, record in content.items():
+        if isinstance(record, ArrayRecord):
+            size = 0
+            for name, x in record.items():
+                length = num_bytes(x)
+                size += _array_bytes(name, x.dtype, tuple(x.shape), x.stype, length)
+                encoded += _contents(x)
+            serialized += _field(_field(len(key.encode())) + _field(size))
+            parameters += num_values(record)
+    return Traffic(serialized, encoded, parameters, 1)
 
 
 def serialized_bytes(content: RecordDict) -> int:
     """Return the size of records in Flower's protocol buffers, copying no array."""
-    rest = RecordDict(
-        {k: x for k, x in content.items() if not isinstance(x, ArrayRecord)}
+    return measure_content(content).serialized
+
+
+# Numbers and texts as the keys of a cache: 1, 1.0 and True are three different ones.
+_Value = tuple[type, object]
+_Layout = tuple[tuple[str, type, tuple[tuple[str, _Value], ...]], ...]
+
+
+def _layout(content: RecordDict) -> _Layout:
+    """Return what the size of a content depends on, but for its arrays."""
+    return tuple(
+        (
+            key,
+            MetricRecord if isinstance(record, MetricRecord) else ConfigRecord,
+            tuple((k, _value(x)) for k, x in record.items()),
+        )
+        for key, record in content.items()
+        if not isinstance(record, ArrayRecord)
     )
+
+
+def _value(value: object) -> _Value:
+    if isinstance(value, list):
+        return list, tuple(map(_value, value))
+    # Eight bytes, whatever it is.
+    return (float, 0.5) if isinstance(value, float) else (type(value), value)
+
+
+@lru_cache(maxsize=4096)  # clients differ in their losses, and seldom in more
+def _rest_bytes(layout: _Layout) -> int:
+    """Return the bytes of records without arrays, as Flower makes them."""
+
+    def read(kind: type, value: object) -> object:
+        if isinstance(value, tuple):
+            return [read(*x) for x in value]
+        return value
+
+    rest = {
+        key: kind({name: read(*value) for name, value in values})
+        for key, kind, values in layout
+    }
     try:
-        size: int = recorddict_to_proto(rest).ByteSize()
+        size: int = recorddict_to_proto(RecordDict(rest)).ByteSize()
     except ValueError:  # an integer that cannot travel
         size = 0
-    return size + sum(
-        _field(_field(len(key.encode())) + _field(_record_bytes(record)))
-        for key, record in content.items()
-        if isinstance(record, ArrayRecord)
-    )
-
-
-def _record_bytes(record: ArrayRecord) -> int:
-    return sum(
-        _array_bytes(name, x.dtype, tuple(x.shape), x.stype, num_bytes(x))
-        for name, x in record.items()
-    )
+    return size
 
 
 @lru_cache(maxsize=4096)  # every client sends the same names and shapes

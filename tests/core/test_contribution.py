@@ -186,7 +186,9 @@ def test_a_term_is_refused_exactly_if_the_model_cannot_take_it(old, new, weight,
         change = came.astype(wide) - sent.astype(wide)
         same = (came == sent) | (np.isnan(came) & np.isnan(sent))
         change[same] = 0
-        good = math.isfinite(weight) and np.isfinite(change.astype(float) * weight).all()
+        good = (
+            math.isfinite(weight) and np.isfinite(change.astype(float) * weight).all()
+        )
         if good and weight != 0:
             moved = (sent.astype(float) + change).astype(dtype)
             lost = ~np.isfinite(moved) & np.isfinite(sent)

@@ -1,13 +1,15 @@
 """What messages cost, of any record: plain, encoded, or no array at all."""
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flower_ext._flower import ensure_task_identity, recorddict_to_proto
 from flower_ext.core.arrays import to_record
 from flower_ext.wire import FixedMask
 from flower_ext.wire.codec import PAYLOAD
-from flower_ext.wire.traffic import Traffic, measure
+from flower_ext.wire.traffic import Traffic, measure, measure_content
 
 ensure_task_identity()
 
@@ -43,6 +45,37 @@ def test_hostile_records_are_measured_all_the_same():
             found = measure([message(content)])
             assert found.serialized == recorddict_to_proto(content).ByteSize()
             assert found.encoded <= len(data)
+
+
+_SCALARS = [0, 1, -1, 127, 128, 2**62, 0.0, 1.0, -1.5, float("nan")]
+_OTHERS = [True, False, "", "é", "text", b"", b"bytes"]
+
+
+@given(
+    metrics=st.dictionaries(
+        st.text(max_size=3),
+        st.one_of(
+            st.sampled_from(_SCALARS),
+            st.lists(st.integers(-5, 2**40), max_size=3),
+            st.lists(st.floats(width=32), max_size=3),
+        ),
+        max_size=3,
+    ),
+    config=st.dictionaries(
+        st.text(max_size=3),
+        st.one_of(
+            st.sampled_from([*_SCALARS, *_OTHERS]),
+            st.lists(st.booleans(), max_size=3),
+            st.lists(st.text(max_size=3), max_size=2),
+        ),
+        max_size=3,
+    ),
+)
+def test_metrics_and_settings_cost_their_bytes(metrics, config):
+    content = RecordDict({"m": MetricRecord(metrics), "c": ConfigRecord(config)})
+    expected = recorddict_to_proto(content).ByteSize()
+    assert measure_content(content).serialized == expected
+    assert measure_content(content).serialized == expected  # of the same kind as before
 
 
 def test_nothing_costs_nothing():
