@@ -45,6 +45,8 @@ def read_ties(reply: RecordDict, like: Mapping[str, NDArray]) -> Ties:
 def equal_in_all(records: Sequence[object], sent: Mapping[str, NDArray]) -> Ties:
     """Return float arrays that equal an earlier one in the model and in all replies."""
     ties: Ties = {}
+    if not all(isinstance(record, ArrayRecord) for record in records):
+        return ties  # nothing is in all of them: the model need not be looked at
     firsts: dict[object, list[str]] = {}
     for name, array in sent.items():
         if not _tells(array):
