@@ -2,7 +2,21 @@
 
 import logging
 import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeVar
 
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.app.metadata import Metadata
+from flwr.common import NDArray
 from flwr.common.config import flatten_dict
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_to_proto
@@ -15,6 +29,7 @@ from flwr.serverapp.exception import (
 )
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 from flwr.supercore import log
+from flwr.supercore.date import now
 from flwr.supercore.logger import FLOWER_LOGGER
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -37,8 +52,14 @@ __all__ = [
     "in_simulation",
     "log",
     "log_strategy_start_info",
+    "make_arrays_by",
+    "quick_message",
+    "quick_reply",
     "recorddict_to_proto",
+    "unchecked",
 ]
+
+R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord, RecordDict)
 
 
 def ensure_task_identity(run_id: int = 1) -> None:
@@ -46,6 +67,74 @@ def ensure_task_identity(run_id: int = 1) -> None:
     if TaskIdentity._run_id is None:
         TaskIdentity.run_id = run_id
         TaskIdentity.task_id = TaskIdentity.node_id = 1
+
+
+# Flower's objects are checked as they are made, which takes longer than a tiny client's
+# training. These functions make the same ones of what was checked before.
+
+
+def unchecked(like: R, values: dict[str, Any]) -> R:
+    """Return a record of the kind of another, with other values."""
+    record = like.copy()
+    vars(record)["_data"] = values
+    return record
+
+
+def quick_message(
+    content: RecordDict, node: int, kind: str, group: str = "", message_id: str = ""
+) -> Message:
+    """Return ``Message(content, node, kind, group_id=group)``."""
+    run, source, task = TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id
+    like = _message_like(kind, group, run, source, task)
+    return _made(
+        like,
+        content,
+        None,
+        _dst_node_id=node,
+        _message_id=message_id,
+        _created_at=now().timestamp(),
+    )
+
+
+@lru_cache(maxsize=64)
+def _message_like(kind: str, group: str, *identity: int) -> Message:
+    return Message(RecordDict(), 0, kind, group_id=group)
+
+
+def quick_reply(
+    content: RecordDict | None, error: Error | None, to: Message
+) -> Message:
+    """Return ``Message(content or error, reply_to=to)``."""
+    asked, time = to.metadata, now().timestamp()
+    return _made(
+        to,
+        content,
+        error,
+        _message_id="",
+        _src_node_id=asked.dst_node_id,
+        _dst_node_id=asked.src_node_id,
+        _reply_to_message_id=asked.message_id,
+        _created_at=time,
+        _ttl=asked.created_at + asked.ttl - time,
+        _src_task_id=asked.dst_task_id,
+        _dst_task_id=asked.src_task_id,
+        _delivered_at="",
+    )
+
+
+def _made(
+    like: Message, content: RecordDict | None, error: Error | None, **changed: object
+) -> Message:
+    metadata = Metadata.__new__(Metadata)
+    vars(metadata).update(vars(like.metadata), **changed)
+    message = Message.__new__(Message)
+    vars(message).update(_metadata=metadata, _content=content, _error=error)
+    return message
+
+
+def make_arrays_by(make: Callable[[NDArray], Array]) -> None:
+    """Let Flower's arrays be made of NumPy's by a function, in all of this process."""
+    Array.from_numpy_ndarray = staticmethod(make)  # type: ignore[method-assign,assignment]
 
 
 def in_simulation(grid: Grid | None) -> bool:

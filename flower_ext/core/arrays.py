@@ -11,7 +11,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 from flwr.common import NDArray
 
-from flower_ext.core.held import HeldArray
+from flower_ext.core.held import HeldArray, flower_array
 from flower_ext.core.typing import Floats
 
 Arrays = dict[str, NDArray]
@@ -57,7 +57,7 @@ def view(array: Array) -> NDArray:
 
 
 def npy_layout(
-    data: bytes,
+    data: "bytes | NDArray",
 ) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
     """Return shape, Fortran order, dtype and start of the values of ``.npy`` bytes.
 
@@ -105,7 +105,10 @@ def from_record(record: ArrayRecord) -> Arrays:
 
 def to_record(arrays: Mapping[str, NDArray]) -> ArrayRecord:
     """Serialise named arrays, keeping order, shapes (0-d too) and dtypes."""
-    return ArrayRecord({name: Array(np.asarray(x)) for name, x in arrays.items()})
+    record = ArrayRecord()  # made of a dictionary it would copy its arrays
+    for name, x in arrays.items():
+        record[name] = flower_array(np.asarray(x))
+    return record
 
 
 def is_averaged(array: NDArray) -> bool:

@@ -4,7 +4,7 @@ Flower's arrays are bytes. To make them, and to read them again, takes longer th
 training of a small client; where the reply is added up at once, nobody needs them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -15,9 +15,13 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from flwr.common import NDArray
 
+from flower_ext._flower import unchecked
+
 Fields = tuple[str, tuple[int, ...], str, bytes]
 
 _HOLDING = ContextVar("holding", default=False)
+_NO_ARRAYS = ArrayRecord()
+_flowers = Array.from_numpy_ndarray
 
 
 class LikeFlowers(Array):
@@ -53,7 +57,7 @@ class HeldArray(LikeFlowers):
     def data(self) -> bytes:
         """The bytes that Flower makes of the values."""
         if "_bytes" not in self.__dict__:
-            self.__dict__["_bytes"] = Array(self.values).data
+            self.__dict__["_bytes"] = flower_array(self.values).data
         return cast(bytes, self.__dict__["_bytes"])
 
     @data.setter
@@ -64,26 +68,47 @@ class HeldArray(LikeFlowers):
     @property
     def size(self) -> int:
         """Length of the bytes, which are not made for it."""
-        # NumPy writes an array in C order unless it is contiguous in Fortran's only.
-        flags = self.values.flags
-        fortran_order = flags.f_contiguous and not flags.c_contiguous
-        header = _header_size(self.values.dtype, self.values.shape, fortran_order)
-        return header + self.values.nbytes
+        return len(_header(self.values)) + self.values.nbytes
 
     def numpy(self) -> NDArray:
         """Return the array as a NumPy array of the caller's own."""
         return self.values.copy(order="K")
 
 
+def flower_array(values: NDArray) -> Array:
+    """Return ``Array(values)``: the same bytes, copied once and not three times."""
+    plain = type(values) is np.ndarray and values.dtype.kind in "fciub"
+    if not plain or not values.size:
+        return _flowers(values)
+    flat = values.T if _in_fortran_order(values) else np.ascontiguousarray(values)
+    array = Array.__new__(Array)
+    vars(array).update(
+        dtype=str(values.dtype),
+        shape=values.shape,
+        stype="numpy.ndarray",
+        data=b"".join((_header(values), flat.data)),
+    )
+    return array
+
+
+def _header(values: NDArray) -> bytes:
+    return _header_of(values.dtype, values.shape, _in_fortran_order(values))
+
+
+def _in_fortran_order(values: NDArray) -> bool:
+    # NumPy writes an array in C order unless it is contiguous in Fortran's only.
+    return values.flags.f_contiguous and not values.flags.c_contiguous
+
+
 @lru_cache(maxsize=4096)  # every client sends the same
-def _header_size(
+def _header_of(
     dtype: np.dtype[np.generic], shape: tuple[int, ...], fortran_order: bool
-) -> int:
+) -> bytes:
     descr = np.lib.format.dtype_to_descr(dtype)
     header = {"descr": descr, "fortran_order": fortran_order, "shape": shape}
     stream = BytesIO()
     np.lib.format.write_array_header_1_0(stream, header)
-    return stream.tell()
+    return stream.getvalue()
 
 
 def fields_of(array: Array) -> Fields:
@@ -108,8 +133,5 @@ def holding_replies() -> Iterator[None]:
 
 def reply_record(arrays: Mapping[str, NDArray]) -> ArrayRecord:
     """Make the record of arrays that a client sends: held, or as Flower's bytes."""
-    kind = HeldArray if _HOLDING.get() else Array
-    record = ArrayRecord()  # made of a dictionary it would copy its arrays
-    for name, x in arrays.items():
-        record[name] = kind(x)
-    return record
+    make: Callable[[NDArray], Array] = HeldArray if _HOLDING.get() else flower_array
+    return unchecked(_NO_ARRAYS, {name: make(x) for name, x in arrays.items()})

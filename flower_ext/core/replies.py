@@ -46,7 +46,11 @@ def array_key(reply: RecordDict, key: str, others: Iterable[str] = ()) -> str:
     Flower's FedAvg takes the only one whatever its key is. Records whose keys are in
     ``others`` are not models.
     """
-    found = [name for name in reply.array_records if name not in others]
+    found = [
+        name
+        for name, record in reply.items()
+        if isinstance(record, ArrayRecord) and name not in others
+    ]
     return found[0] if key not in found and len(found) == 1 else key
 
 

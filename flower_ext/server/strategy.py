@@ -34,6 +34,7 @@ from flower_ext._flower import (
     AggregationError,
     InconsistentMessageReplies,
     log,
+    quick_message,
 )
 from flower_ext.core.arrays import (
     Arrays,
@@ -479,7 +480,7 @@ class RoundStrategy(FedAvg):
             contents[variant] = content
         train = round.phase == "train"
         kind = MessageType.TRAIN if train else MessageType.EVALUATE
-        return [Message(contents[kinds[node]], node, kind) for node in cohort]
+        return [quick_message(contents[kinds[node]], node, kind) for node in cohort]
 
     def _uploads(
         self, kinds: Iterable[Hashable], round: Round

@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from flower_ext._flower import NO_REPLY, NodeInfo, Run, ensure_task_identity
+from flower_ext._flower import (
+    NO_REPLY,
+    NodeInfo,
+    Run,
+    ensure_task_identity,
+    quick_reply,
+)
 from flower_ext.core.errors import refuse
 from flower_ext.server.partial_sums import Summand
 from flower_ext.simulation.jobs import Outcome, split
@@ -179,9 +185,7 @@ class BaseGrid(Grid):
         asked = self._asked.pop(str(outcome.key), None)
         if asked is None:
             return
-        content = outcome.content
+        content, error = outcome.content, None
         if content is None:
-            reply = Message(outcome.error or Error(NO_REPLY), reply_to=asked)
-        else:
-            reply = Message(content, reply_to=asked)
-        self._replies[str(outcome.key)] = reply
+            error = outcome.error or Error(NO_REPLY)
+        self._replies[str(outcome.key)] = quick_reply(content, error, asked)

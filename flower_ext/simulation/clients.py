@@ -19,9 +19,10 @@ from flower_ext._flower import (
     CLIENT_RAISED,
     NO_REPLY,
     ensure_task_identity,
+    quick_message,
 )
 from flower_ext.simulation.jobs import Job, Outcome
-from flower_ext.simulation.records import Record, own_copy
+from flower_ext.simulation.records import Record, own_copy, record_dict
 from flower_ext.simulation.setting import Setting
 
 Call = Callable[[Message, Context], Message]
@@ -128,9 +129,8 @@ def _message(job: Job, shared: Sequence[Record], node: int) -> Message:
     """Make a client's message, of records that it may spoil."""
     records = {name: own_copy(shared[place]) for name, place in job.shared.items()}
     records |= {name: own_copy(record) for name, record in job.own.items()}
-    message = Message(RecordDict(records), node, job.kind, group_id=job.group)
-    message.metadata.__dict__["_message_id"] = str(job.key)  # as a grid would
-    return message
+    content = record_dict(records)
+    return quick_message(content, node, job.kind, job.group, str(job.key))
 
 
 def _check(reply: object, context: Context) -> None:

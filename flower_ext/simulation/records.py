@@ -11,8 +11,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common import NDArray
 
+from flower_ext._flower import unchecked
 from flower_ext.core.arrays import npy_layout
-from flower_ext.core.held import LikeFlowers, fields_of
+from flower_ext.core.held import HeldArray, fields_of
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 
@@ -20,61 +21,114 @@ Record = ArrayRecord | MetricRecord | ConfigRecord
 _SHARED_BYTES = 1 << 16
 
 
-class SentArray(LikeFlowers):
+class _Source:
+    """Where an array's bytes are: made once for all of its copies, if at all."""
+
+    def __init__(self, data: "bytes | NDArray") -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def bytes(self) -> bytes:
+        """Return them as Flower has them."""
+        if isinstance(self._data, np.ndarray):
+            self._data = self._data.tobytes()
+        return self._data
+
+
+class SentArray(HeldArray):
     """A Flower array that is quick to read; in everything else it is a plain one."""
+
+    _source: _Source
+
+    @property
+    def data(self) -> bytes:
+        """The bytes that it was sent as."""
+        return self._source.bytes()
+
+    @data.setter
+    def data(self, data: bytes) -> None:
+        self.__class__ = Array  # type: ignore[assignment]
+        self.data = data
+
+    @property
+    def size(self) -> int:
+        """Length of the bytes."""
+        return len(self._source)
 
     def numpy(self) -> NDArray:
         """Return the array as a NumPy array of the caller's own."""
-        plain = _plain_layout(self)
-        if plain is None:
-            return super().numpy()
-        dtype, shape, fortran_order, start = plain
-        flat = np.frombuffer(self.data, dtype, offset=start)
-        if fortran_order:
-            return flat.reshape(shape[::-1]).T.copy(order="F")
-        return flat.reshape(shape).copy()
+        return self.values.copy(order="K")
 
 
 def sent_array(
-    dtype: str, shape: tuple[int, ...], stype: str, data: bytes
-) -> SentArray:
-    """Make an array from fields that were checked when the original was made."""
+    dtype: str, shape: tuple[int, ...], stype: str, data: "bytes | NDArray"
+) -> Array:
+    """Make an array from fields that were checked when the original was made.
+
+    Parameters
+    ----------
+    dtype, shape, stype
+        As of Flower's.
+    data : bytes or ndarray of uint8
+        Flower's bytes; if they are in an array, they are read there.
+    """
+    fields = {"dtype": dtype, "shape": shape, "stype": stype}
+    # Past what Flower does when an attribute is set, which takes longer than a copy.
+    values = _values(data) if stype == "numpy.ndarray" else None
+    if values is None:  # Flower or NumPy will say what is wrong
+        array = Array.__new__(Array)
+        data = data if isinstance(data, bytes) else data.tobytes()
+        vars(array).update(fields, data=data)
+        return array
     array = SentArray.__new__(SentArray)
-    array.dtype, array.shape, array.stype, array.data = dtype, shape, stype, data
+    vars(array).update(fields, values=values, _source=_Source(data))
     return array
 
 
-def _plain_layout(
-    array: Array,
-) -> tuple[np.dtype[np.generic], tuple[int, ...], bool, int] | None:
-    """Return dtype, shape, order and start of the values of a plain NumPy array."""
-    if array.stype != "numpy.ndarray":
-        return None
+def _values(data: "bytes | NDArray") -> NDArray | None:
+    """Return the values of a plain NumPy array, read-only; None if it is another."""
     try:
-        shape, fortran_order, dtype, start = npy_layout(array.data)
+        shape, fortran_order, dtype, start = npy_layout(data)
     except (ValueError, EOFError):
-        return None  # NumPy will say what is wrong
-    size = prod(shape)
-    if not size or len(array.data) != start + size * dtype.itemsize:
         return None
-    return dtype, shape, fortran_order, start
+    size = prod(shape)
+    if not size or len(data) != start + size * dtype.itemsize:
+        return None
+    flat = np.frombuffer(data, dtype, offset=start)
+    flat.flags.writeable = False
+    return flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)
 
 
 def own_copy(record: Record) -> Record:
     """Copy a record and its values, but not the bytes of arrays."""
-    if not isinstance(record, ArrayRecord):
-        values = {k: list(x) if isinstance(x, list) else x for k, x in record.items()}
-        return type(record)(values)  # type: ignore[arg-type]
-    own = ArrayRecord()
-    for name, array in record.items():
-        own[name] = sent_array(*fields_of(array))
+    if isinstance(record, ArrayRecord):
+        arrays = {name: _own(array) for name, array in record.items()}
+        return unchecked(record, arrays)
+    values = {k: list(x) if isinstance(x, list) else x for k, x in record.items()}
+    return unchecked(record, values)
+
+
+def _own(array: Array) -> Array:
+    if not isinstance(array, SentArray):
+        return sent_array(*fields_of(array))
+    own = SentArray.__new__(SentArray)
+    vars(own).update(vars(array))
     return own
 
 
 def own_copies(content: RecordDict) -> RecordDict:
     """Copy the records of a message, so that its receiver may spoil them."""
-    return RecordDict({key: own_copy(record) for key, record in content.items()})
+    return record_dict({key: own_copy(record) for key, record in content.items()})
 
+
+def record_dict(records: dict[str, Record]) -> RecordDict:
+    """Make a RecordDict of records; Flower's own looks at each for microseconds."""
+    return unchecked(_NO_RECORDS, records)
+
+
+_NO_ARRAYS, _NO_RECORDS = ArrayRecord(), RecordDict()
 
 # Between processes of Ray ------------------------------------------------------------
 
@@ -99,15 +153,11 @@ def _carrier(data: bytes) -> "bytes | NDArray":
 
 
 def from_wire(wire: Wire) -> Record:
-    """Turn it back into a record, which holds bytes of its own."""
+    """Turn it back into a record, whose arrays are read where they were put."""
     if not isinstance(wire, list):
         return wire
-    record = ArrayRecord()
-    for name, dtype, shape, stype, data in wire:
-        record[name] = sent_array(
-            dtype, shape, stype, data if isinstance(data, bytes) else data.tobytes()
-        )
-    return record
+    arrays = {name: sent_array(*fields) for name, *fields in wire}
+    return unchecked(_NO_ARRAYS, arrays)
 
 
 def to_wires(content: RecordDict) -> dict[str, Wire]:
@@ -117,4 +167,4 @@ def to_wires(content: RecordDict) -> dict[str, Wire]:
 
 def from_wires(wires: Mapping[str, Wire]) -> RecordDict:
     """Turn them back into records."""
-    return RecordDict({key: from_wire(wire) for key, wire in wires.items()})
+    return record_dict({key: from_wire(wire) for key, wire in wires.items()})

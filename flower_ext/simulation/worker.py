@@ -1,16 +1,18 @@
 """The process that runs virtual clients, one after the other."""
 
+import ctypes
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Error
 from flwr.clientapp import ClientApp
 
+from flower_ext._flower import make_arrays_by
 from flower_ext.core.contribution import Total
-from flower_ext.core.held import holding_replies
+from flower_ext.core.held import flower_array, holding_replies
 from flower_ext.server.partial_sums import PackSum, PartialSum, Summand, Summed
 from flower_ext.simulation.clients import load_client_app, run_client
 from flower_ext.simulation.jobs import Job, Outcome
@@ -195,5 +197,25 @@ class Worker:
             # the app is not imported for it: that takes seconds.
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(self._threads)
+            keep_freed_memory()
+            make_arrays_by(flower_array)
             self._app = app
         return self._app
+
+
+# What glibc calls its parameters, and the bytes that it keeps.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 1 << 29
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep memory that was freed, for the next client.
+
+    Otherwise large arrays are given back to the system and asked for again by every
+    client, and the system clears them each time, which takes as long as copying them.
+    It is no more than was used before. Where there is no glibc, nothing changes.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)

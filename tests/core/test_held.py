@@ -5,9 +5,17 @@ import pickle
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flower_ext.core.arrays import view
-from flower_ext.core.held import HeldArray, holding_replies, num_bytes, reply_record
+from flower_ext.core.held import (
+    HeldArray,
+    flower_array,
+    holding_replies,
+    num_bytes,
+    reply_record,
+)
 from flower_ext.wire.traffic import measure_content
 
 SIX = np.arange(6.0, dtype=np.float32)
@@ -68,3 +76,31 @@ def test_a_reply_costs_what_it_would_cost():
         held = measure_content(RecordDict({"arrays": reply_record(VALUES)}))
     record = ArrayRecord({name: Array(x) for name, x in VALUES.items()})
     assert held == measure_content(RecordDict({"arrays": record}))
+
+
+@given(
+    dtype=st.sampled_from(
+        ["f2", "<f4", ">f4", "f8", "i1", ">i8", "u4", "?", "c8", "U3", "M8[s]"]
+    ),
+    shape=st.lists(st.integers(0, 3), max_size=4),
+    order=st.sampled_from(["C", "F", "reversed", "strided"]),
+)
+def test_arrays_are_made_as_flower_makes_them(dtype, shape, order):
+    values = np.arange(4 ** len(shape)).astype(dtype).reshape((4,) * len(shape))
+    values = values[tuple(slice(size) for size in shape)]
+    values = np.asarray(values)
+    if order == "reversed":
+        values = np.asarray(values[tuple(slice(None, None, -1) for _ in shape)])
+    elif order != "strided":
+        values = np.array(values, order=order)
+    made, plain = flower_array(values), Array(values)
+    assert type(made) is Array and vars(made).keys() <= vars(plain).keys()
+    assert made == plain and made.data == plain.data
+    assert made.object_id == plain.object_id
+
+
+def test_an_array_keeps_the_values_that_it_was_made_of():
+    values = np.zeros(3)
+    made = flower_array(values)
+    values[:] = 9
+    assert made.numpy().tolist() == [0, 0, 0]
