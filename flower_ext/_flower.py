@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from flwr.app import (
     Array,
@@ -59,7 +59,7 @@ __all__ = [
     "unchecked",
 ]
 
-R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord, RecordDict)
+R = TypeVar("R", bound=ArrayRecord | MetricRecord | ConfigRecord | RecordDict)
 
 
 def ensure_task_identity(run_id: int = 1) -> None:
@@ -75,7 +75,7 @@ def ensure_task_identity(run_id: int = 1) -> None:
 
 def unchecked(like: R, values: dict[str, Any]) -> R:
     """Return a record of the kind of another, with other values."""
-    record = like.copy()
+    record = cast(R, like.copy())
     vars(record)["_data"] = values
     return record
 

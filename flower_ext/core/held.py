@@ -50,7 +50,7 @@ class HeldArray(LikeFlowers):
     def __init__(self, values: NDArray) -> None:
         self.values = np.asarray(values).view()
         self.values.flags.writeable = False
-        self.dtype, self.shape = str(values.dtype), values.shape
+        self.dtype, self.shape = _name_of(values.dtype), values.shape
         self.stype = "numpy.ndarray"
 
     @property
@@ -83,7 +83,7 @@ def flower_array(values: NDArray) -> Array:
     flat = values.T if _in_fortran_order(values) else np.ascontiguousarray(values)
     array = Array.__new__(Array)
     vars(array).update(
-        dtype=str(values.dtype),
+        dtype=_name_of(values.dtype),
         shape=values.shape,
         stype="numpy.ndarray",
         data=b"".join((_header(values), flat.data)),
@@ -109,6 +109,11 @@ def _header_of(
     stream = BytesIO()
     np.lib.format.write_array_header_1_0(stream, header)
     return stream.getvalue()
+
+
+@lru_cache(maxsize=256)
+def _name_of(dtype: np.dtype[np.generic]) -> str:
+    return str(dtype)
 
 
 def fields_of(array: Array) -> Fields:

@@ -263,7 +263,9 @@ class AdditiveStrategy(RoundStrategy):
             content, node = reply.content, reply.metadata.src_node_id
             try:
                 if isinstance(content, Summed):
-                    pack = _whole_pack(content, nodes)
+                    pack = _pack_of(content)
+                    if pack not in merged and not pack.clients <= nodes:
+                        raise MalformedReply(_NOT_IN_THE_ROUND)
                 else:
                     pack = None
                     waiting.append(summand.term(content, node, check=check))
@@ -474,10 +476,11 @@ def _bare(version: Version) -> Version:
     return version._replace(round=_without_cohort(version.round))
 
 
-def _whole_pack(content: Summed, nodes: set[int]) -> PackSum:
-    """Return the sum that a client is in, if it is one of clients that replied."""
-    if content.problem:
-        raise MalformedReply(content.problem)
-    if content.pack is None or not content.pack.clients <= nodes:
-        raise MalformedReply("added up with clients that are not in the round")
+_NOT_IN_THE_ROUND = "added up with clients that are not in the round"
+
+
+def _pack_of(content: Summed) -> PackSum:
+    """Return the sum that a client is in."""
+    if content.pack is None:
+        raise MalformedReply(content.problem or _NOT_IN_THE_ROUND)
     return content.pack

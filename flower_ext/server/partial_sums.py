@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
+from flower_ext._flower import unchecked
 from flower_ext.core.arrays import none_below_zero
 from flower_ext.core.contribution import Contribution, Total
 from flower_ext.core.protocol import Reply, ReplyKeys, Round
@@ -183,8 +184,8 @@ class PartialSum:
 
     def add(self, reply: RecordDict, node: int) -> Summed:
         """Add a node's term to the sum, unless it is unusable; return what is left."""
-        rest = Summed(
-            {k: x for k, x in reply.items() if not isinstance(x, ArrayRecord)}
+        rest = unchecked(
+            Summed(), {k: x for k, x in reply.items() if not isinstance(x, ArrayRecord)}
         )
         rest.traffic = measure_content(reply)
         try:

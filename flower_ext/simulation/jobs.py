@@ -68,17 +68,20 @@ def split(
     )
     places: dict[int, int] = {}
     shared: list[Record] = []
+    named: dict[tuple[tuple[str, int], ...], dict[str, int]] = {}
     jobs = []
     for key, client, message in messages:
         said = message.metadata
-        job = Job(key, client, said.message_type, said.group_id, {}, {})
+        own, where = {}, []
         for name, record in message.content.items():
             if times[id(record)] == 1:
-                job.own[name] = record
+                own[name] = record
                 continue
             if id(record) not in places:
                 places[id(record)] = len(shared)
                 shared.append(record)
-            job.shared[name] = places[id(record)]
-        jobs.append(job)
+            where.append((name, places[id(record)]))
+        # One object for many jobs, which are pickled together.
+        those = named.setdefault(tuple(where), dict(where))
+        jobs.append(Job(key, client, said.message_type, said.group_id, those, own))
     return jobs, shared

@@ -8,11 +8,10 @@ driver and worker see the same folder.
 import itertools
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
 
-from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from flower_ext._flower import in_simulation, log
@@ -29,7 +28,7 @@ from flower_ext.simulation.ray_session import (
     require_free_gpus,
     this_machine,
 )
-from flower_ext.simulation.records import Record, to_wire, to_wires
+from flower_ext.simulation.records import Record, to_wire
 from flower_ext.simulation.setting import Setting
 from flower_ext.simulation.states import ClientStates
 from flower_ext.simulation.transport import Transport
@@ -157,10 +156,7 @@ class RayTransport(Transport):
             )
 
     def _send(self, pack: Pack, worker: Hired) -> None:
-        sent = [
-            WireJob(replace(job, own={}), to_wires(RecordDict(job.own)))
-            for job in pack.jobs
-        ]
+        sent = [WireJob.of(job) for job in pack.jobs]
         lent = self.states.lend(
             (job.client for job in pack.jobs), named=worker.machine.name == self._here
         )

@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from math import prod
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    ConfigRecordValues,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
 from flwr.common import NDArray
 
 from flower_ext._flower import unchecked
@@ -104,8 +112,7 @@ def _values(data: "bytes | NDArray") -> NDArray | None:
 def own_copy(record: Record) -> Record:
     """Copy a record and its values, but not the bytes of arrays."""
     if isinstance(record, ArrayRecord):
-        arrays = {name: _own(array) for name, array in record.items()}
-        return unchecked(record, arrays)
+        return unchecked(record, {name: _own(x) for name, x in record.items()})
     values = {k: list(x) if isinstance(x, list) else x for k, x in record.items()}
     return unchecked(record, values)
 
@@ -128,19 +135,22 @@ def record_dict(records: dict[str, Record]) -> RecordDict:
     return unchecked(_NO_RECORDS, records)
 
 
-_NO_ARRAYS, _NO_RECORDS = ArrayRecord(), RecordDict()
+_NO_RECORDS = RecordDict()
+_NO_ARRAYS, _NO_METRICS, _NO_CONFIG = ArrayRecord(), MetricRecord(), ConfigRecord()
 
 # Between processes of Ray ------------------------------------------------------------
 
 # Ray shares NumPy arrays between processes without copying them, and bytes not.
 Carried = tuple[str, str, tuple[int, ...], str, "bytes | NDArray"]
-Wire = MetricRecord | ConfigRecord | list[Carried]
+# Pickling a record of metrics takes longer than its dictionary, and what it is.
+Values = tuple[bool, dict[str, MetricRecordValues | ConfigRecordValues]]
+Wire = Values | list[Carried]
 
 
 def to_wire(record: Record) -> Wire:
     """Turn a record into what Ray sends best."""
     if not isinstance(record, ArrayRecord):
-        return record
+        return isinstance(record, MetricRecord), dict(record.items())
     return [
         (name, dtype, shape, stype, _carrier(data))
         for name, array in record.items()
@@ -154,13 +164,19 @@ def _carrier(data: bytes) -> "bytes | NDArray":
 
 def from_wire(wire: Wire) -> Record:
     """Turn it back into a record, whose arrays are read where they were put."""
-    if not isinstance(wire, list):
-        return wire
-    arrays = {name: sent_array(*fields) for name, *fields in wire}
-    return unchecked(_NO_ARRAYS, arrays)
+    if isinstance(wire, list):
+        arrays = {
+            name: sent_array(dtype, shape, stype, data)
+            for name, dtype, shape, stype, data in wire
+        }
+        return unchecked(_NO_ARRAYS, arrays)
+    metrics, values = wire
+    if metrics:
+        return unchecked(_NO_METRICS, values)
+    return unchecked(_NO_CONFIG, values)
 
 
-def to_wires(content: RecordDict) -> dict[str, Wire]:
+def to_wires(content: Mapping[str, Record]) -> dict[str, Wire]:
     """Turn the records of a message into what Ray sends best."""
     return {key: to_wire(record) for key, record in content.items()}
 

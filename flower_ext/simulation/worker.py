@@ -4,13 +4,13 @@ import ctypes
 import os
 import sys
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import Error
 from flwr.clientapp import ClientApp
 
-from flower_ext._flower import make_arrays_by
+from flower_ext._flower import make_arrays_by, unchecked
 from flower_ext.core.contribution import Total
 from flower_ext.core.held import flower_array, holding_replies
 from flower_ext.server.partial_sums import PackSum, PartialSum, Summand, Summed
@@ -28,6 +28,13 @@ class WireJob:
 
     job: Job
     own: dict[str, Wire]
+
+    @classmethod
+    def of(cls, job: Job) -> "WireJob":
+        """Make it of a job, whose own records travel beside it."""
+        if not job.own:
+            return cls(job, {})
+        return cls(replace(job, own={}), to_wires(job.own))
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,9 @@ class Answer:
         if self.summed is None:
             content = from_wires(self.content)
             return Outcome(self.key, content, None, self.seconds)
-        rest = Summed({key: from_wire(wire) for key, wire in self.content.items()})
+        rest = unchecked(
+            Summed(), {key: from_wire(wire) for key, wire in self.content.items()}
+        )
         rest.traffic, rest.problem = self.summed
         rest.pack = None if rest.problem else pack
         return Outcome(self.key, rest, None, self.seconds)
@@ -166,7 +175,8 @@ class Worker:
         answers = []
         for sent in jobs:
             # They came beside the job: Ray shares NumPy's arrays and not Flower's.
-            sent.job.own.update(from_wires(sent.own))
+            if sent.own:
+                sent.job.own.update(from_wires(sent.own))
             # What is added up here, before the next client, is not serialised for it.
             with holding_replies() if into else nullcontext():
                 outcome = run_client(app, self._setting, sent.job, self._shared, states)

@@ -78,6 +78,11 @@ def measure_content(content: RecordDict) -> Traffic:
                 encoded += _contents(x)
             serialized += _field(_field(len(key.encode())) + _field(size))
             parameters += num_values(record)
+    return _traffic(serialized, encoded, parameters)
+
+
+@lru_cache(maxsize=256)  # one object for many replies, which are pickled together
+def _traffic(serialized: int, encoded: int, parameters: int) -> Traffic:
     return Traffic(serialized, encoded, parameters, 1)
 
 
