@@ -19,4 +19,5 @@ def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(logits, batch["y"], reduction="none")
 
 
-app = client_app(Task(lambda config: make_model(str(config["model"])), _data, _loss))
+task = Task(lambda config: make_model(str(config["model"])), _data, _loss)
+app = client_app(task)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flower_ext.client.app import client_app as client_app
     from flower_ext.client.dp_sgd import DPSGD as DPSGD
     from flower_ext.client.half import ClientHalf as ClientHalf
+    from flower_ext.client.stacked import Stacked as Stacked
     from flower_ext.client.task import Task as Task
     from flower_ext.client.trainer import Plain as Plain
     from flower_ext.core.contribution import Contribution as Contribution
@@ -45,6 +46,7 @@ _HOME = {
     "PackedGrid": "simulation.packed_grid",
     "Payload": "core.protocol",
     "Plain": "client.trainer",
+    "Stacked": "client.stacked",
     "Reply": "core.protocol",
     "Round": "core.protocol",
     "RoundStrategy": "server.strategy",

@@ -18,7 +18,7 @@ from flwr.app import Context, Message
 from flower_ext.client.encoding import Mod
 from flower_ext.client.half import ClientHalf, Local, LocalSettings, Proximal
 from flower_ext.client.mods import Answer, asked, drawn
-from flower_ext.client.seeds import same_generators
+from flower_ext.client.seeds import same_globals
 from flower_ext.client.tensors import Tensors
 from flower_ext.core.errors import at_least, refuse, whole
 from flower_ext.core.protocol import Config, Round
@@ -102,7 +102,7 @@ def paired() -> Mod:
             strength = float(cast(float, config[STRENGTH_KEY]))
             begun = client.kept or client.received
             # What the loop draws at random for the shared model is not to depend on it.
-            with same_generators(), drawn(begun, client.received, strength) as pull:
+            with same_globals(), drawn(begun, client.received, strength) as pull:
                 own = client.answer(begun)
             pull.require_steps(begun, client.model_of(own)[1])
             client.keep(own)

@@ -6,7 +6,7 @@ functions beside their halves.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from logging import ERROR
 from typing import cast
@@ -42,12 +42,13 @@ from flower_ext.client.half import (
     client_of,
 )
 from flower_ext.client.personal import forget_other_runs, kept_unless_done
-from flower_ext.client.seeds import random_seed, same_generators, seed_all
+from flower_ext.client.seeds import random_seed, same_globals, seed_all
 from flower_ext.client.task import Batch, Task, evaluate, num_examples, tied_names
 from flower_ext.client.tensors import Tensors, read_tensors, reply_tensors
 from flower_ext.client.trainer import Plain, Trainer
 from flower_ext.core.arrays import Arrays
 from flower_ext.core.errors import refuse
+from flower_ext.core.meeting import MeetingApp
 from flower_ext.core.protocol import (
     ARRAYS_KEY,
     CLIENT_HALF_KEY,
@@ -126,12 +127,14 @@ def client_app(
             trainer.admit(owner)
         known[str(name)] = half
     open_ = partial(_open, task, known, trainer, require_codecs(codecs))
-    app = ClientApp(mods=list(mods))
+    # What mods draw, such as noise, goes on from client to client.
+    around = nullcontext if mods else same_globals
+    app = MeetingApp(trainer.at_once, around, mods=list(mods))
 
     @app.train()
     def train_(message: Message, context: Context) -> Message:
         with _telling(trainer), kept_unless_done(context.state):
-            with _isolated():
+            with same_globals():
                 local, half = open_(message, context)
                 _require_told_ties(local.model, local.config)
                 loss = local.session.train(local, half)
@@ -160,7 +163,7 @@ def client_app(
     @app.evaluate()
     def evaluate_(message: Message, context: Context) -> Message:
         with _telling(trainer), kept_unless_done(context.state):
-            with _isolated():
+            with same_globals():
                 local, half = open_(message, context)
                 own = half.model_to_evaluate(local)
                 received: Metrics = {}
@@ -181,17 +184,6 @@ def client_app(
             return Message(content, reply_to=message)
 
     return app
-
-
-@contextmanager
-def _isolated() -> Iterator[None]:
-    """Leave random states and torch's number of threads as they were."""
-    threads = torch.get_num_threads()
-    try:
-        with same_generators():
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

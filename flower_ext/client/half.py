@@ -322,7 +322,8 @@ class Local:
             The mean objective over the steps, NaN without one.
         """
         with torch.enable_grad():
-            return self.session.train(self, _Regularized(regularizer))
+            half = _Regularized(regularizer) if regularizer else ClientHalf()
+            return self.session.train(self, half)
 
     def mean_loss(self, data: Batch, model: nn.Module | None = None) -> float:
         """Return the mean loss of a model, in evaluation mode."""
@@ -545,8 +546,8 @@ class ClientHalf:
     def batches(self, local: Local) -> Iterator[Batch]:
         """Return the batch of every step: epochs in an order of their own."""
         order = torch.Generator().manual_seed(local.seed())
-        steps = 0
-        while steps < local.num_steps:
+        steps, num_steps = 0, local.num_steps
+        while steps < num_steps:
             for batch in batches(
                 local.train,
                 local.settings.batch_size,
@@ -555,7 +556,7 @@ class ClientHalf:
             ):
                 yield batch
                 steps += 1
-                if steps == local.num_steps:
+                if steps == num_steps:
                     break
 
     def objective(self, losses: Tensor, batch: Batch) -> Tensor:
@@ -618,11 +619,11 @@ class ClientHalf:
 class _Regularized(ClientHalf):
     """Plain local training with a regularizer."""
 
-    def __init__(self, regularizer: Regularizer | None) -> None:
+    def __init__(self, regularizer: Regularizer) -> None:
         self._regularizer = regularizer
 
     def regularizer(self, model: nn.Module) -> Tensor | None:
-        return self._regularizer(model) if self._regularizer else None
+        return self._regularizer(model)
 
 
 class HalfFactory(Protocol):

@@ -3,9 +3,12 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import get_ident
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def random_seed(
@@ -40,17 +43,90 @@ def seed_torch(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
-@contextmanager
-def same_generators() -> Iterator[None]:
-    """Leave the global generators of torch, NumPy and Python as they were."""
-    numpy_state = np.random.get_state()  # noqa: NPY002
-    python_state = random.getstate()
-    try:
-        # A GPU that nobody has used has no state to keep.
+class Globals:
+    """The global generators' states, and torch's number of threads: those of now.
+
+    Attributes
+    ----------
+    torch : Tensor
+        State of torch's generator on the CPU.
+    cuda : list of Tensor
+        Those of the GPUs. One that nobody has used has no state to keep.
+    threads : int
+        Of torch.
+    thread : int
+        The thread that has taken them first.
+    """
+
+    def __init__(self) -> None:
+        self.thread = get_ident()
+        self.take()
+
+    def take(self) -> None:
+        """Take those of now."""
+        self._numpy = np.random.get_state()  # noqa: NPY002
+        self._python = random.getstate()
+        self.torch = torch.default_generator.get_state()
         begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        used = torch.cuda.device_count() if begun else 0
-        with torch.random.fork_rng(devices=range(used)):
+        self.cuda: list[Tensor] = torch.cuda.get_rng_state_all() if begun else []
+        self.threads = torch.get_num_threads()
+
+    def put(self) -> None:
+        """Put them back."""
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        random.setstate(self._python)
+        torch.default_generator.set_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Put them in the place of others for a time; take what they become."""
+        others = Globals()
+        self.put()
+        try:
             yield
+        finally:
+            self.take()
+            others.put()
+
+
+_OUTSIDE: ContextVar[Globals | None] = ContextVar("outside", default=None)
+
+
+@contextmanager
+def same_globals() -> Iterator[None]:
+    """Leave random states and torch's number of threads as they were.
+
+    Within another it does nothing, since that one puts them back.
+    """
+    if _OUTSIDE.get() is not None:
+        yield
+        return
+    before = Globals()
+    token = _OUTSIDE.set(before)
+    try:
+        yield
     finally:
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        random.setstate(python_state)
+        before.put()
+        _OUTSIDE.reset(token)
+
+
+@contextmanager
+def stepped_out() -> Iterator[None]:
+    """Let other threads run meanwhile: with the globals of outside, which they change.
+
+    What is random outside must go on there, such as the noise of a mod. Where
+    :func:`same_globals` is around all threads it does nothing.
+    """
+    before = _OUTSIDE.get()
+    if before is None or before.thread != get_ident():
+        yield
+        return
+    before.put()
+    try:
+        yield
+    finally:
+        before.take()

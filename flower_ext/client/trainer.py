@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from flower_ext.client.seeds import same_generators, seed_all
+from flower_ext.client.seeds import same_globals, seed_all
 from flower_ext.client.several import choose
 from flower_ext.client.task import Batch, example_losses, num_examples, per_example
 from flower_ext.client.tensors import Tensors
@@ -33,15 +33,46 @@ class Steps:
         Model, data and settings.
     half : ClientHalf
         Whose hooks are called.
+
+    Attributes
+    ----------
+    batch : dict[str, Tensor] or None
+        The examples of the next step.
+    total, count : float, int
+        Sum of the objectives of the steps so far, and their number.
     """
+
+    batch: Batch | None = None
+    total: float = 0.0
+    count: int = 0
+    _batches: Iterator[Batch] | None = None
 
     def __init__(self, local: "Local", half: "ClientHalf") -> None:
         self.local, self.half = local, half
         self.optimizer = half.optimizer(local)
 
+    @property
+    def mean(self) -> float:
+        """The mean objective over the steps so far, NaN without one."""
+        return self.total / self.count if self.count else math.nan
+
     def batches(self) -> Iterator[Batch]:
         """Yield the examples of every step."""
         return self.half.batches(self.local)
+
+    def advance(self) -> bool:
+        """Read the batch of the next step; return whether there is one."""
+        if self._batches is None:
+            self._batches = self.batches()
+        self.batch = next(self._batches, None)
+        return self.batch is not None
+
+    def step(self) -> None:
+        """Take the step of the batch that was read."""
+        assert self.batch is not None
+        self.total += self.take(self.batch)
+        self.half.after_step(self.local)
+        self.count += 1
 
     def take(self, batch: Batch) -> float:
         """Take one step; return the objective before it."""
@@ -99,20 +130,23 @@ class Session:
         steps = self.steps(local, half)
         local.model.train()
         if local.needs_two and num_examples(local.train) == 1:
-            for layer in _batch_norms(local.model):
+            for layer in batch_norms(local.model):
                 layer.eval()
-        total, count = 0.0, 0
         try:
             # Dropout has no generator of its own: it draws from torch's global one.
-            with same_generators():
+            with same_globals():
                 seed_all(local.seed(stream=1))
-                for batch in steps.batches():
-                    total += steps.take(batch)
-                    half.after_step(local)
-                    count += 1
+                self.take(steps)
+                # What comes after does not depend on how it was trained.
+                seed_all(local.seed(stream=4))
         finally:
             steps.end()
-        return total / count if count else math.nan
+        return steps.mean
+
+    def take(self, steps: Steps) -> None:
+        """Take all steps of a training."""
+        while steps.advance():
+            steps.step()
 
     def measures(self, *, tests: bool = False) -> None:
         """Refuse that a half is shown a loss, where that would not be private.
@@ -148,6 +182,8 @@ class Trainer(ABC):
 
     #: Whether the server is not told what an error says that may quote the data.
     discreet: ClassVar[bool] = False
+    #: How many clients of a process may be in training at a time.
+    at_once: int = 1
 
     @abstractmethod
     def session(self, local: "Local", half: "ClientHalf") -> Session:
@@ -169,7 +205,8 @@ class Plain(Trainer):
         return Session()
 
 
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that normalise by the statistics of a batch."""
     return [
         x for x in model.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)
     ]
@@ -180,7 +217,7 @@ def _needs_two(local: "Local") -> bool:
     """Whether there is a batch of one, on which the model's BatchNorm raises."""
     examples, size = num_examples(local.train), local.settings.batch_size
     alone = examples == 1 or (size > 1 and examples % size == 1)
-    if not alone or not _batch_norms(local.model):
+    if not alone or not batch_norms(local.model):
         return False
     tried = copy.deepcopy(local.model).train()
     one = {name: column[:1] for name, column in local.train.items()}

@@ -4,14 +4,15 @@ import signal
 import threading
 import time
 import traceback
-from asyncio import CancelledError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from types import FrameType
 from typing import Protocol
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from flower_ext._flower import (
@@ -21,15 +22,12 @@ from flower_ext._flower import (
     ensure_task_identity,
     quick_message,
 )
+from flower_ext.core.meeting import CLIENTS_OWN, around, at_once, side_by_side
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.records import Record, own_copy, record_dict
 from flower_ext.simulation.setting import Setting
 
 Call = Callable[[Message, Context], Message]
-
-# What ends a client and no more: its exit, too, and a task that it has cancelled. An
-# interrupt from the keyboard is the user's, and ends the run.
-CLIENTS_OWN = (Exception, SystemExit, CancelledError)
 
 
 class LostState(RuntimeError):
@@ -70,6 +68,58 @@ def load_client_app(app: object) -> ClientApp:
     if not isinstance(app, ClientApp):
         raise TypeError(f"client_app={app!r} is no ClientApp")
     return app
+
+
+def run_clients(
+    call: Call,
+    setting: Setting,
+    jobs: Iterable[Job],
+    shared: Sequence[Record],
+    states: States,
+) -> Iterator[Outcome]:
+    """Run virtual clients, one after the other, or some side by side.
+
+    Parameters
+    ----------
+    call, setting, shared, states
+        As of :func:`run_client`.
+    jobs : iterable of Job
+        What the clients are asked.
+
+    Yields
+    ------
+    Outcome
+        In the order of the jobs.
+    """
+    most = at_once(call)
+    # A client can be interrupted where it alone is at work.
+    if setting.client_timeout is not None:
+        most = 1
+    run = partial(run_client, call, setting, shared=shared, states=states)
+    with around(call):
+        for some in _chunks(jobs, most):
+            if len(some) == 1:
+                yield run(some[0])
+                continue
+            for outcome, seconds in side_by_side([partial(run, job) for job in some]):
+                yield replace(outcome, seconds=seconds)
+
+
+def _chunks(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:
+    """Cut jobs into those that may run side by side: trainings of different clients."""
+    some: list[Job] = []
+    for job in jobs:
+        trains = job.kind.partition(".")[0] == MessageType.TRAIN
+        again = any(job.client == other.client for other in some)
+        if some and (len(some) == most or again or not trains):
+            yield some
+            some = []
+        some.append(job)
+        if not trains:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def run_client(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from flower_ext.server.partial_sums import Summand
-from flower_ext.simulation.clients import load_client_app, run_client
+from flower_ext.simulation.clients import load_client_app, run_clients
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.records import Record
 from flower_ext.simulation.setting import Setting
@@ -34,10 +34,7 @@ class DirectTransport(Transport):
         summand: Summand | None = None,
     ) -> None:
         """Run the clients."""
-        for job in jobs:
-            self._ready.append(
-                run_client(self._app, self._setting, job, shared, self.states)
-            )
+        self._ready += run_clients(self._app, self._setting, jobs, shared, self.states)
 
     def wait(self, seconds: float | None) -> list[Outcome]:
         """Return the outcomes, which are all there."""

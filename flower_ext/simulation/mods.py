@@ -10,7 +10,7 @@ from typing import cast
 from flwr.app import Context, Message, RecordDict
 
 from flower_ext._flower import log
-from flower_ext.simulation.clients import Call, run_client
+from flower_ext.simulation.clients import Call, run_clients
 from flower_ext.simulation.machines import (
     ClientResources,
     Machine,
@@ -60,10 +60,7 @@ def packed(message: Message, context: Context, call_next: Call) -> Message:
     )
     own = NodeStates(context.state)
     lent = PackStates(pack.lent, pack.shelf) if pack.shelf else None
-    outcomes = [
-        run_client(call_next, setting, job, pack.shared, lent or own)
-        for job in pack.jobs
-    ]
+    outcomes = [*run_clients(call_next, setting, pack.jobs, pack.shared, lent or own)]
     reply = PackReply(
         hosted=str(context.node_config.get(HOSTED_KEY, "")),
         outcomes=outcomes,

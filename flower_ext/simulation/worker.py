@@ -14,7 +14,7 @@ from flower_ext._flower import make_arrays_by, unchecked
 from flower_ext.core.contribution import Total
 from flower_ext.core.held import flower_array, holding_replies
 from flower_ext.server.partial_sums import PackSum, PartialSum, Summand, Summed
-from flower_ext.simulation.clients import load_client_app, run_client
+from flower_ext.simulation.clients import load_client_app, run_clients
 from flower_ext.simulation.jobs import Job, Outcome
 from flower_ext.simulation.records import Record, Wire, from_wire, from_wires, to_wires
 from flower_ext.simulation.setting import Setting
@@ -172,15 +172,16 @@ class Worker:
             self._summand, self._number = found.summand, number
         into = PartialSum(self._summand) if self._summand else None
         states = PackStates(lent, shelf)
-        answers = []
-        for sent in jobs:
-            # They came beside the job: Ray shares NumPy's arrays and not Flower's.
-            if sent.own:
-                sent.job.own.update(from_wires(sent.own))
-            # What is added up here, before the next client, is not serialised for it.
-            with holding_replies() if into else nullcontext():
-                outcome = run_client(app, self._setting, sent.job, self._shared, states)
-                answers.append(Answer.of(outcome, sent.job.client, into))
+        clients = [sent.job.client for sent in jobs]
+        # What is added up here, before the next client, is not serialised for it.
+        with holding_replies() if into else nullcontext():
+            outcomes = run_clients(
+                app, self._setting, map(_read, jobs), self._shared, states
+            )
+            answers = [
+                Answer.of(outcome, client, into)
+                for client, outcome in zip(clients, outcomes, strict=True)
+            ]
         total = into.total if into else None
         return PackAnswer(answers, total, states.changed)
 
@@ -229,3 +230,10 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
         mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def _read(sent: WireJob) -> Job:
+    """Return a job with what came beside it: Ray shares no arrays of Flower's."""
+    if sent.own:
+        sent.job.own.update(from_wires(sent.own))
+    return sent.job

@@ -7,6 +7,7 @@ new method adds its row here, and a file of its own with what is special to it.
 import dataclasses
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,8 +24,10 @@ from tampering import tamper
 from torch import nn
 
 from flower_ext import AdditiveStrategy, Task, Tracker, client_app
+from flower_ext.client import stacked
 from flower_ext.client.half import ClientHalf
 from flower_ext.client.personal import PERSONAL
+from flower_ext.client.stacked import Stacked
 from flower_ext.core.arrays import Arrays, Lazy, from_record, is_parameter, to_record
 from flower_ext.core.contribution import WEIGHT_OF, Contribution
 from flower_ext.core.sampling import MinSeparationSampler
@@ -493,7 +496,8 @@ def require_same(row, found, expected, initial, **tolerance):
         assert list(ours) == list(theirs) == list(range(1, ROUNDS + 1))
         for number, metrics in theirs.items():
             if tolerance:
-                assert dict(ours[number]) == pytest.approx(dict(metrics), rel=1e-6)
+                close = pytest.approx(dict(metrics), rel=tolerance["rtol"])
+                assert dict(ours[number]) == close
             else:
                 assert ours[number] == metrics
     moved = any(
@@ -577,6 +581,40 @@ def test_partial_sums_give_the_same(
     start = row.initial(initial, strategy)
     held = strategy.start(grid, start, num_rounds=ROUNDS)
     require_same(row, held, found, initial)
+
+
+@pytest.fixture(scope="module")
+def stacked_app(task):
+    """The clients of `app`, trained together."""
+    data = with_groups(task, task.data)
+    return client_app(data, *HALVES, trainer=Stacked(at_once=3))
+
+
+@ROWS
+def test_stacked_clients_give_the_same(
+    row, stacked_app, initial, plain_run, monkeypatch
+):
+    make = run_of(row, False)
+    expected, _ = plain_run(make, row, False)
+    steps = Counter()
+
+    def counted(owner, name):
+        take = getattr(owner, name)
+
+        def step(self, **options):
+            take(self, **options)  # not counted where it fails
+            steps[name] += len(getattr(self, "members", [self]))
+
+        monkeypatch.setattr(owner, name, step)
+
+    counted(stacked._Stack, "step")
+    counted(stacked._Member, "step_alone")
+    strategy = make()
+    grid = LocalGrid(stacked_app, CLIENTS, CONFIG)
+    start = row.initial(initial, strategy)
+    found = strategy.start(grid, start, num_rounds=ROUNDS)
+    require_same(row, found, expected, initial, rtol=1e-4, atol=1e-6)
+    assert steps["step"] > steps["step_alone"]
 
 
 @PLAIN_AND_PRIVATE
