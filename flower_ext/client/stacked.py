@@ -502,7 +502,8 @@ class _Stack:
 
     def _require_equal(self, losses: Tensor, sizes: list[int]) -> None:
         """Compare losses and gradients of one member with those that it has alone."""
-        place = sizes.index(min(sizes))
+        # Not the first, which may be right where those behind it are not.
+        place = len(sizes) - 1 - sizes[::-1].index(min(sizes))
         member = self.members[place]
         with deepcopy(member.globals).in_force():
             model = deepcopy(member.local.model)
