@@ -23,7 +23,7 @@ import torch
 from flwr.app import ArrayRecord, Context, UserConfig
 from torch import Tensor, nn
 
-from flower_ext.client.task import Batch, MakeOptimizer, Task
+from flower_ext.client.task import Batch, MakeOptimizer, Task, is_stacking
 from flower_ext.core.errors import one_of, refuse, whole
 
 if TYPE_CHECKING:
@@ -294,10 +294,25 @@ def load_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
 # Losses ---------------------------------------------------------------------------
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+def _logits(model: nn.Module, batch: Batch, *, causal: bool = False) -> Tensor:
     inputs = {name: column for name, column in batch.items() if name != "labels"}
+    mask = inputs.get("attention_mask")
+    if mask is not None and is_stacking():
+        # transformers looks whether anything is masked, unless the mask is its last.
+        inputs["attention_mask"] = _added_mask(mask, causal, next(model.parameters()))
     logits: Tensor = model(**inputs).logits
     return logits
+
+
+def _added_mask(mask: Tensor, causal: bool, like: Tensor) -> Tensor:
+    """Return what is added to scores, of shape ``(examples, 1, 1 or time, time)``."""
+    hidden = (mask == 0)[:, None, None, :]
+    if causal:
+        time = mask.shape[1]
+        later = torch.ones(time, time, dtype=torch.bool, device=mask.device).triu(1)
+        hidden = hidden | later
+    added = torch.zeros(hidden.shape, dtype=like.dtype, device=mask.device)
+    return added.masked_fill(hidden, torch.finfo(like.dtype).min)
 
 
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -320,7 +335,7 @@ def _next_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor
     if "attention_mask" in batch:
         targets = targets.masked_fill(batch["attention_mask"][:, 1:] == 0, _IGNORED)
     # Trained prompts stand before the text and have logits as well: count from the end.
-    logits = _logits(model, batch)[:, -batch["input_ids"].shape[1] : -1]
+    logits = _logits(model, batch, causal=True)[:, -batch["input_ids"].shape[1] : -1]
     logits = logits.transpose(1, 2)
     return logits, targets, (targets != _IGNORED).sum(1).clamp(min=1)
 

@@ -12,18 +12,23 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import cached_property
 from logging import WARNING
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.overrides import TorchFunctionMode
 
 from flower_ext._flower import log
+from flower_ext.client.batching_rules import BatchingRules, NotFillable
 from flower_ext.client.half import ClientHalf, Local, trainable
 from flower_ext.client.seeds import Globals, seed_all, stepped_out
-from flower_ext.client.task import Batch, example_losses, num_examples, per_example
+from flower_ext.client.task import (
+    Batch,
+    example_losses,
+    num_examples,
+    per_example,
+    stacking,
+)
 from flower_ext.client.trainer import Session, Steps, Trainer, batch_norms
 from flower_ext.core.errors import refuse, whole
 from flower_ext.core.meeting import CLIENTS_OWN, may_meet, meet
@@ -133,7 +138,7 @@ class Stacked(Trainer):
                 stack = _stack_of(members)
                 filled = stack.is_filled()
                 stack.step(check=(kind, filled) not in self._checked)
-            except _NotFillable:
+            except NotFillable:
                 self._not_fillable.add(kind)
                 for group in self._groups(members):
                     self._step(group)
@@ -163,10 +168,6 @@ class _Differs(Exception):  # noqa: N818
 
 class _NotStackable(Exception):  # noqa: N818
     """The forward pass of several clients failed; nothing has changed."""
-
-
-class _NotFillable(Exception):  # noqa: N818
-    """The losses of a batch are others when it is filled up; nothing has changed."""
 
 
 class _Session(Session):
@@ -426,7 +427,7 @@ class _Stack:
 
         Raises
         ------
-        _NotStackable, _NotFillable
+        _NotStackable, NotFillable
             Before anything has changed.
         """
         sizes = self._sizes()
@@ -468,7 +469,7 @@ class _Stack:
         """Return the losses of all examples, of shape ``(clients, examples)``."""
         largest, filled = max(sizes), self.is_filled()
         if filled and self._normalises:
-            raise _NotFillable
+            raise NotFillable
         batch = {
             name: torch.stack([_filled(m.batch[name], largest) for m in self.members])
             for name in self.members[0].batch
@@ -483,17 +484,19 @@ class _Stack:
         before = {name: x.clone() for name, x in self._stacked.items()}
         try:
             if check:
-                with _Dropout(None, filled=filled):
-                    self._require_equal(vmap(forward)(values, batch), sizes)
+                with BatchingRules(None, filled=filled), stacking():
+                    losses: Tensor = vmap(forward)(values, batch)
+                with BatchingRules(None, filled=filled):
+                    self._require_equal(losses, sizes)
                 self._put_back(before)
-            with _Dropout(self.members, filled=filled) as dropout:
-                losses: Tensor = vmap(forward)(values, batch)
+            with BatchingRules(self.members, filled=filled) as rules, stacking():
+                losses = vmap(forward)(values, batch)
         except Exception as problem:
             self._put_back(before)
-            if filled and isinstance(problem, _NotFillable | _Differs):
-                raise _NotFillable from problem
+            if filled and isinstance(problem, NotFillable | _Differs):
+                raise NotFillable from problem
             raise _NotStackable from problem
-        dropout.keep()
+        rules.keep()
         return losses
 
     def _put_back(self, before: Mapping[str, Tensor]) -> None:
@@ -668,191 +671,3 @@ def _filled(column: Tensor, size: int) -> Tensor:
     if not missing:
         return column
     return torch.cat([column, column[:1].expand(missing, *column.shape[1:])])
-
-
-# What vmap has no rule for, or not the right one --------------------------------------
-
-
-class _Dropout(TorchFunctionMode):
-    """Dropout whose masks are drawn for each client from its own generator.
-
-    Parameters
-    ----------
-    members : list of _Member, optional
-        The clients, in the order of the stack. Without them nothing is dropped.
-    filled : bool
-        Whether batches are filled up: then masks would be others.
-    """
-
-    def __init__(self, members: Sequence[_Member] | None, *, filled: bool) -> None:
-        super().__init__()
-        self._members = members
-        self._filled = filled
-        self._generators: list[torch.Generator] = []
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        replaced = self._replaced.get(func)
-        if replaced is None:
-            return func(*args, **(kwargs or {}))
-        return replaced(self, *args, **(kwargs or {}))
-
-    def _dropout(
-        self,
-        input: Tensor,
-        p: float = 0.5,
-        training: bool = True,
-        inplace: bool = False,
-    ) -> Tensor:
-        return self._masked(input, None, p, training, inplace)
-
-    def _dropout_of_channels(
-        self,
-        input: Tensor,
-        p: float = 0.5,
-        training: bool = True,
-        inplace: bool = False,
-    ) -> Tensor:
-        shape = (*input.shape[:2], *[1] * (input.dim() - 2))
-        return self._masked(input, shape, p, training, inplace)
-
-    def _masked(
-        self,
-        x: Tensor,
-        shape: tuple[int, ...] | None,
-        p: float,
-        training: bool,
-        inplace: bool,
-    ) -> Tensor:
-        if not training or p == 0 or self._members is None:
-            return x
-        if self._filled:
-            raise _NotFillable
-        mask: Tensor = _Masks.apply(x, shape, p, self._draw)  # type: ignore[no-untyped-call]
-        return x.mul_(mask) if inplace else x * mask
-
-    def _draw(self, x: Tensor, shape: tuple[int, ...] | None, p: float) -> Tensor:
-        """Return the masks of all clients, of a shape or like each of the values."""
-        if not self._generators:
-            self._generators = [_generator(m.globals, x) for m in self._members or ()]
-        masks = [
-            # Values are drawn in the order in which they lie in memory.
-            torch.empty_like(own) if shape is None else own.new_empty(shape)
-            for own in x
-        ]
-        for mask, generator in zip(masks, self._generators, strict=True):
-            mask.bernoulli_(1 - p, generator=generator)
-        found = torch.stack(masks)
-        return found.div_(1 - p) if p < 1 else found
-
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Attend as always, or in single steps where the weights are dropped."""
-        if dropout_p == 0:
-            return F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask,
-                is_causal=is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
-        if enable_gqa:
-            key, value = (
-                x.repeat_interleave(query.shape[-3] // x.shape[-3], -3)
-                for x in (key, value)
-            )
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        scores = query @ key.transpose(-2, -1) * scale
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], device=query.device).tril().bool()
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
-        elif attn_mask is not None:
-            scores = scores + attn_mask
-        # Where nothing is to be seen, the weights are zero.
-        blind = (scores == -torch.inf).all(-1, keepdim=True)
-        weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-        return self._dropout(weights, dropout_p) @ value
-
-    def _embedding(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        padding_idx: int | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-    ) -> Tensor:
-        """Look up; the row of the padding has no gradient, which vmap forgets."""
-        if max_norm is not None or scale_grad_by_freq or sparse:
-            raise RuntimeError("embeddings with max_norm, or gradients of their own")
-        found = F.embedding(input, weight)
-        if padding_idx is None:
-            return found
-        padding = (input == padding_idx % weight.shape[0])[..., None]
-        return torch.where(padding, found.detach(), found)
-
-    def keep(self) -> None:
-        """Take note of what was drawn; without it, it is drawn again."""
-        if self._generators and self._members:
-            for generator, member in zip(self._generators, self._members, strict=True):
-                _keep(generator, member.globals)
-
-    _replaced: ClassVar[Mapping[Callable[..., Any], Callable[..., Tensor]]] = {
-        F.dropout: _dropout,
-        F.dropout1d: _dropout_of_channels,
-        F.dropout2d: _dropout_of_channels,
-        F.dropout3d: _dropout_of_channels,
-        F.scaled_dot_product_attention: _attention,
-        F.embedding: _embedding,
-    }
-
-
-class _Masks(torch.autograd.Function):
-    """Draws masks where all clients are in sight, and not one for all."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(x: Tensor, shape: Any, p: float, draw: Any) -> Tensor:
-        raise RuntimeError("dropout of values that all clients share")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, x: Tensor, shape: Any, p: float, draw: Any
-    ) -> tuple[Tensor, int]:
-        return draw(x.movedim(in_dims[0], 0), shape, p), 0
-
-
-def _generator(own: Globals, like: Tensor) -> torch.Generator:
-    generator = torch.Generator(like.device)
-    generator.set_state(own.cuda[like.device.index or 0] if like.is_cuda else own.torch)
-    return generator
-
-
-def _keep(generator: torch.Generator, own: Globals) -> None:
-    if generator.device.type == "cuda":
-        own.cuda[generator.device.index or 0] = generator.get_state()
-    else:
-        own.torch = generator.get_state()

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -52,6 +54,27 @@ class Task:
     metrics: Callable[[nn.Module, Batch], Mapping[str, Tensor]] | None = None
     optimizer: "MakeOptimizer | None" = None
     sample_labels: Callable[[nn.Module, Batch, torch.Generator], Batch] | None = None
+
+
+_STACKING = ContextVar("stacking", default=False)
+
+
+def is_stacking() -> bool:
+    """Whether the losses that are computed are those of several clients at once.
+
+    Then no value may decide what is computed, as in ``if mask.all()``.
+    """
+    return _STACKING.get()
+
+
+@contextmanager
+def stacking() -> Iterator[None]:
+    """Say that losses are those of several clients at once."""
+    token = _STACKING.set(True)
+    try:
+        yield
+    finally:
+        _STACKING.reset(token)
 
 
 def num_examples(data: Batch) -> int:

@@ -11,12 +11,15 @@ import torch
 import transformers
 from flwr.app import ArrayRecord
 
+from flower_ext.client import stacked
 from flower_ext.client.adapters import (
     AdapterModel,
     adapter_task,
     load_tokenizer,
 )
 from flower_ext.client.app import client_app
+from flower_ext.client.stacked import Stacked
+from flower_ext.client.trainer import Plain
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import Adam
 from flower_ext.simulation.local import LocalGrid
@@ -570,3 +573,55 @@ def test_real_albert_learns_offline(no_network, tmp_path):
     base = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     assert peft.PeftModel.from_pretrained(base, tmp_path)
     assert not no_network
+
+
+# Several clients as one computation -----------------------------------------------
+
+
+def padded(context, *, length=9):
+    """Texts of different lengths, and as many texts as the client has."""
+    client = int(context.node_config["partition-id"])
+    draw = torch.Generator().manual_seed(client)
+    ids = torch.randint(1, 12, (3 + client % 3, length), generator=draw)
+    ends = torch.randint(4, length + 1, (len(ids), 1), generator=draw)
+    columns = {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(length) < ends).long(),
+        "labels": torch.randint(0, 2, (len(ids),), generator=draw),
+    }
+    return columns, columns
+
+
+def causal_padded(context):
+    columns = {k: x for k, x in padded(context)[0].items() if k != "labels"}
+    return columns, columns
+
+
+@pytest.mark.parametrize("kind", ["classification", "causal-lm"])
+def test_clients_that_share_a_base_are_stacked(kind, bert, gpt, monkeypatch, caplog):
+    if kind == "causal-lm":
+        config = lora(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        model, data = AdapterModel(gpt, config, kind), causal_padded
+    else:  # dropout in the adapter, too, beside those of BERT
+        model, data = AdapterModel(bert, lora(lora_dropout=0.2), kind), padded
+    shared = []
+    step = stacked._Stack.step
+
+    def watched(self, **options):
+        shared.append((set(self._shared), len(self.members)))
+        step(self, **options)
+
+    monkeypatch.setattr(stacked._Stack, "step", watched)
+    task = adapter_task(model, data)
+    runs = []
+    for trainer in (Plain(), Stacked(6)):
+        grid = LocalGrid(client_app(task, trainer=trainer), 6, {"batch-size": 4})
+        strategy = AdditiveStrategy(fraction_evaluate=0.0)
+        initial = ArrayRecord(model({}).state_dict())
+        runs.append(strategy.start(grid, initial, num_rounds=2).arrays)
+    for name, x in runs[0].items():
+        np.testing.assert_allclose(runs[1][name].numpy(), x.numpy(), atol=1e-6)
+    frozen = {n for n, p in model({}).named_parameters() if not p.requires_grad}
+    assert all(frozen <= names for names, _ in shared)
+    assert max(size for _, size in shared) > 1
+    assert not any("one after the other" in said for said in caplog.messages)

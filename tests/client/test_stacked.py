@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from flower_ext import AdditiveStrategy, PackedGrid, Plain, Stacked, Task, client_app
 from flower_ext.client import stacked
+from flower_ext.client.batching_rules import BatchingRules
 from flower_ext.client.half import ClientHalf
 from flower_ext.simulation import LocalGrid, packed
 
@@ -537,7 +538,7 @@ def test_clients_of_a_node_are_stacked(steps):
 
 def test_what_vmap_gets_wrong_is_found_out(monkeypatch, steps):
     """It forgets that the row of the padding has no gradient."""
-    monkeypatch.delitem(stacked._Dropout._replaced, F.embedding)
+    monkeypatch.delitem(BatchingRules._replaced, F.embedding)
     require_as_alone(make_task(Words))
     assert set(steps) == {1}
 
