@@ -1,8 +1,9 @@
-"""The benchmark that waits for a GPU runs here in small, with Ray and without."""
+"""Benchmarks run here in small: the one that waits for a GPU, and of start-up."""
 
 import logging
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,51 @@ def test_a_round_that_differs_from_the_cpu_is_a_failure(gpu, monkeypatch, capsys
     monkeypatch.setattr(gpu, "rounds_of_all", lambda size: wrong)
     [problem] = gpu.equality(gpu.SMALL, small=True)
     assert problem.startswith("FLASC differs from the CPU by ")
+
+
+@pytest.fixture
+def startup(monkeypatch):
+    """The benchmark of the first round as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import startup
+
+    return startup
+
+
+def test_processes_are_told_apart_by_their_command_lines(startup):
+    site = "/venv/lib/python3.11/site-packages"
+    lines = {
+        "python train.py": "server",
+        "python /venv/bin/flwr-simulation --token x": "server",
+        "python /venv/bin/flower-superlink --insecure": "SuperLink",
+        f"python {site}/ray/dashboard/dashboard.py": "processes of Ray's",
+        f"{site}/ray/core/src/ray/raylet/raylet --x": "processes of Ray's",
+        "ray::DashboardAgent": "agents of Ray's",
+        "ray::IDLE": "workers in vain",
+        "ray::ClientAppActor.run": "workers of Flower's",
+        "ray::Worker.run": "workers",
+    }
+    assert {line: startup.kind(line.split()) for line in lines} == lines
+
+
+def test_medians_of_phases_are_printed_beside_their_sums(startup, capsys):
+    rows = [{"grid": x, "model": 1.0, "workers": 2 * x} for x in (3.0, 5.0, 100.0)]
+    startup.print_tables({"script": rows})
+    printed = dict(re.findall(r"^(\S.*?) {2,}([\d.]+)$", capsys.readouterr().out, re.M))
+    assert printed["grid"] == "5.0" and printed["workers"] == "10.0"
+    assert printed["imports"] == "0.0" and printed["sum"] == "10.0"  # of CPU seconds
+
+
+@pytest.mark.slow
+def test_the_first_round_is_timed_phase_by_phase(startup, cluster, monkeypatch):
+    cluster()
+    begun = time.time()
+    monkeypatch.setenv(startup.STARTED, str(begun))
+    monkeypatch.setattr(startup, "BEGUN", begun + 0.25)
+    monkeypatch.setattr(startup, "IMPORTED", begun + 0.75)
+    found = startup.measure(None)
+    assert found["other processes"] == pytest.approx(0.25, abs=1e-5)
+    assert found["imports"] == pytest.approx(0.5, abs=1e-5)
+    assert sum(found[phase] for phase in startup.PHASES) < time.time() - begun
+    # Two workers each import torch, which takes a second of a CPU at least.
+    assert found["workers"] > 2 and found["processes of Ray's"] > 0
