@@ -416,6 +416,8 @@ def _environment(home: Path) -> dict[str, str]:
         "RAY_ADDRESS": "local",  # never join a cluster that happens to be there
         "RAY_TMPDIR": str(home),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # None beforehand, as Flower's engine uses none: its have a runtime_env.
+        "RAY_prestart_worker_first_driver": "0",
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",
     }

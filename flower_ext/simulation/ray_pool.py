@@ -8,7 +8,9 @@ from typing import Any
 
 from flower_ext.simulation.machines import Machine, Resources, ray_machines
 from flower_ext.simulation.setting import Setting
-from flower_ext.simulation.worker import Worker
+
+#: The most workers that start before the first round, which seldom has fewer clients.
+_EARLY = 8
 
 
 @dataclass(eq=False)
@@ -49,6 +51,35 @@ class Hired:
         return True
 
 
+def worker_class() -> type:
+    """Return the class of workers, which Ray sends as it is written here.
+
+    Of a class that can be imported Ray sends the name, and workers would look for this
+    package before they know where the driver has it.
+    """
+
+    class Worker:
+        def __init__(self, pickled: bytes, paths: list[str], threads: int) -> None:
+            # Ray looks in the current folder first, where there may be another version.
+            others = [path for path in sys.path if path not in paths]
+            sys.path[:] = [*paths, *others]
+            from flower_ext.simulation import worker
+
+            self._worker = worker.Worker(pickled, threads)
+
+        def placed(self) -> None:
+            """Return at once: Ray has found room for this worker."""
+
+        def ready(self) -> None:
+            """Return when clients can run."""
+            self._worker.load()
+
+        def run(self, *pack: Any) -> Any:
+            return self._worker.run(*pack)
+
+    return Worker
+
+
 class Pool:
     """Starts workers, lends them, and stops idle ones to make room for others.
 
@@ -62,12 +93,14 @@ class Pool:
     """
 
     def __init__(self, setting: Setting, *, hold_cpus: bool) -> None:
+        import ray
         from ray import cloudpickle
 
         # Workers are told how to run a client, not where: a function of the user's
         # that says so may not even be picklable.
         told = replace(setting, resources={}, num_examples=None)
         self._pickled = cloudpickle.dumps(told)  # type: ignore[no-untyped-call]
+        self._remote: Any = ray.remote(worker_class())
         self._paths = [path for path in sys.path if path]
         self._limit = setting.num_workers
         self._hold_cpus = hold_cpus
@@ -87,6 +120,12 @@ class Pool:
                 machine.take(resources, gpus)
                 count += 1
         return count
+
+    def prepare(self, resources: Resources, num_clients: int) -> None:
+        """Start workers before it is known how many clients a round has."""
+        most = min(num_clients, _EARLY)
+        while self._size() < most and (worker := self._start(resources)):
+            self.give_back(worker)
 
     def hire(self, resources: Resources) -> Hired | None:
         """Lend a worker with these resources, or None while there is no room for it."""
@@ -126,7 +165,6 @@ class Pool:
         return len(self._idle) + len(self._busy)
 
     def _actor(self, resources: Resources, machine: Machine) -> Any:
-        import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         # Not restarted by Ray: the transport knows what a dead worker was running. On
@@ -140,7 +178,7 @@ class Pool:
             ),
         }
         threads = max(1, int(resources.num_cpus))
-        actor = ray.remote(Worker).options(**options)
+        actor = self._remote.options(**options)
         return actor.remote(self._pickled, self._paths, threads)
 
     def others(self, worker: Hired) -> bool:

@@ -1,7 +1,5 @@
 """The Ray that workers run in: Flower's, that of this process, or a new one."""
 
-import os
-import sys
 import time
 from logging import ERROR, INFO
 
@@ -30,13 +28,9 @@ def connect(inside: bool) -> bool:
     if ray.is_initialized():  # by the user, whose it stays
         return False
     log(INFO, "Starting Ray")
-    # Workers unpickle before they run code of ours: they must find this package, too.
-    paths = os.pathsep.join([*filter(None, sys.path), os.environ.get("PYTHONPATH", "")])
-    ray.init(
-        include_dashboard=False,
-        logging_level=ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": paths.rstrip(os.pathsep)}},
-    )
+    # Without a runtime_env, for which Ray would start further processes: those that it
+    # starts by itself become our workers.
+    ray.init(include_dashboard=False, logging_level=ERROR)
     return True
 
 

@@ -79,6 +79,8 @@ class RayTransport(Transport):
         require_room(self._pool.machines, first)
         if inside and any(resources.num_gpus for resources in first):
             require_free_gpus()
+        if len(first) == 1:  # of several sizes, it is not known which come first
+            self._pool.prepare(next(iter(first)), setting.num_clients)
 
     def _resources_of(self, client: int) -> Resources:
         asked = self._setting.resources

@@ -1,6 +1,7 @@
 """The process that runs virtual clients, one after the other."""
 
 import ctypes
+import gc
 import os
 import sys
 from contextlib import nullcontext, suppress
@@ -114,7 +115,7 @@ class Broadcast:
 
 
 class Worker:
-    """Runs packs of virtual clients. A Ray actor is made of this class.
+    """Runs packs of virtual clients, in a Ray actor.
 
     The ClientApp is loaded once, and so are the modules that it imports: what they
     keep at module level, such as a data set, stays.
@@ -123,15 +124,12 @@ class Worker:
     ----------
     pickled : bytes
         The :class:`Setting` of the clients.
-    paths : list of str
-        Where the driver finds modules; the worker looks there in the same order.
     threads : int
         Of torch and of other libraries.
     """
 
-    def __init__(self, pickled: bytes, paths: list[str], threads: int) -> None:
+    def __init__(self, pickled: bytes, threads: int) -> None:
         self._pickled = pickled
-        self._paths = paths
         self._threads = threads
         self._app: ClientApp | None = None
         self._setting: Setting
@@ -185,25 +183,22 @@ class Worker:
         total = into.total if into else None
         return PackAnswer(answers, total, states.changed)
 
-    def placed(self) -> None:
-        """Return at once: Ray has found room for this worker."""
-
-    def ready(self) -> None:
-        """Return when clients can run."""
-        self.load()
-
     def load(self) -> ClientApp:
         """Load the ClientApp in the first call, with as many threads as CPUs."""
         if self._app is None:
             os.environ["OMP_NUM_THREADS"] = str(self._threads)  # torch reads it once
-            # Ray looks in the current folder first, where there may be another version.
-            paths = self._paths
-            sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
             from ray import cloudpickle
 
-            # Only now: unpickling imports the module that has the app.
-            self._setting = cloudpickle.loads(self._pickled)
-            app = load_client_app(self._setting.client_app)
+            # Imports make very many objects that stay: no garbage is looked for
+            # meanwhile, nor among them later.
+            gc.disable()
+            try:
+                # Only now: unpickling imports the module that has the app.
+                self._setting = cloudpickle.loads(self._pickled)
+                app = load_client_app(self._setting.client_app)
+            finally:
+                gc.freeze()
+                gc.enable()
             # Where torch was there before the variable. One that was not imported by
             # the app is not imported for it: that takes seconds.
             if torch := sys.modules.get("torch"):

@@ -5,10 +5,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from ray import cloudpickle
 
+import flower_ext
 from flower_ext.runs.shadows import require_own
+from flower_ext.simulation.ray_pool import worker_class
+from flower_ext.simulation.setting import Setting
 
 
 def touch(folder, *files):
@@ -82,25 +87,29 @@ def test_what_does_not_hide_anything_is_no_matter(app, tmp_path):
 
 
 def test_workers_look_where_the_driver_looks(tmp_path):
-    """A worker finds the driver's version, though its own path has another before."""
+    """A worker finds the driver's versions, though its own path has others before."""
     old = touch(tmp_path / "old", "demo.py")
+    (old / "flower_ext.py").write_text("raise ImportError('another version')")
     new = touch(tmp_path / "new", "demo.py")
     (new / "demo.py").write_text(
         "from flwr.clientapp import ClientApp\napp=ClientApp()"
     )
+    paths = [str(new), str(Path(flower_ext.__file__).parents[1]), *sys.path]
+    setting = cloudpickle.dumps(Setting("demo:app", range(1)))
+    sent = tmp_path / "sent"
+    sent.write_bytes(cloudpickle.dumps((worker_class(), setting, paths)))
     script = (
-        "import sys; from ray import cloudpickle\n"
-        "from flower_ext.simulation.setting import Setting\n"
-        "from flower_ext.simulation.worker import Worker\n"
-        f"sys.path.insert(0, {str(old)!r})\n"
-        "setting = cloudpickle.dumps(Setting('demo:app', range(1)))\n"
-        f"Worker(setting, [{str(new)!r}], 1).load()\n"
-        "import demo; print(demo.__file__)"
+        f"import sys; sys.path.insert(0, {str(old)!r})\n"
+        "import pickle, pathlib; from ray import cloudpickle\n"
+        f"sent = pathlib.Path({str(sent)!r}).read_bytes()\n"
+        "worker, setting, paths = cloudpickle.loads(sent)\n"
+        "worker(setting, paths, 1).ready()\n"
+        "import demo, flower_ext; print(demo.__file__, flower_ext.__file__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == str(new / "demo.py")
+    assert done.stdout.split() == [str(new / "demo.py"), flower_ext.__file__]
 
 
 def test_threads_parse_one_after_the_other(app, tmp_path, monkeypatch):

@@ -253,8 +253,8 @@ def test_gpus_that_are_never_free_end_the_run_with_the_reason(
 ):
     monkeypatch.setattr(policy, "START_SECONDS", 0.5)
     monkeypatch.setattr(policy, "HELD_SECONDS", 1.0)
-    grid = make(resources={"num_gpus": 0.5})
     hold(4)
+    grid = make(resources={"num_gpus": 0.5})
     with pytest.raises(RuntimeError, match="no worker can start: a worker that needs"):
         ask(grid, range(4))
 
