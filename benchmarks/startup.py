@@ -39,7 +39,6 @@ KINDS = {
     "SuperLink": "flower-super",
     "workers": "ray::Worker",
     "workers of Flower's": "ray::ClientAppActor",
-    "workers in vain": "ray::IDLE",
     "agents of Ray's": "ray::",
     "processes of Ray's": "ray/",
 }
@@ -136,7 +135,7 @@ def run_apart(way: str) -> dict[str, float]:
             for file in (__file__, HERE / "_images.py", HERE / "_models.py"):
                 shutil.copy(file, folder)
             command = [sys.executable, "-m", "flower_ext.runs.launch", str(folder)]
-            command += ["--num-supernodes", "1"]
+            command += ["--num-supernodes", "1", "--num-cpus", "2"]
         env[STARTED] = str(time.time())
         done = subprocess.run(
             command, env=env, cwd=home, capture_output=True, encoding="utf-8"

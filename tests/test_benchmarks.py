@@ -111,7 +111,6 @@ def test_processes_are_told_apart_by_their_command_lines(startup):
         f"python {site}/ray/dashboard/dashboard.py": "processes of Ray's",
         f"{site}/ray/core/src/ray/raylet/raylet --x": "processes of Ray's",
         "ray::DashboardAgent": "agents of Ray's",
-        "ray::IDLE": "workers in vain",
         "ray::ClientAppActor.run": "workers of Flower's",
         "ray::Worker.run": "workers",
     }
