@@ -231,6 +231,7 @@ class MRMTL(PersonalStrategy):
     """
 
     client_half = MRMTLClient
+    needs_rounds = "the model is the mean of clients' own models, as they all are now"
     drop_in = DropIn(
         imports="from flower_ext.strategies.mrmtl import mean_regularized",
         mod="mean_regularized()",

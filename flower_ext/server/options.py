@@ -118,6 +118,7 @@ _ELSEWHERE = {
             "checkpoint",
             "tracker",
             "callbacks",
+            "asynchronous",
         )
     },
 }

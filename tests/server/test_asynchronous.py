@@ -28,6 +28,7 @@ from flower_ext.core.sampling import (
     PoissonSampler,
     UniformSampler,
 )
+from flower_ext.server import cohorts
 from flower_ext.server.checkpoint import CheckpointError
 from flower_ext.server.optimizers import SGD
 from flower_ext.server.rounds import EveryClientFailed, run_rounds
@@ -252,6 +253,13 @@ def test_a_strategy_can_run_in_rounds_again():
     assert start(how, 4, 2, strategy=strategy).arrays == first.arrays
 
 
+def test_in_flowers_simulation_clients_are_known_by_their_places(monkeypatch):
+    how = Asynchronous(2, 3, clock=VirtualClock(LogNormal()))
+    expected = start(how, 6, 6)
+    monkeypatch.setattr(cohorts, "in_simulation", lambda grid: True)
+    assert start(how, 6, 6).arrays == expected.arrays
+
+
 # Partial sums -----------------------------------------------------------------------
 
 
@@ -366,6 +374,17 @@ def test_a_resumed_run_is_the_same_bit_for_bit(name, task, initial, tmp_path):
     assert resumed.evaluate_metrics_clientapp == whole.evaluate_metrics_clientapp
     # Some were at work over a saved round, with a model before it.
     assert max(m["staleness-max"] for m in whole.train_metrics_clientapp.values()) > 1
+
+
+def test_who_begins_after_an_interruption_is_who_would_have(tmp_path):
+    """Of twelve clients three are at work, and each takes longer every time."""
+    clock = VirtualClock(lambda client, task: task + client / 10)
+    how = Asynchronous(2, 3, clock=clock)
+    whole = start(how, 12, 12)
+    for rounds in (1, 4, 12):
+        resumed = start(how, 12, rounds, checkpoint=tmp_path)
+    assert resumed.arrays == whole.arrays
+    assert resumed.train_metrics_clientapp == whole.train_metrics_clientapp
 
 
 def test_a_schedule_of_the_clients_settings_is_that_of_their_round(tmp_path):
@@ -509,6 +528,15 @@ def test_in_real_time_clients_take_part_as_they_are_done():
     [grid] = made
     assert grid.withdrawn == [2]
     assert not grid._asked and not grid._replies
+
+
+def test_in_real_time_who_has_come_in_waits_for_the_next_update():
+    """All three come in at once, and one of them is taken at a time."""
+    seen = []
+    result = start(Asynchronous(1, 3), 3, 5, clients(seen=seen))
+    assert seen == [(0, 1), (1, 1), (2, 1), (0, 2), (1, 3), (2, 4), (0, 5)]
+    found = result.train_metrics_clientapp.values()
+    assert [metrics["staleness-max"] for metrics in found] == [0, 1, 2, 2, 2]
 
 
 def test_in_real_time_nobody_waits_for_the_slowest():

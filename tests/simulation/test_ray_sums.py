@@ -8,7 +8,13 @@ from flwr.app import Array, ArrayRecord
 
 from flower_ext import AdditiveStrategy
 from flower_ext._flower import InconsistentMessageReplies
-from flower_ext.simulation import PackedGrid
+from flower_ext.simulation import (
+    Asynchronous,
+    LocalGrid,
+    LogNormal,
+    PackedGrid,
+    VirtualClock,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -74,3 +80,34 @@ def test_what_contribution_raises_for_all_ends_the_run_with_the_reason(grid):
 
     with pytest.raises(InconsistentMessageReplies, match="no such thing"):
         Wrong(fraction_evaluate=0.0).start(grid, INITIAL, num_rounds=1)
+
+
+def test_asynchronous_clients_are_added_up_by_the_workers(grid, virtual):
+    how = Asynchronous(4, 8, clock=VirtualClock(LogNormal()))
+    results = []
+    for one in (grid, LocalGrid(virtual, 12)):
+        strategy = AdditiveStrategy(fraction_evaluate=0.0)
+        results.append(strategy.start(one, INITIAL, 4, asynchronous=how))
+    summed, plain = results
+    assert summed.arrays != INITIAL
+    np.testing.assert_allclose(
+        summed.arrays["w"].numpy(), plain.arrays["w"].numpy(), rtol=1e-6
+    )
+    for number, metrics in plain.train_metrics_clientapp.items():
+        found = summed.train_metrics_clientapp[number]
+        for name in ("num-replies", "staleness-mean", "virtual-seconds"):
+            assert found[name] == metrics[name]
+
+
+def test_asynchronous_clients_take_part_as_workers_are_done(grid):
+    """Last, since the clients that are at work in the end are stopped."""
+    strategy = AdditiveStrategy(fraction_evaluate=0.5)
+    result = strategy.start(grid, INITIAL, 4, asynchronous=Asynchronous(3, 6))
+    metrics = list(result.train_metrics_clientapp.values())
+    assert [m["num-replies"] for m in metrics] == [3] * 4
+    assert not any(m["num-errors"] for m in metrics)
+    assert metrics[0]["staleness-max"] == 0 < max(m["staleness-max"] for m in metrics)
+    assert not grid._asked and not grid._replies
+    # It works on.
+    after = AdditiveStrategy(fraction_evaluate=0.0).start(grid, INITIAL, num_rounds=1)
+    assert after.train_metrics_clientapp[1]["num-replies"] == 12

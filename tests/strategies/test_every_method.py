@@ -661,6 +661,7 @@ IN_ROUNDS = {
     "Ensemble": "each round trains one of the models",
     "FedCurv": "the last sum, that of one round",
     "FedDyn": "the sum of all moves",
+    "MRMTL": "the mean of clients' own models, as they all are now",
     "Scaffold": "the mean of the clients' only while all their changes count alike",
 }
 AT_ANY_TIME = pytest.mark.parametrize(
