@@ -173,6 +173,7 @@ class AtWork(ABC):
         self._round, self._failed = number, 0
         self._buffer.clear()
         self._busy = {work.node for work in self._works}
+        self._may_draw = True  # those of the last update, too
         self._seat()
 
     def _seat(self) -> int:
@@ -250,6 +251,10 @@ class AtWork(ABC):
             "staleness-max": max(found),
         }
 
+    def messages(self, works: Sequence[Work]) -> list[Message]:
+        """Return the messages of clients that are done."""
+        return [work.message for work in works]
+
     @abstractmethod
     def exchange_on(self) -> Grid:
         """Return the grid on which the replies of those who are done are had."""
@@ -316,6 +321,13 @@ class VirtualTime(AtWork):
             self._now = found[-1].due
             self._may_draw = True
         return self._require(found)
+
+    def messages(self, works: Sequence[Work]) -> list[Message]:
+        """Return their messages, written now: those of long ago have expired."""
+        return [
+            Message(work.message.content, work.node, MessageType.TRAIN)
+            for work in works
+        ]
 
     def exchange_on(self) -> Grid:
         """Return the grid itself: clients are run now that their time has come."""

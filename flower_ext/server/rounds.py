@@ -388,7 +388,7 @@ class _Run:
         while at_work.missing:
             works = at_work.next(self._ask_more)
             at_work.expect(works)
-            messages = [work.message for work in works]
+            messages = at_work.messages(works)
             self._name(messages)  # some may have been asked before an interruption
             grid = at_work.exchange_on()
             part = self._exchange("train", messages, self._summand(), grid)

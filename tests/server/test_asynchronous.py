@@ -539,6 +539,22 @@ def test_in_real_time_who_has_come_in_waits_for_the_next_update():
     assert [metrics["staleness-max"] for metrics in found] == [0, 1, 2, 2, 2]
 
 
+def test_in_real_time_who_was_in_an_update_may_begin_again():
+    """Three come in at once, and nobody after them: at each update one begins."""
+    seen = []
+
+    class Once(LocalGrid):
+        left = 3
+
+        def pull_messages(self, message_ids):
+            found = list(super().pull_messages(message_ids)) if self.left else []
+            self.left -= len(found)
+            return found
+
+    start(Asynchronous(1, 3), 3, 3, clients(seen=seen), Once)
+    assert seen == [(0, 1), (1, 1), (2, 1), (0, 2), (1, 3)]
+
+
 def test_in_real_time_nobody_waits_for_the_slowest():
     make, _ = late([0, 1] * 4)
     result = start(Asynchronous(2, 3), 3, 4, kind=make, timeout=3600)
