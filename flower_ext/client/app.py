@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from logging import ERROR
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -67,6 +67,8 @@ from flower_ext.wire.codec import is_encoded
 from flower_ext.wire.masks import Masks
 from flower_ext.wire.messages import change
 from flower_ext.wire.registry import require_codecs
+
+R = TypeVar("R", ArrayRecord, ConfigRecord)
 
 
 def client_app(
@@ -309,15 +311,10 @@ def _open(
     context: Context,
 ) -> tuple[Local, ClientHalf]:
     """Read a message: the half, settings, model with its weights, the client's data."""
-    for key, kind in ((ARRAYS_KEY, ArrayRecord), (CONFIG_KEY, ConfigRecord)):
-        if not isinstance(message.content.get(key), kind):
-            raise ValueError(
-                f"no {kind.__name__} {key!r} in the message, which has "
-                f"{sorted(message.content)}: the strategy's arrayrecord_key and "
-                f"configrecord_key must be {ARRAYS_KEY!r} and {CONFIG_KEY!r}"
-            )
-    forget_other_runs(message.content, context.state)
-    config = message.content.config_records[CONFIG_KEY]
+    content = message.content
+    model_sent = _require(content, ARRAYS_KEY, ArrayRecord)
+    config = _require(content, CONFIG_KEY, ConfigRecord)
+    forget_other_runs(content, context.state)
     half = _choose(known, config)
     settings = LocalSettings.read(config, context.run_config)
     if settings.torch_threads:
@@ -329,8 +326,8 @@ def _open(
     model = half.make_model(task, context.run_config, config)
     seed_all(random_seed(settings.seed, 0, client_of(context)))
     train_data, test_data = _columns(task.data(context), device)
-    groups = message.content.array_records
-    arrays, masks = _read_model(groups[ARRAYS_KEY], config, model, codecs)
+    arrays, masks = _read_model(model_sent, config, model, codecs)
+    about_run = content.get(RUN_KEY)
     local = Local(
         task=task,
         model=model.to(device),
@@ -340,13 +337,13 @@ def _open(
         config=config,
         context=context,
         device=device,
-        run=message.content.config_records.get(RUN_KEY, ConfigRecord()),
+        run=about_run if isinstance(about_run, ConfigRecord) else ConfigRecord(),
         upload=upload_codec(config, codecs),
         masks=masks,
         received=Beside(
             (key, read_tensors(group, device))
-            for key, group in groups.items()
-            if key != ARRAYS_KEY
+            for key, group in content.items()
+            if key != ARRAYS_KEY and isinstance(group, ArrayRecord)
         ),
         came=arrays,
         loaded=arrays,
@@ -362,6 +359,18 @@ def _open(
         local.masks = None
     local.load(begun)
     return local, half
+
+
+def _require(content: RecordDict, key: str, kind: type[R]) -> R:
+    """Return a record of a message."""
+    record = content.get(key)
+    if not isinstance(record, kind):
+        raise ValueError(
+            f"no {kind.__name__} {key!r} in the message, which has "
+            f"{sorted(content)}: the strategy's arrayrecord_key and "
+            f"configrecord_key must be {ARRAYS_KEY!r} and {CONFIG_KEY!r}"
+        )
+    return record
 
 
 def _read_model(

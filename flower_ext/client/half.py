@@ -87,11 +87,10 @@ class LocalSettings:
         for config in configs:
             _require_spelling(config)
         for config in reversed(configs):
-            for item in fields(cls):
-                key = item.name.replace("_", "-")
-                for name in (key, "lr") if key == "learning-rate" else (key,):
-                    if name in config:
-                        found[item.name] = config[name]
+            for key, value in config.items():
+                if key in SETTINGS and not (key == "learning-rate" and "lr" in config):
+                    name = "learning-rate" if key == "lr" else key
+                    found[name.replace("-", "_")] = value
         return cls(**found)  # type: ignore[arg-type]
 
 

@@ -5,7 +5,13 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    ConfigRecordValues,
+    MetricRecord,
+    RecordDict,
+)
 from torch import Tensor
 
 from flower_ext.client.tensors import Tensors, read_tensors, tensor_record
@@ -142,18 +148,17 @@ def forget_other_runs(content: RecordDict, state: RecordDict) -> None:
     state : RecordDict
         The client's ``context.state``.
     """
-    run, known = (
-        records.get(key, ConfigRecord()).get(RUN_CLIENTS)
-        for records, key in (
-            (content.config_records, RUN_KEY),
-            (state.config_records, _OF_RUN),
-        )
-    )
-    if run is None or run == known:
+    run = _run_named_in(content, RUN_KEY)
+    if run is None or run == _run_named_in(state, _OF_RUN):
         return
     for key in [key for key in state if key.startswith(PERSONAL)]:
         del state[key]
     state[_OF_RUN] = ConfigRecord({RUN_CLIENTS: run})
+
+
+def _run_named_in(records: RecordDict, key: str) -> ConfigRecordValues | None:
+    record = records.get(key)
+    return record.get(RUN_CLIENTS) if isinstance(record, ConfigRecord) else None
 
 
 def forget_other_states(personal: Personal, config: Config, *groups: str) -> None:
