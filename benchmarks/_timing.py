@@ -9,14 +9,16 @@ from collections.abc import Callable
 import psutil
 
 
-def medians(*functions: Callable[[], object], repeats: int = 7) -> list[float]:
-    """Return each function's median seconds; they take turns, after one warm-up each.
+def medians(
+    *functions: Callable[[], object], repeats: int = 7, warm: bool = True
+) -> list[float]:
+    """Return each function's median seconds; they take turns, after a warm-up each.
 
     Garbage is collected before each call and not during it.
     """
     # In turns, so that a machine that grows slower or busier is so for all of them.
     seconds: list[list[float]] = [[] for _ in functions]
-    for function in functions:
+    for function in functions if warm else ():
         function()
     for _ in range(repeats):
         for times, function in zip(seconds, functions, strict=True):

@@ -1,10 +1,14 @@
-"""Clients on a GPU: the bare loop, one after the other, several at a time.
+"""Clients on a GPU: the bare loop, one after the other, stacked, several workers.
 
-Measures rounds of FedAvg over random images against a bare PyTorch loop in the same
-run, checks that clients use the device, that memory fits the plan, and that a round
-gives what it gives on the CPU, to the tolerances below. Workers that share the GPU are
-measured where Ray is installed. At most six minutes, no downloads; exit code 1 if a
-check fails. ``--device cpu --small`` runs all of it in small anywhere.
+Measures rounds of FedAvg of 10, 100 and 1,000 clients, over random images and texts,
+against a bare PyTorch loop in the same run; checks that clients use the device, that
+memory fits the plan, and that a round gives what it gives on the CPU, to the tolerances
+below. Workers that share the GPU are measured last, where Ray is installed. At most six
+minutes, no downloads; exit code 1 if a check fails. ``--device cpu --small`` runs all
+of it in small anywhere.
+
+Beside torch it needs the wheels of flwr and safetensors; for the adapter of a
+transformer those of transformers and peft, for workers that of ray.
 """
 
 import argparse
@@ -15,17 +19,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from _gpu_task import BATCH, LEARNING_RATE, app, images, initial_model
+from _gpu_task import (
+    BATCH,
+    LEARNING_RATE,
+    LORA,
+    app,
+    columns,
+    initial_model,
+    losses,
+    save_base,
+    stacked,
+)
 from _timing import medians
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from flower_ext import AdditiveStrategy
 from flower_ext.server.optimizers import SGD
@@ -35,7 +50,7 @@ from flower_ext.simulation.machines import Machine
 from flower_ext.strategies import FLASC, FedFish, MaxFL
 
 BEGUN = time.monotonic()
-SECONDS = 300.0  # after which no further number of workers is tried
+SECONDS = 300.0  # after which nothing further is begun
 
 STRATEGIES = {
     "FedAvg": AdditiveStrategy,
@@ -43,59 +58,79 @@ STRATEGIES = {
     "FLASC": lambda **options: FLASC(server_optimizer=SGD(1.0), **options),
     "MaxFL": MaxFL,
 }
-# Largest differences, as parts of the change that a round makes. A GPU adds in another
-# order; and of two coordinates of nearly the same size FLASC's mask may hold the other.
+# Largest differences, as parts of the change that a round makes. A GPU, and a stack,
+# add in another order; and of two coordinates of nearly the same size FLASC's mask may
+# hold the other.
 TOLERANCES = {"FedAvg": 1e-3, "FedFish": 5e-3, "FLASC": 2e-2, "MaxFL": 1e-3}
+APPS = {"one by one": app, "stacked": stacked}
 
 
 @dataclass(frozen=True)
 class Size:
     """How much is run."""
 
-    clients: int
+    clients: tuple[int, ...]
     examples: int
     repeats: int
     workers: tuple[int, ...]
     models: tuple[str, ...]
+    base: str = ""
+
+    @property
+    def some(self) -> int:
+        """The clients of what is looked at closely."""
+        return min(self.clients[-1], 16)
 
 
-FULL = Size(16, 1_024, 5, (1, 2, 4, 8), ("mlp", "cnn"))
-SMALL = Size(3, 64, 1, (2,), ("mlp",))
+FULL = Size((10, 100, 1_000), 128, 3, (1, 2, 4, 8), ("mlp", "cnn", LORA))
+SMALL = Size((2, 3), 64, 1, (2,), ("mlp",))
 
 
 def settings(size: Size, model: str) -> dict[str, str | int | float]:
     """Return the run config of the clients."""
     return {
         "model": model,
+        "base": size.base,
         "examples": size.examples,
         "batch-size": BATCH,
         "learning-rate": LEARNING_RATE,
     }
 
 
-def bare_round(size: Size, name: str, device: torch.device) -> dict[str, Tensor]:
-    """Train all clients without Flower and average their models."""
-    start = initial_model(name).state_dict()
-    model = initial_model(name).to(device)
+def time_left() -> float:
+    """Return the seconds in which something further may be begun."""
+    return SECONDS - (time.monotonic() - BEGUN)
+
+
+def bare_round(
+    size: Size, name: str, clients: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Train clients without Flower and average their models."""
+    start = initial_model(name, size.base).state_dict()
+    model = initial_model(name, size.base).to(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
     total = {key: torch.zeros_like(value) for key, value in start.items()}
-    for client in range(size.clients):
+    for client in range(clients):
         model.load_state_dict(start)
-        data = {k: v.to(device) for k, v in images(client, size.examples).items()}
-        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        found = columns(name, client, size.examples)
+        data = {k: v.to(device) for k, v in found.items()}
+        optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
         for rows in torch.randperm(size.examples).split(BATCH):
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(data["x"][rows]), data["y"][rows])
-            loss.backward()  # type: ignore[no-untyped-call]
+            batch = {k: v[rows] for k, v in data.items()}
+            losses(model, batch).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         for key, value in model.state_dict().items():
             total[key] += value.cpu()
-    return {key: value / size.clients for key, value in total.items()}
+    return {key: value / clients for key, value in total.items()}
 
 
-def our_round(grid: Grid, model: str, strategy: str = "FedAvg") -> dict[str, Tensor]:
+def our_round(
+    grid: Grid, size: Size, model: str, strategy: str = "FedAvg"
+) -> dict[str, Tensor]:
     """Run one round of a strategy; return the new model."""
     made = STRATEGIES[strategy](fraction_evaluate=0.0)
-    start = ArrayRecord(initial_model(model).state_dict())
+    start = ArrayRecord(initial_model(model, size.base).state_dict())
     result = made.start(grid, start, num_rounds=1)
     if result.train_metrics_clientapp[1].get("num-errors", 0):
         raise RuntimeError(f"{strategy}: clients failed, see the log above")
@@ -103,14 +138,14 @@ def our_round(grid: Grid, model: str, strategy: str = "FedAvg") -> dict[str, Ten
 
 
 def seen(grid: Grid, size: Size, model: str) -> list[ConfigRecord]:
-    """Let every client train once; return where each did."""
+    """Let some clients train once, one by one; return where each did."""
     content = RecordDict(
         {
-            "arrays": ArrayRecord(initial_model(model).state_dict()),
+            "arrays": ArrayRecord(initial_model(model, size.base).state_dict()),
             "config": ConfigRecord({"server-round": 1}),
         }
     )
-    nodes = list(grid.get_node_ids())[: size.clients]
+    nodes = list(grid.get_node_ids())[: size.some]
     messages = [Message(content, node, MessageType.TRAIN) for node in nodes]
     return [reply.content["seen"] for reply in grid.send_and_receive(messages)]
 
@@ -130,84 +165,127 @@ def check_devices(found: list[ConfigRecord], device: torch.device) -> list[str]:
     ]
 
 
-def sequential(size: Size, device: torch.device) -> tuple[dict[str, float], list[str]]:
-    """Time clients one after the other; return the bare loops' seconds and problems."""
-    bare_seconds, problems = {}, []
+def look(size: Size, device: torch.device) -> list[str]:
+    """Print where clients run and what memory they take; return what is wrong."""
+    problems = []
     for model in size.models:
-        grid = LocalGrid(app, size.clients, settings(size, model))
+        grid = LocalGrid(app, size.some, settings(size, model))
         found = seen(grid, size, model)
         print(f"{model}, one client after the other:")
         problems += check_devices(found, device)
-        bare, ours = medians(
-            lambda model=model: bare_round(size, model, device),
-            lambda grid=grid, model=model: our_round(grid, model),
-            repeats=size.repeats,
-        )
-        print(
-            f"  a round of {size.clients} clients: bare loop {bare:.3f} s, "
-            f"ours {ours:.3f} s, ratio {ours / bare:.2f}"
-        )
-        bare_seconds[model] = bare
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(0).total_memory / 2**20
             most = max(float(record["mib"]) for record in found)
             cpus = float(os.cpu_count() or 1)
             print(f"  {most:.0f} MiB of {total:.0f} MiB, {CUDA_MIB:.0f} MiB for CUDA:")
             print("  " + plan([Machine("here", cpus, [1.0])], most, total).why)
-    return bare_seconds, problems
-
-
-def workers(size: Size, device: torch.device, bare: dict[str, float]) -> list[str]:
-    """Time clients in Ray workers that share the device; return what is wrong."""
-    problems: list[str] = []
-    for model in size.models:
-        for number in size.workers:
-            if time.monotonic() - BEGUN > SECONDS:
-                print(f"{model}, {number} workers: left out, time is over")
-                continue
-            need = {"num_cpus": 1.0}
-            if device.type == "cuda":
-                need["num_gpus"] = 1 / number
-            with PackedGrid(
-                num_clients=size.clients,
-                client_app="_gpu_task:app",
-                run_config=settings(size, model),
-                num_workers=number,
-                resources=need,
-            ) as grid:
-                print(f"{model}, {number} workers with a share of 1/{number}:")
-                found = seen(grid, size, model)
-                problems += check_devices(found, device)
-                processes = {record["pid"] for record in found}
-                if len(processes) != min(number, size.clients):
-                    problems.append(f"{len(processes)} workers ran, not {number}")
-                seconds = []
-                for _ in range(size.repeats):
-                    begun = time.perf_counter()
-                    our_round(grid, model)
-                    seconds.append(time.perf_counter() - begun)
-                ours = statistics.median(seconds)
-                print(
-                    f"  a round of {size.clients} clients: {ours:.3f} s, ratio to the "
-                    f"bare loop {ours / bare[model]:.2f}"
-                )
-                if device.type == "cuda":
-                    free, total = torch.cuda.mem_get_info()
-                    used = (total - free) / 2**20
-                    print(f"  all processes take {used:.0f} MiB of the GPU")
     return problems
 
 
-def rounds_of_all(size: Size) -> dict[str, Tensor]:
+def one_process(size: Size, device: torch.device) -> dict[tuple[str, int], float]:
+    """Time rounds in this process; return the bare loop's seconds."""
+    bare: dict[tuple[str, int], float] = {}
+    each: dict[str, float] = {}  # seconds of a client in all three ways
+    for clients in size.clients:
+        for model in size.models:
+            needed = each.get(model, 0.0) * clients
+            repeats = size.repeats if needed * (size.repeats + 1) < 20 else 1
+            warm = needed < 20
+            if needed * (repeats + warm) > time_left():
+                print(f"{model}, {clients} clients: left out, time is over")
+                continue
+            functions = [lambda m=model, c=clients: bare_round(size, m, c, device)]
+            for each_app in APPS.values():
+                grid = LocalGrid(each_app, clients, settings(size, model))
+                functions.append(lambda g=grid, m=model: our_round(g, size, m))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            loop, alone, together = medians(*functions, repeats=repeats, warm=warm)
+            bare[model, clients] = loop
+            each[model] = (loop + alone + together) / clients
+            print(
+                f"{model}, a round of {clients} clients: bare loop {loop:.3f} s, one "
+                f"by one {alone:.3f} s, stacked {together:.3f} s, ratios "
+                f"{alone / loop:.2f}, {together / loop:.2f}"
+            )
+            if device.type == "cuda":
+                peak = torch.cuda.max_memory_reserved() / 2**20
+                print(f"  {peak:.0f} MiB at most")
+    return bare
+
+
+def workers(
+    size: Size, device: torch.device, bare: dict[tuple[str, int], float]
+) -> list[str]:
+    """Time clients in Ray workers that share the device; return what is wrong."""
+    problems: list[str] = []
+    clients = size.clients[min(1, len(size.clients) - 1)]
+    for model in size.models:
+        for number in size.workers:
+            for how in APPS:
+                if time_left() < 0 or (model, clients) not in bare:
+                    print(f"{model}, {number} workers, {how}: left out, time is over")
+                    continue
+                problems += _workers(size, device, bare, model, number, how, clients)
+    return problems
+
+
+def _workers(
+    size: Size,
+    device: torch.device,
+    bare: dict[tuple[str, int], float],
+    model: str,
+    number: int,
+    how: str,
+    clients: int,
+) -> list[str]:
+    problems: list[str] = []
+    need = {"num_cpus": 1.0}
+    if device.type == "cuda":
+        need["num_gpus"] = 1 / number
+    with PackedGrid(
+        num_clients=clients,
+        client_app="_gpu_task:" + ("stacked" if how == "stacked" else "app"),
+        run_config=settings(size, model),
+        num_workers=number,
+        resources=need,
+    ) as grid:
+        print(f"{model}, {number} workers with a share of 1/{number}, {how}:")
+        if how != "stacked":
+            found = seen(grid, size, model)
+            problems += check_devices(found, device)
+            processes = {record["pid"] for record in found}
+            if len(processes) != min(number, size.some):
+                problems.append(f"{len(processes)} workers ran, not {number}")
+        our_round(grid, size, model)
+        seconds = []
+        for _ in range(size.repeats):
+            begun = time.perf_counter()
+            our_round(grid, size, model)
+            seconds.append(time.perf_counter() - begun)
+        ours = statistics.median(seconds)
+        print(
+            f"  a round of {clients} clients: {ours:.3f} s, ratio to the bare loop "
+            f"{ours / bare[model, clients]:.2f}"
+        )
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            used = (total - free) / 2**20
+            print(f"  all processes take {used:.0f} MiB of the GPU")
+    return problems
+
+
+def rounds_of_all(size: Size, clients_app: ClientApp) -> dict[str, Tensor]:
     """Return the model after a round of each strategy, by strategy and name."""
     # TF32 has a mantissa of 10 bits, which would hide every other difference.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    model = size.models[-1]
-    grid = LocalGrid(app, size.clients, settings(size, model))
+    model = size.models[-1 if size.models[-1] != LORA else -2]
+    grid = LocalGrid(clients_app, size.some, settings(size, model))
     return {
         f"{strategy}/{name}": value.cpu()
         for strategy in STRATEGIES
-        for name, value in our_round(grid, model, strategy).items()
+        for name, value in our_round(grid, size, model, strategy).items()
     }
 
 
@@ -219,23 +297,55 @@ def equality(size: Size, small: bool) -> list[str]:
         command = [sys.executable, __file__, "--device", "cpu", "--reference", file]
         subprocess.run(command + ["--small"] * small, check=True)
         expected = load_file(file)
-    found, problems = rounds_of_all(size), []
-    start = initial_model(size.models[-1]).state_dict()
-    for strategy, tolerance in TOLERANCES.items():
-        pairs = [
-            (found[key], expected[key], start[key.partition("/")[2]])
-            for key in expected
-            if key.startswith(f"{strategy}/")
-        ]
-        apart = sum(float((a - b).double().square().sum()) for a, b, _ in pairs)
-        change = sum(float((b - c).double().square().sum()) for _, b, c in pairs)
-        relative = (apart / change) ** 0.5
-        print(
-            f"{strategy}, a round here against the CPU: {relative:.1e} of the change "
-            f"(tolerance {tolerance:g})"
-        )
-        if not relative <= tolerance:
-            problems.append(f"{strategy} differs from the CPU by {relative:.1e}")
+    problems = []
+    model = size.models[-1 if size.models[-1] != LORA else -2]
+    start = initial_model(model, size.base).state_dict()
+    for how, clients_app in APPS.items():
+        found = rounds_of_all(size, clients_app)
+        for strategy, tolerance in TOLERANCES.items():
+            pairs = [
+                (found[key], expected[key], start[key.partition("/")[2]])
+                for key in expected
+                if key.startswith(f"{strategy}/")
+            ]
+            apart = sum(float((a - b).double().square().sum()) for a, b, _ in pairs)
+            change = sum(float((b - c).double().square().sum()) for _, b, c in pairs)
+            relative = (apart / change) ** 0.5
+            print(
+                f"{strategy}, a round here {how} against the CPU: {relative:.1e} of "
+                f"the change (tolerance {tolerance:g})"
+            )
+            if not relative <= tolerance:
+                problems.append(
+                    f"{strategy} {how} differs from the CPU by {relative:.1e}"
+                )
+    return problems
+
+
+def _with_base(size: Size, folder: Path) -> Size:
+    """Make the base of the adapter, or do without where packages are missing."""
+    missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
+    if LORA not in size.models:
+        return size
+    if missing:
+        print(f"{' and '.join(missing)} not installed: no adapter")
+        models = tuple(model for model in size.models if model != LORA)
+        return replace(size, models=models)
+    save_base(folder)
+    return replace(size, base=str(folder))
+
+
+def _all(size: Size, device: torch.device, small: bool) -> list[str]:
+    problems = look(size, device)
+    few = replace(size, clients=size.clients[:2])
+    many = replace(size, clients=size.clients[2:])
+    bare = one_process(few, device)
+    problems += equality(size, small)
+    bare |= one_process(many, device)
+    if find_spec("ray"):
+        problems += workers(size, device, bare)
+    else:
+        print("Ray is not installed: no workers")
     return problems
 
 
@@ -254,17 +364,13 @@ def main() -> int:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     size = SMALL if args.small else FULL
     if args.reference:
-        save_file(rounds_of_all(size), args.reference)
+        save_file(rounds_of_all(size, app), args.reference)
         return 0
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(0) if args.device == "cuda" else "the CPU"
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {name}")
-    bare, problems = sequential(size, device)
-    problems += equality(size, args.small)
-    if find_spec("ray"):
-        problems += workers(size, device, bare)
-    else:
-        print("Ray is not installed: no workers")
+    with tempfile.TemporaryDirectory() as folder:
+        problems = _all(_with_base(size, Path(folder)), device, args.small)
     print(f"{time.monotonic() - BEGUN:.0f} s in all")
     for problem in problems:
         print(f"FAILED: {problem}")

@@ -42,15 +42,19 @@ def run(gpu, monkeypatch, capsys):
 
 def require_everything_but_workers(printed):
     assert len(re.findall(r"client \d: cpu, process \d+", printed)) >= 3
-    assert re.search(r"bare loop [\d.]+ s, ours [\d.]+ s, ratio [\d.]+", printed)
-    equal = r"(\w+), a round here against the CPU: 0\.0e\+00 of the change"
-    assert re.findall(equal, printed) == ["FedAvg", "FedFish", "FLASC", "MaxFL"]
+    timed = r"(\d) clients: bare loop [\d.]+ s, one by one [\d.]+ s, stacked [\d.]+ s"
+    assert re.findall(timed, printed) == ["2", "3"]
+    equal = r"(\w+), a round here {} against the CPU: {} of the change"
+    strategies = ["FedAvg", "FedFish", "FLASC", "MaxFL"]
+    alone = equal.format("one by one", r"0\.0e\+00")
+    assert re.findall(alone, printed) == strategies
+    assert re.findall(equal.format("stacked", r"\d\.\de[+-]\d+"), printed) == strategies
 
 
 def test_without_ray_the_gpu_benchmark_does_the_rest(gpu, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     # Its second process runs in the test with Ray.
-    rounds = gpu.rounds_of_all(gpu.SMALL)
+    rounds = gpu.rounds_of_all(gpu.SMALL, gpu.app)
     monkeypatch.setattr(
         gpu.subprocess, "run", lambda command, check: gpu.save_file(rounds, command[5])
     )
@@ -64,8 +68,9 @@ def test_the_gpu_benchmark_runs_in_small(run, cluster):
     cluster()
     printed = run()
     require_everything_but_workers(printed)
-    assert "2 workers with a share of 1/2" in printed
-    assert len(re.findall(r"s, ratio to the bare loop [\d.]+", printed)) == 1
+    assert "2 workers with a share of 1/2, one by one" in printed
+    assert "2 workers with a share of 1/2, stacked" in printed
+    assert len(re.findall(r"s, ratio to the bare loop [\d.]+", printed)) == 2
 
 
 def test_a_client_on_another_device_is_a_failure(gpu, capsys):
@@ -79,18 +84,19 @@ def test_a_client_on_another_device_is_a_failure(gpu, capsys):
 
 
 def test_a_round_that_differs_from_the_cpu_is_a_failure(gpu, monkeypatch, capsys):
-    rounds = gpu.rounds_of_all(gpu.SMALL)
+    rounds = gpu.rounds_of_all(gpu.SMALL, gpu.app)
     monkeypatch.setattr(
         gpu.subprocess, "run", lambda command, check: gpu.save_file(rounds, command[5])
     )
-    monkeypatch.setattr(gpu, "rounds_of_all", lambda size: rounds)
+    monkeypatch.setattr(gpu, "rounds_of_all", lambda *_: rounds)
     assert gpu.equality(gpu.SMALL, small=True) == []
     wrong = {
         key: value * 1.01 if "FLASC" in key else value for key, value in rounds.items()
     }
-    monkeypatch.setattr(gpu, "rounds_of_all", lambda size: wrong)
-    [problem] = gpu.equality(gpu.SMALL, small=True)
-    assert problem.startswith("FLASC differs from the CPU by ")
+    monkeypatch.setattr(gpu, "rounds_of_all", lambda *_: wrong)
+    alone, together = gpu.equality(gpu.SMALL, small=True)
+    assert alone.startswith("FLASC one by one differs from the CPU by ")
+    assert together.startswith("FLASC stacked differs from the CPU by ")
 
 
 @pytest.fixture
