@@ -46,6 +46,22 @@ def test_an_app_that_cannot_be_loaded_ends_the_run(make, ask):
     assert "No module named 'no_such_module'" in str(caught.value)
 
 
+@pytest.mark.parametrize("num_clients, free", [(12, 1), (2, 2)])
+def test_workers_start_with_the_grid_and_are_not_more_than_clients(
+    make, ask, num_clients, free
+):
+    import ray
+
+    grid = make(num_clients, num_workers=3, resources={"num_gpus": 1})
+    end = time.monotonic() + 30
+    while ray.available_resources().get("GPU", 0) != free:
+        assert time.monotonic() < end, ray.available_resources()
+        time.sleep(0.1)
+    # They are those that run the clients.
+    assert values(ask(grid, [0]), "visits") == [1]
+    assert ray.available_resources().get("GPU", 0) == free
+
+
 def test_half_a_gigabyte_of_states_is_in_nobodys_memory(make, ask):
     from heavy import resident
 
