@@ -2,6 +2,7 @@
 
 from flower_ext.wire.chain import Chain, FixedMask, Selection, TopK
 from flower_ext.wire.codec import Codec, Sending, Stage
+from flower_ext.wire.universal import UniversalCode
 from flower_ext.wire.value_codes import NF4, BFloat16, Exact, ValueCode
 from flower_ext.wire.wrappers import Described, ErrorFeedback
 
@@ -18,5 +19,6 @@ __all__ = [
     "Sending",
     "Stage",
     "TopK",
+    "UniversalCode",
     "ValueCode",
 ]

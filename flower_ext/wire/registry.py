@@ -10,6 +10,7 @@ from flwr.common import NDArray
 from flower_ext.core.errors import refuse
 from flower_ext.wire.chain import Chain, FixedMask, TopK
 from flower_ext.wire.codec import TAG, Codec, Decoded, Stage, unpack
+from flower_ext.wire.universal import UniversalCode
 from flower_ext.wire.value_codes import NF4, BFloat16, Exact
 from flower_ext.wire.wrappers import Described, ErrorFeedback
 
@@ -18,6 +19,7 @@ CODECS: tuple[type[Codec], ...] = (
     Exact,
     BFloat16,
     NF4,
+    UniversalCode,
     FixedMask,
     TopK,
     Chain,

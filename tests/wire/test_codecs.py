@@ -20,6 +20,7 @@ from flower_ext.wire import (
     Selection,
     Sending,
     TopK,
+    UniversalCode,
     ValueCode,
 )
 from flower_ext.wire.codec import PAYLOAD, num_values
@@ -146,6 +147,7 @@ TABLE = {
     "exact": Exact,
     "bfloat16": BFloat16,
     "nf4": NF4,
+    "universal": partial(UniversalCode, 0.5),
     "top-k": partial(TopK, 0.3),
     "top-k of each": partial(TopK, 0.3, "tensor", dense=()),
     "top-k of everything": partial(TopK, 1.0),
