@@ -5,7 +5,7 @@ from _models import make_model
 from flwr.app import Context
 from torch import Tensor, nn
 
-from flower_ext import Task, client_app
+from flower_ext import Stacked, Task, client_app
 
 
 def _data(context: Context) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -21,3 +21,4 @@ def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 task = Task(lambda config: make_model(str(config["model"])), _data, _loss)
 app = client_app(task)
+stacked = client_app(task, trainer=Stacked())

@@ -26,9 +26,15 @@ class Workload:
     num_examples : sequence of float, optional
         Size of every client's data. Without it, sizes are those that clients reported
         as ``num-examples``; a client that has not replied yet counts as the mean.
+
+    Attributes
+    ----------
+    at_once : int
+        How many clients of a pack can be trained together, as far as it is known.
     """
 
     def __init__(self, num_examples: Sequence[float] | None = None) -> None:
+        self.at_once = 1
         self._sizes = dict(enumerate(map(float, num_examples or ())))
         self._sum = math.fsum(self._sizes.values())
         self._pace: dict[str, float] = {}  # seconds per example
@@ -65,7 +71,12 @@ class Workload:
         clients = np.array(list(self._sizes), np.int64)
         sizes = np.array(list(self._sizes.values()), np.float64)
         # The sum, too: added up in another order it may be another.
-        return {"clients": clients, "sizes": sizes, "sum": self._sum}
+        return {
+            "clients": clients,
+            "sizes": sizes,
+            "sum": self._sum,
+            "at-once": self.at_once,
+        }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take over the sizes of a saved run."""
@@ -73,6 +84,7 @@ class Workload:
         sizes = cast("NDArray", state["sizes"]).tolist()
         self._sizes = dict(zip(clients, sizes, strict=True))
         self._sum = cast(float, state["sum"])
+        self.at_once = cast(int, state.get("at-once", 1))
 
     def size(self, client: int) -> float:
         """Return a client's size, as far as it is known."""
@@ -101,6 +113,8 @@ class Workload:
         else:
             each = math.ceil(pace * sum(sizes) / (_PACK_SECONDS * workers))
         count = min(len(jobs), max(each, 1) * workers)
+        if self.at_once > 1:  # the more of them in a pack, up to these, the better
+            count = min(count, max(workers, len(jobs) // self.at_once))
         packs = pack_evenly(sizes, [0.0] * count)
         # In the order of the jobs again, so that a sum of them is added up in it.
         return [[jobs[i] for i in sorted(pack)] for pack in packs]

@@ -226,6 +226,7 @@ class RayTransport(Transport):
         self._pool.give_back(running.worker)
         self._policy.answered()
         self.states.take_back(done.changed)
+        self.workload.at_once = done.at_once
         return self._read(running.pack, done)
 
     def _read(self, pack: Pack, done: PackAnswer) -> list[Outcome]:

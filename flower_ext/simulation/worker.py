@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from flower_ext._flower import make_arrays_by, unchecked
 from flower_ext.core.contribution import Total
 from flower_ext.core.held import flower_array, holding_replies
+from flower_ext.core.meeting import at_once
 from flower_ext.server.partial_sums import PackSum, PartialSum, Summand, Summed
 from flower_ext.simulation.clients import load_client_app, run_clients
 from flower_ext.simulation.jobs import Job, Outcome
@@ -91,11 +92,14 @@ class PackAnswer:
         The sum of their replies, if they were to be added up.
     changed : dict[int, Kept or None]
         New states; None is an empty one.
+    at_once : int
+        How many clients the app can run side by side.
     """
 
     answers: list[Answer]
     total: Total | None
     changed: dict[int, Kept | None]
+    at_once: int
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ class Worker:
                 for client, outcome in zip(clients, outcomes, strict=True)
             ]
         total = into.total if into else None
-        return PackAnswer(answers, total, states.changed)
+        return PackAnswer(answers, total, states.changed, at_once(app))
 
     def load(self) -> ClientApp:
         """Load the ClientApp in the first call, with as many threads as CPUs."""

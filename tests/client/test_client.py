@@ -977,3 +977,20 @@ def test_batches_keep_the_columns_together():
 
 def test_no_examples_make_no_batches():
     assert list(batches(data_of(0), 4)) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 65, 129])
+@pytest.mark.parametrize("batch_size", [1, 4, 8, 80])
+@pytest.mark.parametrize("join_last", [False, True])
+def test_batches_are_the_rows_of_a_random_order(size, batch_size, join_last):
+    data = {"x": torch.arange(size), "y": torch.arange(2.0 * size).view(size, 2)}
+    draw = torch.Generator().manual_seed(3)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(3))
+    expected = [*order.split(batch_size)] if size else []
+    if join_last and len(expected) > 1 and len(expected[-1]) == 1:
+        expected[-2:] = [torch.cat(expected[-2:])]
+    found = [*batches(data, batch_size, draw, join_last=join_last)]
+    assert len(found) == len(expected)
+    for batch, rows in zip(found, expected, strict=True):
+        assert torch.equal(batch["x"], rows)
+        assert torch.equal(batch["y"], data["y"][rows])

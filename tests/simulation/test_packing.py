@@ -107,4 +107,20 @@ def test_a_run_that_goes_on_makes_the_packs_of_one_that_was_not_interrupted():
         return workload.packs(jobs(range(25)), 2, summed=True)
 
     assert packs(resumed) == packs(whole) != packs(Workload())
+    whole.at_once = resumed.at_once = 9
+    resumed.load_state_dict(whole.state_dict())
+    assert packs(resumed) == packs(whole)
     assert Workload().state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("at_once", "sizes"), [(1, [6] * 4), (8, [8] * 3), (10, [12] * 2), (99, [12] * 2)]
+)
+def test_packs_of_clients_that_are_trained_together_are_large(at_once, sizes):
+    """But every worker gets one."""
+    workload = Workload([1.0] * 24)
+    workload.at_once = at_once
+    for summed in (True, False):
+        packs = workload.packs(jobs(range(24)), 2, summed=summed)
+        if summed or at_once > 1:
+            assert [len(pack) for pack in packs] == sizes

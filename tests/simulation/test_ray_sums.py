@@ -82,6 +82,37 @@ def test_what_contribution_raises_for_all_ends_the_run_with_the_reason(grid):
         Wrong(fraction_evaluate=0.0).start(grid, INITIAL, num_rounds=1)
 
 
+def test_stacked_clients_are_in_one_pack_a_worker_and_end_as_alone(
+    cluster, monkeypatch, importable
+):
+    import small
+
+    cluster()
+    config = {"batch-size": 8, "local-epochs": 2}
+    options = {"client_app": "small:stacked", "num_workers": 2, "run_config": config}
+    packs = []
+    with PackedGrid(num_clients=8, **options) as grid:
+        send = grid.send_and_sum
+
+        def look(messages, summand, *, timeout):
+            replies = list(send(messages, summand, timeout=timeout))
+            packs.append(len({id(reply.content.pack) for reply in replies}))
+            return replies
+
+        monkeypatch.setattr(grid, "send_and_sum", look)
+        strategy = AdditiveStrategy(fraction_evaluate=0.0)
+        start = ArrayRecord(small.initial())
+        found = strategy.start(grid, start, num_rounds=3)
+    assert packs == [4, 2, 2]  # once it is known that they are
+    plain = LocalGrid(small.app, 8, config)
+    strategy = AdditiveStrategy(fraction_evaluate=0.0)
+    expected = strategy.start(plain, start, num_rounds=3)
+    for name, x in expected.arrays.items():
+        np.testing.assert_allclose(
+            found.arrays[name].numpy(), x.numpy(), rtol=1e-4, atol=1e-6
+        )
+
+
 def test_asynchronous_clients_are_added_up_by_the_workers(grid, virtual):
     how = Asynchronous(4, 8, clock=VirtualClock(LogNormal()))
     results = []

@@ -5,6 +5,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_ext.client.app import client_app
+from flower_ext.client.stacked import Stacked
 from flower_ext.client.task import Task
 from flower_ext.simulation import packed
 from flower_ext.strategies import FedFishClient, FLASCClient
@@ -41,6 +42,7 @@ def loss(model, batch):
 
 task = Task(lambda config: Net(), data, loss)
 app = client_app(task, FedFishClient, FLASCClient)
+stacked = client_app(task, trainer=Stacked())
 
 # The same, for packing by Flower's messages.
 with_mod = ClientApp(mods=[packed])
