@@ -2,12 +2,18 @@
 
 from flower_ext.wire.chain import Chain, FixedMask, Selection, TopK
 from flower_ext.wire.codec import Codec, Sending, Stage
+from flower_ext.wire.one_bit import OneBit
+from flower_ext.wire.qsgd import QSGD
+from flower_ext.wire.random_k import RandomK
+from flower_ext.wire.terngrad import TernGrad
+from flower_ext.wire.three_lc import ThreeLC
 from flower_ext.wire.universal import UniversalCode
 from flower_ext.wire.value_codes import NF4, BFloat16, Exact, ValueCode
 from flower_ext.wire.wrappers import Described, ErrorFeedback
 
 __all__ = [
     "NF4",
+    "QSGD",
     "BFloat16",
     "Chain",
     "Codec",
@@ -15,9 +21,13 @@ __all__ = [
     "ErrorFeedback",
     "Exact",
     "FixedMask",
+    "OneBit",
+    "RandomK",
     "Selection",
     "Sending",
     "Stage",
+    "TernGrad",
+    "ThreeLC",
     "TopK",
     "UniversalCode",
     "ValueCode",

@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
-from typing import ClassVar, get_args
+from typing import get_args
 
 import numpy as np
 from flwr.common import NDArray
@@ -56,7 +56,7 @@ class Selection(Stage):
     tag = b"mk"
     #: Whether the receiver multiplies the values of an array by its size over their
     #: number: right on average for uniform draws, whose class is ``unbiased`` then.
-    rescaled: ClassVar[bool] = False
+    rescaled: bool = False
 
     @abstractmethod
     def choose(self, arrays: Arrays, sending: Sending) -> Masks:
@@ -178,9 +178,7 @@ class TopK(Selection):
         if not callable(self.density):
             object.__setattr__(self, "density", density)
         one_of("scope", self.scope, get_args(Scope))
-        if isinstance(self.dense, str):
-            refuse("dense", self.dense, "a sequence of words", "write ('classifier',)")
-        object.__setattr__(self, "dense", tuple(self.dense))
+        object.__setattr__(self, "dense", words("dense", self.dense))
 
     @property
     def lossless(self) -> bool:
@@ -202,13 +200,21 @@ class TopK(Selection):
 
     def maskable(self, arrays: Arrays) -> Arrays:
         """Return the arrays of which a part may travel."""
-        return {
-            name: x
-            for name, x in arrays.items()
-            if is_averaged(x)
-            and not any(word in name for word in self.dense)
-            and all_finite([x])
-        }
+        return {n: x for n, x in arrays.items() if maskable(n, x, self.dense)}
+
+
+def maskable(name: str, array: NDArray, dense: Sequence[str]) -> bool:
+    """Whether a part of an array may travel: of finite weights that are not dense."""
+    if not is_averaged(array) or any(word in name for word in dense):
+        return False
+    return all_finite([array])
+
+
+def words(name: str, value: Sequence[str]) -> tuple[str, ...]:
+    """Return a setting of several words, checked."""
+    if isinstance(value, str):
+        refuse(name, value, "a sequence of words", "write ('classifier',)")
+    return tuple(value)
 
 
 def density_in(name: str, schedule: Scheduled, server_round: int) -> float:

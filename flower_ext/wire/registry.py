@@ -10,6 +10,11 @@ from flwr.common import NDArray
 from flower_ext.core.errors import refuse
 from flower_ext.wire.chain import Chain, FixedMask, TopK
 from flower_ext.wire.codec import TAG, Codec, Decoded, Stage, unpack
+from flower_ext.wire.one_bit import OneBit
+from flower_ext.wire.qsgd import QSGD
+from flower_ext.wire.random_k import RandomK
+from flower_ext.wire.terngrad import TernGrad
+from flower_ext.wire.three_lc import ThreeLC
 from flower_ext.wire.universal import UniversalCode
 from flower_ext.wire.value_codes import NF4, BFloat16, Exact
 from flower_ext.wire.wrappers import Described, ErrorFeedback
@@ -20,8 +25,13 @@ CODECS: tuple[type[Codec], ...] = (
     BFloat16,
     NF4,
     UniversalCode,
+    QSGD,
+    TernGrad,
+    ThreeLC,
+    OneBit,
     FixedMask,
     TopK,
+    RandomK,
     Chain,
     ErrorFeedback,
     Described,
