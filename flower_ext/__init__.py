@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flower_ext.server.callbacks import StopWhen as StopWhen
     from flower_ext.server.strategy import RoundStrategy as RoundStrategy
     from flower_ext.server.tracking import Tracker as Tracker
+    from flower_ext.server.votes import CodecVote as CodecVote
     from flower_ext.simulation.local import LocalGrid as LocalGrid
     from flower_ext.simulation.local import run_local as run_local
     from flower_ext.simulation.packed_grid import PackedGrid as PackedGrid
@@ -37,6 +38,7 @@ __version__ = version("flower-ext")
 _HOME = {
     "AdditiveStrategy": "server.additive",
     "ClientHalf": "client.half",
+    "CodecVote": "server.votes",
     "Contribution": "core.contribution",
     "DPSGD": "client.dp_sgd",
     "KeepBest": "server.callbacks",

@@ -144,15 +144,17 @@ def client_app(
                 arrays, metrics = half.records(local)
                 trained = half.model_to_send(local)
                 trained = local.end if trained is None else dict(trained)
+            record, votes = _trained(local, trained)
             values: Metrics = {
                 "num-examples": num_examples(local.train),
                 "train-loss": loss,
                 **metrics,
+                **votes,
             }
             values = half.release(local.session.report(values))
             content = RecordDict(
                 {
-                    ARRAYS_KEY: _trained(local, trained),
+                    ARRAYS_KEY: record,
                     **{key: _record(group) for key, group in arrays.items()},
                     METRICS_KEY: MetricRecord(values),
                 }
@@ -225,10 +227,10 @@ def _ties(local: Local, arrays: Tensors) -> dict[str, str]:
     return {n: first for n, first in ties.items() if {n, first} <= arrays.keys()}
 
 
-def _trained(local: Local, arrays: Tensors) -> ArrayRecord:
-    """Return what the client sends: its model, or the change as it travels."""
+def _trained(local: Local, arrays: Tensors) -> tuple[ArrayRecord, Mapping[str, float]]:
+    """Return what the client sends: its model, or its change encoded, and votes."""
     if local.upload is None:
-        return reply_tensors(arrays)
+        return reply_tensors(arrays), {}
     # The change from what the server has under a name, as it would find it itself. A
     # half that was sent several models, or none, has it from what it began with.
     came = {
@@ -244,7 +246,7 @@ def _trained(local: Local, arrays: Tensors) -> ArrayRecord:
         for tensors in (began, arrays)
     )
     masks = local.masks
-    return encode_upload(
+    sent = encode_upload(
         local.upload,
         {name: change(x, start[name]) for name, x in end.items()},
         local.context.state,
@@ -254,6 +256,7 @@ def _trained(local: Local, arrays: Tensors) -> ArrayRecord:
         received=masks and {n: x for n, x in masks.items() if n in arrays},
         model_number=local.model_number,
     )
+    return sent.record, sent.votes
 
 
 def _choose(known: Mapping[str, HalfFactory], config: ConfigRecord) -> ClientHalf:

@@ -18,6 +18,7 @@ from flwr.app import (
     Context,
     Message,
     MessageType,
+    MetricRecord,
     RecordDict,
 )
 
@@ -37,7 +38,7 @@ from flower_ext.wire.messages import (
     described_arrays,
 )
 from flower_ext.wire.registry import decode, rebuild, require_codecs
-from flower_ext.wire.wrappers import upload
+from flower_ext.wire.wrappers import Sent, upload
 
 Codecs = Collection[type[Codec]]
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
@@ -99,8 +100,8 @@ def encode_upload(
     tied: Collection[str] = (),
     received: Masks | None = None,
     model_number: int = 0,
-) -> ArrayRecord:
-    """Return a client's change as it travels.
+) -> Sent:
+    """Return a client's change as it travels, and the votes that go with it.
 
     Parameters
     ----------
@@ -135,14 +136,14 @@ def encode_upload(
         except ValueError:  # of a change of other shapes, such as another slice
             found = {}
         kept = {name: x.numpy() for name, x in found.items()}
-    record, residual = upload(codec, changed, kept, sending)
-    if residual is not None:
-        arrays = {name: torch.from_numpy(x) for name, x in residual.items()}
+    sent = upload(codec, changed, kept, sending)
+    if sent.residual is not None:
+        arrays = {name: torch.from_numpy(x) for name, x in sent.residual.items()}
         personal.save(**{left: arrays})
         personal.save(**{left_in: float(server_round)})
     elif codec.feedback:
         personal.drop(left)
-    return record
+    return sent
 
 
 def encoded(*codecs: type[Codec]) -> Mod:
@@ -259,7 +260,7 @@ def _encoded_reply(
     seed, server_round = (
         int(cast(int, settings.get(key, 0))) for key in ("seed", "server-round")
     )
-    record = encode_upload(
+    sent = encode_upload(
         codec,
         changed,
         context.state,
@@ -269,7 +270,10 @@ def _encoded_reply(
         tied=tied,
         model_number=int(cast(int, settings.get(MODEL_NUMBER_KEY, 0))),
     )
-    content = RecordDict({**content, key: record})
+    content = RecordDict({**content, key: sent.record})
+    if sent.votes:
+        where, metrics = next(iter(content.metric_records.items()))
+        content[where] = MetricRecord({**metrics, **sent.votes})
     if tied:
         content[TIED_KEY] = ConfigRecord({**tied})
     return content

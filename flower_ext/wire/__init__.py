@@ -9,6 +9,7 @@ from flower_ext.wire.terngrad import TernGrad
 from flower_ext.wire.three_lc import ThreeLC
 from flower_ext.wire.universal import UniversalCode
 from flower_ext.wire.value_codes import NF4, BFloat16, Exact, ValueCode
+from flower_ext.wire.vote import Voted
 from flower_ext.wire.wrappers import Described, ErrorFeedback
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "TopK",
     "UniversalCode",
     "ValueCode",
+    "Voted",
 ]

@@ -173,6 +173,10 @@ class Codec(ABC):
     def write(self, arrays: Arrays, sending: Sending) -> Written:
         """Return the bytes of arrays; their names, dtypes and shapes need not be in."""
 
+    def votes(self, arrays: Arrays, sending: Sending) -> dict[str, float]:
+        """Return metrics that a client adds to its reply with this upload."""
+        return {}
+
     def at(self, server_round: int) -> Self:
         """Return the codec of a round: functions of it are replaced by their values."""
         found = {x.name: getattr(self, x.name) for x in _fields(self)}

@@ -17,6 +17,7 @@ from flower_ext.wire.terngrad import TernGrad
 from flower_ext.wire.three_lc import ThreeLC
 from flower_ext.wire.universal import UniversalCode
 from flower_ext.wire.value_codes import NF4, BFloat16, Exact
+from flower_ext.wire.vote import Voted
 from flower_ext.wire.wrappers import Described, ErrorFeedback
 
 #: The codecs of this package, which every app knows.
@@ -35,6 +36,7 @@ CODECS: tuple[type[Codec], ...] = (
     Chain,
     ErrorFeedback,
     Described,
+    Voted,
 )
 
 

@@ -51,9 +51,8 @@ class UniversalCode(ValueCode):
     Parameters
     ----------
     step : float or callable
-        Above 0, or ``server_round -> step``: a schedule, or what clients vote for
-        (:class:`~flower_ext.wire.Voted`). The finer, the more bits: one for each
-        halving.
+        Above 0, or ``server_round -> step``. The finer, the more bits: about one for
+        each halving. By vote of the clients: :class:`~flower_ext.CodecVote`.
     normalization : {"rms", "mean", "max", "none"}
         What a step is a multiple of, in each array: the root mean square, the mean or
         the largest magnitude of its values, or 1.

@@ -57,6 +57,10 @@ class _Around(Codec):
         """Write as the codec inside does."""
         return self.codec.write(arrays, sending)
 
+    def votes(self, arrays: Arrays, sending: Sending) -> dict[str, float]:
+        """Return those of the codec inside."""
+        return self.codec.votes(arrays, sending)
+
 
 @dataclass(frozen=True)
 class ErrorFeedback(_Around):
@@ -94,10 +98,11 @@ class Described(_Around):
 
 
 class Sent(NamedTuple):
-    """A client's upload, and what it left out, to be kept where there is feedback."""
+    """A client's upload, what it left out and keeps if there is feedback, its votes."""
 
     record: ArrayRecord
     residual: Arrays | None
+    votes: dict[str, float]
 
 
 def upload(
@@ -126,13 +131,14 @@ def upload(
         come back in every round.
     """
     change = dict(change)
-    if not codec.feedback:
-        return Sent(codec.encode(change, sending), None)
-    if kept is not None:
+    if codec.feedback and kept is not None:
         change |= {n: np.asarray(change[n] + x) for n, x in kept.items()}
+    votes = codec.votes(change, sending)
+    if not codec.feedback:
+        return Sent(codec.encode(change, sending), None, votes)
     record = codec.encode(change, sending)
     sent = codec.decode(record, change)
     with np.errstate(invalid="ignore"):
         floats = {n: x for n, x in change.items() if is_averaged(x)}
         left = {n: np.asarray(x - sent[n]) for n, x in floats.items()}
-    return Sent(record, left if all_finite(left.values()) else None)
+    return Sent(record, left if all_finite(left.values()) else None, votes)

@@ -27,6 +27,7 @@ from flower_ext.wire import (
     TopK,
     UniversalCode,
     ValueCode,
+    Voted,
 )
 from flower_ext.wire.codec import PAYLOAD, num_values
 from flower_ext.wire.registry import (
@@ -181,6 +182,7 @@ TABLE = {
     "chain of two choices": lambda: Chain(RandomK(0.5), TopK(0.5), ThreeLC()),
     "feedback of one bit": lambda: ErrorFeedback(OneBit()),
     "feedback": lambda: ErrorFeedback(Chain(TopK(0.1), NF4())),
+    "voted": lambda: Voted(TopK(0.3), Chain(TopK(0.3), NF4()), tradeoff=0.1, chosen=1),
     "described": lambda: Described(NF4()),
     "own code": Levels,
     "own draws": Uniform,
@@ -510,7 +512,7 @@ def test_what_was_sent_and_what_is_left_is_what_changed(codec):
     kept, sent, total = None, np.zeros(40), np.zeros(40)
     for _ in range(6):
         change = {"w": rng.integers(-50, 50, 40).astype(np.float64)}
-        record, kept = upload(codec, change, kept, Sending(rng))
+        record, kept, _ = upload(codec, change, kept, Sending(rng))
         sent += codec.decode(record, change)["w"]
         total += change["w"]
         if exact:
@@ -534,5 +536,5 @@ def test_without_feedback_nothing_is_kept():
 
 def test_counters_have_no_residual():
     change = {"n": np.array([3]), "w": np.float32([1, 2, 3])}
-    _, kept = upload(ErrorFeedback(TopK(0.4)), change, None, Sending())
+    kept = upload(ErrorFeedback(TopK(0.4)), change, None, Sending()).residual
     assert set(kept) == {"w"}
