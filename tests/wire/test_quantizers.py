@@ -202,7 +202,7 @@ def test_a_byte_is_a_number_in_base_three():
 
 @pytest.mark.parametrize("sparsity", [1.0, 1.3, 1.99])
 def test_3lc_rounds_as_its_paper_says(sparsity):
-    x = np.sinh(normal(500)).astype(np.float64)
+    x = np.append(np.sinh(normal(500)).astype(np.float64), np.linspace(-25, 25, 500))
     scale = sparsity * np.abs(x).max()
     found = there_and_back(ThreeLC(sparsity), x)
     assert found == pytest.approx(scale * np.round(x / scale), rel=1e-15)
@@ -241,7 +241,7 @@ def test_runs_are_put_back(values):
 # One bit ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bucket", [1, 7, 100, 10_000])
+@pytest.mark.parametrize("bucket", [1, 7, 30, 10_000])
 def test_one_bit_is_the_mean_of_each_side(bucket):
     x = normal(100).astype(np.float64) + 0.3
     found = there_and_back(OneBit(bucket), x)
