@@ -19,18 +19,6 @@ Bits = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
 
 
-def gamma_bits(integers: Integers) -> int:
-    """Return the bits of the codes of integers >= 1, without coding them.
-
-    Examples
-    --------
-    >>> [gamma_bits(np.array([n])) for n in (1, 2, 3, 4)]
-    [1, 3, 3, 5]
-    """
-    exponents = np.frexp(integers)[1]  # of n in [2**(e - 1), 2**e)
-    return int(2 * exponents.sum(dtype=np.int64)) - integers.size
-
-
 class BitWriter:
     """Collects bits, and packs them into bytes."""
 
