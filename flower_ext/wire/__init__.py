@@ -5,6 +5,7 @@ from flower_ext.wire.codec import Codec, Sending, Stage
 from flower_ext.wire.one_bit import OneBit
 from flower_ext.wire.qsgd import QSGD
 from flower_ext.wire.random_k import RandomK
+from flower_ext.wire.rotated import DRIVE, EDEN
 from flower_ext.wire.terngrad import TernGrad
 from flower_ext.wire.three_lc import ThreeLC
 from flower_ext.wire.universal import UniversalCode
@@ -13,6 +14,8 @@ from flower_ext.wire.vote import Voted
 from flower_ext.wire.wrappers import Described, ErrorFeedback
 
 __all__ = [
+    "DRIVE",
+    "EDEN",
     "NF4",
     "QSGD",
     "BFloat16",

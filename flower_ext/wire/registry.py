@@ -13,6 +13,7 @@ from flower_ext.wire.codec import TAG, Codec, Decoded, Stage, unpack
 from flower_ext.wire.one_bit import OneBit
 from flower_ext.wire.qsgd import QSGD
 from flower_ext.wire.random_k import RandomK
+from flower_ext.wire.rotated import DRIVE, EDEN
 from flower_ext.wire.terngrad import TernGrad
 from flower_ext.wire.three_lc import ThreeLC
 from flower_ext.wire.universal import UniversalCode
@@ -30,6 +31,8 @@ CODECS: tuple[type[Codec], ...] = (
     TernGrad,
     ThreeLC,
     OneBit,
+    DRIVE,
+    EDEN,
     FixedMask,
     TopK,
     RandomK,

@@ -439,7 +439,7 @@ def test_arrays_that_are_not_those_expected(like):
         decode(honest(), like)
 
 
-@pytest.mark.parametrize("name", ["chain", "codec", "registry", "wrappers"])
+@pytest.mark.parametrize("name", ["chain", "codec", "registry", "rotated", "wrappers"])
 def test_doctests(name):
     module = importlib.import_module(f"flower_ext.wire.{name}")
     assert doctest.testmod(module).failed == 0

@@ -9,6 +9,8 @@ import pytest
 from flower_ext.core.replies import MalformedReply
 from flower_ext.testing import ConformanceError, check_codec
 from flower_ext.wire import (
+    DRIVE,
+    EDEN,
     NF4,
     QSGD,
     BFloat16,
@@ -169,6 +171,10 @@ TABLE = {
     "3lc, sparser": partial(ThreeLC, 1.9),
     "one bit": OneBit,
     "one bit, small buckets": partial(OneBit, 7),
+    "drive": DRIVE,
+    "eden": partial(EDEN, 4, unbiased=False),
+    "eden, less than a bit": partial(EDEN, 0.5),
+    "chain of eden": lambda: Chain(TopK(0.5), EDEN(2)),
     "random-k": partial(RandomK, 0.3),
     "random-k, rescaled": partial(RandomK, 0.3, rescaled=True),
     "random-k of everything": partial(RandomK, 1),
