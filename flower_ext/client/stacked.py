@@ -126,7 +126,9 @@ class Stacked(Trainer):
         for member in members:
             fill = member.kind not in self._not_fillable
             alone = self._failures.get(member.kind, 0) >= _TRIES
-            key = id(member) if alone else (member.kind, *member.shapes(fill=fill))
+            key: Hashable = id(member)
+            if not alone:
+                key = member.kind, member.changing(), *member.shapes(fill=fill)
             groups.setdefault(key, []).append(member)
         return list(groups.values())
 
@@ -205,6 +207,7 @@ class _Member:
         self.steps, self.local, self.half = steps, steps.local, steps.half
         self.error: BaseException | None = None
         self.stack: _Stack | None = None
+        self._changing: Hashable = None
 
     @property
     def batch(self) -> Batch:
@@ -234,25 +237,37 @@ class _Member:
             return id(self)
         names = {id(p): name for name, p in model.named_parameters()}
         groups = [
-            (
-                *(names.get(id(p)) for p in group["params"]),
-                *((key, x) for key, x in group.items() if key != "params"),
-            )
+            [names.get(id(p)) for p in group["params"]]
             for group in self.steps.optimizer.param_groups
         ]
         return (
             id(local.task),
             type(self.half),
             str(model),
-            tuple(module.training for module in modules),
             *_forms(dict(model.named_parameters())),
             *_forms(dict(model.named_buffers())),
-            tuple(trainable(model)),
             type(self.steps.optimizer),
             repr(groups),
             local.settings.max_gradient_norm,
             str(local.device),
         )
+
+    def changing(self) -> Hashable:
+        """What must be equal, too, and may change from step to step."""
+        if self._changing is None or self._has_hooks:
+            model = self.local.model
+            options = [_options(group) for group in self.steps.optimizer.param_groups]
+            self._changing = (
+                tuple(module.training for module in model.modules()),
+                tuple(p.requires_grad for p in model.parameters()),
+                repr(options),
+            )
+        return self._changing
+
+    @cached_property
+    def _has_hooks(self) -> bool:
+        hooks = "batches objective regularizer after_backward after_step"
+        return any(self.overrides(hook) for hook in hooks.split())
 
     def shapes(self, *, fill: bool) -> Iterator[Hashable]:
         """Return the form of the next batch; of its size, where it may be filled up."""
@@ -290,6 +305,11 @@ class _Member:
             self.steps.step()
 
 
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a group of parameters."""
+    return {key: x for key, x in group.items() if key != "params"}
+
+
 def _forms(tensors: Mapping[str, Tensor]) -> Iterator[Hashable]:
     for name, x in tensors.items():
         yield name, tuple(x.shape), x.dtype
@@ -316,7 +336,7 @@ def _require_own_models(members: Sequence[_Member]) -> None:
 def _stack_of(members: list[_Member]) -> "_Stack":
     """Return the stack of just these members; make it, if they are in others."""
     stack = members[0].stack
-    if stack is None or stack.members != members:
+    if stack is None or stack.members != members or not stack.is_as_made():
         for member in members:
             if member.stack:
                 member.stack.leave(member)
@@ -348,6 +368,7 @@ class _Stack:
     def __init__(self, members: list[_Member]) -> None:
         self.members = members
         first = members[0]
+        self._made_of = first.changing()
         self._losses = _Losses(first.local)
         models = [member.local.model for member in members]
         self._rows = [trainable(model) for model in models]
@@ -366,6 +387,10 @@ class _Stack:
         self._steps = 0
         for member in members:
             member.stack = self
+
+    def is_as_made(self) -> bool:
+        """Whether hooks have left what it was made of as it was."""
+        return self._made_of == self.members[0].changing()
 
     # The optimizer ----------------------------------------------------------------
 
@@ -392,6 +417,8 @@ class _Stack:
                 for optimizer, own in zip(each, self._rows, strict=True)
                 if own[name] in optimizer.state
             ]
+            if 0 < len(states) < len(each):
+                return None
             if states:
                 made.state[stack] = {
                     key: x if _is_whole(key, x) else _stacked([s[key] for s in states])
@@ -610,6 +637,8 @@ class _Stack:
             grad *= factors.view(-1, *[1] * (grad.dim() - 1)).to(grad.dtype)
 
     def _step_each(self) -> None:
+        for member in self.members:  # of what a hook has frozen, too
+            member.steps.optimizer.zero_grad()
         self._hand_out_gradients()
         for member in self._well():
             with member.at_work():

@@ -340,6 +340,37 @@ def test_every_hook_sees_its_own_client(momentum, steps):
     assert max(steps) > 2
 
 
+class Schedules(ClientHalf):
+    """Halves the learning rate, freezes a layer, fixes the norm: clients in turns."""
+
+    name = "schedules"
+
+    def begin(self, local):
+        self.steps = 0
+
+    def optimizer(self, local):
+        self.found = super().optimizer(local)
+        return self.found
+
+    def after_step(self, local):
+        self.steps += 1
+        if self.steps == 1:
+            for group in self.found.param_groups:
+                group["lr"] *= 0.5 if local.client % 2 else 2.0
+        if self.steps == 2:
+            first = next(iter(local.model.parameters()))
+            first.requires_grad_(False)
+        if self.steps == 3:
+            local.model.eval()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_what_hooks_change_between_steps_is_followed(momentum, steps):
+    config = {"momentum": momentum, "local-epochs": 4}
+    require_as_alone(make_task(lambda: dense(nn.BatchNorm1d(5))), Schedules, **config)
+    assert max(steps) > 1
+
+
 class Twice(ClientHalf):
     """Trains a second model of its own, and keeps it."""
 
