@@ -238,7 +238,7 @@ def _uniform_rotation(bits: np.random.PCG64, size: int) -> Floats:
     normal = np.concatenate([length * np.cos(angle), length * np.sin(angle)])
     del words, uniform, length, angle
     turn, triangle = np.linalg.qr(normal[: size * size].reshape(size, size))
-    # Without this the signs, and so the distribution, are those of the QR routine.
+    # Signs are a matter of the QR routine: both ends must have the same ones.
     turn *= np.sign(np.diagonal(triangle))
     return np.asarray(turn, np.float32)
 

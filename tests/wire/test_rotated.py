@@ -20,7 +20,7 @@ from flower_ext.core.replies import MalformedReply
 from flower_ext.simulation import LocalGrid
 from flower_ext.wire import DRIVE, EDEN, Chain, ErrorFeedback, Exact, Sending, TopK
 from flower_ext.wire.codec import PAYLOAD, Reader
-from flower_ext.wire.rotated import _Rotation, _spans, lloyd_max
+from flower_ext.wire.rotated import _Rotation, _spans, _uniform_rotation, lloyd_max
 from flower_ext.wire.traffic import serialized_bytes
 from flower_ext.wire.wrappers import upload
 
@@ -174,6 +174,16 @@ def test_a_rotation_keeps_norms_and_can_be_undone(shape):
     assert not np.allclose(_Rotation(5).forth(x), turned) or x.size == 1
 
 
+def test_uniform_rotations_turn_to_all_sides():
+    """Each entry is zero on average, with the variance of a coordinate of a sphere."""
+    bits, draws = np.random.PCG64(0), 1000
+    found = np.stack([_uniform_rotation(bits, 3) for _ in range(draws)])
+    assert np.abs(found.mean(0)).max() <= 5 / (3 * draws) ** 0.5
+    assert (found**2).mean(0) == pytest.approx(1 / 3, abs=0.05)
+    product = found @ found.transpose(0, 2, 1)
+    assert product == pytest.approx(np.broadcast_to(np.eye(3), product.shape), abs=1e-6)
+
+
 def test_blocks_are_turned_by_different_signs():
     x = np.tile(normal(64), (2, 1))
     one, two = _Rotation(0).forth(x)
@@ -215,6 +225,7 @@ def test_the_first_coordinates_have_one_bit_more():
     assert _spans(2, 64) == [(slice(0, 64), 2)]
     assert _spans(2.25, 64) == [(slice(0, 16), 3), (slice(16, 64), 2)]
     assert _spans(0.75, 64) == [(slice(0, 48), 1), (slice(48, 64), 0)]
+    assert _spans(1.01, 64) == [(slice(0, 1), 2), (slice(1, 64), 1)]
     assert _spans(1 / 64, 10) == [(slice(0, 10), 1)]
 
 
