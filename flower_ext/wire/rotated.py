@@ -10,7 +10,7 @@ quantiser, that of Lloyd and Max for the normal distribution, serves all vectors
 
 .. math:: \hat x = S R^T Q(\sqrt d R x / |x|)
 
-Each array is turned on its own, in blocks of 8192 values, the rest of it in powers of
+Each array is turned on its own, in blocks of 4096 values, the rest of it in powers of
 two, and what is left below 64 by itself. The error is a share of the energy of a
 block: arrays that were turned together would have that of the largest among them.
 """
@@ -34,9 +34,11 @@ from flower_ext.wire.value_codes import Exact
 Floats = npt.NDArray[np.float32]
 
 _LEAST, _MOST = 1 / 64, 8
-_WIDTH, _BLOCK = 64, 8192
+# Matrices of 64 by 64: larger ones OpenBLAS divides among threads, which takes a
+# hundred times as long where other processes have the cores.
+_WIDTH, _BLOCK = 64, 64 * 64
 # Blocks that are turned at once: 1 MiB, which stays in the processor's cache.
-_AT_ONCE = 32
+_AT_ONCE = 64
 # Of fewer coordinates the sum of magnitudes, by which a block is scaled, says little.
 _FEWEST = 32
 _HEAD = struct.Struct("<Qd")
@@ -44,7 +46,7 @@ _HEAD = struct.Struct("<Qd")
 
 @dataclass(frozen=True)
 class EDEN(Stage):
-    r"""A few bits a value, and a scale of 32 bits for each block of 8192.
+    r"""A few bits a value, and a scale of 32 bits for each block of 4096.
 
     Unbiased, the squared error of a decoded vector is expected to be :math:`D/(1 - D)`
     of its squared norm, with :math:`D` that of the quantiser: 0.571, 0.133, 0.0358 and
