@@ -21,7 +21,7 @@ from flwr.common import NDArray
 
 from flower_ext._flower import unchecked
 from flower_ext.core.arrays import npy_layout
-from flower_ext.core.held import HeldArray, fields_of
+from flower_ext.core.held import HeldArray, fields_of, flower_array
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 
@@ -49,6 +49,10 @@ class SentArray(HeldArray):
     """A Flower array that is quick to read; in everything else it is a plain one."""
 
     _source: _Source
+
+    def __init__(self, values: NDArray) -> None:
+        super().__init__(values)
+        vars(self)["_source"] = _Source(flower_array(self.values).data)
 
     @property
     def data(self) -> bytes:

@@ -10,6 +10,7 @@ from flower_ext.simulation.records import (
     from_wire,
     own_copies,
     own_copy,
+    sent_array,
     to_wire,
 )
 
@@ -50,6 +51,15 @@ def test_a_sent_array_that_is_changed_reads_as_changed():
     assert sent["x"].numpy().shape == (3,)
     sent["x"].data = Array(np.ones((2, 2))).data
     np.testing.assert_array_equal(sent["x"].numpy(), np.ones((2, 2)))
+
+
+def test_another_array_of_the_same_type_is_made_as_flowers_is():
+    values = np.arange(6.0).reshape(2, 3)
+    one = Array(values)
+    sent = sent_array(one.dtype, one.shape, one.stype, one.data)
+    other = type(sent)(2 * values)
+    assert other == Array(2 * values) and sent == one
+    assert other.data == Array(2 * values).data
 
 
 def test_arrays_of_other_making_are_left_to_flower():
