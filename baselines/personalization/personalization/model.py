@@ -2,34 +2,12 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import cast
 
 from flwr.app import UserConfig
 from torch import Tensor, nn
 
-from flower_ext.data.tensors import CHARACTERS
+from flower_ext.data.char_gru import CharGRU, next_characters
 from personalization.dataset import is_text
-
-
-class CharGRU(nn.Module):
-    """Predicts the next character.
-
-    Parameters
-    ----------
-    embedding, hidden : int
-        Widths of the character embedding and of the GRU.
-    """
-
-    def __init__(self, embedding: int = 16, hidden: int = 96) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(CHARACTERS, embedding)
-        self.gru = nn.GRU(embedding, hidden, batch_first=True)
-        self.out = nn.Linear(hidden, CHARACTERS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map characters ``(batch, time)`` to logits ``(batch, time, characters)``."""
-        states, _ = self.gru(self.embedding(x))
-        return cast(Tensor, self.out(states))
 
 
 def make_model(run_config: UserConfig) -> nn.Module:
@@ -57,7 +35,7 @@ def logits_and_targets(
     """Return logits ``(batch, classes, time)`` and targets; images have one time."""
     if "x" in batch:
         return model(batch["x"]).unsqueeze(2), targets(batch).unsqueeze(1)
-    return model(batch["text"][:, :-1].long()).transpose(1, 2), targets(batch)
+    return next_characters(model, batch)
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

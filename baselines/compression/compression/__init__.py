@@ -1,0 +1,1 @@
+"""Codecs of uploads on text by speaker."""

@@ -1,0 +1,68 @@
+"""Federated averaging whose uploads are coded."""
+
+from collections.abc import Callable, Mapping
+
+from flwr.app import UserConfig
+
+from flower_ext import AdditiveStrategy
+from flower_ext.core.sampling import UniformSampler
+from flower_ext.server.optimizers import SGD
+from flower_ext.wire import (
+    EDEN,
+    NF4,
+    QSGD,
+    BFloat16,
+    Chain,
+    Codec,
+    ErrorFeedback,
+    OneBit,
+    RandomK,
+    TernGrad,
+    ThreeLC,
+    TopK,
+    UniversalCode,
+)
+
+# By name, of a number that sets how coarse it is.
+CODECS: Mapping[str, Callable[[float], Codec]] = {
+    "bfloat16": lambda _: BFloat16(),
+    "nf4": lambda _: NF4(),
+    "qsgd": lambda levels: QSGD(int(levels)),
+    "terngrad": lambda _: TernGrad(),
+    "one-bit": lambda _: OneBit(),
+    "3lc": ThreeLC,
+    "eden": EDEN,
+    "universal": UniversalCode,
+    "topk": TopK,
+    "topk-nf4": lambda density: Chain(TopK(density), NF4()),
+    "random-k": RandomK,
+}
+
+
+def make_codec(name: str) -> Codec | None:
+    """Make a codec by its name.
+
+    Parameters
+    ----------
+    name : str
+        ``none``, or a key of :data:`CODECS`, with a number where it takes one,
+        ``eden:2``; ``+`` at the end is error feedback.
+    """
+    if name == "none":
+        return None
+    kind, _, number = name.removesuffix("+").partition(":")
+    if kind not in CODECS:
+        raise ValueError(f"codecs={name!r} must name some of none {' '.join(CODECS)}")
+    codec = CODECS[kind](float(number or 1))
+    return ErrorFeedback(codec) if name.endswith("+") else codec
+
+
+def make_strategy(name: str, config: UserConfig) -> AdditiveStrategy:
+    """Make federated averaging with a codec by its name."""
+    return AdditiveStrategy(
+        fraction_train=float(config["fraction-train"]),
+        fraction_evaluate=0.0,
+        sampler=UniformSampler(int(config["seed"])),
+        server_optimizer=SGD(float(config["server-learning-rate"])),
+        upload=make_codec(name),
+    )
