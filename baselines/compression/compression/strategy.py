@@ -27,7 +27,7 @@ from flower_ext.wire import (
 CODECS: Mapping[str, Callable[[float], Codec]] = {
     "bfloat16": lambda _: BFloat16(),
     "nf4": lambda _: NF4(),
-    "qsgd": lambda levels: QSGD(int(levels)),
+    "qsgd": lambda bits: QSGD(int(bits)),
     "terngrad": lambda _: TernGrad(),
     "one-bit": lambda _: OneBit(),
     "3lc": ThreeLC,
@@ -35,7 +35,7 @@ CODECS: Mapping[str, Callable[[float], Codec]] = {
     "universal": UniversalCode,
     "topk": TopK,
     "topk-nf4": lambda density: Chain(TopK(density), NF4()),
-    "random-k": RandomK,
+    "random-k": lambda density: RandomK(density, rescaled=True),
 }
 
 
