@@ -21,6 +21,7 @@ from flower_ext.simulation.local import app_config
 BASELINES = Path(__file__).parents[1] / "baselines"
 NAMES = [
     "bounded_group_loss",
+    "compression",
     "dpftrl",
     "drift",
     "fedfish",

@@ -244,6 +244,34 @@ def test_two_rounds_of_silo_privacy(importable: Path, tmp_path: Path) -> None:
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("importable", ["compression"], indirect=True)
+def test_two_rounds_of_compression(importable: Path, tmp_path: Path) -> None:
+    codecs = "none bfloat16 one-bit+ eden:1 universal:2 topk-nf4:0.03+ random-k:0.25"
+    config = {
+        "codecs": codecs,
+        "num-server-rounds": 2,
+        "fraction-train": 0.5,
+        "local-steps": 1,
+        "hidden-size": 8,
+        "window": 8,
+        "central-windows": 1,
+        "evaluate-every": 2,
+    }
+    run_here(importable, config, 4, tmp_path)
+    up, accuracy = {}, {}
+    for name in codecs.split():
+        rows = read_metrics(tmp_path / name)
+        assert [row["train/num-dropped"] for row in rows] == [0, 0]
+        assert "central/accuracy" not in rows[0]
+        up[name], accuracy[name] = (rows[1][k] for k in ("bytes/up", "central/loss"))
+    assert up["none"] > 1.5 * up["bfloat16"] > 4 * up["eden:1"]
+    assert up["one-bit+"] > up["topk-nf4:0.03+"]
+    assert len(set(accuracy.values())) == len(accuracy)
+    strategy = importlib.import_module("compression.strategy")
+    with pytest.raises(ValueError, match="must name some of none"):
+        strategy.make_codec("zip")
+
+
 @pytest.mark.parametrize("importable", ["drift"], indirect=True)
 def test_two_rounds_of_drift(importable: Path, tmp_path: Path) -> None:
     config = {
