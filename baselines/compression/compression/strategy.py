@@ -33,6 +33,7 @@ CODECS: Mapping[str, Callable[[float], Codec]] = {
     "3lc": ThreeLC,
     "eden": EDEN,
     "universal": UniversalCode,
+    "universal-random": lambda step: UniversalCode(step, rounding="stochastic"),
     "topk": TopK,
     "topk-nf4": lambda density: Chain(TopK(density), NF4()),
     "random-k": lambda density: RandomK(density, rescaled=True),
