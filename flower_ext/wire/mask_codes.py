@@ -30,7 +30,7 @@ Positions = npt.NDArray[np.int64]
 Buffer = bytes | memoryview
 _Bytes = npt.NDArray[np.uint8]
 
-#: NodeOrder are below this: the largest array that can be encoded.
+#: Places are below this: the largest array that can be encoded.
 MAX_SIZE = 2**31 - 1
 _LONGEST_VARINT = 5
 
@@ -65,7 +65,7 @@ def smallest(positions: Positions, size: int) -> str:
     positions : ndarray of int64
         Increasing.
     size : int
-        NodeOrder, at most :data:`MAX_SIZE`.
+        Places, at most :data:`MAX_SIZE`.
     """
     if size > MAX_SIZE:
         refuse("size", size, f"<= {MAX_SIZE}", "divide the array")
