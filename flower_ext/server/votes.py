@@ -2,13 +2,20 @@
 
 import math
 from collections.abc import Mapping
+from logging import WARNING
 from typing import cast
 
+from flower_ext._flower import log
 from flower_ext.core.errors import refuse, whole
 from flower_ext.server.callbacks import Callback
 from flower_ext.server.finished import FinishedRound, RunInfo
 from flower_ext.wire.codec import Codec
 from flower_ext.wire.vote import VOTE, Voted
+
+_NO_VOTES = (
+    "no vote was counted, since not all replies have %s: the codec stays. The strategy "
+    "needs upload=vote.codec, and a train_metrics_aggr_fn of your own must return them"
+)
 
 
 class CodecVote(Callback):
@@ -57,6 +64,7 @@ class CodecVote(Callback):
     def __init__(self, *options: Codec, tradeoff: float, first: int = 0) -> None:
         self.first = self.option = whole("first", first, 0)
         #: The codec of uploads, with the option of each round.
+        self._told = False  # that there were replies without votes
         self.codec = Voted(*options, tradeoff=tradeoff, chosen=self)
 
     def __call__(self, server_round: int) -> int:
@@ -86,14 +94,12 @@ class CodecVote(Callback):
         metrics: Mapping[str, object] = this.train or {}
         names = [VOTE + str(number) for number in range(len(self.codec.options))]
         missing = [name for name in names if name not in metrics]
-        if missing and not metrics.get("num-replies"):  # nobody has voted
-            return None
         if missing:
-            cause = (
-                "the strategy needs upload=vote.codec, and a train_metrics_aggr_fn of "
-                "your own must return them"
-            )
-            refuse("metrics of training", sorted(metrics), f"with {missing}", cause)
+            # One reply may lack them, and no reply ends a run.
+            if metrics.get("num-replies") and not self._told:
+                log(WARNING, _NO_VOTES, missing)
+                self._told = True
+            return None
         votes = [float(cast(float, metrics[name])) for name in names]
         if all(map(math.isfinite, votes)) and max(votes) > 0:
             self.option = votes.index(max(votes))

@@ -151,10 +151,12 @@ def test_a_saved_vote_goes_on_and_a_new_run_starts_anew():
     assert other(1) == 1
 
 
-def test_a_run_without_votes_is_refused():
-    vote = CodecVote(*OPTIONS, tradeoff=0.1)
-    with pytest.raises(ValueError, match=r"upload=vote\.codec"):
+def test_replies_without_votes_leave_the_codec_and_are_told_once(caplog):
+    vote = CodecVote(*OPTIONS, tradeoff=0.1, first=2)
+    for _ in range(3):
         counted(vote, **{"num-replies": 3, "train-loss": 0.5})
+    assert vote(1) == 2
+    assert caplog.text.count("upload=vote.codec") == 1
 
 
 # In a run -----------------------------------------------------------------------------
@@ -165,6 +167,23 @@ def play(task, initial, vote, rounds=3, *, wrap=lambda codec: codec, folder=None
     strategy = AdditiveStrategy(upload=wrap(vote.codec), fraction_evaluate=0.0, **ANY)
     result = strategy.start(grid, initial, rounds, callbacks=[vote], checkpoint=folder)
     return grid.told, result
+
+
+def test_one_reply_without_votes_does_not_end_a_run(task, initial):
+    def silent(message, context, call_next):
+        reply = call_next(message, context)
+        if context.node_config["partition-id"] == 0:
+            metrics = reply.content["metrics"]
+            for key in [key for key in metrics if key.startswith("codec-vote")]:
+                del metrics[key]
+        return reply
+
+    vote = CodecVote(UniversalCode(1), UniversalCode(0.01), tradeoff=0)
+    grid = LocalGrid(client_app(task, mods=[silent]), 4, CONFIG)
+    strategy = AdditiveStrategy(upload=vote.codec, fraction_evaluate=0.0, **ANY)
+    result = strategy.start(grid, initial, 2, callbacks=[vote])
+    assert result.train_metrics_clientapp[2]["num-replies"] == 4
+    assert vote.option == 0  # with the fourth vote it would be the finer one
 
 
 @pytest.mark.parametrize("wrap", [lambda codec: codec, ErrorFeedback])
