@@ -34,7 +34,7 @@ def codecs(x: np.ndarray) -> list[Codec]:
         FixedMask: [FixedMask({"w": largest(x, int(DENSITY * x.size))})],
         TopK: [TopK(DENSITY)],
         RandomK: [RandomK(DENSITY)],
-        UniversalCode: [UniversalCode(1.0)],
+        UniversalCode: [UniversalCode(1.0), UniversalCode(1.0, coding="entropy")],
     }
     stages = [cls for cls in CODECS if issubclass(cls, Stage)]
     return [codec for cls in stages for codec in settings.get(cls) or [cls()]]

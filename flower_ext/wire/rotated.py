@@ -62,7 +62,8 @@ class EDEN(Stage):
     unbiased : bool (default: True)
         Whether the mean over the draws is what was encoded, which serves a mean of many
         clients. Otherwise the scale is that of least error, :math:`D`, which serves one
-        sender and error feedback.
+        sender and :class:`~flower_ext.wire.ErrorFeedback`. The latter needs it below
+        0.8 bits, where :math:`D/(1 - D)` is above 1: what is left out would grow.
 
     Notes
     -----
@@ -149,7 +150,8 @@ class DRIVE(EDEN):
     Parameters
     ----------
     unbiased : bool (default: True)
-        As of :class:`EDEN`.
+        As of :class:`EDEN`: the squared error is 0.571 of the squared norm, otherwise
+        0.363, of which error feedback makes up sooner.
     """
 
     bits: float = field(default=1, init=False)

@@ -156,6 +156,8 @@ TABLE = {
     "bfloat16": BFloat16,
     "nf4": NF4,
     "universal": partial(UniversalCode, 0.5),
+    "universal of all": partial(UniversalCode, 0.5, scope="global"),
+    "universal by entropy": partial(UniversalCode, 0.5, coding="entropy"),
     "top-k": partial(TopK, 0.3),
     "top-k of each": partial(TopK, 0.3, "tensor", dense=()),
     "top-k of everything": partial(TopK, 1.0),

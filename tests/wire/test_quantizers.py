@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flower_ext.wire import (
+    EDEN,
     QSGD,
     Chain,
     ErrorFeedback,
@@ -18,6 +19,7 @@ from flower_ext.wire import (
     TernGrad,
     ThreeLC,
     TopK,
+    UniversalCode,
     qsgd,
     ternary,
     three_lc,
@@ -385,15 +387,29 @@ def test_what_is_left_out_comes_later(codec, bound):
         assert off <= bound * largest / rounds * (1 + 1e-6)
 
 
-def test_feedback_is_for_what_shrinks():
-    """As the notes say: QSGD's variance is too large with few bits, not with more."""
-    x, left = {"w": normal(512)}, {}
-    for bits in (4, 6):
-        codec, draws, kept = ErrorFeedback(QSGD(bits)), np.random.default_rng(0), None
-        for _ in range(30):
-            kept = upload(codec, x, kept, Sending(draws)).residual
-        left[bits] = np.linalg.norm(kept["w"]) / np.linalg.norm(x["w"])
-    assert left[6] < 0.5 and left[4] > 10
+@pytest.mark.parametrize(
+    ("grows", "shrinks"),
+    [
+        (QSGD(4), QSGD(6)),
+        (EDEN(0.5), EDEN(0.5, unbiased=False)),
+        (EDEN(0.7), EDEN(0.9)),
+        (RandomK(0.25, rescaled=True), RandomK(0.25)),
+        (UniversalCode(4, rounding="stochastic"), UniversalCode(1)),
+    ],
+    ids=str,
+)
+def test_feedback_is_for_what_shrinks(grows, shrinks):
+    """As it warns: with few bits, what is right on average loses more than there is."""
+    x = {"w": normal(4096)}
+    for codec in (grows, shrinks):
+        kept, draws, left = None, np.random.default_rng(0), []
+        for _ in range(60):
+            kept = upload(ErrorFeedback(codec), x, kept, Sending(draws)).residual
+            left.append(np.linalg.norm(kept["w"]) / np.linalg.norm(x["w"]))
+        if codec == grows:
+            assert left[59] > 2 * left[29] > 4
+        else:
+            assert left[59] < 1.2 * left[29] + 0.1 < 10
 
 
 def test_chains_are_right_on_average_if_all_their_links_are():

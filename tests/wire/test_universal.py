@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 from flower_ext.core.schedules import Piecewise
 from flower_ext.testing import check_codec
 from flower_ext.wire import Chain, Sending, TopK, UniversalCode
+from flower_ext.wire.codec import Reader
 from flower_ext.wire.elias import BitReader, BitWriter
 
 ROUNDINGS = ("nearest", "stochastic", "dithered")
@@ -122,6 +123,117 @@ def test_rates_of_values_with_a_laplace_distribution(step, bits, error):
     found = UniversalCode.decode_values(data, x.size, x.dtype)
     assert 8 * len(data) / x.size == pytest.approx(bits, rel=0.02)
     assert np.mean((x - found) ** 2, dtype=float) == pytest.approx(error, rel=0.02)
+
+
+def entropy_of_laplace(step):
+    """Return the entropy of multiples of a step, in closed form.
+
+    Magnitudes are geometric but for the zeros, between minus half a step and half.
+    """
+    ratio = np.exp(-np.sqrt(2) * step)
+    nonzero = np.sqrt(ratio)
+
+    def coin(p):
+        return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+
+    return coin(nonzero) + nonzero * (1 + coin(ratio) / (1 - ratio))
+
+
+@pytest.mark.parametrize("step", [0.1, 0.5, 1, 5])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_by_entropy_they_take_little_more_than_it(step, rounding):
+    x = laplace(1_000_000)
+    gamma, entropy = (
+        UniversalCode(step, "none", rounding, coding=y) for y in ("gamma", "entropy")
+    )
+    data, longer = coded(entropy, x), coded(gamma, x)
+    assert len(data) < 0.9 * len(longer)
+    found, expected = (
+        UniversalCode.decode_values(y, x.size, x.dtype) for y in (data, longer)
+    )
+    assert np.array_equal(found, expected)
+    if rounding == "nearest":
+        bits = 8 * len(data) / x.size
+        assert 1 < bits / entropy_of_laplace(step) < 1.025
+
+
+def test_few_integers_have_the_code_of_elias():
+    x = laplace(1000)
+    gamma, entropy = (UniversalCode(0.01, coding=y) for y in ("gamma", "entropy"))
+    assert coded(entropy, x) == coded(gamma, x)
+
+
+# All arrays as one vector ------------------------------------------------------------
+
+
+SEVERAL = {
+    "a": laplace(300).reshape(20, 15),
+    "b": np.zeros((30, 10), np.float32),
+    "c": np.float32(0.2),
+    "d": 3 * laplace(40, 1),
+}
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_several_arrays_are_coded_as_one(normalization, rounding):
+    """Norm and bytes are those of one array that holds all values."""
+    vector = {"w": np.concatenate([x.reshape(-1) for x in SEVERAL.values()])}
+    codec = UniversalCode(0.5, normalization, rounding, "global")
+    sent, one = codec.encode(SEVERAL), codec.encode(vector)
+    head = 4 + 1 + 2 + 4
+    ours, theirs = (bytes(r["<binary>"].numpy())[head:] for r in (sent, one))
+    # Which arrays are in the vector: four ones, and a single one.
+    assert ours[:8] == theirs[:8] and (ours[8], theirs[8]) == (0b11110000, 0b10000000)
+    assert ours[9:] == theirs[9:]
+    found = codec.decode(sent, SEVERAL)
+    flat = np.concatenate([x.reshape(-1) for x in found.values()])
+    assert np.array_equal(flat, codec.decode(one, vector)["w"])
+    assert {n: x.shape for n, x in found.items()} == {
+        n: x.shape for n, x in SEVERAL.items()
+    }
+
+
+def test_one_vector_takes_less_than_many_small_arrays():
+    many = {f"w{i:03}": laplace(5, i) for i in range(200)}
+    lengths = [
+        UniversalCode(1.0, scope=scope).encode(many).count_bytes()
+        for scope in ("tensor", "global")
+    ]
+    assert lengths[1] < lengths[0] / 4
+
+
+def test_what_is_no_part_of_the_vector():
+    """Integers, arrays that are not finite, and what need not travel."""
+    x = laplace(500)
+    arrays = {
+        "mask": np.float32([0, -np.inf, 0]),
+        "n": np.array([1, 2, 3]),
+        "nan": np.float64([np.nan, 1e-3]),
+        "silent": np.zeros(10_000, np.float32),
+        "w": x,
+    }
+    codec = UniversalCode(0.5, scope="global")
+    found = codec.decode(codec.encode(arrays, Sending(silent=("silent",))), arrays)
+    for name in ("mask", "n", "nan", "silent"):
+        assert found[name].tobytes() == arrays[name].tobytes()
+    assert np.array_equal(found["w"], there_and_back(codec, x))
+
+
+def test_the_widest_precision_of_the_vector_is_that_of_its_code():
+    arrays = {"a": np.float16([1, -2]), "b": np.float64([1 + 1e-12, 0])}
+    codec = UniversalCode(1e-12, "none", scope="global")
+    found = codec.decode(codec.encode(arrays), arrays)
+    assert found["a"].dtype == np.float16 and found["a"].tolist() == [1, -2]
+    assert found["b"] == pytest.approx(arrays["b"], abs=1e-12)
+    assert found["b"][0] != 1
+
+
+def test_bits_of_arrays_that_are_not_there_are_refused():
+    payload = UniversalCode(1.0).write({"w": laplace(3)}, Sending()).parts
+    data = b"".join([b"\x40", *payload[1:]])
+    with pytest.raises(ValueError, match="behind the last array"):
+        UniversalCode.read(Reader(memoryview(data)), {"w": laplace(3)})
 
 
 integer_values = st.one_of(st.integers(-3, 3), st.integers(-(2**22), 2**22))
@@ -269,6 +381,8 @@ def test_draws_are_those_of_the_sender():
         (partial(UniversalCode, lambda server_round: -1), "step=-1"),
         (partial(UniversalCode, 1, "std"), "normalization='std'"),
         (partial(UniversalCode, 1, "rms", "up"), "rounding='up'"),
+        (partial(UniversalCode, 1, scope="layer"), "scope='layer'"),
+        (partial(UniversalCode, 1, coding="huffman"), "coding='huffman'"),
     ],
 )
 def test_settings_out_of_range(make, match):
