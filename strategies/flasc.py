@@ -20,10 +20,8 @@ from functools import partial
 from logging import WARNING
 from typing import Literal, Unpack, cast, get_args
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord
-from flwr.common import NDArray
 from torch import nn
 
 from flower_ext._flower import log
@@ -38,8 +36,8 @@ from flower_ext.server.drop_in import DropIn
 from flower_ext.server.optimizers import TorchOptimizer
 from flower_ext.server.options import AdditiveOptions
 from flower_ext.wire import Chain, Codec, Described, ErrorFeedback, FixedMask, Sending
-from flower_ext.wire.chain import TopK, density_in
-from flower_ext.wire.masks import Masks, Scope, first_ranks
+from flower_ext.wire.chain import TopK, density_in, words
+from flower_ext.wire.masks import Masks, Ranks, Scope, rank_masks
 from flower_ext.wire.value_codes import VALUE_CODES, Precision
 
 Aggregation = Literal["cohort", "senders"]
@@ -60,8 +58,8 @@ class Tier:
     download_density, upload_density : float or callable, optional
         Instead of the strategy's.
     rank : int, optional
-        The clients hold only the first ranks of every LoRA pair, and train no others;
-        by default all of them.
+        The clients hold only so many ranks of every LoRA pair, which ``ranks`` chooses,
+        and train no others; by default all of them.
     """
 
     download_density: Scheduled | None = None
@@ -132,6 +130,14 @@ class FLASC(AdditiveStrategy):
     tier_of : callable, optional
         ``client -> index of its tier``, where the client is its place among the nodes
         (in a simulation its partition); by default ``client % len(tiers)``.
+    ranks : {"first", "pair", "factor"}
+        Which ranks a tier of fewer holds. The first, always the same, as HetLoRA; those
+        of the largest singular value of their term, the product of the norms of a
+        column of B and a row of A; or in each factor those largest in norm, as the
+        paper's code does under the name ``rankl1``: what a tier holds of A may then
+        have no partner in B. The latter two are chosen anew in every round. With
+        ``server_optimizer=RefactoredSGD()`` the first are those of the largest singular
+        values of the whole product.
     aggregation : {"cohort", "senders"}
         What the sum of the changes is divided by. The default is the cohort: a change
         that was not sent counts as none. That is what dropping small coordinates
@@ -153,6 +159,11 @@ class FLASC(AdditiveStrategy):
         the head of an :class:`~flower_ext.client.adapters.AdapterModel`. The paper's
         code masks the head, too: ``dense=()``; so will you if what you save is large,
         such as embeddings.
+    upload_dense : sequence of str, optional
+        The same for uploads alone, where ``dense`` is then of downloads alone; by
+        default the same words. With ``()`` the changes of all arrays compete, as the
+        paper's code has it for tiers of density: a head travels whole down and masked
+        up.
     describe_arrays : bool (default: False)
         Names and shapes go along, some hundred bytes a message, for apps that train in
         a loop of their own under the mod
@@ -182,10 +193,14 @@ class FLASC(AdditiveStrategy):
                        client_freeze=True``
     FedSelect          ``download_density=d, upload_density=1, client_freeze=True``
     HetLoRA            ``download_density=1, upload_density=1``, and tiers of rank
+    ``rankl1``         the same with ``ranks="factor"``
+    tiers of density   ``tiers=[Tier(d, d) for d in (1/16, 1/4, 1)], upload_dense=()``
     =================  ==============================================================
 
-    The last four are what the paper's code does under these names or, for FedSelect,
-    our reading of it: a client holds and trains only the slice that it received.
+    From SparseAdapter on they are what the paper's code does under these names or, for
+    FedSelect, our reading of it: a client holds and trains only the slice that it
+    received. With tiers of rank that is always so; the code does it with
+    ``client_freeze`` only, and otherwise lets clients train ranks that start from zero.
     HetLoRA's own pruning and its weights by norm are not in it.
 
     Train metrics ``download-density`` and ``upload-density`` are those of the round,
@@ -216,11 +231,13 @@ class FLASC(AdditiveStrategy):
         fixed_mask_after: int | None = None,
         tiers: Sequence[Tier] = (Tier(),),
         tier_of: Callable[[int], int] | None = None,
+        ranks: Ranks = "first",
         aggregation: Aggregation = "cohort",
         precision: Precision = "exact",
         error_feedback: bool = False,
         eval_masked: bool = True,
         dense: Sequence[str] = ("running_mean", "running_var", "modules_to_save"),
+        upload_dense: Sequence[str] | None = None,
         describe_arrays: bool = False,
         **options: Unpack[AdditiveOptions],
     ) -> None:
@@ -229,21 +246,28 @@ class FLASC(AdditiveStrategy):
         super().__init__(*flowers, **options)
         density_in("download_density", download_density, 1)
         density_in("upload_density", upload_density, 1)
+        one_of("ranks", ranks, get_args(Ranks))
         one_of("aggregation", aggregation, get_args(Aggregation))
         one_of("precision", precision, get_args(Precision))
         if fixed_mask_after is not None:
             whole("fixed_mask_after", fixed_mask_after, 0)
+            if not self.server_optimizer.keeps_coordinates:
+                bound = f"None under {self.server_optimizer!r}"
+                refuse("fixed_mask_after", fixed_mask_after, bound)
         if not tiers or not all(isinstance(tier, Tier) for tier in tiers):
             refuse("tiers", tiers, "a sequence of at least one Tier")
         if self.mechanism is not None and aggregation == "senders":
             cause = "who sent which coordinate depends on the data"
             refuse("aggregation", aggregation, "'cohort' with a mechanism", cause)
         self.densities = {"download": download_density, "upload": upload_density}
-        self.chooses = TopK(1.0, scope, dense)
+        down = TopK(1.0, scope, dense)
+        up = words("upload_dense", dense if upload_dense is None else upload_dense)
+        self.chooses = {"download": down, "upload": replace(down, dense=up)}
         self.client_freeze = client_freeze
         self.fixed_mask_after = fixed_mask_after
         self.tiers = tuple(tiers)
         self.tier_of = tier_of
+        self.ranks: Ranks = ranks
         self.aggregation = aggregation
         self.precision: Precision = precision
         self.error_feedback = error_feedback
@@ -281,7 +305,7 @@ class FLASC(AdditiveStrategy):
         """Return how a tier chooses, and writes, the largest of its change."""
         tier = self.tiers[cast(int, variant)]
         chooses = replace(
-            self.chooses,
+            self.chooses["upload"],
             density=self._density("upload", tier, round.number),
             within_received=self.client_freeze or tier.rank is not None,
         )
@@ -307,25 +331,22 @@ class FLASC(AdditiveStrategy):
             return self._fixed[index]
         tier, fixed = self.tiers[index], self.fixed_mask_after
         density = self._density("download", tier, round.number)
-        maskable = self.chooses.maskable(round.sent)
+        chooses = self.chooses["download"]
+        maskable = chooses.maskable(round.sent)
         own = {n: x for n, x in maskable.items() if n not in round.ties}
-        within = None if tier.rank is None else first_ranks(own, tier.rank)
+        within = None if tier.rank is None else rank_masks(own, tier.rank, self.ranks)
         if density >= 1 or (fixed is not None and round.number <= fixed):
             return within
         known = Sending(tied=round.ties, received=within)
-        chooses = replace(self.chooses, density=density, within_received=True)
+        chooses = replace(chooses, density=density, within_received=True)
         masks = chooses.choose(round.sent, known)
-        if density > 0 and not self._warned:
-            self._warn_of_empty(masks, round.number)
+        empty = [name for name, mask in masks.items() if mask.size and not mask.any()]
+        if empty and density > 0 and not self._warned:
+            self._warned = True
+            log(WARNING, _EMPTY, round.number, len(empty), len(masks), empty[0])
         if fixed is not None:
             self._fixed[index] = masks
         return masks
-
-    def _warn_of_empty(self, masks: Masks, server_round: int) -> None:
-        empty = [name for name, mask in masks.items() if mask.size and not mask.any()]
-        if empty:
-            self._warned = True
-            log(WARNING, _EMPTY, server_round, len(empty), len(masks), empty[0])
 
     def _density(self, way: str, tier: Tier, server_round: int) -> float:
         own: Scheduled | None = getattr(tier, f"{way}_density")
@@ -336,10 +357,9 @@ class FLASC(AdditiveStrategy):
 
     def contribution(self, reply: Reply, round: Round) -> Contribution:
         r"""Return :math:`\Delta_k`, and who sent which coordinate where that counts."""
-        change = reply.change(round)
-        senders = change.masks if self.aggregation == "senders" else None
-        counts = {} if senders is None else {DELTA: senders}
-        return Contribution({DELTA: change.arrays}, counts=counts)
+        change, masks = reply.change(round)
+        counts = {DELTA: masks} if masks and self.aggregation == "senders" else {}
+        return Contribution({DELTA: change}, counts=counts)
 
     def report(self, total: Total, round: Round) -> Metrics:
         """Return the densities of the round."""
@@ -352,31 +372,26 @@ class FLASC(AdditiveStrategy):
 
     def state_dict(self) -> dict[str, object]:
         """Return what crosses rounds, a mask that is fixed among it."""
-        fixed = {
-            str(i): {name: mask.astype(np.uint8) for name, mask in masks.items()}
-            for i, masks in self._fixed.items()
-        }
+        fixed = {str(index): dict(masks) for index, masks in self._fixed.items()}
         return {**super().state_dict(), "fixed-masks": fixed}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue where a run with the same settings was saved."""
         super().load_state_dict(state)
-        saved = cast(Mapping[str, Mapping[str, NDArray]], state["fixed-masks"])
-        self._fixed = {
-            int(i): {name: mask.astype(np.bool_) for name, mask in masks.items()}
-            for i, masks in saved.items()
-        }
+        saved = cast(Mapping[str, Masks], state["fixed-masks"])
+        self._fixed = {int(index): dict(masks) for index, masks in saved.items()}
 
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""
         return {
             "Download density": self.densities["download"],
             "Upload density": self.densities["upload"],
-            "Scope": self.chooses.scope,
-            "Dense arrays": self.chooses.dense,
+            "Scope": self.chooses["download"].scope,
+            "Dense arrays": {way: x.dense for way, x in self.chooses.items()},
             "Masks fixed after round": self.fixed_mask_after,
             "Clients train": "what they received" if self.client_freeze else "all",
             "Tiers": self.tiers,
+            "Ranks of tiers": self.ranks,
             "Divided by": self.aggregation,
             "Values": self.precision,
             "Error feedback": self.error_feedback,

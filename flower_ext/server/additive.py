@@ -350,6 +350,11 @@ class AdditiveStrategy(RoundStrategy):
                 f"its {type(self.sampler).__name__} draws whole rounds, and here "
                 "places are filled as they become free: choose UniformSampler"
             )
+        if not self.server_optimizer.keeps_coordinates:
+            return (
+                f"its {type(self.server_optimizer).__name__} changes what coordinates "
+                "mean, and stale clients answer in the old ones"
+            )
         return self.needs_rounds
 
     def let_in(self, seats: Seats | None) -> None:

@@ -11,13 +11,14 @@ whatever the optimizer is, since momentum can drive a variance below zero.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from flwr.common import NDArray
 
 from flower_ext.core.arrays import Arrays, is_averaged, is_parameter
 from flower_ext.core.errors import at_least, fraction, positive, refuse
+from flower_ext.core.lora import by_singular_value
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,10 @@ def keep_variances(new: Arrays, sent: Arrays, share: float) -> Arrays:
 
 class ServerOptimizer(ABC):
     """Moves the model along a direction; its state is kept per slot and array."""
+
+    #: Whether a coordinate means the same after a step: what is left over from earlier
+    #: rounds, such as residuals of error feedback or fixed masks, then still fits.
+    keeps_coordinates: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.state: State = {}
@@ -187,6 +192,53 @@ class SGD(_Elementwise):
             velocity += delta
             delta = delta + self.momentum * velocity if self.nesterov else velocity
         return delta if self.learning_rate == 1 else self.learning_rate * delta
+
+
+class RefactoredSGD(SGD):
+    """SGD without momentum, after which LoRA pairs are sorted by singular value.
+
+    The model is that of :class:`SGD`, since the product of every pair stays; but the
+    first ranks of a pair are then those that matter most, and clients that hold fewer
+    ranks, as the tiers of :class:`~flower_ext.strategies.flasc.FLASC` do, hold the best
+    approximation of the adapter that their rank allows; see
+    :func:`~flower_ext.core.lora.by_singular_value`. A pair of which one factor is
+    frozen stays as it is.
+
+    Parameters
+    ----------
+    learning_rate : float (default: 1.0)
+        With 1 the model, before it is sorted, becomes the clients' average.
+
+    Notes
+    -----
+    The coordinates of the factors are others after each step. What belongs to the old
+    ones is refused where it is known: momentum, error feedback, fixed masks,
+    asynchronous runs. It is for strategies whose clients keep nothing of their own
+    about the factors; and under a mechanism whose noise is correlated over rounds that
+    noise no longer cancels, so take ``factorization="identity"``. The first round
+    trains the model as it was given.
+
+    Examples
+    --------
+    >>> a, b = "q.lora_A.weight", "q.lora_B.weight"
+    >>> sent = {a: np.float32([[1, 0], [0, 1]]), b: np.float32([[1, 0], [0, 2]])}
+    >>> direction = {a: np.zeros((2, 2)), b: np.array([[0.0, 0.0], [0.0, 1.0]])}
+    >>> new = RefactoredSGD().step(sent, direction)
+    >>> np.abs(new[b])  # 3 is now the first, 1 the second
+    array([[0., 1.],
+           [3., 0.]], dtype=float32)
+    """
+
+    keeps_coordinates = False
+
+    def __init__(self, learning_rate: float = 1.0) -> None:
+        super().__init__(learning_rate)
+
+    def step(self, sent: Arrays, direction: Arrays) -> Arrays:
+        """Return the next model, see :meth:`ServerOptimizer.step`."""
+        new = super().step(sent, direction)
+        anew = by_singular_value(new)
+        return new | {name: x.astype(new[name].dtype) for name, x in anew.items()}
 
 
 class _Adaptive(_Elementwise):

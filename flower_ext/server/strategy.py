@@ -493,9 +493,13 @@ class RoundStrategy(FedAvg):
         if codecs and len(codecs) < len(found):
             cause = "Exact() sends a change as it is"
             refuse("upload_codec(...)", None, "a codec for all kinds, or none", cause)
-        if self._core.private:
-            for codec in codecs.values():
+        for codec in codecs.values():
+            if self._core.private:
                 self._core.private.require_upload(codec)
+            if codec.feedback and not self.server_optimizer.keeps_coordinates:
+                cause = "residuals would be added to other coordinates than they are of"
+                bound = "without error feedback under " + repr(self.server_optimizer)
+                refuse("upload_codec(...)", codec, bound, cause)
         return codecs
 
     def _round_of(

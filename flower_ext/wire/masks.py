@@ -1,4 +1,4 @@
-"""Masks on named arrays: the largest coordinates, or the first ranks of an adapter."""
+"""Masks on named arrays: the largest coordinates, or some ranks of an adapter."""
 
 from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
@@ -7,15 +7,13 @@ import numpy as np
 import numpy.typing as npt
 from flwr.common import NDArray
 
-from flower_ext.core.arrays import is_averaged
 from flower_ext.core.errors import fraction, one_of, whole
+from flower_ext.core.lora import rank_axis, rank_norms, term_values
 
 Mask = npt.NDArray[np.bool_]
 Masks = dict[str, Mask]
 Scope = Literal["global", "tensor"]
-
-# The rank's axis in the two factors of peft's LoRA: A is (rank, in), B is (out, rank).
-_RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
+Ranks = Literal["first", "pair", "factor"]
 
 
 def largest(values: NDArray, k: int) -> Mask:
@@ -115,27 +113,36 @@ def _largest_within(values: NDArray, k: int, within: Mask | None) -> Mask:
     return mask
 
 
-def first_ranks(arrays: Mapping[str, NDArray], rank: int) -> Masks:
-    """Return masks of the first ``rank`` ranks of every LoRA pair, of all else True.
-
-    The product of the two factors so truncated is the part of rank ``rank`` of the
-    adapter: ``B[:, :rank] @ A[:rank, :]``.
+def rank_masks(
+    arrays: Mapping[str, NDArray], rank: int, choice: Ranks = "first"
+) -> Masks:
+    r"""Return masks of ``rank`` ranks of every LoRA pair, of all else True.
 
     Parameters
     ----------
     arrays : Mapping[str, ndarray]
-        Named as peft does: ``....lora_A.<adapter>.weight``, ``(rank, in)``, and
-        ``....lora_B.<adapter>.weight``, ``(out, rank)``; convolutions have further
-        axes, embeddings' factors are ``lora_embedding_A`` and ``lora_embedding_B``.
+        Factors are known by peft's names, see :mod:`~flower_ext.core.lora`.
     rank : int
         At least 0; a rank larger than an adapter's keeps all of it.
+    choice : {"first", "pair", "factor"}
+        Which ranks: the first; those whose term :math:`b_i a_i^\top` has the largest
+        singular value, :math:`\|b_i\| \|a_i\|`; or in each factor those largest in
+        Euclidean norm, which need not be the same in both. Of equals the first.
+
+    Notes
+    -----
+    Where both factors have the same ranks, the product of what is kept is the sum of
+    the terms kept: with ``first``, ``B[:, :rank] @ A[:rank]``.
     """
     whole("rank", rank, 0)
+    one_of("choice", choice, get_args(Ranks))
+    worth = (term_values if choice == "pair" else rank_norms)(arrays)
     masks: Masks = {}
     for name, x in arrays.items():
-        mask = np.ones(x.shape, np.bool_)
-        axis = next((_RANK_AXIS[p] for p in name.split(".") if p in _RANK_AXIS), None)
-        if axis is not None and is_averaged(x):
-            mask[(slice(None),) * axis + (slice(rank, None),)] = False
-        masks[name] = mask
+        masks[name] = np.ones(x.shape, np.bool_)
+        axis = rank_axis(name, x)
+        if axis is not None:
+            first = np.arange(x.shape[axis]) < rank
+            kept = first if choice == "first" else largest(worth[name], rank)
+            masks[name][(slice(None),) * axis + (~kept,)] = False
     return masks

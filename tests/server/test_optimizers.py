@@ -18,6 +18,7 @@ from flower_ext.server.optimizers import (
     SGD,
     Adagrad,
     Adam,
+    RefactoredSGD,
     TorchOptimizer,
     Yogi,
     apply_direction,
@@ -27,6 +28,7 @@ ROUNDS = 5
 
 EVERY = {
     "sgd": SGD,
+    "refactored": RefactoredSGD,
     "momentum": lambda: SGD(0.7, momentum=0.9),
     "nesterov": lambda: SGD(0.7, momentum=0.9, nesterov=True),
     "adagrad": lambda: Adagrad(beta_1=0.5),
@@ -504,6 +506,30 @@ def test_repr_names_the_settings():
 def test_repr_of_a_torch_optimizer_names_its_kind():
     optimizer = TorchOptimizer(functools.partial(torch.optim.AdamW, lr=1))
     assert "torch.optim.adamw.AdamW" in repr(optimizer)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_refactored_sgd_makes_the_same_product(dtype):
+    rng = np.random.default_rng(2)
+    a, b, other = "q.lora_A.x.weight", "q.lora_B.x.weight", "head.weight"
+    shapes = {a: (3, 7), b: (5, 3), other: (2, 2), "mask": ()}
+    sent = {n: rng.standard_normal(s).astype(dtype) for n, s in shapes.items()}
+    sent["mask"] = np.asarray(-inf, dtype)
+    move = {n: rng.standard_normal(s) for n, s in shapes.items()}
+    plain = SGD(0.5).step(sent, dict(move))
+    new = RefactoredSGD(0.5).step(sent, dict(move))
+    assert layout(new) == layout(plain)
+    assert np.array_equal(new[other], plain[other])
+    wide = {n: x.astype(np.float64) for n, x in (new | {"sgd": plain[a]}).items()}
+    product = plain[b].astype(np.float64) @ wide["sgd"]
+    near = 1e-5 if dtype == np.float32 else 1e-1
+    assert wide[b] @ wide[a] == pytest.approx(product, abs=near)
+    u, s, v = np.linalg.svd(product)
+    best = s[0] * np.outer(u[:, 0], v[0])
+    assert np.outer(wide[b][:, 0], wide[a][0]) == pytest.approx(best, abs=near)
+    alone = {n: x for n, x in sent.items() if n != a}
+    kept = RefactoredSGD(0.5).step(alone, {n: move[n] for n in alone})
+    assert np.array_equal(kept[b], plain[b])  # its partner is frozen
 
 
 def test_doctests_pass():

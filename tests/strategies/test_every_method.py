@@ -230,6 +230,7 @@ METHODS = {
             {"download_density": 1, "upload_density": 1},
             {"client_freeze": True, "fixed_mask_after": 1, "aggregation": "senders"},
             {"tiers": (Tier(0.5), Tier(1.0, 0.5)), "scope": "tensor"},
+            {"dense": ("weight",), "upload_dense": ()},
             {"precision": "bfloat16"},
             {
                 "tiers": (Tier(upload_density=1.0), Tier()),

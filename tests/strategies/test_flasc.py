@@ -21,7 +21,8 @@ from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.schedules import Decay
 from flower_ext.privacy import Mechanism
 from flower_ext.server.additive import AdditiveStrategy
-from flower_ext.server.optimizers import SGD, Adam, TorchOptimizer
+from flower_ext.server.asynchronous import Asynchronous
+from flower_ext.server.optimizers import SGD, Adam, RefactoredSGD, TorchOptimizer
 from flower_ext.server.rounds import EveryClientFailed
 from flower_ext.server.tracking import Tracker, read_metrics
 from flower_ext.simulation import LocalGrid, PackedGrid, packed
@@ -291,6 +292,43 @@ def test_named_arrays_travel_whole():
         assert masks["b"].all() and masks["a"].sum() == 1
 
 
+@pytest.mark.parametrize(
+    ("dense", "upload_dense", "down_of_b", "up_of_b"),
+    [
+        (["b"], (), 4, None),
+        ((), ["b"], 1, 4),
+        (["b"], ["a"], 4, 2),
+        (["b"], None, 4, 4),
+    ],
+)
+def test_arrays_travel_whole_one_way(dense, upload_dense, down_of_b, up_of_b):
+    strategy = FLASC(
+        download_density=0.5,
+        upload_density=0.5,
+        dense=dense,
+        upload_dense=upload_dense,
+        **PLAIN,
+    )
+    down, up, _ = exchanged(strategy, START)
+    received, masks = decode(down[0], START)
+    assert masks["b"].sum() == down_of_b
+    for client, record in enumerate(up):
+        change, sent = decode(record, START)
+        if up_of_b is not None:
+            assert sent["b"].sum() == up_of_b
+        if upload_dense == ():  # what travelled whole competes with all the rest
+            exact = flat(
+                {
+                    n: (1 - 0.75**2) * (c - received[n])
+                    for n, c in centre(client).items()
+                }
+            )
+            kept = exact * sorted_mask(exact, 5)
+            assert num_values(record) == 5
+            assert flat(change) == pytest.approx(kept, abs=1e-5)
+            assert 0 < sent["b"].sum() < 4
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "nf4"])
 def test_change_is_counted_from_the_rounded_weights(precision):
     strategy = FLASC(download_density=1, upload_density=1, precision=precision, **PLAIN)
@@ -462,6 +500,161 @@ def lora_start():
     return {n: x.numpy() for n, x in Lora().state_dict().items()}
 
 
+# The tiers of the paper's code --------------------------------------------------------
+
+FACTORS = {A: (4, 3), B: (2, 4), "head": (2, 2)}
+
+
+class Factors(nn.Module):
+    """Numbers with the names of a LoRA pair and a head."""
+
+    def __init__(self):
+        super().__init__()
+        for name, (rows, columns) in FACTORS.items():
+            *path, last = name.split(".")
+            owner = self
+            for part in path:
+                if not hasattr(owner, part):
+                    owner.add_module(part, nn.Module())
+                owner = getattr(owner, part)
+            owner.register_parameter(last, nn.Parameter(torch.zeros(rows, columns)))
+
+
+def drawn(seed):
+    rng = np.random.default_rng(seed)
+    return {n: rng.standard_normal(s).astype(np.float32) for n, s in FACTORS.items()}
+
+
+def wanted(context):
+    numbers = drawn(int(context.node_config["partition-id"]))
+    columns = {n: torch.from_numpy(x)[None] for n, x in numbers.items()}
+    return columns, columns
+
+
+WANTED = Task(lambda config: Factors(), wanted, distance)
+
+
+def tiers_of_the_code(syshet, freeze, rounds=3):
+    """The heterogeneous script in NumPy, one client a tier, ranks 1, 2, 4; SGD(1)."""
+    ranks, densities = (1, 2, 4), (1 / 4, 1 / 2, 1)
+    start = {n: x.astype(np.float64) for n, x in drawn(99).items()}
+    models, names = [start], list(FACTORS)
+    for _ in range(rounds):
+        p = models[-1]
+        total = {n: np.zeros_like(x) for n, x in p.items()}
+        for client, (rank, density) in enumerate(zip(ranks, densities, strict=True)):
+            mask = {n: np.ones(x.shape, bool) for n, x in p.items()}
+            if syshet == "density":
+                lora = np.concatenate([p[A].ravel(), p[B].ravel()])
+                kept = sorted_mask(lora, int(density * lora.size))
+                mask[A], mask[B] = kept[:12].reshape(4, 3), kept[12:].reshape(2, 4)
+            elif syshet == "rank":
+                mask[A][rank:] = mask[B][:, rank:] = False
+            else:
+                mask[A][np.argsort(np.sqrt((p[A] ** 2).sum(1)))[: 4 - rank]] = False
+                mask[B][:, np.argsort(np.sqrt((p[B] ** 2).sum(0)))[: 4 - rank]] = False
+            w0 = w = {n: p[n] * mask[n] for n in names}
+            for _ in range(STEP["local-epochs"]):
+                gradient = {n: w[n] - drawn(client)[n] for n in names}
+                own = mask if freeze else dict.fromkeys(names, 1)
+                w = {n: w[n] - STEP["lr"] * gradient[n] * own[n] for n in names}
+            delta = np.concatenate([(w[n] - w0[n]).ravel() for n in names])
+            if syshet == "density":
+                delta = delta * sorted_mask(delta, int(density * delta.size))
+            for n, part in zip(names, np.split(delta, [12, 20]), strict=True):
+                total[n] += part.reshape(FACTORS[n])
+        models.append({n: x + total[n] / 3 for n, x in p.items()})
+    return models
+
+
+DENSE = {"download_density": 1, "upload_density": 1}
+OF_RANK = {**DENSE, "tiers": [Tier(rank=1), Tier(rank=2), Tier(rank=4)]}
+OF_DENSITY = {"tiers": [Tier(d, d) for d in (1 / 4, 1 / 2, 1)]}
+
+
+@pytest.mark.parametrize(
+    ("syshet", "freeze", "options"),
+    [
+        ("rank", True, OF_RANK),
+        ("rankl1", True, {**OF_RANK, "ranks": "factor"}),
+        ("density", False, {**OF_DENSITY, "dense": ["head"], "upload_dense": ()}),
+    ],
+)
+def test_tiers_are_those_of_the_papers_code(play, syshet, freeze, options):
+    app = client_app(WANTED, FLASCClient)
+    played = play(FLASC(**options, **PLAIN), app, 3, drawn(99), 3, STEP)
+    for model, expected in zip(
+        played.models, tiers_of_the_code(syshet, freeze), strict=True
+    ):
+        for name, x in expected.items():
+            assert model[name] == pytest.approx(x, abs=1e-5)
+
+
+class Products(nn.Module):
+    """A LoRA pair of rank 3 as it is used: through its product."""
+
+    def __init__(self):
+        super().__init__()
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(5, 3, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(3, 4, bias=False)})
+
+
+def product_wanted(context):
+    rng = np.random.default_rng(int(context.node_config["partition-id"]))
+    columns = {"m": torch.tensor(rng.standard_normal((1, 4, 5)), dtype=torch.float32)}
+    return columns, columns
+
+
+def off_the_product(model, batch):
+    product = model.lora_B["default"].weight @ model.lora_A["default"].weight
+    return 0.5 * ((product - batch["m"]) ** 2).flatten(1).sum(1)
+
+
+def test_tiers_hold_the_best_approximation_under_refactored_sgd(play):
+    task = Task(lambda config: Products(), product_wanted, off_the_product)
+    torch.manual_seed(5)
+    start = {n: x.numpy() for n, x in Products().state_dict().items()}
+    strategy = FLASC(**OF_RANK, **{**PLAIN, "server_optimizer": RefactoredSGD()})
+    config = {"lr": 0.1, "batch-size": 1, "local-epochs": 2}
+    app = client_app(task, FLASCClient)
+    played = play(strategy, app, 3, start, 4, config)
+    a, b = (start[n].astype(np.float64) for n in (A, B))
+    for model in played.models[1:]:
+        steps = []
+        for client, rank in enumerate((1, 2, 4)):
+            rng = np.random.default_rng(client)
+            m = rng.standard_normal((1, 4, 5))[0]
+            own_a, own_b = a[:rank], b[:, :rank]
+            for _ in range(2):
+                off = own_b @ own_a - m
+                own_a, own_b = own_a - 0.1 * own_b.T @ off, own_b - 0.1 * off @ own_a.T
+            change_a, change_b = np.zeros_like(a), np.zeros_like(b)
+            change_a[:rank] = own_a - a[:rank]
+            change_b[:, :rank] = own_b - b[:, :rank]
+            steps.append((change_a, change_b))
+        a = a + sum(x for x, _ in steps) / 3
+        b = b + sum(x for _, x in steps) / 3
+        u, s, v = np.linalg.svd(b @ a)
+        scale = np.sqrt((a**2).sum() / 3)
+        a, b = scale * v[:3], u[:, :3] * s[:3] / scale
+        for rank in (1, 2, 3):
+            held = model[B][:, :rank] @ model[A][:rank]
+            assert held == pytest.approx(b[:, :rank] @ a[:rank], abs=1e-5)
+
+
+def test_what_needs_old_coordinates_is_refused_under_refactored_sgd():
+    app = client_app(TASK, FLASCClient)
+    options = {**PLAIN, "server_optimizer": RefactoredSGD()}
+    strategy = FLASC(error_feedback=True, **options)
+    grid = LocalGrid(app, 2, STEP)
+    with pytest.raises(ValueError, match="without error feedback under RefactoredSGD"):
+        strategy.start(grid, to_record(START), num_rounds=1)
+    with pytest.raises(ValueError, match="changes what coordinates mean"):
+        FLASC(**options).start(
+            grid, to_record(START), num_rounds=1, asynchronous=Asynchronous(1, 1)
+        )
+
+
 @pytest.mark.parametrize("aggregation", ["cohort", "senders"])
 def test_tiers_of_rank(aggregation):
     start = lora_start()
@@ -584,6 +777,12 @@ def test_settings_are_picklable_and_shown(caplog):
         ({"fixed_mask_after": -1}, "fixed_mask_after=-1"),
         ({"tiers": ()}, "tiers="),
         ({"dense": "head"}, "dense='head'"),
+        ({"upload_dense": "head"}, "upload_dense='head'"),
+        ({"ranks": "svd"}, "ranks='svd'"),
+        (
+            {"server_optimizer": RefactoredSGD(), "fixed_mask_after": 1},
+            r"fixed_mask_after=1 must be None under RefactoredSGD\(",
+        ),
     ],
 )
 def test_settings_out_of_range(options, match):

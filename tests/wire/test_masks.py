@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from flower_ext.wire import masks
-from flower_ext.wire.masks import first_ranks, largest, top_k
+from flower_ext.wire.masks import largest, rank_masks, top_k
 
 shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=6)
 floats = hnp.arrays(
@@ -111,13 +111,35 @@ def test_ranks_are_the_product_of_the_truncated_factors():
     a, b = rng.standard_normal((4, 6)), rng.standard_normal((5, 4))
     names = "q.lora_A.default.weight", "q.lora_B.default.weight"
     arrays = dict(zip(names, (a, b), strict=True)) | {"head.weight": np.ones((2, 3))}
-    found = first_ranks(arrays, 2)
+    found = rank_masks(arrays, 2)
     product = (b * found[names[1]]) @ (a * found[names[0]])
     assert product == pytest.approx(b[:, :2] @ a[:2])
     assert found["head.weight"].all()
-    assert all(mask.all() for mask in first_ranks(arrays, 9).values())
-    none = first_ranks(arrays, 0)
+    assert all(mask.all() for mask in rank_masks(arrays, 9).values())
+    none = rank_masks(arrays, 0)
     assert not none[names[0]].any() and not none[names[1]].any()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3, 4, 9])
+def test_ranks_by_what_they_are_worth(rank):
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((4, 6)), rng.standard_normal((5, 4))
+    names = "q.lora_A.default.weight", "q.lora_B.default.weight"
+    arrays = dict(zip(names, (a, b), strict=True)) | {"head.weight": np.ones((2, 3))}
+    of_a = [float(np.sqrt((a[i] ** 2).sum())) for i in range(4)]
+    of_b = [float(np.sqrt((b[:, i] ** 2).sum())) for i in range(4)]
+    both = [x * y for x, y in zip(of_a, of_b, strict=True)]
+    assert np.argsort(of_a).tolist() != np.argsort(both).tolist()
+    for choice, values in (("pair", (both, both)), ("factor", (of_a, of_b))):
+        found = rank_masks(arrays, rank, choice)
+        for name, worth in zip(names, values, strict=True):
+            kept = sorted(range(4), key=lambda i: -worth[i])[:rank]
+            mask = np.isin(range(4), kept)
+            whole = np.outer(mask, np.ones(6)) if "A" in name else [mask] * 5
+            assert np.array_equal(found[name], np.array(whole, bool))
+        assert found["head.weight"].all()
+    with pytest.raises(ValueError, match="choice='svd'"):
+        rank_masks(arrays, rank, "svd")
 
 
 def test_doctests():
