@@ -1,7 +1,7 @@
 """The client's end of codecs: messages are decoded, and replies are encoded.
 
 An app made by :func:`~flower_ext.client.app.client_app` does both. An app with a loop
-of its own adds the mod :func:`encoded`.
+of its own adds the mod :func:`encoded`, or :func:`upload` to choose its codec itself.
 """
 
 import math
@@ -26,10 +26,12 @@ from flower_ext.client.half import client_of
 from flower_ext.client.personal import Personal, forget_other_runs
 from flower_ext.client.seeds import random_seed
 from flower_ext.core.arrays import Arrays, from_record, is_averaged, to_record
+from flower_ext.core.errors import refuse
 from flower_ext.core.protocol import ARRAYS_KEY, CLIENT_HALF_KEY, MODEL_NUMBER_KEY
 from flower_ext.core.replies import array_key, read_arrays
 from flower_ext.core.ties import TIED_KEY
-from flower_ext.wire.codec import Codec, Sending, is_encoded
+from flower_ext.wire.chain import Chain
+from flower_ext.wire.codec import Codec, Sending, Stage, is_encoded
 from flower_ext.wire.masks import Masks
 from flower_ext.wire.messages import (
     DESCRIPTION_KEY,
@@ -37,8 +39,15 @@ from flower_ext.wire.messages import (
     change,
     described_arrays,
 )
-from flower_ext.wire.registry import decode, rebuild, require_codecs
-from flower_ext.wire.wrappers import Sent, upload
+from flower_ext.wire.registry import (
+    CODECS,
+    classes,
+    decode,
+    rebuild,
+    require_codecs,
+)
+from flower_ext.wire.wrappers import ErrorFeedback, Sent
+from flower_ext.wire.wrappers import upload as send
 
 Codecs = Collection[type[Codec]]
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
@@ -136,7 +145,7 @@ def encode_upload(
         except ValueError:  # of a change of other shapes, such as another slice
             found = {}
         kept = {name: x.numpy() for name, x in found.items()}
-    sent = upload(codec, changed, kept, sending)
+    sent = send(codec, changed, kept, sending)
     if sent.residual is not None:
         arrays = {name: torch.from_numpy(x) for name, x in sent.residual.items()}
         personal.save(**{left: arrays})
@@ -170,8 +179,43 @@ def encoded(*codecs: type[Codec]) -> Mod:
     tiers of rank do, are refused: what the loop does with gradients is not the mod's to
     say.
     """
-    own = require_codecs(codecs)
+    return _mod(require_codecs(codecs))
 
+
+def upload(codec: Codec, *codecs: type[Codec]) -> Mod:
+    """Return the mod :func:`encoded` of a client that chooses how its change travels.
+
+    The server reads what its strategy names, by ``upload=AnyOf(codec, ...)``, or a
+    single codec of the same kind; settings are the client's. Whether what is left out
+    is kept for the next round stays the server's choice,
+    ``upload=ErrorFeedback(AnyOf(...))``.
+
+    Parameters
+    ----------
+    codec : Stage or Chain
+        Of uploads, such as ``TopK(1 / 16)``.
+    *codecs : type of Codec
+        Further classes of your own that the strategy names.
+
+    Returns
+    -------
+    callable
+        For ``ClientApp(mods=[upload(codec)])``.
+
+    Notes
+    -----
+    Where the server does not accept the codec the client fails, before its app trains:
+    it would send more than it was to. Under a mechanism the change is clipped as it was
+    decoded, so that the guarantee does not depend on what clients choose.
+    """
+    if not isinstance(codec, Stage | Chain) or codec.within_received:
+        bound = "a codec, bare or a Chain, that chooses among all coordinates"
+        refuse("codec", codec, bound, "error feedback is for the server to ask for")
+    new = (cls for cls in classes(codec) if cls not in CODECS)
+    return _mod(require_codecs((*new, *codecs)), codec)
+
+
+def _mod(own: Codecs, wish: Codec | None = None) -> Mod:
     def mod(
         message: Message,
         context: Context,
@@ -182,6 +226,10 @@ def encoded(*codecs: type[Codec]) -> Mod:
         config = _told(content)
         codec = upload_codec(config, own)
         record = content.array_records.get(key)
+        kind = message.metadata.message_type.partition(".")[0]
+        if wish and record is not None and kind == MessageType.TRAIN:
+            _require_no_freeze(codec, config)
+            codec = _chosen(wish, codec, int(cast(int, config.get("server-round", 1))))
         if record is None or not (codec or is_encoded(record)):
             return call_next(message, context)
         forget_other_runs(content, context.state)
@@ -192,7 +240,6 @@ def encoded(*codecs: type[Codec]) -> Mod:
             reply = call_next(message, context)
         finally:
             message.content = content
-        kind = message.metadata.message_type.partition(".")[0]
         if codec and reply.has_content() and kind == MessageType.TRAIN:
             reply.content = _encoded_reply(
                 reply.content,
@@ -235,6 +282,23 @@ def _require_no_freeze(codec: Codec | None, config: ConfigRecord) -> None:
             f"{half!r}, in client_app(task, ...): the mod encoded() cannot freeze what "
             "an app's loop trains"
         )
+
+
+def _chosen(wish: Codec, told: Codec | None, server_round: int) -> Codec:
+    """Return the client's own codec of a round, if the server reads it."""
+    accepted = {_tags(stages): stages for stages in told.accepted} if told else {}
+    if told is None or _tags(wish.stages) not in accepted:
+        names = [
+            " of ".join(x.__name__ for x in stages) for stages in accepted.values()
+        ]
+        bound = f"what the server reads, {sorted(names) or 'plain arrays only'}"
+        refuse("upload", wish, bound, "its strategy needs upload=AnyOf(codec, ...)")
+    own = wish.at(server_round)
+    return ErrorFeedback(own) if told.feedback else own
+
+
+def _tags(stages: tuple[type[Stage], ...]) -> tuple[bytes, ...]:
+    return tuple(stage.tag for stage in stages)
 
 
 def _encoded_reply(

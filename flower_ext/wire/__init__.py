@@ -11,13 +11,14 @@ from flower_ext.wire.three_lc import ThreeLC
 from flower_ext.wire.universal import UniversalCode
 from flower_ext.wire.value_codes import NF4, BFloat16, Exact, ValueCode
 from flower_ext.wire.vote import Voted
-from flower_ext.wire.wrappers import Described, ErrorFeedback
+from flower_ext.wire.wrappers import AnyOf, Described, ErrorFeedback
 
 __all__ = [
     "DRIVE",
     "EDEN",
     "NF4",
     "QSGD",
+    "AnyOf",
     "BFloat16",
     "Chain",
     "Codec",

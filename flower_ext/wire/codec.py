@@ -160,6 +160,14 @@ class Codec(ABC):
         """What reads its records, in turn."""
 
     @property
+    def accepted(self) -> "frozenset[tuple[type[Stage], ...]]":
+        """What reads the records of all who were told to use it: these, and no others.
+
+        A record says which of them it needs; settings are the sender's.
+        """
+        return frozenset({self.stages})
+
+    @property
     def lossless(self) -> bool:
         """Whether arrays come back bit for bit."""
         return False

@@ -74,7 +74,7 @@ class Uploads:
     @classmethod
     def of(cls, codecs: Iterable[Codec]) -> "Uploads":
         """Return what reads the records of codecs, whatever their settings."""
-        return cls(frozenset(codec.stages for codec in codecs))
+        return cls(frozenset().union(*(codec.accepted for codec in codecs)))
 
     def decode(self, record: ArrayRecord, start: Arrays) -> Change:
         """Return the change of a client that started from these arrays.

@@ -19,7 +19,7 @@ from flower_ext.wire.three_lc import ThreeLC
 from flower_ext.wire.universal import UniversalCode
 from flower_ext.wire.value_codes import NF4, BFloat16, Exact
 from flower_ext.wire.vote import Voted
-from flower_ext.wire.wrappers import Described, ErrorFeedback
+from flower_ext.wire.wrappers import AnyOf, Described, ErrorFeedback
 
 #: The codecs of this package, which every app knows.
 CODECS: tuple[type[Codec], ...] = (
@@ -40,6 +40,7 @@ CODECS: tuple[type[Codec], ...] = (
     ErrorFeedback,
     Described,
     Voted,
+    AnyOf,
 )
 
 

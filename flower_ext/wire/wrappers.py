@@ -1,7 +1,8 @@
-"""What may be put around any codec: error feedback, and a description for others."""
+"""What may be put around codecs: error feedback, a description, a choice."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import is_
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from flwr.common import NDArray
 
 from flower_ext.core.arrays import Arrays, all_finite, is_averaged
 from flower_ext.core.errors import refuse
+from flower_ext.wire.chain import Chain
 from flower_ext.wire.codec import Codec, Sending, Stage, Written
 
 
@@ -42,6 +44,11 @@ class _Around(Codec):
     def stages(self) -> tuple[type[Stage], ...]:
         """Those of the codec inside."""
         return self.codec.stages
+
+    @property
+    def accepted(self) -> frozenset[tuple[type[Stage], ...]]:
+        """Those of the codec inside."""
+        return self.codec.accepted
 
     @property
     def lossless(self) -> bool:
@@ -106,6 +113,70 @@ class Described(_Around):
     """
 
     described = True
+
+
+@dataclass(frozen=True, init=False)
+class AnyOf(Codec):
+    """A codec of uploads in whose place a client may take another of those named.
+
+    The server reads what is coded as one of them, with any settings, and refuses all
+    else. Clients take the first unless they choose, as those with the mod
+    :func:`~flower_ext.client.encoding.upload` do.
+
+    Parameters
+    ----------
+    *options : Stage or Chain
+        What the server accepts.
+
+    Examples
+    --------
+    >>> from flower_ext.wire import NF4, Exact
+    >>> AnyOf(Exact(), NF4()).stages == Exact().stages
+    True
+    """
+
+    options: tuple[Codec, ...]
+
+    def __init__(self, *options: Codec) -> None:
+        if not options or not all(isinstance(x, Stage | Chain) for x in options):
+            cause = "put ErrorFeedback around the choice"
+            bound = "at least one codec, each bare or a Chain"
+            refuse("options", options, bound, cause)
+        object.__setattr__(self, "options", options)
+
+    @property
+    def stages(self) -> tuple[type[Stage], ...]:
+        """Those of the first."""
+        return self.options[0].stages
+
+    @property
+    def accepted(self) -> frozenset[tuple[type[Stage], ...]]:
+        """Those of all."""
+        return frozenset(option.stages for option in self.options)
+
+    @property
+    def within_received(self) -> bool:  # type: ignore[override]
+        """Whether any is."""
+        return any(option.within_received for option in self.options)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether all are."""
+        return all(option.lossless for option in self.options)
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether all are."""
+        return all(option.unbiased for option in self.options)
+
+    def at(self, server_round: int) -> "AnyOf":
+        """Return the choice among the codecs of a round."""
+        options = tuple(option.at(server_round) for option in self.options)
+        return self if all(map(is_, options, self.options)) else AnyOf(*options)
+
+    def write(self, arrays: Arrays, sending: Sending) -> Written:
+        """Write as the first does."""
+        return self.options[0].write(arrays, sending)
 
 
 class Sent(NamedTuple):

@@ -9,11 +9,12 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from rounded import Rounded
 
-from flower_ext.client.encoding import encoded
+from flower_ext.client.encoding import encoded, upload
 from flower_ext.client.seeds import random_seed
 from flower_ext.core.arrays import from_record, to_record
+from flower_ext.core.schedules import Decay
 from flower_ext.simulation import LocalGrid
-from flower_ext.wire import NF4, BFloat16, Chain, ErrorFeedback, TopK
+from flower_ext.wire import NF4, AnyOf, BFloat16, Chain, ErrorFeedback, Exact, TopK
 from flower_ext.wire.codec import is_encoded, seal
 from flower_ext.wire.messages import (
     DESCRIPTION_KEY,
@@ -252,6 +253,77 @@ def test_arrays_that_come_back_equal_are_one():
     assert dict(reply.content["tied"]) == {"b": "a"}
     found = sent(reply, TopK(0.4), arrays)
     assert found["a"].tolist() == [0, 5, 0] and found["b"].tolist() == [0, 0, 0]
+
+
+# A client's own choice ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        (NF4(), AnyOf(Exact(), NF4())),
+        (TopK(0.2), AnyOf(Exact(), TopK(0.5), NF4())),
+        (Chain(TopK(0.3), NF4()), AnyOf(Chain(TopK(0.5), NF4()))),
+        (TopK(0.2), TopK(0.6)),
+        (Rounded(5.0), AnyOf(Exact(), Rounded())),
+    ],
+)
+def test_a_client_chooses_among_what_the_server_reads(own, told, feedback):
+    states = []
+
+    def keep(message, context, call_next):
+        states.append(context.state)
+        return call_next(message, context)
+
+    told = ErrorFeedback(told) if feedback else told
+    [reply] = ask(app(keep, upload(own)), upload=told)
+    # What another client sends that the server told to take this codec.
+    as_told = ErrorFeedback(own) if feedback else own
+    [expected] = ask(app(encoded(Rounded)), upload=as_told)
+    assert bytes(reply.content["arrays"]["<binary>"].data) == bytes(
+        expected.content["arrays"]["<binary>"].data
+    )
+    # Whether anything is kept is the server's to say.
+    assert ("personal/upload-residual" in states[0]) == feedback
+
+
+def test_a_choice_has_a_schedule_and_an_evaluation_needs_none():
+    made = app(upload(TopK(Decay(0.8, 0.5))))
+    replies = ask(made, upload=AnyOf(NF4(), TopK(1)), rounds=(1, 2, 3))
+    sizes = [np.count_nonzero(sent(r, TopK(1))["b"]) for r in replies]
+    sizes = [
+        n + np.count_nonzero(sent(r, TopK(1))["a"])
+        for n, r in zip(sizes, replies, strict=True)
+    ]
+    assert sizes == [8, 4, 2]
+    [reply] = ask(made, download=NF4(), kind="evaluate")
+    assert set(reply.content) == {"metrics"}
+
+
+@pytest.mark.parametrize(
+    ("own", "told", "reason"),
+    [
+        (NF4(), AnyOf(Exact(), TopK(0.5)), r"\['Exact', 'TopK of Exact'\]: its strat"),
+        (NF4(), ErrorFeedback(BFloat16()), r"what the server reads, \['BFloat16'\]"),
+        (TopK(0.5), Chain(TopK(0.5), NF4()), r"\['TopK of NF4'\]"),
+        (NF4(), None, "plain arrays only: its strategy needs upload=AnyOf"),
+        (TopK(0.5), TopK(0.5, within_received=True), "needs the client half"),
+        (TopK(Decay(0.5, 0.5)), AnyOf(Rounded(), TopK(1)), r"codecs=\[Rounded\]"),
+    ],
+)
+def test_a_choice_that_the_server_cannot_read_is_refused(own, told, reason):
+    seen = []
+    [reply] = ask(app(upload(own), seen=seen), upload=told)
+    assert re.search(reason, reply.error.reason) and seen == []
+
+
+@pytest.mark.parametrize(
+    "bad", [ErrorFeedback(NF4()), NF4, TopK(0.5, within_received=True), AnyOf(NF4())]
+)
+def test_what_is_no_choice(bad):
+    with pytest.raises(ValueError, match="error feedback is for the server to ask"):
+        upload(bad)
 
 
 def test_description_takes_few_bytes_and_bounded_memory():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from rounded import Rounded
 from torch import nn
 
@@ -22,7 +23,7 @@ from flower_ext import (
     Tracker,
     client_app,
 )
-from flower_ext.client.encoding import encoded
+from flower_ext.client.encoding import encoded, upload
 from flower_ext.client.task import Task
 from flower_ext.core.arrays import from_record, norm, to_record
 from flower_ext.core.protocol import Reply, Round
@@ -31,10 +32,11 @@ from flower_ext.core.schedules import Decay
 from flower_ext.privacy import Mechanism, SiloPrivacy
 from flower_ext.server.rounds import EveryClientFailed
 from flower_ext.server.tracking import read_metrics
-from flower_ext.simulation import LocalGrid, PackedGrid
+from flower_ext.simulation import LocalGrid, PackedGrid, packed
 from flower_ext.strategies import FLASC, FLASCClient
 from flower_ext.wire import (
     NF4,
+    AnyOf,
     BFloat16,
     Chain,
     Described,
@@ -612,6 +614,70 @@ def test_a_loop_with_the_mod_serves_any_strategy():
     found = from_record(result.arrays)
     # Ties of ones: the first two of five coordinates, in the order of the names sent.
     assert found["w"].tolist() == [2, 3, 3, 4] and found["v"].tolist() == [0.5]
+
+
+def over_the_wire(message, context, call_next):
+    """Make every content of the bytes that Flower sends."""
+    message.content = recorddict_from_proto(recorddict_to_proto(message.content))
+    reply = call_next(message, context)
+    reply.content = recorddict_from_proto(recorddict_to_proto(reply.content))
+    return reply
+
+
+@pytest.mark.parametrize("mod", [encoded(), upload(Chain(TopK(0.5), Exact()))])
+@pytest.mark.parametrize("packs", [False, True])
+def test_an_app_of_flowers_own_sends_less_by_one_mod_and_one_argument(mod, packs):
+    """Its functions know nothing of it; over messages it is the same to the bit."""
+    start = {"w": np.float32([1, 2, 3, 4]), "v": np.float32([0.5, 0.0])}
+    mods = [over_the_wire, packed, mod] if packs else [over_the_wire, mod]
+    grid = LocalGrid(loop(*mods), 2 if packs else 3)
+    if packs:
+        grid = PackedGrid(grid, num_clients=3, transport="messages")
+    strategy = AdditiveStrategy(upload=TopK(0.5), fraction_evaluate=0.0, **ANY)
+    result = strategy.start(grid, to_record(start), num_rounds=2)
+    assert result.train_metrics_clientapp[2]["num-replies"] == 3
+    found = from_record(result.arrays)
+    # Of equal changes the first three of the six travel.
+    assert found["w"].tolist() == [3, 4, 5, 4] and found["v"].tolist() == [0.5, 0]
+
+
+def test_each_client_sends_as_it_chose():
+    start = {"w": np.float32([0, 0, 0, 0])}
+    choices = (Exact(), TopK(0.5), Chain(TopK(0.25), NF4()), None)
+
+    def choose(message, context, call_next):
+        own = choices[context.node_config["partition-id"]]
+        return (upload(own) if own else encoded())(message, context, call_next)
+
+    strategy = AdditiveStrategy(
+        upload=AnyOf(*filter(None, choices)), fraction_evaluate=0.0, **ANY
+    )
+    grid = LocalGrid(loop(choose), 4)
+    messages = list(strategy.configure_train(1, to_record(start), ConfigRecord(), grid))
+    replies = list(grid.send_and_receive(messages))
+    assert [num_values(r.content["arrays"]) for r in replies] == [4, 2, 1, 4]
+    found, metrics = strategy.aggregate_train(1, replies)
+    assert metrics["num-replies"] == 4
+    assert from_record(found)["w"].tolist() == [1, 0.75, 0.5, 0.5]
+
+
+def test_what_the_server_did_not_name_is_not_decoded(reply, aggregate, caplog):
+    """Though it is a codec that it knows."""
+    caplog.set_level("WARNING", logger="flwr")
+    sent = {"w": np.zeros(2, np.float32)}
+    contents = [reply(), reply()]
+    for content, codec in zip(contents, (NF4(), BFloat16()), strict=True):
+        content["arrays"] = codec.encode({"w": np.float32([1, -1])})
+    strategy = AdditiveStrategy(upload=AnyOf(Exact(), BFloat16()), **ANY)
+    new, metrics = aggregate(strategy, sent, contents)
+    assert (metrics["num-replies"], metrics["num-dropped"]) == (1, 1)
+    assert new["w"].tolist() == [1, -1] and "was asked for" in caplog.text
+
+
+@pytest.mark.parametrize("options", [(), (NF4,), (ErrorFeedback(NF4()),), (AnyOf,)])
+def test_a_choice_is_among_codecs(options):
+    with pytest.raises(ValueError, match="each bare or a Chain"):
+        AnyOf(*options)
 
 
 @pytest.mark.parametrize(
