@@ -41,12 +41,12 @@ class Resources:
 
 @dataclass
 class Machine:
-    """One node of Ray: what is free on it.
+    """One machine: what is free on it.
 
     Parameters
     ----------
     name : str
-        Ray's id of the node.
+        Of a node of Ray, its id.
     cpus : float
         CPUs; infinite if somebody else counts them.
     gpus : list of float
@@ -123,7 +123,7 @@ def require_room(machines: Sequence[Machine], clients: Mapping[Resources, int]) 
     Parameters
     ----------
     machines : sequence of Machine
-        Those of Ray.
+        Those that there are.
     clients : Mapping[Resources, int]
         One client for each of the resources that are asked for.
     """
@@ -132,6 +132,5 @@ def require_room(machines: Sequence[Machine], clients: Mapping[Resources, int]) 
         if all(machine.empty().place(resources) is None for machine in machines):
             have = "; ".join(map(str, machines)) or "there is none"
             raise ValueError(
-                f"client {client} needs {resources}, more than any machine of this Ray "
-                f"has: {have}"
+                f"client {client} needs {resources}, more than any machine has: {have}"
             )

@@ -16,7 +16,7 @@ The strategy and the ClientApp stay as they are.
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 from flwr.app import Message, UserConfig
 from flwr.clientapp import ClientApp
@@ -31,11 +31,14 @@ from flower_ext.simulation.direct_transport import DirectTransport
 from flower_ext.simulation.local import LocalGrid
 from flower_ext.simulation.machines import ClientResources
 from flower_ext.simulation.message_transport import MessageTransport
-from flower_ext.simulation.ray_transport import RayTransport
+from flower_ext.simulation.process_workplace import ProcessWorkplace, is_possible
+from flower_ext.simulation.ray_session import is_there
+from flower_ext.simulation.ray_workplace import RayWorkplace
 from flower_ext.simulation.setting import STATE_MEMORY, Setting
 from flower_ext.simulation.transport import Transport
+from flower_ext.simulation.worker_transport import WorkerTransport
 
-TransportName = Literal["auto", "ray", "messages"]
+TransportName = Literal["auto", "ray", "processes", "messages"]
 
 
 class PackedGrid(BaseGrid):
@@ -50,18 +53,20 @@ class PackedGrid(BaseGrid):
     Parameters
     ----------
     grid : Grid, optional
-        Flower's, as handed to the ServerApp. Without it Ray is used, and started if it
-        does not run: for plain scripts.
+        Flower's, as handed to the ServerApp; none in plain scripts.
     num_clients : int
         Number of logical clients.
     client_app : ClientApp or str
         The ClientApp, or its import string ``"package.module:app"``. Flower's messages
         go to the ClientApp of the nodes, which needs the mod ``packed``.
-    transport : {"auto", "ray", "messages"}
-        How clients are reached: in Ray actors of the grid's own, or by Flower's
-        messages to its nodes. ``"auto"`` takes Ray in Flower's simulations and in
-        scripts, and messages in deployments. In ``run_local`` it takes neither: with
-        a ``client_app``, clients run in this process.
+    transport : {"auto", "ray", "processes", "messages"}
+        How clients are reached: in Ray actors of the grid's own, on all machines of the
+        Ray that runs or in one that is started; in processes of this machine alone,
+        which start faster and answer sooner (Linux); or by Flower's messages to its
+        nodes. ``"auto"`` takes Ray in Flower's simulations, and in scripts where Ray
+        runs or ``RAY_ADDRESS`` names one; processes in all other scripts; messages in
+        deployments. In ``run_local`` it takes none of them: with a ``client_app``,
+        clients run in this process.
     run_config : dict, optional
         What clients find in ``context.run_config``; hand on the server's. With
         messages they find their node's.
@@ -70,16 +75,16 @@ class PackedGrid(BaseGrid):
         allow. With messages, Flower's nodes are the workers.
     resources : Mapping or callable
         CPUs and GPUs of a client, ``{"num_cpus": 1, "num_gpus": 0.25}``, or a function
-        ``(partition_id, run_config)`` that returns them. Ray chooses the GPU, and
-        writes its number into the worker's ``CUDA_VISIBLE_DEVICES``. With messages,
-        see the mod ``resources``.
+        ``(partition_id, run_config)`` that returns them. The GPU is chosen for the
+        worker, in whose ``CUDA_VISIBLE_DEVICES`` it is. With messages, see the mod
+        ``resources``.
     client_timeout : float, optional
         Seconds a client may take; one that takes longer is stopped, which is its error.
     num_examples : sequence of float, optional
         Sizes of the clients, so that the largest begin first from the first round on;
         by default, sizes are learned from the ``num-examples`` that clients report.
     partial_sums : bool (default: True)
-        In Ray actors, for strategies that are sums: replies are added up where they are
+        In workers, for strategies that are sums: replies are added up where they are
         made, so that what travels, and the server's memory, do not grow with the
         cohort. The same numbers are added, in float64, in another order: the last bit
         may differ, but not between runs with as many workers.
@@ -121,7 +126,7 @@ class PackedGrid(BaseGrid):
         state_memory: int = STATE_MEMORY,
     ) -> None:
         whole("num_clients", num_clients, 1)
-        one_of("transport", transport, ("auto", "ray", "messages"))
+        one_of("transport", transport, get_args(TransportName))
         if num_workers is not None:
             whole("num_workers", num_workers, 1)
         if client_timeout is not None:
@@ -194,11 +199,16 @@ def _transport(name: TransportName, grid: Grid | None, setting: Setting) -> Tran
         # A ServerApp in ``run_local`` gets a grid of this process: so are its clients.
         if isinstance(grid, LocalGrid) and setting.client_app is not None:
             return DirectTransport(setting)
-        name = "ray" if grid is None or in_simulation(grid) else "messages"
-    if name == "ray":
+        if grid is None:
+            name = "ray" if is_there() or not is_possible() else "processes"
+        else:
+            name = "ray" if in_simulation(grid) else "messages"
+    if name != "messages":
         if setting.client_app is None:
             refuse("client_app", None, "a ClientApp or its import string")
-        return RayTransport(grid, setting)
+        in_ray = name == "ray"
+        place = RayWorkplace(grid, setting) if in_ray else ProcessWorkplace(setting)
+        return WorkerTransport(place, setting)
     if grid is None:
         refuse("grid", None, "Flower's grid", "messages need its nodes")
     in_reach = in_simulation(grid) or is_fixed(grid)

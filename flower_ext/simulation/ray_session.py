@@ -1,5 +1,7 @@
 """The Ray that workers run in: Flower's, that of this process, or a new one."""
 
+import os
+import sys
 import time
 from logging import ERROR, INFO
 
@@ -7,6 +9,13 @@ from flower_ext._flower import log
 from flower_ext.simulation.policy import START_SECONDS
 
 _ENGINE_SECONDS = 120.0  # Flower's engine takes 5 to 20 s to start Ray
+
+
+def is_there() -> bool:
+    """Whether this process is connected to Ray, or told where one is."""
+    ray = sys.modules.get("ray")
+    named = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+    return named or (ray is not None and bool(ray.is_initialized()))
 
 
 def connect(inside: bool) -> bool:

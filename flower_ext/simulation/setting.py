@@ -1,7 +1,7 @@
 """What all virtual clients of a grid have in common."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flwr.app import Context, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
@@ -53,6 +53,18 @@ class Setting:
     def num_clients(self) -> int:
         """Number of virtual clients."""
         return len(self.nodes)
+
+    def pickled(self) -> bytes:
+        """Return it as workers read it, with what a script defines.
+
+        Workers are told how to run a client, not where: a function of the user's that
+        says so may not even be picklable.
+        """
+        import cloudpickle
+
+        told = replace(self, resources={}, num_examples=None)
+        pickled: bytes = cloudpickle.dumps(told)
+        return pickled
 
     def context(self, client: int, state: RecordDict) -> Context:
         """Make the context of a client.

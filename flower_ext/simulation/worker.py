@@ -3,10 +3,11 @@
 import ctypes
 import gc
 import os
+import pickle
 import sys
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
 from flwr.app import Error
 from flwr.clientapp import ClientApp
@@ -118,8 +119,15 @@ class Broadcast:
     summand: Summand | None
 
 
+class Shared(Protocol):
+    """Where a :class:`Broadcast` was put."""
+
+    def read(self) -> Broadcast:
+        """Return it; in a worker."""
+
+
 class Worker:
-    """Runs packs of virtual clients, in a Ray actor.
+    """Runs packs of virtual clients, in a process of its own.
 
     The ClientApp is loaded once, and so are the modules that it imports: what they
     keep at module level, such as a data set, stays.
@@ -144,7 +152,7 @@ class Worker:
     def run(
         self,
         number: int,
-        broadcast: list[Any],
+        shared: Shared,
         jobs: list[WireJob],
         lent: dict[int, Kept],
         shelf: Shelf,
@@ -155,9 +163,8 @@ class Worker:
         ----------
         number : int
             Which broadcast this is: packs of a round share it, and it is read once.
-        broadcast : list
-            One reference to the :class:`Broadcast`; in a list, or Ray would fetch it
-            for every pack.
+        shared : Shared
+            Where that is.
         jobs : list of WireJob
             One for each client.
         lent : dict[int, Kept]
@@ -167,9 +174,7 @@ class Worker:
         """
         app = self.load()
         if number != self._number:
-            import ray
-
-            found: Broadcast = ray.get(broadcast[0])
+            found = shared.read()
             self._shared = [from_wire(wire) for wire in found.records]
             self._summand, self._number = found.summand, number
         into = PartialSum(self._summand) if self._summand else None
@@ -191,14 +196,12 @@ class Worker:
         """Load the ClientApp in the first call, with as many threads as CPUs."""
         if self._app is None:
             os.environ["OMP_NUM_THREADS"] = str(self._threads)  # torch reads it once
-            from ray import cloudpickle
-
             # Imports make very many objects that stay: no garbage is looked for
             # meanwhile, nor among them later.
             gc.disable()
             try:
                 # Only now: unpickling imports the module that has the app.
-                self._setting = cloudpickle.loads(self._pickled)
+                self._setting = pickle.loads(self._pickled)
                 app = load_client_app(self._setting.client_app)
             finally:
                 gc.freeze()

@@ -12,7 +12,7 @@ from ray import cloudpickle
 
 import flower_ext
 from flower_ext.runs.shadows import require_own
-from flower_ext.simulation.ray_pool import worker_class
+from flower_ext.simulation.ray_workplace import worker_class
 from flower_ext.simulation.setting import Setting
 
 
@@ -95,7 +95,7 @@ def test_workers_look_where_the_driver_looks(tmp_path):
         "from flwr.clientapp import ClientApp\napp=ClientApp()"
     )
     paths = [str(new), str(Path(flower_ext.__file__).parents[1]), *sys.path]
-    setting = cloudpickle.dumps(Setting("demo:app", range(1)))
+    setting = Setting("demo:app", range(1)).pickled()
     sent = tmp_path / "sent"
     sent.write_bytes(cloudpickle.dumps((worker_class(), setting, paths)))
     script = (

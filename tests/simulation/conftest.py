@@ -8,6 +8,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from flower_ext import AdditiveStrategy
+from flower_ext.simulation import process_workplace
 from flower_ext.simulation.local import LocalGrid, app_config
 
 _APP = str(Path(__file__).parent / "app")
@@ -50,6 +51,19 @@ def ask():
 def ray_if(cluster):
     """Start Ray for the transport that needs it."""
     return lambda transport: cluster() if transport == "ray" else None
+
+
+@pytest.fixture
+def four_gpus(ray_if, monkeypatch):
+    """Give Ray, or this process, four CPUs and four made-up GPUs."""
+
+    def give(transport):
+        ray_if(transport)
+        if transport == "processes":
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+            monkeypatch.setattr(process_workplace, "cpus_here", lambda: 4.0)
+
+    return give
 
 
 @pytest.fixture(scope="session")

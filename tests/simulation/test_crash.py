@@ -36,11 +36,12 @@ def play(folder, grid, moments, address):
     return log, json.loads("{" + found)
 
 
-# On Ray they are clients of Ditto, and round 12 is the first that is not saved.
-ROUNDS = {"local": 5, "ray": 20}
+# With workers they are clients of Ditto, and round 12 is the first that is not saved.
+ROUNDS = {"local": 5, "ray": 20, "processes": 20}
 KILLS = {
     "local": ["train:2:7", "flush:3:1", "flush:3:4", "rename:4", "renamed:4"],
     "ray": ["train:12:9"],
+    "processes": ["train:12:9"],
 }
 
 

@@ -107,7 +107,7 @@ def test_what_no_machine_has_is_refused_with_what_there_is():
     with pytest.raises(
         ValueError,
         match=re.escape(
-            "client 7 needs 1 CPUs and 2 GPUs, more than any machine of this Ray has: "
+            "client 7 needs 1 CPUs and 2 GPUs, more than any machine has: "
             "4 CPUs and 1 GPUs; 8 CPUs and 0 GPUs"
         ),
     ):

@@ -1,4 +1,4 @@
-"""The packed grid, the same whether messages, Ray actors or calls reach its clients."""
+"""The packed grid, the same however its clients are reached."""
 
 import random
 import time
@@ -24,13 +24,17 @@ def packed_grid(transport, app, num_clients=CLIENTS, **options):
     if transport == "direct":
         inner = LocalGrid(ClientApp(), 1)
         return PackedGrid(inner, num_clients=num_clients, client_app=app, **options)
-    options = {"num_workers": 2, **options}
+    options = {"num_workers": 2, "transport": transport, **options}
     return PackedGrid(num_clients=num_clients, client_app=app, **options)
 
 
 @pytest.fixture(
     scope="module",
-    params=["messages", "direct", pytest.param("ray", marks=pytest.mark.slow)],
+    params=[
+        "messages",
+        "direct",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ray", "processes")),
+    ],
 )
 def transport(request):
     """Name one transport after the other."""

@@ -1,4 +1,4 @@
-"""Ray actors that stay: what is in them, and the sums that they make."""
+"""Workers that stay: what is in them, and the sums that they make."""
 
 import threading
 
@@ -21,11 +21,17 @@ pytestmark = pytest.mark.slow
 INITIAL = ArrayRecord({"w": Array(np.zeros(3, np.float32))})
 
 
+@pytest.fixture(scope="module", params=["ray", "processes"])
+def options(request, ray_if):
+    """Return what makes a grid of two workers, in Ray and beside it."""
+    ray_if(request.param)
+    return {"num_workers": 2, "transport": request.param}
+
+
 @pytest.fixture(scope="module")
-def grid(cluster):
+def grid(options, importable):
     """Return a grid whose two workers serve all tests that harm none."""
-    cluster()
-    with PackedGrid(num_clients=12, client_app="virtual:app", num_workers=2) as grid:
+    with PackedGrid(num_clients=12, client_app="virtual:app", **options) as grid:
         yield grid
 
 
@@ -83,13 +89,12 @@ def test_what_contribution_raises_for_all_ends_the_run_with_the_reason(grid):
 
 
 def test_stacked_clients_are_in_one_pack_a_worker_and_end_as_alone(
-    cluster, monkeypatch, importable
+    options, monkeypatch, importable
 ):
     import small
 
-    cluster()
     config = {"batch-size": 8, "local-epochs": 2}
-    options = {"client_app": "small:stacked", "num_workers": 2, "run_config": config}
+    options = {"client_app": "small:stacked", "run_config": config, **options}
     packs = []
     with PackedGrid(num_clients=8, **options) as grid:
         send = grid.send_and_sum
