@@ -1,8 +1,9 @@
 """Seconds until the first round of a packed run is done, by phase and by process.
 
 FedAvg over the images of ``simulation.py`` with two workers, in a script and by
-``flwr run``. The two take turns, each run in processes of its own; printed are the
-medians. CPU seconds are those of the processes that live when the round is done.
+``flwr run``, as processes of the grid's own and in Ray. They take turns, each run in
+processes of its own; printed are the medians. CPU seconds are those of the processes
+that live when the round is done.
 """
 
 # ruff: noqa: E402  imports are timed
@@ -23,7 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-import ray  # noqa: F401  the grid would import it
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -32,18 +32,26 @@ from flower_ext.simulation import PackedGrid
 
 IMPORTED = time.time()
 HERE = Path(__file__).parent
-WAYS = ("script", "flwr run")
+#: With the transport of each.
+WAYS = {
+    "script": "processes",
+    "script, Ray": "ray",
+    "flwr run": "processes",
+    "flwr run, Ray": "ray",
+}
 PHASES = ("other processes", "imports", "grid", "model", "first round")
 #: What the command line of a process has in it; the first that fits counts.
 KINDS = {
     "SuperLink": "flower-super",
-    "workers": "ray::Worker",
+    "workers of Ray's": "ray::Worker",
+    "zygote and workers": ".zygote",
     "workers of Flower's": "ray::ClientAppActor",
     "agents of Ray's": "ray::",
     "processes of Ray's": "ray/",
 }
 SERVER = "server"
-STARTED, WRITTEN = "STARTUP_STARTED", "STARTUP_WRITTEN"  # in the environment
+# In the environment.
+STARTED, WRITTEN, WAY = "STARTUP_STARTED", "STARTUP_WRITTEN", "STARTUP_WAY"
 PYPROJECT = """
 [project]
 name = "startup"
@@ -72,7 +80,11 @@ def measure(grid: Grid | None) -> dict[str, float]:
     """Run a round; return the seconds of each phase and the CPU seconds by process."""
     times = [float(os.environ[STARTED]), BEGUN, IMPORTED]
     with PackedGrid(
-        grid, num_clients=1_000, client_app="_images:app", num_workers=2
+        grid,
+        num_clients=1_000,
+        client_app="_images:app",
+        num_workers=2,
+        transport=WAYS[os.environ[WAY]],  # type: ignore[arg-type]
     ) as clients:
         times.append(time.time())
         from _models import make_model
@@ -126,9 +138,10 @@ def run_apart(way: str) -> dict[str, float]:
             "RAY_ADDRESS": "local",
             "RAY_USAGE_STATS_ENABLED": "0",
             WRITTEN: f"{home}/found",
+            WAY: way,
         }
         command = [sys.executable, __file__, "--run"]
-        if way == "flwr run":
+        if way.startswith("flwr run"):
             folder = Path(home, "app")
             folder.mkdir()
             (folder / "pyproject.toml").write_text(PYPROJECT)
@@ -149,7 +162,7 @@ def run_apart(way: str) -> dict[str, float]:
 def main() -> None:
     """Measure all ways in turns and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=[*WAYS])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -166,7 +179,7 @@ def main() -> None:
 def print_tables(found: dict[str, list[dict[str, float]]]) -> None:
     """Print the medians of the phases, and of the CPU seconds."""
     for title, keys in (("seconds", PHASES), ("CPU seconds", (SERVER, *KINDS))):
-        print(f"\n{title:24}" + "".join(f"{way:>10}" for way in found))
+        print(f"\n{title:24}" + "".join(f"{way:>14}" for way in found))
         for key in keys:
             print_row(
                 key, [[row.get(key, 0.0) for row in rows] for rows in found.values()]
@@ -180,7 +193,7 @@ def print_tables(found: dict[str, list[dict[str, float]]]) -> None:
 
 def print_row(name: str, ways: Sequence[Sequence[float]]) -> None:
     """Print the median of each way."""
-    print(f"{name:24}" + "".join(f"{statistics.median(way):10.1f}" for way in ways))
+    print(f"{name:24}" + "".join(f"{statistics.median(way):14.1f}" for way in ways))
 
 
 if __name__ == "__main__":

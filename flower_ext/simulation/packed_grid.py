@@ -32,7 +32,7 @@ from flower_ext.simulation.local import LocalGrid
 from flower_ext.simulation.machines import ClientResources
 from flower_ext.simulation.message_transport import MessageTransport
 from flower_ext.simulation.process_workplace import ProcessWorkplace, is_possible
-from flower_ext.simulation.ray_session import is_there
+from flower_ext.simulation.ray_session import is_chosen
 from flower_ext.simulation.ray_workplace import RayWorkplace
 from flower_ext.simulation.setting import STATE_MEMORY, Setting
 from flower_ext.simulation.transport import Transport
@@ -63,10 +63,10 @@ class PackedGrid(BaseGrid):
         How clients are reached: in Ray actors of the grid's own, on all machines of the
         Ray that runs or in one that is started; in processes of this machine alone,
         which start faster and answer sooner (Linux); or by Flower's messages to its
-        nodes. ``"auto"`` takes Ray in Flower's simulations, and in scripts where Ray
-        runs or ``RAY_ADDRESS`` names one; processes in all other scripts; messages in
-        deployments. In ``run_local`` it takes none of them: with a ``client_app``,
-        clients run in this process.
+        nodes. ``"auto"`` takes messages in deployments; in Flower's simulations and in
+        scripts Ray, if ``RAY_ADDRESS`` names one or the script is connected to it, and
+        else processes. In ``run_local``, with a ``client_app``, clients run in this
+        process.
     run_config : dict, optional
         What clients find in ``context.run_config``; hand on the server's. With
         messages they find their node's.
@@ -199,10 +199,10 @@ def _transport(name: TransportName, grid: Grid | None, setting: Setting) -> Tran
         # A ServerApp in ``run_local`` gets a grid of this process: so are its clients.
         if isinstance(grid, LocalGrid) and setting.client_app is not None:
             return DirectTransport(setting)
-        if grid is None:
-            name = "ray" if is_there() or not is_possible() else "processes"
-        else:
-            name = "ray" if in_simulation(grid) else "messages"
+        name = "messages"
+        if grid is None or in_simulation(grid):
+            in_ray = is_chosen(grid) or not is_possible()
+            name = "ray" if in_ray else "processes"
     if name != "messages":
         if setting.client_app is None:
             refuse("client_app", None, "a ClientApp or its import string")

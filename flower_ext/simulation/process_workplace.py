@@ -42,6 +42,9 @@ from flower_ext.simulation.zygote import ANSWER, END, LOADED, START, Mapped
 # What is loaded before workers are forked, with all of their parts that this process
 # has loaded: they take seconds, and start no threads.
 _LARGE = {"flower_ext", "flwr", "opacus", "peft", "sklearn", "torch", "transformers"}
+# What a client needs, whether or not this process does. The first optimizer imports
+# torch's compiler.
+_ALWAYS = ("flower_ext.simulation.worker", "torch", "torch._dynamo")
 _HERE = "this machine"
 # Where NVIDIA's and AMD's drivers are.
 _DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
@@ -57,11 +60,11 @@ class _Zygote:
 
     def __init__(self, threads: int) -> None:
         ours, its = socket.socketpair()
-        names = [name for name in sys.modules if name.partition(".")[0] in _LARGE]
+        here = [name for name in sys.modules if name.partition(".")[0] in _LARGE]
         code = (
             f"import sys; sys.path[:] = {_paths()!r}\n"
             "from flower_ext.simulation.zygote import serve\n"
-            f"serve({its.fileno()}, {['flower_ext.simulation.worker', *names]!r})"
+            f"serve({its.fileno()}, {[*_ALWAYS, *here]!r})"
         )
         # Libraries read this when they are loaded. In a session of its own it is not
         # interrupted from the keyboard: the server stops workers as it ends.

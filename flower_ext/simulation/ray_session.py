@@ -5,17 +5,23 @@ import sys
 import time
 from logging import ERROR, INFO
 
-from flower_ext._flower import log
+from flwr.serverapp import Grid
+
+from flower_ext._flower import in_simulation, log
 from flower_ext.simulation.policy import START_SECONDS
 
 _ENGINE_SECONDS = 120.0  # Flower's engine takes 5 to 20 s to start Ray
 
 
-def is_there() -> bool:
-    """Whether this process is connected to Ray, or told where one is."""
+def is_chosen(grid: Grid | None) -> bool:
+    """Whether a user has named a Ray or, in a script, connected to one.
+
+    Inside Flower's engine, this process is always connected to the engine's own.
+    """
     ray = sys.modules.get("ray")
+    connected = ray is not None and bool(ray.is_initialized())
     named = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
-    return named or (ray is not None and bool(ray.is_initialized()))
+    return named or (connected and not in_simulation(grid))
 
 
 def connect(inside: bool) -> bool:
