@@ -3,12 +3,12 @@
 Measures rounds of FedAvg of 10, 100 and 1,000 clients, over random images and texts,
 against a bare PyTorch loop in the same run; checks that clients use the device, that
 memory fits the plan, and that a round gives what it gives on the CPU, to the tolerances
-below. Workers that share the GPU are measured last, where Ray is installed. At most six
-minutes, no downloads; exit code 1 if a check fails. ``--device cpu --small`` runs all
-of it in small anywhere.
+below. Workers that share the GPU are measured last; they are processes, which needs
+Linux, and no Ray. At most six minutes, no downloads; exit code 1 if a check fails.
+``--device cpu --small`` runs all of it in small.
 
-Beside torch it needs the wheels of flwr and safetensors; for the adapter of a
-transformer those of transformers and peft, for workers that of ray.
+Beside torch it needs the wheels of flwr, cloudpickle and safetensors, and for the
+adapter of a transformer those of transformers and peft.
 """
 
 import argparse
@@ -218,7 +218,7 @@ def one_process(size: Size, device: torch.device) -> dict[tuple[str, int], float
 def workers(
     size: Size, device: torch.device, bare: dict[tuple[str, int], float]
 ) -> list[str]:
-    """Time clients in Ray workers that share the device; return what is wrong."""
+    """Time clients in workers that share the device; return what is wrong."""
     problems: list[str] = []
     clients = size.clients[min(1, len(size.clients) - 1)]
     for model in size.models:
@@ -250,6 +250,7 @@ def _workers(
         run_config=settings(size, model),
         num_workers=number,
         resources=need,
+        transport="processes",
     ) as grid:
         print(f"{model}, {number} workers with a share of 1/{number}, {how}:")
         if how != "stacked":
@@ -342,11 +343,7 @@ def _all(size: Size, device: torch.device, small: bool) -> list[str]:
     bare = one_process(few, device)
     problems += equality(size, small)
     bare |= one_process(many, device)
-    if find_spec("ray"):
-        problems += workers(size, device, bare)
-    else:
-        print("Ray is not installed: no workers")
-    return problems
+    return problems + workers(size, device, bare)
 
 
 def main() -> int:

@@ -238,8 +238,8 @@ def _start(case: Case, clock: Clock, base: type, grid: object) -> None:
     )
 
 
-def packed_ray(case: Case, clock: Clock, system: str) -> None:
-    """Run ours, over Ray actors."""
+def packed(case: Case, clock: Clock, system: str) -> None:
+    """Run ours, in processes of the grid's own."""
     from flower_ext import AdditiveStrategy
     from flower_ext.simulation import PackedGrid
 
@@ -296,7 +296,7 @@ def run_here(system: str, case: Case) -> None:
     if system.startswith("bare"):
         bare(case, clock, int(system[-1]))
     elif system in (SUMS, "packed-replies", TASK, STACKED):
-        packed_ray(case, clock, system)
+        packed(case, clock, system)
     elif system == "packed-messages":
         from flower_ext.simulation import PackedGrid
 

@@ -324,7 +324,7 @@ def warnings(app: App, num_cpus: int, num_gpus: float) -> list[str]:
             )
         elif gpus and not resources.get("num-gpus", 0):
             found.append(
-                f"{where}: num-gpus=0, so that clients in Ray workers see none of the "
+                f"{where}: num-gpus=0, so that clients in workers see none of the "
                 f"{gpus} GPUs; a fraction lets several share one, see `python -m "
                 "flower_ext.simulation.gpus`"
             )

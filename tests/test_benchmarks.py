@@ -40,7 +40,10 @@ def run(gpu, monkeypatch, capsys):
     logger.setLevel(level)
 
 
-def require_everything_but_workers(printed):
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_in_small_without_ray(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    printed = run()
     assert len(re.findall(r"client \d: cpu, process \d+", printed)) >= 3
     timed = r"(\d) clients: bare loop [\d.]+ s, one by one [\d.]+ s, stacked [\d.]+ s"
     assert re.findall(timed, printed) == ["2", "3"]
@@ -49,25 +52,6 @@ def require_everything_but_workers(printed):
     alone = equal.format("one by one", r"0\.0e\+00")
     assert re.findall(alone, printed) == strategies
     assert re.findall(equal.format("stacked", r"\d\.\de[+-]\d+"), printed) == strategies
-
-
-def test_without_ray_the_gpu_benchmark_does_the_rest(gpu, run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    # Its second process runs in the test with Ray.
-    rounds = gpu.rounds_of_all(gpu.SMALL, gpu.app)
-    monkeypatch.setattr(
-        gpu.subprocess, "run", lambda command, check: gpu.save_file(rounds, command[5])
-    )
-    printed = run()
-    require_everything_but_workers(printed)
-    assert "Ray is not installed: no workers" in printed
-
-
-@pytest.mark.slow
-def test_the_gpu_benchmark_runs_in_small(run, cluster):
-    cluster()
-    printed = run()
-    require_everything_but_workers(printed)
     assert "2 workers with a share of 1/2, one by one" in printed
     assert "2 workers with a share of 1/2, stacked" in printed
     assert len(re.findall(r"s, ratio to the bare loop [\d.]+", printed)) == 2
@@ -99,6 +83,9 @@ def test_a_round_that_differs_from_the_cpu_is_a_failure(gpu, monkeypatch, capsys
     assert together.startswith("FLASC stacked differs from the CPU by ")
 
 
+ZYGOTE = "zygote and workers"
+
+
 @pytest.fixture
 def startup(monkeypatch):
     """The benchmark of the first round as a module."""
@@ -118,23 +105,24 @@ def test_processes_are_told_apart_by_their_command_lines(startup):
         f"{site}/ray/core/src/ray/raylet/raylet --x": "processes of Ray's",
         "ray::DashboardAgent": "agents of Ray's",
         "ray::ClientAppActor.run": "workers of Flower's",
-        "ray::Worker.run": "workers",
+        "ray::Worker.run": "workers of Ray's",
+        "python -c from flower_ext.simulation.zygote import serve": ZYGOTE,
     }
     assert {line: startup.kind(line.split()) for line in lines} == lines
 
 
 def test_medians_of_phases_are_printed_beside_their_sums(startup, capsys):
-    rows = [{"grid": x, "model": 1.0, "workers": 2 * x} for x in (3.0, 5.0, 100.0)]
+    rows = [{"grid": x, "model": 1.0, ZYGOTE: 2 * x} for x in (3.0, 5.0, 100.0)]
     startup.print_tables({"script": rows})
     printed = dict(re.findall(r"^(\S.*?) {2,}([\d.]+)$", capsys.readouterr().out, re.M))
-    assert printed["grid"] == "5.0" and printed["workers"] == "10.0"
+    assert printed["grid"] == "5.0" and printed[ZYGOTE] == "10.0"
     assert printed["imports"] == "0.0" and printed["sum"] == "10.0"  # of CPU seconds
 
 
 @pytest.mark.slow
-def test_the_first_round_is_timed_phase_by_phase(startup, cluster, monkeypatch):
-    cluster()
+def test_the_first_round_is_timed_phase_by_phase(startup, monkeypatch):
     begun = time.time()
+    monkeypatch.setenv(startup.WAY, "script")
     monkeypatch.setenv(startup.STARTED, str(begun))
     monkeypatch.setattr(startup, "BEGUN", begun + 0.25)
     monkeypatch.setattr(startup, "IMPORTED", begun + 0.75)
@@ -142,5 +130,5 @@ def test_the_first_round_is_timed_phase_by_phase(startup, cluster, monkeypatch):
     assert found["other processes"] == pytest.approx(0.25, abs=1e-5)
     assert found["imports"] == pytest.approx(0.5, abs=1e-5)
     assert sum(found[phase] for phase in startup.PHASES) < time.time() - begun
-    # Two workers each import torch, which takes a second of a CPU at least.
-    assert found["workers"] > 2 and found["processes of Ray's"] > 0
+    # The zygote imports torch, which takes a second of a CPU at least.
+    assert found[ZYGOTE] > 1
