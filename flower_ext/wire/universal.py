@@ -228,7 +228,9 @@ class UniversalCode(ValueCode):
         elif mode == _ZEROS:
             values = np.zeros(count, dtype)
         elif mode & ~_ENTROPY in (_ROUNDED, _DITHERED):
-            values = _read_integers(reader, mode, count, _working(dtype)).astype(dtype)
+            values = _read_integers(reader, mode, count, _working(dtype))
+            with np.errstate(over="ignore"):
+                values = values.astype(dtype)
         else:
             raise ValueError(f"{mode} is no way to code values")
         if reader.left:

@@ -133,7 +133,8 @@ class BFloat16(ValueCode):
     def decode_values(cls, data: Buffer, count: int, dtype: np.dtype) -> NDArray:
         """Return the numbers in an array's own precision."""
         wide = np.frombuffer(data, "<u2", count).astype(np.uint32) << 16
-        return wide.view(np.float32).astype(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return wide.view(np.float32).astype(dtype)
 
 
 @lru_cache(maxsize=1)
@@ -186,9 +187,9 @@ class NF4(ValueCode):
         scale = np.frombuffer(data, "<f4", blocks)
         packed = np.frombuffer(data, np.uint8, offset=4 * blocks)
         codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:count]
-        with np.errstate(invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             values = nf4_levels()[codes] * np.repeat(scale, _BLOCK)[:count]
-        return np.asarray(values, dtype)
+            return np.asarray(values, dtype)
 
 
 #: The codes by the words that strategies take for them.

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from flower_ext import AdditiveStrategy
 from flower_ext.simulation import process_workplace
 from flower_ext.simulation.local import LocalGrid, app_config
 
@@ -73,15 +72,13 @@ def plain_clients():
     sys.path.insert(0, folder)
     try:
         from packed_app.client_app import app
-        from packed_app.server_app import collect
+        from packed_app.server_app import strategy
     finally:
         sys.path.remove(folder)
 
-    def run(num_rounds):
-        result = AdditiveStrategy(
-            fraction_train=0.5, fraction_evaluate=0.0, train_metrics_aggr_fn=collect
-        ).start(
-            LocalGrid(app, 30, app_config(folder)),
+    def run(num_rounds, *, codecs=False):
+        result = strategy(codecs).start(
+            LocalGrid(app, 30, {**app_config(folder), "codecs": codecs}),
             ArrayRecord({"w": Array(np.zeros(4, np.float32))}),
             num_rounds=num_rounds,
         )

@@ -177,7 +177,7 @@ def started(deployment, tmp_path_factory):
     its results are.
     """
     folder = tmp_path_factory.mktemp("results")
-    packed = {"transports": "auto", "rounds": 2}
+    packed = {"transports": "auto", "rounds": 2, "codecs": True}
     dpftrl = {
         "mechanisms": "tree",
         "epsilons": "8",
@@ -208,11 +208,13 @@ def started(deployment, tmp_path_factory):
 
 
 def test_virtual_clients_live_where_their_node_says(started, plain_clients):
+    """Their arrays travel encoded both ways, and error feedback stays with them."""
     end, file = started["flower_app"]
     log = end()
     assert file.exists(), log
     found = json.loads(file.read_text("utf-8"))["auto"]
-    expected = plain_clients(2)
+    expected = plain_clients(2, codecs=True)
+    assert expected["w"] != plain_clients(2)["w"]
     assert {key: found[key] for key in expected} == expected
 
 

@@ -5,32 +5,22 @@ from functools import partial
 
 import numpy as np
 import pytest
+from every_codec import EVERY_CODEC
 
 from flower_ext.core.replies import MalformedReply
 from flower_ext.testing import ConformanceError, check_codec
 from flower_ext.wire import (
-    DRIVE,
-    EDEN,
     NF4,
-    QSGD,
-    AnyOf,
     BFloat16,
     Chain,
     Codec,
     Described,
     ErrorFeedback,
     Exact,
-    FixedMask,
-    OneBit,
-    RandomK,
     Selection,
     Sending,
-    TernGrad,
-    ThreeLC,
     TopK,
-    UniversalCode,
     ValueCode,
-    Voted,
 )
 from flower_ext.wire.codec import PAYLOAD, num_values
 from flower_ext.wire.registry import (
@@ -153,47 +143,7 @@ class Uniform(Selection):
 
 
 TABLE = {
-    "exact": Exact,
-    "bfloat16": BFloat16,
-    "nf4": NF4,
-    "universal": partial(UniversalCode, 0.5),
-    "universal of all": partial(UniversalCode, 0.5, scope="global"),
-    "universal by entropy": partial(UniversalCode, 0.5, coding="entropy"),
-    "top-k": partial(TopK, 0.3),
-    "top-k of each": partial(TopK, 0.3, "tensor", dense=()),
-    "top-k of everything": partial(TopK, 1.0),
-    "top-k of nothing": partial(TopK, 0.0),
-    "top-k, schedule": partial(TopK, lambda server_round: 0.5 / server_round),
-    "top-k of what was received": partial(TopK, 0.3, within_received=True),
-    "qsgd": QSGD,
-    "qsgd, fixed width": partial(QSGD, 3, bucket=4),
-    "qsgd of few": partial(QSGD, 2),
-    "qsgd of many": partial(QSGD, 8),
-    "terngrad": TernGrad,
-    "3lc": ThreeLC,
-    "3lc, sparser": partial(ThreeLC, 1.9),
-    "one bit": OneBit,
-    "one bit, small buckets": partial(OneBit, 7),
-    "drive": DRIVE,
-    "eden": partial(EDEN, 4, unbiased=False),
-    "eden, less than a bit": partial(EDEN, 0.5),
-    "chain of eden": lambda: Chain(TopK(0.5), EDEN(2)),
-    "random-k": partial(RandomK, 0.3),
-    "random-k, rescaled": partial(RandomK, 0.3, rescaled=True),
-    "random-k of everything": partial(RandomK, 1),
-    "random-k, schedule": partial(RandomK, lambda server_round: 0.5 / server_round),
-    "masks": partial(FixedMask, {}),
-    "chain of two": lambda: Chain(TopK(0.3), NF4()),
-    "chain of one": lambda: Chain(BFloat16()),
-    "chain of three": lambda: Chain(TopK(0.5), TopK(0.5, "tensor"), BFloat16()),
-    "chain of a quantizer": lambda: Chain(TopK(0.3), TernGrad()),
-    "chain of draws": lambda: Chain(RandomK(0.5, rescaled=True), QSGD(4)),
-    "chain of two choices": lambda: Chain(RandomK(0.5), TopK(0.5), ThreeLC()),
-    "feedback of one bit": lambda: ErrorFeedback(OneBit()),
-    "feedback": lambda: ErrorFeedback(Chain(TopK(0.1), NF4())),
-    "voted": lambda: Voted(TopK(0.3), Chain(TopK(0.3), NF4()), tradeoff=0.1, chosen=1),
-    "any of two": lambda: AnyOf(TopK(lambda n: 0.3 / n), Chain(TopK(0.3), NF4())),
-    "described": lambda: Described(NF4()),
+    **EVERY_CODEC,
     "own code": Levels,
     "own draws": Uniform,
     "own draws in a chain": lambda: Chain(TopK(0.5), Uniform(), Levels()),
@@ -206,6 +156,18 @@ UNTOLD = {"masks"}
 @pytest.mark.parametrize("name", TABLE)
 def test_conformance(name):
     check_codec(TABLE[name], told=name not in UNTOLD)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_zeros_stay_zeros_and_one_number_is_one(name):
+    codec = TABLE[name]().at(1)
+    zeros = {"w": np.zeros((20, 30), np.float32), "b": np.zeros(1), "c": np.float32(0)}
+    found = codec.decode(codec.encode(zeros), zeros)
+    assert not any(x.any() for x in found.values())
+    for one in (np.float32(-3), np.float64([2e-9]), np.float16([[5]]), np.int8([-7])):
+        back = codec.decode(codec.encode({"w": one}), {"w": one})["w"]
+        assert back.dtype == one.dtype and back.shape == one.shape
+        assert np.isfinite(back).all() and np.abs(back) <= 4 * np.abs(one)
 
 
 def test_every_codec_is_in_the_table():

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,21 @@ from flwr.clientapp import ClientApp
 import flower_ext
 from flower_ext.simulation import packed
 
-app = ClientApp(mods=[packed])
+
+def coded(
+    message: Message,
+    context: Context,
+    call_next: Callable[[Message, Context], Message],
+) -> Message:
+    """Decode and encode where the server does; without, nobody waits for torch."""
+    if not context.run_config["codecs"]:
+        return call_next(message, context)
+    from flower_ext.client.encoding import encoded
+
+    return encoded()(message, context, call_next)
+
+
+app = ClientApp(mods=[packed, coded])
 
 
 def _end(context: Context, config: ConfigRecord) -> None:

@@ -12,8 +12,13 @@ from flwr.serverapp import Grid, ServerApp
 import flower_ext
 from flower_ext import AdditiveStrategy
 from flower_ext.simulation import PackedGrid
+from flower_ext.wire import EDEN, NF4, Described, ErrorFeedback
 
 app = ServerApp()
+CODECS = {
+    "download": Described(NF4()),
+    "upload": ErrorFeedback(EDEN(2, unbiased=False)),
+}
 
 
 def collect(replies: list[RecordDict], weighted_by_key: str) -> MetricRecord:
@@ -21,6 +26,16 @@ def collect(replies: list[RecordDict], weighted_by_key: str) -> MetricRecord:
     metrics = [reply["metrics"] for reply in replies]
     return MetricRecord(
         {key: [record[key] for record in metrics] for key in ("visits", "pid")}
+    )
+
+
+def strategy(coded: bool) -> AdditiveStrategy:
+    """Return the strategy, perhaps with codecs both ways."""
+    return AdditiveStrategy(
+        fraction_train=0.5,
+        fraction_evaluate=0.0,
+        train_metrics_aggr_fn=collect,
+        **(CODECS if coded else {}),
     )
 
 
@@ -43,11 +58,8 @@ def main(grid: Grid, context: Context) -> None:
             run_config=context.run_config,
             transport=transport,
         )
-        strategy = AdditiveStrategy(
-            fraction_train=0.5, fraction_evaluate=0.0, train_metrics_aggr_fn=collect
-        )
         begun = time.monotonic()
-        result = strategy.start(
+        result = strategy(bool(context.run_config["codecs"])).start(
             grid=clients,
             initial_arrays=ArrayRecord({"w": Array(np.zeros(4, np.float32))}),
             num_rounds=int(context.run_config["rounds"]),
