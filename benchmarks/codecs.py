@@ -15,6 +15,7 @@ from flower_ext.wire import (
     Codec,
     FixedMask,
     RandomK,
+    Rows,
     Sending,
     Stage,
     TopK,
@@ -24,7 +25,8 @@ from flower_ext.wire.codec import PAYLOAD
 from flower_ext.wire.masks import largest
 from flower_ext.wire.registry import CODECS
 
-SIZE, DENSITY, LIMIT, REPEATS = 10_000_000, 1 / 64, 4.0, 5
+ROWS, COLUMNS, DENSITY, LIMIT, REPEATS = 10_000, 1_000, 1 / 64, 4.0, 5
+SIZE = ROWS * COLUMNS
 
 
 def codecs(x: np.ndarray) -> list[Codec]:
@@ -34,6 +36,7 @@ def codecs(x: np.ndarray) -> list[Codec]:
         FixedMask: [FixedMask({"w": largest(x, int(DENSITY * x.size))})],
         TopK: [TopK(DENSITY)],
         RandomK: [RandomK(DENSITY)],
+        Rows: [Rows(DENSITY), Rows(DENSITY, "norm"), Rows(DENSITY, "largest")],
         UniversalCode: [UniversalCode(1.0), UniversalCode(1.0, coding="entropy")],
     }
     stages = [cls for cls in CODECS if issubclass(cls, Stage)]
@@ -48,11 +51,11 @@ def both(codec: Codec, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def main() -> None:
     """Measure each codec in turn with ``torch.topk``."""
     torch.set_num_threads(1)
-    x = np.random.default_rng(0).standard_normal(SIZE, np.float32)
+    x = np.random.default_rng(0).standard_normal((ROWS, COLUMNS), np.float32)
     arrays, tensor = {"w": x}, torch.from_numpy(x)
 
     def peer() -> None:
-        torch.topk(tensor.abs(), int(DENSITY * SIZE))
+        torch.topk(tensor.abs().reshape(-1), int(DENSITY * SIZE))
 
     found = codecs(x)
     *ours, whole = medians(

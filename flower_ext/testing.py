@@ -780,14 +780,15 @@ def _not_finite(codec: Codec) -> None:
         for at in (0, 70, -1):
             x = np.ones(130, np.float32)
             x[at] = bad
-            found = codec.decode(codec.encode({"w": x}, _sending()), {"w": x})["w"]
-            _require(not np.isfinite(found).all(), f"{bad} at {at} became finite")
+            for w in (x, x.reshape(26, 5)):
+                found = codec.decode(codec.encode({"w": w}, _sending()), {"w": w})["w"]
+                _require(not np.isfinite(found).all(), f"{bad} at {at} became finite")
 
 
 def _takes_ties(codec: Codec) -> None:
     """Chooses of tied arrays the same coordinates, and keeps silent ones zero."""
-    x = np.random.default_rng(1).standard_normal(90).astype(np.float32)
-    arrays = {"a": x, "b": x.copy(), "c": np.zeros(90, np.float32)}
+    x = np.random.default_rng(1).standard_normal((18, 5)).astype(np.float32)
+    arrays = {"a": x, "b": x.copy(), "c": np.zeros_like(x)}
     sending = Sending(np.random.default_rng(0), tied={"b": "a"}, silent=("c",))
     found = codec.unpack(codec.encode(arrays, sending), arrays)
     if found.masks is not None:
@@ -810,7 +811,9 @@ def _unbiased(codec: Codec) -> None:
     """Is right on average, if it says so."""
     if codec.lossless or not codec.unbiased:
         return
-    x, draws = np.random.default_rng(5).standard_normal(60).astype(np.float32), 400
+    # A matrix, since some codecs look at rows.
+    x = np.random.default_rng(5).standard_normal((12, 5)).astype(np.float32)
+    draws = 400
     found = np.stack(
         [
             codec.decode(codec.encode({"w": x}, _sending(seed)), {"w": x})["w"]
@@ -878,7 +881,7 @@ def _payload_record(payload: bytes | bytearray) -> ArrayRecord:
 
 def _bounded(codec: Codec) -> None:
     """Reads in memory that the arrays account for, whatever is sent."""
-    arrays = {"w": np.ones(100, np.float32)}
+    arrays = {"w": np.ones((20, 5), np.float32)}
     honest = bytes(codec.encode(arrays, _sending())[PAYLOAD].numpy())
     head = 4 + 1 + 2 * len(codec.stages) + 12
     size = 1 << 21

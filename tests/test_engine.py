@@ -246,7 +246,8 @@ def test_two_rounds_of_silo_privacy(importable: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("importable", ["compression"], indirect=True)
 def test_two_rounds_of_compression(importable: Path, tmp_path: Path) -> None:
-    codecs = "none bfloat16 one-bit+ eden:1 universal:2 topk-nf4:0.03+ random-k:0.25"
+    codecs = "none bfloat16 one-bit+ eden:1 universal:2 topk-nf4:0.03+ random-k:0.25 "
+    codecs += "rows:0.25"
     config = {
         "codecs": codecs,
         "num-server-rounds": 2,

@@ -23,7 +23,13 @@ import torch
 from flwr.app import ArrayRecord, Context, UserConfig
 from torch import Tensor, nn
 
-from flower_ext.client.task import Batch, MakeOptimizer, Task, is_stacking
+from flower_ext.client.task import (
+    Batch,
+    LocalOptimizer,
+    MakeOptimizer,
+    Task,
+    is_stacking,
+)
 from flower_ext.core.errors import one_of, refuse, whole
 
 if TYPE_CHECKING:
@@ -243,7 +249,7 @@ def adapter_task(
     model: AdapterModel,
     data: Callable[[Context], tuple[Batch, Batch]],
     *,
-    optimizer: MakeOptimizer | None = None,
+    optimizer: MakeOptimizer | LocalOptimizer | None = None,
 ) -> Task:
     """Return the task of fine-tuning a model: what ``client_app`` takes.
 

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from flower_ext._flower import log
 from flower_ext.client.personal import Personal
 from flower_ext.client.seeds import random_seed, seed_torch
-from flower_ext.client.task import Batch, Task, batches, evaluate, num_examples
+from flower_ext.client.task import (
+    Batch,
+    LocalOptimizer,
+    Task,
+    batches,
+    evaluate,
+    num_examples,
+)
 from flower_ext.client.tensors import Tensors
 from flower_ext.client.trainer import Session
 from flower_ext.core.errors import at_least, positive, refuse, whole
@@ -305,6 +312,7 @@ class Local:
             loaded={},
             settings=replace(self.settings, local_steps=local_steps),
             config=ConfigRecord({"server-round": 0}),
+            upload=None,
         )
 
     def fit(self, regularizer: "Regularizer | None" = None) -> float:
@@ -539,8 +547,10 @@ class ClientHalf:
 
     def optimizer(self, local: Local) -> torch.optim.Optimizer:
         """Return the optimizer of this local training."""
-        make = local.task.optimizer or _sgd
-        return make(trainable(local.model).values(), local.settings)
+        make, parameters = local.task.optimizer or _sgd, trainable(local.model)
+        if isinstance(make, LocalOptimizer):
+            return make.make(parameters, local)
+        return make(parameters.values(), local.settings)
 
     def batches(self, local: Local) -> Iterator[Batch]:
         """Return the batch of every step: epochs in an order of their own."""

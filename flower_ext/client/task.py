@@ -1,6 +1,7 @@
 """The task: what is learned, and how a model is measured on data."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from flower_ext.core.ties import Ties
 
 if TYPE_CHECKING:
-    from flower_ext.client.half import LocalSettings
+    from flower_ext.client.half import Local, LocalSettings
 
 Batch = Mapping[str, Tensor]
 
@@ -24,6 +25,27 @@ _BATCHES = 8  # whose rows are picked together
 MakeOptimizer = Callable[
     [Iterable[nn.Parameter], "LocalSettings"], torch.optim.Optimizer
 ]
+
+
+class LocalOptimizer(ABC):
+    """Makes an optimizer that depends on more of the client than its settings.
+
+    ``Task.optimizer`` may be one, such as :class:`~flower_ext.client.Grass`.
+    """
+
+    @abstractmethod
+    def make(
+        self, parameters: Mapping[str, nn.Parameter], local: "Local"
+    ) -> torch.optim.Optimizer:
+        """Return the optimizer of one local training.
+
+        Parameters
+        ----------
+        parameters : dict[str, Parameter]
+            What is trained, by the names under which it travels.
+        local : Local
+            The client at work: its settings, the codec of its upload, its seeds.
+        """
 
 
 @dataclass(frozen=True)
@@ -44,7 +66,8 @@ class Task:
         ``(model, batch) -> {name: values}`` of shape ``(batch,)``, averaged over the
         examples at evaluation, such as ``{"accuracy": hits}``.
     optimizer : callable, optional
-        ``(parameters, LocalSettings) -> torch.optim.Optimizer``; SGD by default.
+        ``(parameters, LocalSettings) -> torch.optim.Optimizer``, or a
+        :class:`LocalOptimizer`; SGD by default.
     sample_labels : callable, optional
         ``(model, batch, generator) -> batch`` with labels drawn from the model's own
         predictions; needed by FedFish's ``sampled`` Fisher only.
@@ -54,7 +77,7 @@ class Task:
     data: Callable[[Context], tuple[Batch, Batch]]
     loss: Callable[[nn.Module, Batch], Tensor]
     metrics: Callable[[nn.Module, Batch], Mapping[str, Tensor]] | None = None
-    optimizer: "MakeOptimizer | None" = None
+    optimizer: "MakeOptimizer | LocalOptimizer | None" = None
     sample_labels: Callable[[nn.Module, Batch, torch.Generator], Batch] | None = None
 
 

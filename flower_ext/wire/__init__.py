@@ -6,6 +6,7 @@ from flower_ext.wire.one_bit import OneBit
 from flower_ext.wire.qsgd import QSGD
 from flower_ext.wire.random_k import RandomK
 from flower_ext.wire.rotated import DRIVE, EDEN
+from flower_ext.wire.rows import Rows
 from flower_ext.wire.terngrad import TernGrad
 from flower_ext.wire.three_lc import ThreeLC
 from flower_ext.wire.universal import UniversalCode
@@ -28,6 +29,7 @@ __all__ = [
     "FixedMask",
     "OneBit",
     "RandomK",
+    "Rows",
     "Selection",
     "Sending",
     "Stage",

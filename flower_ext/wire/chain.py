@@ -57,6 +57,8 @@ class Selection(Stage):
     #: Whether the receiver multiplies the values of an array by its size over their
     #: number: right on average for uniform draws, whose class is ``unbiased`` then.
     rescaled: bool = False
+    #: Whether it looks at shapes, which nothing has that another selection has left.
+    needs_shapes: bool = False
 
     @abstractmethod
     def choose(self, arrays: Arrays, sending: Sending) -> Masks:
@@ -73,13 +75,17 @@ class Selection(Stage):
                 chosen[name] = None
             else:
                 chosen[name] = np.flatnonzero(mask)
-            parts += _write_positions(chosen[name], arrays[name].size)
+            parts += write_positions(chosen[name], arrays[name].size)
         return parts, chosen
+
+    def values(self, array: NDArray, positions: Positions | None) -> NDArray:
+        """Return what is handed on of an array, flat: what is in the positions."""
+        return _picked(array, positions)
 
     @classmethod
     def read_chosen(cls, reader: Reader, like: Arrays) -> Chosen:
         """Return the positions that :meth:`select` told."""
-        return {name: _read_positions(reader, like[name].size) for name in sorted(like)}
+        return {name: read_positions(reader, like[name].size) for name in sorted(like)}
 
     @property
     def stages(self) -> tuple[type[Stage], ...]:
@@ -210,6 +216,16 @@ def maskable(name: str, array: NDArray, dense: Sequence[str]) -> bool:
     return all_finite([array])
 
 
+def masks_of(chosen: Chosen, arrays: Arrays) -> Masks:
+    """Return the masks of positions that were chosen."""
+    masks = {}
+    for name, positions in chosen.items():
+        mask = np.full(arrays[name].size, positions is None)
+        mask[positions if positions is not None else []] = True
+        masks[name] = mask.reshape(arrays[name].shape)
+    return masks
+
+
 def words(name: str, value: Sequence[str]) -> tuple[str, ...]:
     """Return a setting of several words, checked."""
     if isinstance(value, str):
@@ -250,6 +266,9 @@ class Chain(Codec):
             refuse("links", links, "selections, and last a codec of their values")
         if not all(isinstance(link, Stage) for link in links):
             refuse("links", links, "codecs that are no chain themselves")
+        if any(isinstance(x, Selection) and x.needs_shapes for x in links[1:]):
+            cause = "behind another selection nothing has a shape"
+            refuse("links", links, "with what looks at shapes first", cause)
         if len(links) > MOST_STAGES:
             refuse("links", links, f"at most {MOST_STAGES} codecs")
         object.__setattr__(self, "links", links)
@@ -297,7 +316,7 @@ def _write(links: Sequence[Stage], arrays: Arrays, sending: Sending) -> Written:
         if received is not None:
             received = {n: _picked(received[n], chosen[n]) for n in arrays}
             sending = replace(sending, received=received)
-        arrays = {n: _picked(x, chosen[n]) for n, x in arrays.items()}
+        arrays = {n: selection.values(x, chosen[n]) for n, x in arrays.items()}
     parts, values = last.write(arrays, sending)
     return Written(told + parts, values)
 
@@ -333,7 +352,16 @@ def _scatter_mask(
     return mask.reshape(like.shape)
 
 
-def _write_positions(positions: Positions | None, size: int) -> list[bytes]:
+def write_positions(positions: Positions | None, size: int) -> list[bytes]:
+    """Return the bytes of a mask: a code, and perhaps a count, a length and the mask.
+
+    Parameters
+    ----------
+    positions : ndarray of int64 or None
+        Increasing; None is everything.
+    size : int
+        Places.
+    """
     if positions is None:
         return [bytes([_EVERYTHING])]
     if not len(positions):
@@ -347,7 +375,8 @@ def _write_positions(positions: Positions | None, size: int) -> list[bytes]:
     ]
 
 
-def _read_positions(reader: Reader, size: int) -> Positions | None:
+def read_positions(reader: Reader, size: int) -> Positions | None:
+    """Return what :func:`write_positions` wrote."""
     which = reader.take(1)[0]
     if which >= len(_MASK_NAMES):
         raise ValueError(f"mask code {which} is unknown")

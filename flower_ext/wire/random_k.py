@@ -14,7 +14,7 @@ import numpy as np
 from flower_ext.core.arrays import Arrays
 from flower_ext.core.errors import probability, yes_or_no
 from flower_ext.core.schedules import Scheduled, value_in
-from flower_ext.wire.chain import Chosen, Selection, maskable, words
+from flower_ext.wire.chain import Chosen, Selection, maskable, masks_of, words
 from flower_ext.wire.codec import Decoded, Reader, Sending, Stage
 from flower_ext.wire.mask_codes import Positions
 from flower_ext.wire.masks import Masks
@@ -75,7 +75,7 @@ class RandomK(Selection):
     tag = b"rk"
 
     def __post_init__(self) -> None:
-        density = _density_in(self.density, 1)
+        density = share_in(self.density, 1)
         if not callable(self.density):
             object.__setattr__(self, "density", density)
         yes_or_no("rescaled", self.rescaled)
@@ -93,18 +93,12 @@ class RandomK(Selection):
 
     def choose(self, arrays: Arrays, sending: Sending) -> Masks:
         """Return what :meth:`select` draws."""
-        _, chosen = self.select(arrays, sending)
-        masks = {}
-        for name, places in chosen.items():
-            mask = np.full(arrays[name].size, places is None)
-            mask[places if places is not None else []] = True
-            masks[name] = mask.reshape(arrays[name].shape)
-        return masks
+        return masks_of(self.select(arrays, sending)[1], arrays)
 
     def select(self, arrays: Arrays, sending: Sending) -> tuple[list[bytes], Chosen]:
         """Return the positions that travel; a seed and a density tell them."""
         seed = int(sending.generator.integers(1 << 64, dtype=np.uint64))
-        density = _density_in(self.density, 1)
+        density = share_in(self.density, 1)
         names = sorted(arrays)
         kinds = []
         for name in names:
@@ -136,10 +130,10 @@ class RandomK(Selection):
             elif kind == _ALL or not size:
                 chosen[name] = None
             elif kind == _OWN:
-                chosen[name] = _draw(seed, own, density, size)
+                chosen[name] = draw(seed, own, share(density, size), size)
             elif kind == _TIED:
                 (first,) = reader.unpack(_INDEX)
-                chosen[name] = _draw(seed, first, density, size)
+                chosen[name] = draw(seed, first, share(density, size), size)
             else:
                 raise ValueError(f"{kind} is no kind of choice")
         return chosen
@@ -160,14 +154,18 @@ class _Rescaled(RandomK):
     rescaled = True
 
 
-def _density_in(schedule: Scheduled, server_round: int) -> float:
-    """Return the density of a round, checked."""
+def share_in(schedule: Scheduled, server_round: int) -> float:
+    """Return the density of a round, of which something always travels, checked."""
     value = value_in(schedule, server_round)
     return probability("density", value, "a share of the coordinates, 1 is all")
 
 
-def _draw(seed: int, stream: int, density: float, size: int) -> Positions:
+def share(density: float, size: int) -> int:
+    """Return how many of some places travel: at least one."""
+    return max(int(density * size), 1)
+
+
+def draw(seed: int, stream: int, count: int, size: int) -> Positions:
     """Return the increasing positions of the smallest of ``size`` random words."""
     drawn = np.random.PCG64([seed, stream]).random_raw(size)
-    k = max(int(density * size), 1)
-    return np.flatnonzero(drawn <= np.partition(drawn, k - 1)[k - 1])[:k]
+    return np.flatnonzero(drawn <= np.partition(drawn, count - 1)[count - 1])[:count]

@@ -14,6 +14,7 @@ from flower_ext.wire.one_bit import OneBit
 from flower_ext.wire.qsgd import QSGD
 from flower_ext.wire.random_k import RandomK
 from flower_ext.wire.rotated import DRIVE, EDEN
+from flower_ext.wire.rows import Rows
 from flower_ext.wire.terngrad import TernGrad
 from flower_ext.wire.three_lc import ThreeLC
 from flower_ext.wire.universal import UniversalCode
@@ -36,6 +37,7 @@ CODECS: tuple[type[Codec], ...] = (
     FixedMask,
     TopK,
     RandomK,
+    Rows,
     Chain,
     ErrorFeedback,
     Described,

@@ -64,14 +64,14 @@ class Voted(Codec):
             refuse("chosen", number, f"< {len(options)}, the number of options")
 
     @property
-    def _now(self) -> Codec:
+    def now(self) -> Codec:
         """The option that is used."""
         return self.options[self.chosen(1) if callable(self.chosen) else self.chosen]
 
     @property
     def stages(self) -> tuple[type[Stage], ...]:
         """Those of the option."""
-        return self._now.stages
+        return self.now.stages
 
     @property
     def within_received(self) -> bool:  # type: ignore[override]
@@ -81,12 +81,12 @@ class Voted(Codec):
     @property
     def lossless(self) -> bool:
         """Whether the option is."""
-        return self._now.lossless
+        return self.now.lossless
 
     @property
     def unbiased(self) -> bool:
         """Whether the option is."""
-        return self._now.unbiased
+        return self.now.unbiased
 
     def at(self, server_round: int) -> "Voted":
         """Return the codec of a round: its options, and which of them is used."""
@@ -98,7 +98,7 @@ class Voted(Codec):
 
     def write(self, arrays: Arrays, sending: Sending) -> Written:
         """Write as the option does."""
-        return self._now.write(arrays, sending)
+        return self.now.write(arrays, sending)
 
     def votes(self, arrays: Arrays, sending: Sending) -> dict[str, float]:
         """Return 1 for the best option and 0 for the others; all 0 abstains."""

@@ -17,6 +17,7 @@ from flower_ext.wire import (
     ErrorFeedback,
     OneBit,
     RandomK,
+    Rows,
     TernGrad,
     ThreeLC,
     TopK,
@@ -37,6 +38,7 @@ CODECS: Mapping[str, Callable[[float], Codec]] = {
     "topk": TopK,
     "topk-nf4": lambda density: Chain(TopK(density), NF4()),
     "random-k": lambda density: RandomK(density, rescaled=True),
+    "rows": lambda density: Rows(density, "client", rescaled=True),
 }
 
 
