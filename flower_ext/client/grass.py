@@ -324,4 +324,5 @@ def _factor(values: Floats, p: nn.Parameter) -> Tensor | None:
 def _norms(gradient: Tensor) -> Floats:
     """Return the norms of the rows, in float64."""
     flat = gradient.flatten(1)
-    return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).cpu().numpy()
+    norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
+    return np.asarray(norms.cpu().numpy(), np.float64)

@@ -71,7 +71,8 @@ def row_norms(array: NDArray) -> Floats:
     """Return the l2 norms of the rows of an array that has some, in float64."""
     rows = array.reshape(len(array), -1)
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+        squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+        return np.asarray(np.sqrt(squares), np.float64)
 
 
 def inclusion(norms: Floats, count: int) -> Floats:
@@ -139,17 +140,17 @@ class Rows(Selection):
     travels whole: vectors and single numbers, such as biases; integers and flags; and
     an array that holds a NaN or an infinity. Tied arrays have the same rows.
 
-    ===========  ===================================================  ================
-    choice       rows                                                 what tells them
-    ===========  ===================================================  ================
-    ``round``    drawn of ``seed`` and round: the same of all clients  16 bytes
-    ``client``   drawn by each client, all alike                      16 bytes
-    ``norm``     drawn by each client, in proportion to their norms   a mask of rows
-    ``largest``  of each client those with the largest norms          a mask of rows
-    ===========  ===================================================  ================
+    ===========  ====================================================  ==============
+    choice       rows                                                  told by
+    ===========  ====================================================  ==============
+    ``round``    drawn of ``seed`` and round: the same of all clients  a seed
+    ``client``   drawn by each client, all alike                       a seed
+    ``norm``     drawn by each client, in proportion to their norms    a mask of rows
+    ``largest``  of each client those with the largest norms           a mask of rows
+    ===========  ====================================================  ==============
 
-    Beside that there is a byte for each array, and five for one that is tied to
-    another.
+    Seed and density take 16 bytes, each array one, and one that is tied to another
+    five; a mask of rows takes little more than its entropy.
 
     Parameters
     ----------
@@ -310,7 +311,8 @@ class Rows(Selection):
             which = positions[:: rows.shape[1]] // rows.shape[1]
             probabilities = inclusion(row_norms(array), count)[which]
         with np.errstate(over="ignore"):
-            return (rows / probabilities[:, None]).astype(array.dtype).reshape(-1)
+            scaled = rows / probabilities[:, None]
+            return np.asarray(scaled, array.dtype).reshape(-1)
 
     @classmethod
     def read_chosen(cls, reader: Reader, like: Arrays) -> Chosen:
