@@ -217,8 +217,9 @@ def test_every_public_name_is_in_the_reference():
         for page in pages
         for name in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE)
     }
-    for package in ("", ".data", ".privacy", ".simulation", ".strategies", ".wire"):
-        module = importlib.import_module(f"flower_ext{package}")
+    packages = "client", "data", "privacy", "simulation", "strategies", "wire"
+    for package in ("flower_ext", *(f"flower_ext.{name}" for name in packages)):
+        module = importlib.import_module(package)
         for name in module.__all__:
             home = getattr(getattr(module, name), "__module__", None)
             assert name == "__version__" or home in listed, f"{home}.{name}"
@@ -230,7 +231,8 @@ def test_every_public_name_is_in_the_reference():
             r"^ *from (flower_ext[\w.]*) import", path.read_text("utf-8"), re.MULTILINE
         ):
             package = module in {"flower_ext", "flower_ext.strategies"} or (
-                module in {"flower_ext.simulation", "flower_ext.data"}
+                module
+                in {"flower_ext.client", "flower_ext.simulation", "flower_ext.data"}
             )
             assert package or module in listed, f"{path.name} imports {module}"
     known = {
