@@ -91,9 +91,9 @@ class ErrorFeedback(_Around):
     Codecs that are right on average at few bits lose more than that, and
     what is left out grows without bound, by a factor in every round: ``EDEN`` below 0.8
     bits, unless it is told ``unbiased=False``; ``QSGD`` below 6 bits; a rescaled
-    ``RandomK`` or ``Rows`` below a density of a half; ``UniversalCode`` with random rounding to
-    steps above 2. Under ``TernGrad`` it grows to many times the change. They need no
-    feedback.
+    ``RandomK`` or ``Rows`` below a density of a half; ``UniversalCode`` with random
+    rounding to steps above 2. Under ``TernGrad`` it grows to many times the change.
+    They need no feedback.
     """
 
     feedback = True
