@@ -584,7 +584,9 @@ def _with_array(array: Array | None, name: str = "linear.weight") -> Tamper:
     def tamper(content: RecordDict, _: Strategy) -> None:
         record = content.array_records[ARRAYS_KEY]
         if array is None:
-            # A client may send no model at all, of which nothing can be missing.
+            # A client may send something else than a model, or no array at all.
+            sent = filter(None, (record, *content.array_records.values()))
+            record = next(sent, record)
             record.pop(name if name in record else next(iter(record), name), None)
         else:
             record[name] = array

@@ -11,6 +11,10 @@ from flower_ext.strategies.fedbabu import FedBABU, FedBABUClient
 from flower_ext.strategies.fedbn import FedBN, FedBNClient
 from flower_ext.strategies.fedcurv import FedCurv, FedCurvClient
 from flower_ext.strategies.feddyn import FedDyn, FedDynClient
+from flower_ext.strategies.federated_rank_learning import (
+    FederatedRankLearning,
+    FederatedRankLearningClient,
+)
 from flower_ext.strategies.fedfish import FedFish, FedFishClient
 from flower_ext.strategies.fednova import FedNova, FedNovaClient
 from flower_ext.strategies.fedper import FedPer, FedPerClient
@@ -54,6 +58,8 @@ __all__ = [
     "FedPerClient",
     "FedRep",
     "FedRepClient",
+    "FederatedRankLearning",
+    "FederatedRankLearningClient",
     "FineTuned",
     "FineTunedClient",
     "HypCluster",

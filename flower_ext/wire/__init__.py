@@ -3,6 +3,7 @@
 from flower_ext.wire.chain import Chain, FixedMask, Selection, TopK
 from flower_ext.wire.codec import Codec, Sending, Stage
 from flower_ext.wire.one_bit import OneBit
+from flower_ext.wire.permutation import Permutation
 from flower_ext.wire.qsgd import QSGD
 from flower_ext.wire.random_k import RandomK
 from flower_ext.wire.rotated import DRIVE, EDEN
@@ -28,6 +29,7 @@ __all__ = [
     "Exact",
     "FixedMask",
     "OneBit",
+    "Permutation",
     "RandomK",
     "Rows",
     "Selection",

@@ -11,6 +11,7 @@ from flower_ext.core.errors import refuse
 from flower_ext.wire.chain import Chain, FixedMask, TopK
 from flower_ext.wire.codec import TAG, Codec, Decoded, Stage, unpack
 from flower_ext.wire.one_bit import OneBit
+from flower_ext.wire.permutation import Permutation
 from flower_ext.wire.qsgd import QSGD
 from flower_ext.wire.random_k import RandomK
 from flower_ext.wire.rotated import DRIVE, EDEN
@@ -38,6 +39,7 @@ CODECS: tuple[type[Codec], ...] = (
     TopK,
     RandomK,
     Rows,
+    Permutation,
     Chain,
     ErrorFeedback,
     Described,

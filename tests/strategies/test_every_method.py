@@ -55,6 +55,8 @@ from flower_ext.strategies import (
     FedCurvClient,
     FedDyn,
     FedDynClient,
+    FederatedRankLearning,
+    FederatedRankLearningClient,
     FedFish,
     FedFishClient,
     FedNova,
@@ -82,7 +84,15 @@ from flower_ext.strategies import (
 )
 from flower_ext.strategies.flasc import Tier
 from flower_ext.testing import Remembering, check_strategy
-from flower_ext.wire import NF4, BFloat16, Chain, ErrorFeedback, Exact, TopK
+from flower_ext.wire import (
+    NF4,
+    BFloat16,
+    Chain,
+    ErrorFeedback,
+    Exact,
+    Permutation,
+    TopK,
+)
 
 # What a mechanism is asked for: three clients of three, or as a test says.
 PLAN = {
@@ -346,6 +356,14 @@ METHODS = {
         others=({"tunes": "head"}, {"tuning_epochs": 0}),
     ),
     "FedDyn": Method(make=FedDyn, half=FedDynClient),
+    "FederatedRankLearning": Method(
+        make=FederatedRankLearning,
+        half=FederatedRankLearningClient,
+        others=({"density": 0.2, "seed": 1, "download": Permutation()},),
+        has_codecs=True,
+        private=(),
+        refuses=(({}, "mechanism=.* must be left out: noise that hides one"),),
+    ),
     "FedNova": Method(
         make=FedNova,
         half=FedNovaClient,
@@ -662,6 +680,7 @@ IN_ROUNDS = {
     "Ensemble": "each round trains one of the models",
     "FedCurv": "the last sum, that of one round",
     "FedDyn": "the sum of all moves",
+    "FederatedRankLearning": "a vote is on the ranking of its round",
     "MRMTL": "the mean of clients' own models, as they all are now",
     "Scaffold": "the mean of the clients' only while all their changes count alike",
 }
