@@ -25,6 +25,7 @@ from flower_ext.wire import (
     Exact,
     FixedMask,
     OneBit,
+    Permutation,
     RandomK,
     Rows,
     TernGrad,
@@ -108,6 +109,10 @@ def of_nf4(rng):
     return nf4_levels()[levels] * rng.random((3, 1), np.float32)
 
 
+def an_order(rng):
+    return rng.permutation(3 * 64).reshape(3, 64).astype(np.float32)
+
+
 universal = partial(UniversalCode, 0.25, "none")
 # Each codec where it loses nothing, and changes of which that is so.
 LOSSLESS = {
@@ -120,6 +125,8 @@ LOSSLESS = {
     "random-k, rescaled": (RandomK(1, rescaled=True), anything),
     "rows": (Rows(1), anything),
     "rows, rescaled": (Rows(1, "norm", rescaled=True), anything),
+    "permutation": (Permutation(), an_order),
+    "permutation of none": (Permutation(), anything),
     "universal": (universal(), multiples),
     "universal at random": (universal("stochastic"), multiples),
     "universal of all": (universal(scope="global"), multiples),
