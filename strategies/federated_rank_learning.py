@@ -17,7 +17,6 @@ arXiv 1911.13299: "edge-popup".)
 
 import math
 from collections.abc import Hashable, Mapping
-from functools import cache
 from typing import TypeVar, Unpack, cast
 from zlib import crc32
 
@@ -121,14 +120,16 @@ class _BatchStatistics(nn.Module):
     running_mean = running_var = None
 
 
-@cache
-def _with(behaviour: type[nn.Module], layer: type[nn.Module]) -> type[nn.Module]:
-    name = behaviour.__name__.strip("_") + layer.__name__
-    return layer if issubclass(layer, behaviour) else type(name, (behaviour, layer), {})
+# The classes of layers so changed, of which there is one of a kind.
+_CHANGED: dict[tuple[object, object], type[nn.Module]] = {}
 
 
 def _become(behaviour: type[nn.Module], layer: nn.Module) -> None:
-    layer.__class__ = _with(behaviour, type(layer))
+    kind = type(layer)
+    if not issubclass(kind, behaviour):
+        name = behaviour.__name__.strip("_") + kind.__name__
+        new = type(name, (behaviour, kind), {})
+        layer.__class__ = _CHANGED.setdefault((behaviour, kind), new)
 
 
 def supermask(model: M, density: float = 0.5, seed: int = 0) -> M:

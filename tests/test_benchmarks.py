@@ -132,3 +132,20 @@ def test_the_first_round_is_timed_phase_by_phase(startup, monkeypatch):
     assert sum(found[phase] for phase in startup.PHASES) < time.time() - begun
     # The zygote imports torch, which takes a second of a CPU at least.
     assert found[ZYGOTE] > 1
+
+
+
+def test_rankings_withstand_attackers_that_averages_do_not(monkeypatch):
+    """Of ten clients two reverse their ranking, or turn their change round."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import poisoning
+
+    digits = poisoning.Digits(seed=0)
+    voted, averaged = (
+        poisoning.accuracy(kind, attack, 2, digits=digits, rounds=8)
+        for kind, attack in (
+            (poisoning.FederatedRankLearning, poisoning.reverse),
+            (poisoning.AdditiveStrategy, poisoning.turn_round(10)),
+        )
+    )
+    assert voted > 0.6 and averaged < 0.3
