@@ -105,13 +105,18 @@ class _Masked(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        scores = cast(Tensor, self._parameters["weight"])
+        scores = _scores(self)
         fixed = scores.detach()
         least = fixed.flatten().kthvalue(fixed.numel() - self.edges + 1).values
         kept = (fixed >= least).to(fixed.dtype)
         # As numbers they are `kept`; the gradient is that of the scores, "straight
         # through", of edges that are left out, too.
         return self.signed_constants * (kept + (scores - fixed))
+
+
+def _scores(layer: nn.Module) -> nn.Parameter:
+    """Return the parameter, which the property above hides."""
+    return dict(layer.named_parameters(recurse=False))["weight"]
 
 
 class _BatchStatistics(nn.Module):
@@ -187,7 +192,7 @@ def supermask(model: M, density: float = 0.5, seed: int = 0) -> M:
         )
     model.requires_grad_(False)
     for name, layer in layers.items():
-        scores = cast(nn.Parameter, layer._parameters["weight"])
+        scores = _scores(layer)
         draws = np.random.default_rng([seed, crc32(name.encode())])
         signs = draws.integers(0, 2, scores.shape, np.int8) * 2 - 1
         constants = torch.from_numpy(signs).to(scores)
