@@ -134,7 +134,6 @@ def test_the_first_round_is_timed_phase_by_phase(startup, monkeypatch):
     assert found[ZYGOTE] > 1
 
 
-
 def test_rankings_withstand_attackers_that_averages_do_not(monkeypatch):
     """Of ten clients two reverse their ranking, or turn their change round."""
     monkeypatch.syspath_prepend(BENCHMARKS)
