@@ -171,6 +171,7 @@ RUNS: list[tuple[str, type[AdditiveStrategy], Attack | None, int]] = [
     ("FedAvg, 2 of 10 turn round, 10 times", AdditiveStrategy, turn_round(10), 2),
     ("FRL", FederatedRankLearning, None, 0),
     ("FRL, 2 of 10 reverse", FederatedRankLearning, reverse, 2),
+    ("FRL, 4 of 10 reverse", FederatedRankLearning, reverse, 4),
 ]
 
 
