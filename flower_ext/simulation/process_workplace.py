@@ -11,6 +11,7 @@ one has, and a message takes a tenth of a millisecond. That process stays for th
 grid, whose workers are there at once. See :mod:`flower_ext.simulation.zygote`.
 """
 
+import atexit
 import itertools
 import os
 import socket
@@ -96,9 +97,8 @@ class _Zygote:
         It finds the environment, folder and paths that this process has now.
         """
         ours, its = socket.socketpair()
-        number, environ = next(self._numbers), dict(os.environ)
-        environ["CUDA_VISIBLE_DEVICES"] = gpus
-        settings = self._threads, environ, str(Path.cwd()), _paths()
+        number, folder = next(self._numbers), str(Path.cwd())
+        settings = self._threads, gpus, dict(os.environ), folder, _paths()
         # If the zygote has ended, so has the worker, which is found out later.
         with its, self._lock, suppress(OSError):
             self._channel.send(dumps((START, number, *settings)), its.fileno())
@@ -116,10 +116,22 @@ class _Zygote:
             return f"it ended with status {status}"
         return f"it was ended by {Signals(-status).name}"
 
+    def close(self) -> None:
+        """End it, and the workers that there are."""
+        self._channel.close()
+        self._process.wait()
+
 
 # By process and number of threads. They stay for the grids to come, and end with this
-# process, whose end of the channel the system closes.
+# process, however it ends: the system closes its end of the channel.
 _zygotes: dict[tuple[int, int], _Zygote] = {}
+
+
+@atexit.register
+def _close() -> None:
+    for (pid, _), zygote in _zygotes.items():
+        if pid == os.getpid():
+            zygote.close()
 
 
 def _paths() -> list[str]:

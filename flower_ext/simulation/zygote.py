@@ -1,8 +1,9 @@
 """The process that workers are forked from, with their large modules loaded.
 
-It loads modules and does nothing else: no thread runs in it, no GPU is in use and no
-data is there, so that a fork of it is as good as a process that was started anew. It
-ends with the process that started it, and its workers end with it.
+It loads modules and does nothing else: no thread runs in it and no data is there, so
+that a fork of it is as good as a process that was started anew. Only a worker that has
+a GPU is started anew. The zygote ends with the process that started it, and its workers
+end with it.
 """
 
 import gc
@@ -56,7 +57,7 @@ def serve(descriptor: int, modules: Sequence[str]) -> None:
             pid = os.fork()
             if pid == 0:
                 asked.close()
-                _work(Channel(socket.socket(fileno=end)), *options)
+                _begin(end, *options)
             os.close(end)
             pids[number] = pid
         else:
@@ -71,25 +72,47 @@ def _end(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _work(
-    channel: Channel,
+def _begin(
+    descriptor: int,
     threads: int,
+    gpus: str,
     environ: Mapping[str, str],
     folder: str,
     paths: Sequence[str],
 ) -> NoReturn:
-    """Run packs until nobody asks any more; never return."""
+    """Become a worker, in the folder and the environment of the server."""
     try:
+        os.chdir(folder)
+        environ = {**environ, "CUDA_VISIBLE_DEVICES": gpus}
+        if gpus:
+            # CUDA does not outlive a fork, and who knows which module has touched it.
+            os.set_inheritable(descriptor, True)
+            code = (
+                f"import sys; sys.path[:] = {paths!r}\n"
+                f"from flower_ext.simulation.zygote import work\n"
+                f"work({descriptor}, {threads})"
+            )
+            environ["OMP_NUM_THREADS"] = str(threads)
+            os.execve(sys.executable, [sys.executable, "-c", code], environ)
         for name in os.environ.keys() - environ.keys():
             del os.environ[name]
         os.environ.update(environ)
-        os.chdir(folder)
         sys.path[:] = paths
         _scatter_seeds()
+        work(descriptor, threads)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def work(descriptor: int, threads: int) -> NoReturn:
+    """Run packs until nobody asks any more; never return."""
+    try:
         # Where memory is short, a worker is ended and not the server, which goes on.
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("500")
-        _run_packs(channel, threads)
+        _run_packs(Channel(socket.socket(fileno=descriptor)), threads)
     except (EOFError, OSError):
         pass  # the server has gone
     except BaseException:
