@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
 
-Kind = Literal["classification", "causal-lm"]
+Kind = Literal["classification", "causal-lm", "question-answering"]
 
 _AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
+    "question-answering": "AutoModelForQuestionAnswering",
 }
 _WEIGHTS = (
     "model.safetensors",
@@ -89,8 +90,8 @@ class AdapterModel:
         adapter that peft saved in a folder; the task's head alone (a linear probe); or
         everything (full fine-tuning). Of P-tuning, and of prefixes with a projection,
         peft saves the prompts alone: they cannot be trained further.
-    kind : {"classification", "causal-lm"}
-        Which head the model has.
+    kind : {"classification", "causal-lm", "question-answering"}
+        Which head the model has; the last one's marks the answer in the text.
     num_labels : int (default: 2)
         Classes, for classification.
     frozen : tuple of str
@@ -259,8 +260,9 @@ def adapter_task(
         The loss is the cross-entropy of its kind; ``accuracy`` is the metric.
     data : callable
         ``Context -> (train, test)``, each a dict of ``input_ids`` and
-        ``attention_mask`` (and ``token_type_ids``), ``(examples, tokens)``, and for
-        classification ``labels``, ``(examples,)``.
+        ``attention_mask`` (and ``token_type_ids``), ``(examples, tokens)``; for
+        classification ``labels``, and for question answering ``start`` and ``end``, the
+        places that the head is to mark, ``(examples,)``.
     optimizer : callable, optional
         See :class:`~flower_ext.Task`.
     """
@@ -361,9 +363,44 @@ def causal_lm_metrics(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {"accuracy": (logits.argmax(1) == targets).sum(1) / count}
 
 
+def _marks(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return logits of where an answer begins and ends, ``(examples, tokens)`` each."""
+    found = model(**{k: x for k, x in batch.items() if k not in ("start", "end")})
+    start, end = found.start_logits, found.end_logits
+    if (mask := batch.get("attention_mask")) is not None:
+        # An answer is in the text, never in what fills it up.
+        least = torch.finfo(start.dtype).min
+        start, end = (x.masked_fill(mask == 0, least) for x in (start, end))
+    return start, end
+
+
+def question_answering_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return each question's mean cross-entropy of beginning and end, in nats."""
+    start, end = _marks(model, batch)
+    losses = [
+        nn.functional.cross_entropy(logits, batch[name], reduction="none")
+        for name, logits in (("start", start), ("end", end))
+    ]
+    return (losses[0] + losses[1]) / 2
+
+
+def question_answering_marks(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the tokens that the model marks as beginning and end, ``(examples,)``."""
+    start, end = _marks(model, batch)
+    return start.argmax(1), end.argmax(1)
+
+
+def question_answering_metrics(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return whether each answer's beginning and end are both marked right."""
+    start, end = question_answering_marks(model, batch)
+    hits = (start == batch["start"]) & (end == batch["end"])
+    return {"accuracy": hits.float()}
+
+
 _LOSSES = {
     "classification": (classification_loss, classification_metrics),
     "causal-lm": (causal_lm_loss, causal_lm_metrics),
+    "question-answering": (question_answering_loss, question_answering_metrics),
 }
 
 # Loading --------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from flower_ext.client.adapters import (
     AdapterModel,
     adapter_task,
     load_tokenizer,
+    question_answering_marks,
 )
 from flower_ext.client.app import client_app
 from flower_ext.client.stacked import Stacked
@@ -520,6 +521,40 @@ def test_loss_is_that_of_transformers(bert, gpt):
         pytest.approx(float(predicted[0].float().mean())),
         pytest.approx(float(predicted[1, 0])),
     ]
+
+
+def test_answers_are_marked_as_by_transformers(gpt, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig.from_pretrained(gpt)
+    transformers.LlamaForQuestionAnswering(config).save_pretrained(tmp_path)
+    config = lora(target_modules=["q_proj"], task_type="QUESTION_ANS")
+    make = AdapterModel(tmp_path, config, "question-answering")
+    task, model = adapter_task(make, texts), make({}).eval().requires_grad_(False)
+    assert any("qa_outputs" in name for name in model.state_dict())
+    batch = {
+        "input_ids": torch.tensor([[1, 2, 3, 4], [4, 5, 6, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "start": torch.tensor([1, 0]),
+        "end": torch.tensor([3, 2]),
+    }
+    losses = task.loss(model, batch)
+    for i, length in enumerate((4, 3)):
+        # Alone, and as long as it is: what fills it up is never marked.
+        theirs = model(
+            input_ids=batch["input_ids"][i : i + 1, :length],
+            start_positions=batch["start"][i : i + 1],
+            end_positions=batch["end"][i : i + 1],
+        )
+        assert float(losses[i]) == pytest.approx(float(theirs.loss), rel=1e-5)
+        marked = (theirs.start_logits.argmax(), theirs.end_logits.argmax())
+        marks = [int(x[i]) for x in question_answering_marks(model, batch)]
+        assert marks == [int(x) for x in marked]
+        truths = [int(batch[name][i]) for name in ("start", "end")]
+        hit = task.metrics(model, batch)["accuracy"][i]
+        assert float(hit) == float(marks == truths)
+    marked = question_answering_marks(model, batch)
+    right = batch | dict(zip(("start", "end"), marked, strict=True))
+    assert task.metrics(model, right)["accuracy"].tolist() == [1, 1]
 
 
 def test_packages_that_are_missing(monkeypatch, bert):
