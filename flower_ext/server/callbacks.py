@@ -56,6 +56,8 @@ class Callback:
 
     #: Whether :attr:`FinishedRound.clients` is read.
     needs_clients: bool = False
+    #: Whether :attr:`FinishedRound.messages` is read.
+    needs_messages: bool = False
 
     @property
     def name(self) -> str:
@@ -108,6 +110,11 @@ class Callbacks:
     def need_clients(self) -> bool:
         """Whether any of them reads what single clients have replied."""
         return any(callback.needs_clients for callback in self._named.values())
+
+    @property
+    def need_messages(self) -> bool:
+        """Whether any of them reads what single messages took."""
+        return any(callback.needs_messages for callback in self._named.values())
 
     def begin(self, run: RunInfo) -> str | None:
         """Prepare all; return why the run has already ended, or None."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from flower_ext.core.protocol import Metrics
-from flower_ext.wire.traffic import Traffic, measure
+from flower_ext.wire.traffic import Traffic, measure, parts
 
 PHASES = ("train", "evaluate", "central")
 
@@ -81,6 +81,58 @@ def client_replies(
 
 
 @dataclass(frozen=True)
+class Sent:
+    """What one message took.
+
+    Attributes
+    ----------
+    phase : str
+        ``"train"`` or ``"evaluate"``.
+    client : int
+        The place among the nodes of the client that sent or received it.
+    up : bool
+        Whether the client sent it, to the server.
+    bytes : Mapping[str, int]
+        Of each array, and of the rest, see :func:`~flower_ext.wire.traffic.parts`.
+    """
+
+    phase: str
+    client: int
+    up: bool
+    bytes: Mapping[str, int]
+
+
+def sent_messages(
+    phase: str, messages: Iterable[Message], places: Mapping[int, int], *, up: bool
+) -> list[Sent]:
+    """Return what messages took, in client order; one without a content took nothing.
+
+    Parameters
+    ----------
+    phase : str
+        ``"train"`` or ``"evaluate"``.
+    messages : iterable of Message
+        To clients, or from them.
+    places : Mapping[int, int]
+        The place of each node among the nodes.
+    up : bool
+        Whether they are from clients.
+    """
+    known: dict[int, Mapping[str, int]] = {}
+    found = []
+    for message in messages:
+        about = message.metadata
+        node = about.src_node_id if up else about.dst_node_id
+        if node not in places or not message.has_content():
+            continue
+        content = message.content
+        if id(content) not in known:  # one may be shared by many messages
+            known[id(content)] = parts(content)
+        found.append(Sent(phase, places[node], up, known[id(content)]))
+    return sorted(found, key=lambda sent: sent.client)
+
+
+@dataclass(frozen=True)
 class FinishedRound:
     """The results of one round.
 
@@ -99,6 +151,8 @@ class FinishedRound:
         traffic are None where cohorts are secret, of which they would tell the size.
     clients : tuple of ClientReply
         The replies of all clients, if a callback asks for them.
+    messages : tuple of Sent
+        What each message took, down and up, if a callback asks for it.
     """
 
     number: int
@@ -111,6 +165,7 @@ class FinishedRound:
     down: Traffic | None = Traffic()
     up: Traffic | None = Traffic()
     clients: tuple[ClientReply, ...] = ()
+    messages: tuple[Sent, ...] = ()
 
     def row(self) -> dict[str, object]:
         """Return the round as one flat table, ``train/loss`` and the like."""

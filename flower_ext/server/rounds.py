@@ -34,7 +34,9 @@ from flower_ext.server.finished import (
     ClientReply,
     FinishedRound,
     RunInfo,
+    Sent,
     client_replies,
+    sent_messages,
 )
 from flower_ext.server.partial_sums import Summable, Summand, SummingGrid
 from flower_ext.server.returned import messages_of, metrics_of, trained
@@ -238,6 +240,7 @@ class _Run:
         self.about = ConfigRecord()  # what clients are told of the run
         self.done = 0  # rounds that the checkpoint had
         self.clients: list[ClientReply] = []  # of the round, where anybody asks
+        self.messages: list[Sent] = []
         self.mechanism = mechanism = getattr(strategy, "mechanism", None)
         self.releases = mechanism is not None and mechanism.is_private
         self.hidden = mechanism is not None and mechanism.hides_cohorts
@@ -306,7 +309,7 @@ class _Run:
 
     def _round(self, current: int, messages: list[Message]) -> str | None:
         """Play one round; return why the run is to end with it, or None."""
-        self.clients = []
+        self.clients, self.messages = [], []
         train = self._train(current, messages)
         if self.saved and self.releases:
             # Nobody has seen the round: what is repeated is no second release.
@@ -463,6 +466,7 @@ class _Run:
             down=None if hidden else train.down + evaluate.down,
             up=None if hidden else train.up + evaluate.up,
             clients=tuple(self.clients),
+            messages=tuple(self.messages),
         )
 
     def _exchange(
@@ -475,10 +479,15 @@ class _Run:
         """Send messages, wait for the replies, and count the bytes of both."""
         grid = grid or self.grid
         # Nobody may see what single clients say under a mechanism.
-        told = self.callbacks.need_clients and self.mechanism is None
-        places = NodeOrder(ordered_nodes(self.grid)) if told else {}
+        told, listed = (
+            asked and self.mechanism is None
+            for asked in (self.callbacks.need_clients, self.callbacks.need_messages)
+        )
+        places = NodeOrder(ordered_nodes(self.grid)) if told or listed else {}
         begun = time.monotonic()
         phase = _Phase(measure(messages), len(messages))
+        if listed:
+            self.messages += sent_messages(purpose, messages, places, up=False)
         if summand is not None and isinstance(grid, SummingGrid):
             replies = grid.send_and_sum(messages, summand, timeout=self.timeout)
         else:
@@ -488,6 +497,8 @@ class _Run:
         phase.seconds = time.monotonic() - begun
         if told:
             self.clients += client_replies(purpose, phase.replies, places)
+        if listed:
+            self.messages += sent_messages(purpose, phase.replies, places, up=True)
         return phase
 
     def _conclude(self, seconds: float) -> None:

@@ -1,6 +1,6 @@
 """What messages cost: their bytes, as Flower serialises them, and their numbers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -84,6 +84,32 @@ def measure_content(content: RecordDict) -> Traffic:
 @lru_cache(maxsize=256)  # one object for many replies, which are pickled together
 def _traffic(serialized: int, encoded: int, parameters: int) -> Traffic:
     return Traffic(serialized, encoded, parameters, 1)
+
+
+#: Names of :func:`parts` for what is no array, and for a content that was summed up.
+REST, SUMMED = "(rest)", "(all)"
+
+
+def parts(content: RecordDict) -> Mapping[str, int]:
+    """Return the serialised bytes of each array, and of all else together.
+
+    They add up to :func:`serialized_bytes`. An array is named by its record and its own
+    name, ``"arrays/head.weight"``; :data:`REST` are names of records, metrics and
+    configurations. Of a content whose arrays were taken out when they were added up,
+    the whole is known only, as :data:`SUMMED`.
+    """
+    total = serialized_bytes(content)
+    if isinstance(content, Measured):
+        return {SUMMED: total}
+    found = {
+        f"{key}/{name}": _array_bytes(
+            name, x.dtype, tuple(x.shape), x.stype, num_bytes(x)
+        )
+        for key, record in content.items()
+        if isinstance(record, ArrayRecord)
+        for name, x in record.items()
+    }
+    return found | {REST: total - sum(found.values())}
 
 
 def serialized_bytes(content: RecordDict) -> int:

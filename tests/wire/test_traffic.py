@@ -2,6 +2,7 @@
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.serde import array_record_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,7 +10,15 @@ from flower_ext._flower import ensure_task_identity, recorddict_to_proto
 from flower_ext.core.arrays import to_record
 from flower_ext.wire import FixedMask
 from flower_ext.wire.codec import PAYLOAD
-from flower_ext.wire.traffic import Traffic, measure, measure_content
+from flower_ext.wire.traffic import (
+    REST,
+    SUMMED,
+    Measured,
+    Traffic,
+    measure,
+    measure_content,
+    parts,
+)
 
 ensure_task_identity()
 
@@ -35,6 +44,30 @@ def test_plain_and_encoded_records():
     assert both.serialized == sum(
         recorddict_to_proto(x).ByteSize() for x in (dense, encoded_, dense)
     )
+
+
+def test_parts_are_the_fields_of_flowers_protocol_buffer():
+    content = RecordDict(
+        {
+            "arrays": to_record({"w": np.zeros((40, 5)), "head.b": np.zeros(3)}),
+            "other": to_record({"w": np.zeros(2, np.float32)}),
+            "m": MetricRecord({"a": 1}),
+            "c": ConfigRecord({"b": "word"}),
+        }
+    )
+    found = parts(content)
+    for key, record in content.array_records.items():
+        for name, array in record.items():
+            alone = ArrayRecord({name: array})
+            # The arrays of a record are fields of it, one after the other.
+            size = array_record_to_proto(alone).ByteSize()
+            assert found[f"{key}/{name}"] == size
+    assert sum(found.values()) == recorddict_to_proto(content).ByteSize()
+    assert list(found) == ["arrays/w", "arrays/head.b", "other/w", REST]
+    summed = Measured(content)
+    summed.traffic = Traffic(77, 0, 0, 1)
+    assert parts(summed) == {SUMMED: 77}
+    assert parts(RecordDict()) == {REST: 0}
 
 
 def test_hostile_records_are_measured_all_the_same():
