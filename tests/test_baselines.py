@@ -1,22 +1,27 @@
 """The baselines: the form that Flower's programme asks for, and their own code."""
 
+import doctest
+import email
 import importlib
 import json
 import re
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import ConfigRecord
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import QFedAvg
 
 from flower_ext.client.half import Proximal
 from flower_ext.core.arrays import to_record
 from flower_ext.core.protocol import Round
 from flower_ext.runs.report import write_summary
-from flower_ext.simulation.local import app_config
+from flower_ext.simulation.local import LocalGrid, app_config
 
 BASELINES = Path(__file__).parents[1] / "baselines"
 NAMES = [
@@ -28,6 +33,7 @@ NAMES = [
     "flasc",
     "maxfl",
     "personalization",
+    "pfl_docvqa",
     "silo_privacy",
 ]
 FILES = ["client_app", "dataset", "model", "server_app", "strategy", "utils"]
@@ -255,3 +261,127 @@ def test_epochs_are_drawn_anew_or_last(baseline):
         ]
         assert (drawn[0] == drawn[1]) == lasts
         assert len(set(drawn[0])) > 3 and {*drawn[0]} <= {*range(1, 17)}
+
+
+@pytest.mark.parametrize("baseline", ["pfl_docvqa.anls"], indirect=True)
+def test_anls_is_that_of_its_definition(baseline):
+    @cache
+    def distance(left, right):
+        """Levenshtein's recursion."""
+        if not left or not right:
+            return len(left) + len(right)
+        if left[0] == right[0]:
+            return distance(left[1:], right[1:])
+        return 1 + min(
+            distance(left[1:], right),
+            distance(left, right[1:]),
+            distance(left[1:], right[1:]),
+        )
+
+    generator = np.random.default_rng(1)
+    for _ in range(300):
+        left, right = (
+            "".join(generator.choice([*"abc"], generator.integers(0, 7)))
+            for _ in range(2)
+        )
+        assert baseline.edit_distance(left, right) == distance(left, right)
+        longer = max(len(left), len(right), 1)
+        share = distance(left, right) / longer
+        expected = 1 - share if share < 0.5 else 0.0
+        assert baseline.similarity(left, [right]) == pytest.approx(expected)
+    # Half of the letters are too many; of several true answers the nearest counts.
+    assert baseline.similarity("ab", ["ax"]) == 0.0
+    assert baseline.similarity(" Exmh ", ["mutt", "exmh 2"]) == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize("baseline", ["pfl_docvqa.dataset"], indirect=True)
+def test_documents_name_nobody_and_mark_their_answers(baseline):
+    mail = email.message_from_string(
+        "Received: from a.ie by b.ie\nFrom: Ann Other <ann@a.ie>\n"
+        "X-Mailer: Microsoft Outlook Express 6.00.2600\nTo: ilug@linux.ie\n"
+        'Content-Type: text/plain;\n\tcharset="iso-8859-1"\n'
+        "Subject: RE: [ILUG] Re: ask bob@b.ie or http://b.ie now\n"
+        "Date: 2 Aug 2002 18:26 +0700 (GMT)\nList-Id: Irish <ilug.linux.ie>\n\nHi"
+    )
+    found = baseline.read_document(mail)
+    answers = {name: found.text[slice(*x)] for name, x in found.answers.items()}
+    assert answers == {
+        "subject": "ask or now",
+        "day": "2 Aug 2002",
+        "time": "18:26",
+        "program": "Microsoft Outlook Express",
+        "charset": "iso-8859-1",
+    }
+    assert found.provider == "microsoft outlook express, ilug"
+    for private in ("Ann", "a.ie", "b.ie", "ilug@", "bob", "Hi"):
+        assert private not in found.text
+    del mail["Date"]
+    assert baseline.read_document(mail) is None
+    # The last fifth of a provider's documents is for testing; small ones are public.
+    many = [found._replace(when=-i, text=f"{i}") for i in range(10)]
+    few = [found._replace(provider="p", text=f"p{i}") for i in range(4)]
+    splits = baseline.split_documents([*many, *many, *few], [many[3]])
+    assert [len(splits[x]) for x in ("public", "train", "test")] == [5, 8, 2]
+    assert [x.text for x in splits["test"]] == ["1", "0"]
+    assert not {x.provider for x in splits["train"]} & {x.provider for x in few}
+
+
+@pytest.mark.parametrize("baseline", ["pfl_docvqa.utils"], indirect=True)
+def test_marked_answers_are_read_back(baseline, monkeypatch):
+    dataset = importlib.import_module("pfl_docvqa.dataset")
+    texts = ["When?\nDate: 22 Aug 2002\nSubject: Fonts\n", "What?\nSubject: A b, c\n"]
+    truths = ["22 Aug 2002", "A b, c"]
+    begin = [text.index(truth) for text, truth in zip(texts, truths, strict=True)]
+    stop = [b + len(truth) for b, truth in zip(begin, truths, strict=True)]
+    rows = {"text": texts, "begin": begin, "stop": stop}
+    for module in (dataset, baseline):
+        monkeypatch.setattr(module, "documents", lambda: {"test": Rows(rows)})
+    dataset.tensors.cache_clear()
+    marks = dataset.tensors("test")
+    dataset.tensors.cache_clear()
+    assert marks["attention_mask"].sum(1).tolist() == [13, 10]
+    found = [
+        baseline.read_answer(*row)
+        for row in zip(
+            texts, marks["start"].tolist(), marks["end"].tolist(), strict=True
+        )
+    ]
+    assert found == truths == baseline.true_answers("test")
+    assert dict(baseline.score(found, truths)) == {"anls": 1.0, "right": 1.0}
+    assert dict(baseline.score(["22 aug 2002", ""], truths)) == {
+        "anls": 0.5,
+        "right": 0.5,
+    }
+
+
+class Rows(dict):
+    """Columns whose length is that of any of them, as a data set's."""
+
+    def __len__(self):
+        return len(self["text"])
+
+
+@pytest.mark.parametrize("baseline", ["pfl_docvqa.strategy"], indirect=True)
+def test_few_clients_are_asked_few_times_for_many_epochs(baseline):
+    config = app_config(BASELINES / "pfl_docvqa")
+    asked = {}
+    for name in str(config["strategies"]).split():
+        grid = LocalGrid(ClientApp(), 10)
+        made = baseline.make_strategy(name, config)
+        messages = made.configure_train(1, to_record(SENT), ConfigRecord(), grid)
+        epochs = baseline.train_config(name, config)["local-epochs"]
+        asked[name] = (len(list(messages)), epochs)
+    assert asked.pop("few-nf4") == (1, config["epochs-few"])
+    assert set(asked.values()) == {(2, 1)}
+    with pytest.raises(ValueError, match="strategies='nf5' must name some of"):
+        baseline.make_strategy("nf5", config)
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    ["pfl_docvqa.anls", "pfl_docvqa.dataset", "pfl_docvqa.utils"],
+    indirect=True,
+)
+def test_examples_run(baseline):
+    found = doctest.testmod(baseline)
+    assert found.attempted and not found.failed

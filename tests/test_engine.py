@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord
 
 from flower_ext.runs.launch import run_app
 from flower_ext.runs.report import SUMMARY_FILE, table
+from flower_ext.server.byte_log import SERVER, read_bytes
 from flower_ext.server.tracking import read_metrics
 from flower_ext.simulation.local import app_config, run_local
 
@@ -325,3 +326,36 @@ def test_two_rounds_of_personal_models(importable: Path, tmp_path: Path) -> None
     assert "evaluate/loss" in last and "evaluate/loss" not in first
     assert runs["fedper"]["bytes/up"] < runs["ditto"]["bytes/up"]
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("importable", ["pfl_docvqa"], indirect=True)
+def test_a_round_of_pfl_docvqa(importable: Path, tmp_path: Path) -> None:
+    names = ["full", "lora", "lora-nf4", "few-nf4"]
+    config = {
+        "strategies": " ".join(names),
+        "num-server-rounds": 1,
+        "num-server-rounds-few": 2,
+        "epochs-few": 1,
+        "base-steps": 20,
+    }
+    run_here(importable, config, 10, tmp_path)
+    sent = {}
+    for name in names:
+        rows = read_metrics(tmp_path / name)
+        assert all(row["train/num-errors"] == 0 for row in rows)
+        assert 0 < rows[-1]["central/anls"] < 1
+        logged = read_bytes(tmp_path / name / "bytes.csv")
+        for row in rows:
+            ours = {"up": 0, "down": 0}
+            for line in logged:
+                if line["round"] == row["round"]:
+                    way = "up" if line["receiver"] == SERVER else "down"
+                    ours[way] += line["bytes"]
+            assert ours == {way: row[f"bytes/{way}"] for way in ours}
+        sent[name] = sum(line["bytes"] for line in logged)
+    assert sent["full"] > 25 * sent["lora"] > 125 * sent["lora-nf4"]
+    # One client twice in the place of two clients once.
+    assert sent["few-nf4"] == pytest.approx(sent["lora-nf4"], rel=0.01)
+    told = json.loads((tmp_path / "references.json").read_text("utf-8"))
+    assert told["usual"]["anls"] < 0.5
+    assert (tmp_path / "lora" / "model" / "adapter_model.safetensors").is_file()

@@ -1,0 +1,1 @@
+"""Questions on documents of providers: few clients a round, few bytes."""
