@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+from copy import deepcopy
 
 import numpy as np
 import peft
@@ -114,6 +115,25 @@ def test_tied_weights_are_sent_once(gpt):
     state["model.embed_tokens.weight"] += 1
     model.load_state_dict(state)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("trains", ["all", "head", None])
+def test_what_is_sent_is_a_part_of_the_plain_state(bert, trains):
+    model = AdapterModel(bert, trains or lora())({})
+    plain = type(model).__mro__[2].state_dict(model)  # of the class as it is elsewhere
+    sent = model.state_dict()
+    assert [*sent] == [name for name in plain if name in sent]
+    assert len(sent) > 0 and (trains == "all") == (len(sent) == len(plain))
+    for name, x in sent.items():
+        assert x.data_ptr() == plain[name].data_ptr() and not x.requires_grad
+    outer = torch.nn.ModuleDict({"inner": model}).state_dict()
+    assert [*outer] == [f"inner.{name}" for name in sent]
+    # A copy has numbers of its own.
+    copied = deepcopy(model).state_dict()
+    assert not {x.data_ptr() for x in copied.values()} & {
+        x.data_ptr() for x in sent.values()
+    }
+    assert str(model).startswith(type(model).__mro__[2].__name__)
 
 
 # One base for all clients ---------------------------------------------------------
