@@ -219,6 +219,22 @@ class _Member:
         """Whether its half has a hook of its own."""
         return getattr(type(self.half), hook) is not getattr(ClientHalf, hook)
 
+    # To walk through a large model takes as long as a step on a small batch.
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """All modules of its model."""
+        return [*self.local.model.modules()]
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of its model."""
+        return dict(self.local.model.named_parameters())
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are trained."""
+        return {n: p for n, p in self.parameters.items() if p.requires_grad}
+
     @cached_property
     def globals(self) -> Globals:
         """Its random states."""
@@ -231,11 +247,10 @@ class _Member:
     def kind(self) -> Hashable:
         """What must be equal to be in one stack with another."""
         model, local = self.local.model, self.local
-        modules = [*model.modules()]
-        hooks = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-        if hooks or not trainable(model):
+        hooks = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
+        if hooks or not self.trained():
             return id(self)
-        names = {id(p): name for name, p in model.named_parameters()}
+        names = {id(p): name for name, p in self.parameters.items()}
         groups = [
             [names.get(id(p)) for p in group["params"]]
             for group in self.steps.optimizer.param_groups
@@ -244,7 +259,7 @@ class _Member:
             id(local.task),
             type(self.half),
             str(model),
-            *_forms(dict(model.named_parameters())),
+            *_forms(self.parameters),
             *_forms(dict(model.named_buffers())),
             type(self.steps.optimizer),
             repr(groups),
@@ -255,11 +270,10 @@ class _Member:
     def changing(self) -> Hashable:
         """What must be equal, too, and may change from step to step."""
         if self._changing is None or self._has_hooks:
-            model = self.local.model
             options = [_options(group) for group in self.steps.optimizer.param_groups]
             self._changing = (
-                tuple(module.training for module in model.modules()),
-                tuple(p.requires_grad for p in model.parameters()),
+                tuple(module.training for module in self.modules),
+                tuple(p.requires_grad for p in self.parameters.values()),
                 repr(options),
             )
         return self._changing
@@ -319,7 +333,7 @@ def _require_own_models(members: Sequence[_Member]) -> None:
     """Refuse models that share what is trained: each would train that of another."""
     owners: dict[int, _Member] = {}
     for member in members:
-        for p in trainable(member.local.model).values():
+        for p in member.trained().values():
             other = owners.setdefault(p.data_ptr(), member)
             if other is not member and p.numel():
                 try:
@@ -370,16 +384,16 @@ class _Stack:
         first = members[0]
         self._made_of = first.changing()
         self._losses = _Losses(first.local)
-        models = [member.local.model for member in members]
-        self._rows = [trainable(model) for model in models]
+        self._rows = [member.trained() for member in members]
         self.trained = {
             name: nn.Parameter(_stacked([own[name] for own in self._rows]))
             for name in self._rows[0]
         }
         # Statistics of BatchNorm are updated in place, so that a row is the client's.
-        kept = models[0].state_dict().keys()
-        self._stacked, self._shared = _others(models, kept)
-        self._normalises = any(x.training for x in batch_norms(models[0]))
+        model = first.local.model
+        kept = model.state_dict().keys()
+        self._stacked, self._shared = _others(members, kept)
+        self._normalises = any(x.training for x in batch_norms(model))
         self._optimizer = self._one_optimizer()
         self._sums = torch.zeros(
             len(members), dtype=torch.float64, device=first.local.device
@@ -667,19 +681,19 @@ def _is_whole(key: str, value: object) -> bool:
 
 
 def _others(
-    models: Sequence[nn.Module], kept: Mapping[str, Tensor] | Any
+    members: Sequence[_Member], kept: Mapping[str, Tensor] | Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return what is not trained: stacked, or that of one model for all.
 
     Stacked are buffers of the state and what differs.
     """
     stacked, shared = {}, {}
+    buffered = [dict(member.local.model.named_buffers()) for member in members]
     each = [
-        {n: p for n, p in model.named_parameters() if not p.requires_grad}
-        | dict(model.named_buffers())
-        for model in models
+        {n: p for n, p in member.parameters.items() if not p.requires_grad} | buffers
+        for member, buffers in zip(members, buffered, strict=True)
     ]
-    buffers = dict(models[0].named_buffers())
+    buffers = buffered[0]
     for name, x in each[0].items():
         others = [tensors[name] for tensors in each]
         own = name in buffers and name in kept
