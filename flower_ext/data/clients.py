@@ -1,6 +1,6 @@
-"""Clients of real data, as tensors: images with label skew, and speakers of plays.
+"""Clients of real data as tensors: images with label skew, speakers of plays, mails.
 
-Both are made once a process and kept, since a process meets a client many times.
+They are made once a process and kept, since a process meets a client many times.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from flower_ext.data.loading import load
+from flower_ext.data.models import model_folder
 from flower_ext.data.partition import partitioner
 from flower_ext.data.tensors import character_windows, pixels, scaled
 
@@ -114,3 +116,53 @@ def speaker_windows(split: str, client: int, window: int) -> Tensor:
     speeches = _speeches(split)
     text = "\n".join(speeches[row] for row in speakers(split).rows(client))
     return character_windows(text, window)
+
+
+@lru_cache(maxsize=2)
+def senders(split: str) -> RowPartitioner:
+    """Return the senders of mail in a split."""
+    return partitioner(load("spam-assassin")[split], "natural")
+
+
+@lru_cache(maxsize=4)
+def mail_tokens(split: str, tokens: int) -> dict[str, Tensor]:
+    """Return the mails of all senders, for a model that fine-tunes ``minilm``.
+
+    Parameters
+    ----------
+    split : {"train", "test"}
+        Of the data set ``spam-assassin``.
+    tokens : int
+        What is longer is cut, what is shorter padded.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        ``input_ids`` and ``attention_mask``, int64 of shape ``(mails, tokens)``, and
+        ``labels``, the list that a mail went to, of shape ``(mails,)``. They are kept
+        and shared: do not change them in place.
+    """
+    from transformers import AutoTokenizer
+
+    mails = load("spam-assassin")[split]
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_folder("minilm"), local_files_only=True
+    )
+    encoded = tokenizer(
+        list(mails["text"]),
+        max_length=tokens,
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    )
+    return {
+        "input_ids": encoded["input_ids"],
+        "attention_mask": encoded["attention_mask"],
+        "labels": torch.tensor(list(mails["label"])),
+    }
+
+
+def sender_tokens(split: str, client: int, tokens: int) -> dict[str, Tensor]:
+    """Return a sender's rows of :func:`mail_tokens`."""
+    rows = senders(split).rows(client)
+    return {name: x[rows] for name, x in mail_tokens(split, tokens).items()}

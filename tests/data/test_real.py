@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from flower_ext.data import feature_names, load, partitioner
-from flower_ext.data.clients import client_images, speaker_windows, speakers
+from flower_ext.data.clients import (
+    client_images,
+    mail_tokens,
+    sender_tokens,
+    senders,
+    speaker_windows,
+    speakers,
+)
 from flower_ext.data.tensors import character_windows, image_columns
 
 pytestmark = pytest.mark.slow
@@ -172,3 +179,13 @@ def test_a_speakers_windows_are_its_speeches():
     windows = speaker_windows("test", 3, 16)
     text = "\n".join(speakers("test").load_partition(3)["text"])
     assert windows.tolist() == character_windows(text, 16).tolist()
+
+
+def test_a_senders_tokens_are_its_mails():
+    pytest.importorskip("transformers")
+    found = sender_tokens("test", 3, 8)
+    mails = senders("test").load_partition(3)
+    assert found["labels"].tolist() == mails["label"]
+    assert found["input_ids"].shape == (len(mails), 8)
+    assert (found["input_ids"][:, 0] == 101).all()  # [CLS]
+    assert len(mail_tokens("test", 8)["labels"]) == 359

@@ -8,13 +8,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, UserConfi
 from flwr.serverapp import Grid, ServerApp
 
 from flasc.client_app import METHOD
-from flasc.dataset import client_data, tokenized
+from flasc.dataset import client_data
 from flasc.model import make_model
 from flasc.strategy import make_strategy
 from flasc.utils import COLUMNS, plot_bytes
 from flower_ext import Tracker
 from flower_ext.client.adapters import AdapterModel, adapter_task
 from flower_ext.client.task import evaluate
+from flower_ext.data.clients import mail_tokens
 from flower_ext.runs.report import write_summary
 from flower_ext.strategies import FLASC
 
@@ -28,7 +29,7 @@ def central_evaluation(
 ) -> Evaluate:
     """Return the evaluation of some rounds, and the last, of what clients see."""
     task = adapter_task(model, client_data)
-    test = tokenized("test", int(config["tokens"]))
+    test = mail_tokens("test", int(config["tokens"]))
     every, last = int(config["evaluate-every"]), int(config["num-server-rounds"])
 
     def evaluate_masked(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
