@@ -205,17 +205,22 @@ def test_a_round_of_flasc(
     importable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = importlib.import_module("flasc.server_app")
-    few = {name: column[:32] for name, column in server.tokenized("test", 8).items()}
-    monkeypatch.setattr(server, "tokenized", lambda split, tokens: few)
-    run_here(importable, {"num-server-rounds": 1, "tokens": 8}, 12, tmp_path)
+    few = {name: column[:32] for name, column in server.mail_tokens("test", 8).items()}
+    monkeypatch.setattr(server, "mail_tokens", lambda split, tokens: few)
+    names = ("lora", "lora-bfloat16", "lora-nf4", "lora-nf4+", "flasc")
+    config = {"strategies": " ".join(names), "num-server-rounds": 1, "tokens": 8}
+    run_here(importable, config, 12, tmp_path)
     bytes_ = {}
-    for name in ("lora", "flasc"):
+    for name in names:
         [row] = read_metrics(tmp_path / name)
         assert (row["train/num-replies"], row["train/num-errors"]) == (3, 0)
         assert 0 < row["central/accuracy"] < 1
         bytes_[name] = row["bytes/down"] + row["bytes/up"]
         assert (tmp_path / name / "model" / "adapter_model.safetensors").is_file()
-    assert bytes_["lora"] > 10 * bytes_["flasc"]
+    assert bytes_["lora"] > 1.9 * bytes_["lora-bfloat16"]
+    assert bytes_["lora"] > 7 * bytes_["lora-nf4"]
+    assert bytes_["lora-nf4"] > 1.5 * bytes_["flasc"]
+    assert bytes_["lora-nf4+"] == pytest.approx(bytes_["lora-nf4"], rel=0.01)
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
 

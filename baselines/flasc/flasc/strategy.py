@@ -10,6 +10,8 @@ from flower_ext.strategies.flasc import FLASC, Tier
 DENSE = {"download_density": 1.0, "upload_density": 1.0}
 NAMES = (
     "lora",
+    "lora-bfloat16",
+    "lora-nf4",
     "flasc",
     "low-rank",
     "ffa",
@@ -23,13 +25,23 @@ NAMES = (
 
 
 def make_strategy(name: str, run_config: UserConfig) -> FLASC:
-    """Make one of :data:`NAMES`, with the same cohorts, seeds and server optimizer."""
+    """Make a strategy, with the same cohorts, seeds and server optimizer as others.
+
+    Parameters
+    ----------
+    name : str
+        One of :data:`NAMES`; ``+`` at the end is error feedback.
+    run_config : UserConfig
+        See ``pyproject.toml``.
+    """
     # Every method is a setting of FLASC: what is downloaded and uploaded, whether
     # clients freeze the weights that they did not download, and whether the mask may
     # change.
     down = float(run_config["download-density"])
     settings = {
         "lora": DENSE,
+        "lora-bfloat16": {**DENSE, "precision": "bfloat16"},
+        "lora-nf4": {**DENSE, "precision": "nf4"},
         "low-rank": DENSE,
         "ffa": DENSE,
         "full": DENSE,
@@ -57,7 +69,8 @@ def make_strategy(name: str, run_config: UserConfig) -> FLASC:
         },
         "het-lora": {**DENSE, "tiers": (Tier(rank=1), Tier(rank=2), Tier())},
     }
-    if name not in settings:
+    kind = name.removesuffix("+")
+    if kind not in settings:
         raise ValueError(f"strategies={name!r} must name some of {NAMES}")
     return FLASC(
         server_optimizer=Adam(
@@ -70,5 +83,6 @@ def make_strategy(name: str, run_config: UserConfig) -> FLASC:
         fraction_train=float(run_config["fraction-train"]),
         fraction_evaluate=0.0,
         dense=(),  # the head is masked, too, as in the paper's code
-        **settings[name],
+        error_feedback=name.endswith("+"),
+        **settings[kind],
     )
