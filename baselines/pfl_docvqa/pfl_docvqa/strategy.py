@@ -32,6 +32,7 @@ METHODS = {
     "lora": Method(),
     "lora-bfloat16": Method(BFloat16()),
     "lora-nf4": Method(NF4()),
+    "few": Method(few=True),
     "few-nf4": Method(NF4(), few=True),
 }
 
