@@ -104,7 +104,7 @@ def stacking() -> Iterator[None]:
 
 def num_examples(data: Batch) -> int:
     """Return the number of examples, which all columns must share."""
-    sizes = {name: len(column) for name, column in data.items()}
+    sizes = {name: column.shape[0] for name, column in data.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"columns must have as many examples as each other: {sizes}")
     return next(iter(sizes.values()))
