@@ -29,6 +29,7 @@ from typing import Any
 from flower_ext.core.errors import refuse
 from flower_ext.simulation.machines import Machine, Resources
 from flower_ext.simulation.memory import Channel, dumps
+from flower_ext.simulation.policy import HELD_SECONDS
 from flower_ext.simulation.setting import Setting
 from flower_ext.simulation.worker import Broadcast, PackAnswer, Shared
 from flower_ext.simulation.workplace import (
@@ -213,6 +214,7 @@ class ProcessWorkplace(Workplace):
         if not is_possible():
             refuse("transport", "processes", "'ray' or 'messages' here", "Linux only")
         self.here = _HERE
+        self.held_seconds = HELD_SECONDS
         self._setting = dumps(setting.pickled())
         self._gpus = gpus_here()
 

@@ -8,8 +8,8 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from flower_ext._flower import in_simulation
+from flower_ext.simulation import policy
 from flower_ext.simulation.machines import Machine, Resources, ray_machines
-from flower_ext.simulation.policy import HELD_SECONDS, START_SECONDS
 from flower_ext.simulation.ray_session import (
     connect,
     free,
@@ -130,7 +130,8 @@ class RayWorkplace(Workplace):
 
         self.here = this_machine()
         # Flower's own workers, which hold what is not free, never let go of it.
-        self.held_seconds = START_SECONDS if self._inside else HELD_SECONDS
+        held = policy.START_SECONDS if self._inside else policy.HELD_SECONDS
+        self.held_seconds = held
         self._pickled = setting.pickled()
         self._remote: Any = ray.remote(worker_class())
         self._paths = [path for path in sys.path if path]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from flower_ext.simulation.machines import Machine, Resources
-from flower_ext.simulation.policy import HELD_SECONDS
 from flower_ext.simulation.worker import Broadcast, PackAnswer, Shared
 
 
@@ -66,7 +65,7 @@ class Workplace(ABC):
     """
 
     here: str
-    held_seconds: float = HELD_SECONDS
+    held_seconds: float
 
     @abstractmethod
     def machines(self) -> Iterable[Machine]:

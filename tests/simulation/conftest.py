@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from flower_ext.simulation import process_workplace
+from flower_ext.simulation import PackedGrid, process_workplace
 from flower_ext.simulation.local import LocalGrid, app_config
 
 _APP = str(Path(__file__).parent / "app")
@@ -50,6 +50,21 @@ def ask():
 def ray_if(cluster):
     """Start Ray for the transport that needs it."""
     return lambda transport: cluster() if transport == "ray" else None
+
+
+@pytest.fixture
+def packed_grids(virtual):
+    """Make packed grids of two workers, closed at the end of the test."""
+    grids = []
+
+    def make(num_clients=12, **options):
+        options = {"client_app": virtual, "num_workers": 2, **options}
+        grids.append(PackedGrid(num_clients=num_clients, **options))
+        return grids[-1]
+
+    yield make
+    for grid in grids:
+        grid.close()
 
 
 @pytest.fixture

@@ -1,28 +1,20 @@
 """Ray actors: which GPUs they hold, and what others hold."""
 
 import time
+from functools import partial
 
 import pytest
 
-from flower_ext.simulation import PackedGrid, policy, ray_workplace
+from flower_ext.simulation import policy, ray_workplace
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def make(virtual, cluster):
-    """Make packed grids on Ray, closed at the end of the test."""
+def make(cluster, packed_grids):
+    """Make packed grids on Ray."""
     cluster()
-    grids = []
-
-    def grid(num_clients=12, **options):
-        options = {"client_app": virtual, "num_workers": 2, **options}
-        grids.append(PackedGrid(num_clients=num_clients, **options))
-        return grids[-1]
-
-    yield grid
-    for grid in grids:
-        grid.close()
+    return partial(packed_grids, transport="ray")
 
 
 def values(replies, key):

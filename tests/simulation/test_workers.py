@@ -4,6 +4,7 @@ import random
 import re
 import time
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from flower_ext import AdditiveStrategy
 from flower_ext._flower import CLIENT_CRASHED, NO_REPLY
-from flower_ext.simulation import LocalGrid, PackedGrid, policy
+from flower_ext.simulation import LocalGrid, policy
 
 pytestmark = pytest.mark.slow
 
@@ -21,20 +22,10 @@ INITIAL = ArrayRecord({"w": Array(np.zeros(3, np.float32))})
 
 
 @pytest.fixture(params=["ray", "processes"])
-def make(request, virtual, four_gpus):
-    """Make packed grids on a machine of four GPUs, closed at the end of the test."""
+def make(request, four_gpus, packed_grids):
+    """Make packed grids on a machine of four GPUs."""
     four_gpus(request.param)
-    grids = []
-
-    def grid(num_clients=12, **options):
-        options = {"client_app": virtual, "num_workers": 2, **options}
-        options["transport"] = request.param
-        grids.append(PackedGrid(num_clients=num_clients, **options))
-        return grids[-1]
-
-    yield grid
-    for grid in grids:
-        grid.close()
+    return partial(packed_grids, transport=request.param)
 
 
 def values(replies, key):
