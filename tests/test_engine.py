@@ -279,6 +279,34 @@ def test_two_rounds_of_compression(importable: Path, tmp_path: Path) -> None:
         strategy.make_codec("zip")
 
 
+@pytest.mark.parametrize("importable", ["compression"], indirect=True)
+def test_a_round_of_compression_on_mails(
+    importable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = importlib.import_module("compression.dataset")
+    few = {name: column[:32] for name, column in data.mail_tokens("test", 8).items()}
+    monkeypatch.setattr(data, "mail_tokens", lambda split, tokens: few)
+    codecs = "none nf4 topk:0.03"
+    config = {
+        "codecs": codecs,
+        "data": "mails",
+        "num-server-rounds": 1,
+        "fraction-train": 0.25,
+        "local-steps": 1,
+        "tokens": 8,
+    }
+    run_here(importable, config, 12, tmp_path)
+    up = {}
+    for name in codecs.split():
+        [row] = read_metrics(tmp_path / name)
+        assert (row["train/num-replies"], row["train/num-errors"]) == (3, 0)
+        assert 0 < row["central/accuracy"] < 1
+        up[name] = row["bytes/up"]
+    assert up["none"] > 6 * up["nf4"] > 12 * up["topk:0.03"]  # of the head, too
+    with pytest.raises(ValueError, match="data='mail' must be one of"):
+        run_here(importable, {**config, "data": "mail"}, 12, tmp_path)
+
+
 @pytest.mark.parametrize("importable", ["drift"], indirect=True)
 def test_two_rounds_of_drift(importable: Path, tmp_path: Path) -> None:
     config = {

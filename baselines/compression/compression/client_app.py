@@ -1,8 +1,23 @@
 """The client: plain local training; the server says how the change travels."""
 
-from compression.dataset import client_data
-from compression.model import accuracy, loss, make_model
-from flower_ext import Task, client_app
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 
-task = Task(model=make_model, data=client_data, loss=loss, metrics=accuracy)
-app = client_app(task)
+from compression.dataset import sender_data, speaker_data
+from compression.model import accuracy, loss, make_gru, make_lora
+from flower_ext import Task, client_app
+from flower_ext.client.adapters import classification_loss, classification_metrics
+
+# By the run config's `data`.
+TASKS = {
+    "shakespeare": Task(make_gru, speaker_data, loss, accuracy),
+    "mails": Task(make_lora, sender_data, classification_loss, classification_metrics),
+}
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train on the data of the run."""
+    return client_app(TASKS[str(context.run_config["data"])])(message, context)

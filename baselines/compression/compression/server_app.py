@@ -4,9 +4,8 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from compression.client_app import task
+from compression.client_app import TASKS
 from compression.dataset import central_data
-from compression.model import make_model
 from compression.strategy import make_strategy
 from compression.utils import COLUMNS, PANELS
 from flower_ext.runs.comparison import central_evaluation, compare
@@ -20,7 +19,10 @@ def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     torch.set_num_threads(1)
     torch.manual_seed(int(config["seed"]))
-    initial = ArrayRecord(make_model(config).state_dict())
+    if config["data"] not in TASKS:
+        raise ValueError(f"data={config['data']!r} must be one of {' '.join(TASKS)}")
+    task = TASKS[str(config["data"])]
+    initial = ArrayRecord(task.model(config).state_dict())
     central = central_evaluation(task, central_data(config), config)
     every, last = int(config["evaluate-every"]), int(config["num-server-rounds"])
 

@@ -6,7 +6,7 @@ from flwr.app import UserConfig
 
 from flower_ext import AdditiveStrategy
 from flower_ext.core.sampling import UniformSampler
-from flower_ext.server.optimizers import SGD
+from flower_ext.server.optimizers import SGD, Adam, ServerOptimizer
 from flower_ext.wire import (
     EDEN,
     NF4,
@@ -35,8 +35,9 @@ CODECS: Mapping[str, Callable[[float], Codec]] = {
     "eden": EDEN,
     "universal": UniversalCode,
     "universal-random": lambda step: UniversalCode(step, rounding="stochastic"),
-    "topk": TopK,
-    "topk-nf4": lambda density: Chain(TopK(density), NF4()),
+    # Of the adapter's head, too, which would travel whole.
+    "topk": lambda density: TopK(density, dense=()),
+    "topk-nf4": lambda density: Chain(TopK(density, dense=()), NF4()),
     "random-k": lambda density: RandomK(density, rescaled=True),
     "rows": lambda density: Rows(density, "client", rescaled=True),
 }
@@ -60,12 +61,21 @@ def make_codec(name: str) -> Codec | None:
     return ErrorFeedback(codec) if name.endswith("+") else codec
 
 
+def make_optimizer(config: UserConfig) -> ServerOptimizer:
+    """Make the server's optimizer: Adam for the adapter, else SGD."""
+    rate = float(config["server-learning-rate"])
+    if config["data"] == "mails":
+        options = {"tau": 1e-8, "initial_accumulator": 0.0, "bias_correction": True}
+        return Adam(rate, **options)
+    return SGD(rate)
+
+
 def make_strategy(name: str, config: UserConfig) -> AdditiveStrategy:
     """Make federated averaging with a codec by its name."""
     return AdditiveStrategy(
         fraction_train=float(config["fraction-train"]),
         fraction_evaluate=0.0,
         sampler=UniformSampler(int(config["seed"])),
-        server_optimizer=SGD(float(config["server-learning-rate"])),
+        server_optimizer=make_optimizer(config),
         upload=make_codec(name),
     )
