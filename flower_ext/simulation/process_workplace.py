@@ -66,7 +66,7 @@ class _Zygote:
         code = (
             f"import sys; sys.path[:] = {_paths()!r}\n"
             "from flower_ext.simulation.zygote import serve\n"
-            f"serve({its.fileno()}, {[*_ALWAYS, *here]!r})"
+            f"serve({its.fileno()})"
         )
         # Libraries read this when they are loaded. In a session of its own it is not
         # interrupted from the keyboard: the server stops workers as it ends.
@@ -79,6 +79,7 @@ class _Zygote:
         )
         its.close()
         self._channel = Channel(ours)
+        self._channel.send(dumps([*_ALWAYS, *here]))
         self._threads = threads
         self._numbers = itertools.count()
         self._lock = threading.Lock()

@@ -29,17 +29,17 @@ START, END = "start", "end"
 LOADED, ANSWER, FAILED = "loaded", "answer", "failed"
 
 
-def serve(descriptor: int, modules: Sequence[str]) -> None:
+def serve(descriptor: int) -> None:
     """Load modules, then start and end workers until nobody asks any more.
 
     Parameters
     ----------
     descriptor : int
-        Of the socket by which it is asked.
-    modules : sequence of str
-        What cannot be imported is left to the workers.
+        Of the socket by which it is asked, first to load modules by their names. What
+        cannot be imported is left to the workers.
     """
     asked = Channel(socket.socket(fileno=descriptor))
+    modules, _ = asked.receive()
     gc.disable()
     for name in modules:
         with suppress(Exception):
