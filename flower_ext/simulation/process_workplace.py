@@ -83,15 +83,25 @@ class _Zygote:
         self._threads = threads
         self._numbers = itertools.count()
         self._lock = threading.Lock()
+        self._ended = False
 
     @classmethod
     def of(cls, threads: int) -> "_Zygote":
         """Return the one of this process, which is started if there is none."""
         key = os.getpid(), threads  # a fork of this process has none
         found = _zygotes.get(key)
-        if found is None or found._process.poll() is not None:
+        if found is None or found._has_ended():
             found = _zygotes[key] = cls(threads)
         return found
+
+    def _has_ended(self) -> bool:
+        return self._ended or self._process.poll() is not None
+
+    def _give_up(self) -> None:
+        """Note that it does not answer, which is known before the system says so."""
+        self._ended = True
+        self._process.kill()
+        self._process.wait()
 
     def start(self, gpus: str) -> tuple[int, Channel]:
         """Fork a worker that sees some GPUs; return its number and the channel to it.
@@ -101,9 +111,11 @@ class _Zygote:
         ours, its = socket.socketpair()
         number, folder = next(self._numbers), str(Path.cwd())
         settings = self._threads, gpus, dict(os.environ), folder, _paths()
-        # If the zygote has ended, so has the worker, which is found out later.
-        with its, self._lock, suppress(OSError):
-            self._channel.send(dumps((START, number, *settings)), its.fileno())
+        with its, self._lock:
+            try:
+                self._channel.send(dumps((START, number, *settings)), its.fileno())
+            except OSError:  # there is no such worker, which is found out later
+                self._give_up()
         return number, Channel(ours)
 
     def end(self, number: int) -> str:
@@ -113,6 +125,7 @@ class _Zygote:
                 self._channel.send(dumps((END, number)))
                 status, _ = self._channel.receive()
         except (EOFError, OSError):
+            self._give_up()
             return "the process that starts workers has ended"
         if status >= 0:
             return f"it ended with status {status}"

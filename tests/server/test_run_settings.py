@@ -74,6 +74,8 @@ OWN = {
         "error_feedback": True,
         "eval_masked": False,
         "dense": ("bias",),
+        "upload_dense": (),
+        "ranks": "pair",
         "describe_arrays": True,
     },
 }

@@ -282,7 +282,7 @@ def test_lists_of_clients_are_read():
     ("options", "message"),
     [
         ({"num_clients": 0}, "num_clients=0 must be an integer >= 1"),
-        ({"transport": "tcp"}, "transport='tcp' must be one of ('auto', 'ray', 'mess"),
+        ({"transport": "tcp"}, "transport='tcp' must be one of ('auto', 'ray', 'proc"),
         ({"transport": "ray"}, "client_app=None must be a ClientApp or its import str"),
         ({"client_timeout": 0}, "client_timeout=0 must be a finite number > 0"),
         ({"num_workers": 0}, "num_workers=0 must be an integer >= 1"),
