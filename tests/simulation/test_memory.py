@@ -69,10 +69,11 @@ def test_what_is_sent_arrives(ends, name):
         found, descriptor = its.receive()
         assert descriptor == -1
         same(found, THINGS[name])
+        del found
     memory = Memory.of(dumps(THINGS[name]))
     assert descriptors() == before + 1
     same(memory.read(), THINGS[name])
-    del found, memory
+    del memory
     assert descriptors() == before
 
 
