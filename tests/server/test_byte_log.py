@@ -102,7 +102,8 @@ def test_what_a_codec_makes_is_one_array(tmp_path, encoded_app):
 @pytest.fixture
 def encoded_app():
     """An app of the package, whose model has the arrays of the others here."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     from flower_ext import Task, client_app
 
     class Model(torch.nn.Module):

@@ -14,10 +14,13 @@ TASKS = {
     "mails": Task(make_lora, sender_data, classification_loss, classification_metrics),
 }
 
+# Made once: a worker keeps them from client to client.
+APPS = {name: client_app(task) for name, task in TASKS.items()}
+
 app = ClientApp()
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train on the data of the run."""
-    return client_app(TASKS[str(context.run_config["data"])])(message, context)
+    return APPS[str(context.run_config["data"])](message, context)
