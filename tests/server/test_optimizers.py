@@ -1,6 +1,5 @@
 """Server optimizers against Flower's, torch's and hand-computed steps."""
 
-import doctest
 import functools
 import math
 import pickle
@@ -12,7 +11,6 @@ import torch
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi
 
 from flower_ext.core.arrays import layout
-from flower_ext.server import optimizers
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import (
     SGD,
@@ -530,9 +528,3 @@ def test_refactored_sgd_makes_the_same_product(dtype):
     alone = {n: x for n, x in sent.items() if n != a}
     kept = RefactoredSGD(0.5).step(alone, {n: move[n] for n in alone})
     assert np.array_equal(kept[b], plain[b])  # its partner is frozen
-
-
-def test_doctests_pass():
-    found = doctest.testmod(optimizers)
-    assert found.attempted > 0
-    assert found.failed == 0
