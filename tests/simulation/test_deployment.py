@@ -177,7 +177,7 @@ def started(deployment, tmp_path_factory):
     its results are.
     """
     folder = tmp_path_factory.mktemp("results")
-    packed = {"transports": "auto", "rounds": 2, "codecs": True}
+    packed = {"transports": "auto", "rounds": 2, "codecs": True, "asynchronous": True}
     dpftrl = {
         "mechanisms": "tree",
         "epsilons": "8",
@@ -216,6 +216,23 @@ def test_virtual_clients_live_where_their_node_says(started, plain_clients):
     expected = plain_clients(2, codecs=True)
     assert expected["w"] != plain_clients(2)["w"]
     assert {key: found[key] for key in expected} == expected
+
+
+def test_clients_take_part_at_any_time(started):
+    """FedBuff in real time, of virtual clients and of the nodes themselves."""
+    end, file = started["flower_app"]
+    log = end()
+    assert file.exists(), log
+    found = json.loads(file.read_text("utf-8"))
+    visits = found["asynchronous"]["visits"]
+    assert [len(update) for update in visits] == [10] * 4
+    # Node 0 moves nothing, node 1 by 1/2 and then 3/4. Whoever comes in first is not
+    # late, all others are by one update and count less: 1 / sqrt(1 + 1).
+    nodes = found["asynchronous-nodes"]
+    assert nodes["visits"] == [[1], [1], [2], [2]]
+    late = 2**-0.5
+    one_of = [(0.5 + 0.75) * late, 0.5 + 0.75 * late]
+    assert any(nodes["w"] == pytest.approx([w] * 4, rel=1e-6) for w in one_of), log
 
 
 def test_a_baseline_runs_unchanged(started):

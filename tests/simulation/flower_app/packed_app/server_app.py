@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 import flower_ext
 from flower_ext import AdditiveStrategy
+from flower_ext.server.asynchronous import Asynchronous
 from flower_ext.simulation import PackedGrid
 from flower_ext.wire import EDEN, NF4, Described, ErrorFeedback
 
@@ -37,6 +38,23 @@ def strategy(coded: bool) -> AdditiveStrategy:
         train_metrics_aggr_fn=collect,
         **(CODECS if coded else {}),
     )
+
+
+def asynchronous(grid: Grid, buffer: int) -> dict[str, object]:
+    """Return how four updates went, in real time."""
+    strategy = AdditiveStrategy(fraction_evaluate=0.0, train_metrics_aggr_fn=collect)
+    result = strategy.start(
+        grid=grid,
+        initial_arrays=ArrayRecord({"w": Array(np.zeros(4, np.float32))}),
+        num_rounds=4,
+        asynchronous=Asynchronous(buffer=buffer, concurrency=2 * buffer),
+    )
+    return {
+        "w": result.arrays["w"].numpy().tolist(),
+        "visits": [
+            record["visits"] for record in result.train_metrics_clientapp.values()
+        ],
+    }
 
 
 @app.main()
@@ -75,6 +93,9 @@ def main(grid: Grid, context: Context) -> None:
             ],
             "seconds": time.monotonic() - begun,
         }
+        if context.run_config["asynchronous"]:
+            results["asynchronous"] = asynchronous(clients, 10)
+            results["asynchronous-nodes"] = asynchronous(grid, 1)
         clients.close()
     Path(str(context.run_config["results"])).write_text(json.dumps(results), "utf-8")
     if text := context.run_config["message"]:
