@@ -30,19 +30,31 @@ from flower_ext.client.half import ClientHalf, Local
 from flower_ext.client.task import Batch
 from flower_ext.core.arrays import Term
 from flower_ext.core.contribution import DELTA, Contribution, Total
-from flower_ext.core.errors import different_names, one_each, positive, refuse
-from flower_ext.core.groups import COUNTS, LOSS_SUMS, GroupLosses, read_sums
+from flower_ext.core.errors import one_each, positive
+from flower_ext.core.groups import (
+    COUNTS,
+    LOSS_SUMS,
+    GroupLosses,
+    group_names,
+    read_sums,
+)
 from flower_ext.core.protocol import Config, Metrics, Reply, Round
+from flower_ext.core.schedules import Scheduled
 from flower_ext.core.states import Stateful, load_states, states_of
 from flower_ext.core.typing import Floats
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.iterates import Iterates
 from flower_ext.server.options import AdditiveOptions
-from flower_ext.server.saddle import Dual, DualityGap
+from flower_ext.server.saddle import Dual, DualityGap, certificate
 
 MULTIPLIERS_KEY = "group-multipliers"
 NUM_LABELS_KEY = "group-num-labels"
+OVERLAPPING_KEY = "groups-overlap"
+_NOT_ALL = (
+    "best-feasible: no cohort had examples of all groups, %d were missing at the least "
+    "and are taken at their last known losses; never seen: %s"
+)
 GRADIENT_KEY = "lagrangian-gradient"
 
 
@@ -52,7 +64,8 @@ class BoundedGroupLossClient(ClientHalf):
     Parameters
     ----------
     group : str (default: "group")
-        Column of the data with the group's index, int64.
+        Column of the data with the group's index, int64; of groups that overlap, with
+        a flag for each of them, of shape ``(examples, groups)``.
     label : str (default: "y")
         Column with the label's index, used if the strategy bounds (group, label) pairs.
     """
@@ -76,7 +89,7 @@ class BoundedGroupLossClient(ClientHalf):
         """Return the weighted losses."""
         # The Lagrangian per example: multipliers are lambda_a n / n_a, since the loss
         # of a group is a mean over n_a of all n examples.
-        return (1 + self._multipliers[self._index(batch)]) * losses
+        return (1 + self._index.added(self._multipliers, batch)) * losses
 
     def records(self, local: Local) -> tuple[Mapping[str, ArrayRecord], Metrics]:
         """Return the sums of losses and the counts, and the gradient if asked for."""
@@ -96,7 +109,8 @@ class BoundedGroupLossClient(ClientHalf):
             )
         self._multipliers = torch.tensor(told, dtype=torch.float32, device=local.device)
         num_labels = int(local.number(NUM_LABELS_KEY, 0))
-        self._index = GroupIndex(*self._columns, len(told), num_labels)
+        overlap = bool(local.config.get(OVERLAPPING_KEY))
+        self._index = GroupIndex(*self._columns, len(told), num_labels, overlap)
 
 
 class BoundedGroupLoss(AdditiveStrategy):
@@ -117,14 +131,19 @@ class BoundedGroupLoss(AdditiveStrategy):
         those of a likelihood. Where it is not reachable the duals stick at
         ``dual_bound``; if it is far below and ``dual_bound`` large, the worst group is
         what is minimised.
+    overlapping : bool (default: False)
+        Whether an example may be of several groups, such as of those by sex and those
+        by age, or of none. Clients' examples then carry a flag for each group.
     labels : sequence of str, optional
         Bound the loss of every (group, label) pair instead: conditional bounded group
-        loss, related to equalised odds. Constraints are ordered group by group.
+        loss, related to equalised odds. Constraints are ordered group by group. Not of
+        groups that overlap, which may have such pairs among them.
     dual_bound : float (default: 5.0)
         :math:`B \ge 0`, bounds the sum of the duals; 0 is FedAvg.
-    dual_learning_rate : float (default: 0.5)
+    dual_learning_rate : float or callable (default: 0.5)
         :math:`\eta_\theta > 0` of the exponentiated gradient, see
-        :func:`~flower_ext.server.saddle.dual_step`;
+        :func:`~flower_ext.server.saddle.dual_step`, or a
+        :mod:`schedule <flower_ext.core.schedules>` of it;
         losses ten times as large want a tenth of it.
     multiplier_bound : float (default: inf)
         :math:`> 0`, most that is added to the weight of an example. Those of a rare
@@ -205,9 +224,10 @@ class BoundedGroupLoss(AdditiveStrategy):
         *flowers: object,
         groups: Sequence[str],
         upper_bound: float | Sequence[float],
+        overlapping: bool = False,
         labels: Sequence[str] | None = None,
         dual_bound: float = 5.0,
-        dual_learning_rate: float = 0.5,
+        dual_learning_rate: Scheduled = 0.5,
         multiplier_bound: float = math.inf,
         loss_bound: float | None = None,
         group_counts: Sequence[float] | None = None,
@@ -216,12 +236,11 @@ class BoundedGroupLoss(AdditiveStrategy):
         **options: Unpack[AdditiveOptions],
     ) -> None:
         super().__init__(*flowers, **options)
-        groups = different_names("groups", groups)
-        labels = [""] if labels is None else different_names("labels", labels)
-        names = [f"{g}/{label}" if label else g for g in groups for label in labels]
-        self.constraints = names
-        self.num_labels = len(labels) if labels != [""] else 0
-        self.scalars = dict.fromkeys((LOSS_SUMS, COUNTS), (len(names),))
+        names = self.constraints = group_names(groups, labels, overlapping)
+        self.num_labels = len(labels or ())
+        self._groups = GroupLosses(names, group_counts, overlapping=overlapping)
+        self.overlapping = overlapping
+        self.scalars = dict.fromkeys((LOSS_SUMS, COUNTS), (self._groups.size,))
         self.upper_bound = one_each("upper_bound", upper_bound, names)
         positive("multiplier_bound", multiplier_bound, allow_inf=True)
         self.multiplier_bound = multiplier_bound
@@ -230,15 +249,8 @@ class BoundedGroupLoss(AdditiveStrategy):
         self.loss_bound = positive("loss_bound", loss_bound)
         self.certifies = certificate_radius is not None
         self._dual = Dual(len(names), dual_bound, dual_learning_rate)
-        self._groups = GroupLosses(names, group_counts)
         self._iterates = Iterates(average_iterates)
-        self._gap: DualityGap | None = None
-        if certificate_radius is not None:
-            radius = positive("certificate_radius", certificate_radius)
-            if self.mechanism:
-                cause = "what is noised certifies nothing"
-                refuse("certificate_radius", radius, "left out", cause)
-            self._gap = DualityGap(radius)
+        self._gap = certificate(certificate_radius, noised=bool(self.mechanism))
 
     @property
     def dual(self) -> Floats:
@@ -254,6 +266,7 @@ class BoundedGroupLoss(AdditiveStrategy):
         return {
             MULTIPLIERS_KEY: self._multipliers.tolist(),
             NUM_LABELS_KEY: self.num_labels,
+            OVERLAPPING_KEY: self.overlapping,
             GRADIENT_KEY: self.certifies,
         }
 
@@ -262,7 +275,8 @@ class BoundedGroupLoss(AdditiveStrategy):
         arrays: dict[str, Mapping[str, Term]] = {DELTA: reply.delta(round)}
         if self.certifies:
             arrays[GRADIENT_KEY] = reply.arrays(GRADIENT_KEY, round.floats)
-        sums = read_sums(reply, len(self.constraints), self.loss_bound)
+        size, overlapping = len(self.constraints), self.overlapping
+        sums = read_sums(reply, size, self.loss_bound, overlapping=overlapping)
         return Contribution(arrays, scalars=sums)
 
     def report(self, total: Total, round: Round) -> Metrics:
@@ -270,7 +284,7 @@ class BoundedGroupLoss(AdditiveStrategy):
         losses = self._groups.measured(total)
         latest = self._groups.latest(losses)
         metrics = self._groups.metrics(losses, latest)
-        missing, excess, _ = self._rank(losses)
+        missing, excess, _ = self._groups.rank(total, self.upper_bound)
         metrics["groups-unseen"] = len(self._groups.missing(latest))
         metrics["feasible"] = int(missing == excess == 0)
         duals = zip(self.constraints, self.dual, strict=True)
@@ -287,8 +301,8 @@ class BoundedGroupLoss(AdditiveStrategy):
         losses = self._groups.measured(total)
         self._gap = self._gap_after(total, round)
         self._groups.add(total)
-        self._iterates.add(round.sent, self._rank(losses))
-        self._dual.step(losses - self.upper_bound)
+        self._iterates.add(round.sent, self._groups.rank(total, self.upper_bound))
+        self._dual.step(losses - self.upper_bound, round.number)
 
     def report_evaluate(self, replies: Sequence[Reply], round: Round) -> Metrics:
         """Return the group losses on test data."""
@@ -308,13 +322,8 @@ class BoundedGroupLoss(AdditiveStrategy):
         if not self._iterates.best:
             return {}
         if missing := self._iterates.rank[0]:
-            log(
-                WARNING,
-                "best-feasible: no cohort had examples of all groups, %d were missing "
-                "at the least and are taken at their last known losses; never seen: %s",
-                missing,
-                self._groups.missing(self._groups.losses),
-            )
+            never = self._groups.missing(self._groups.losses)
+            log(WARNING, _NOT_ALL, missing, never)
         return self._iterates.records(best="best-feasible")
 
     @property
@@ -335,39 +344,32 @@ class BoundedGroupLoss(AdditiveStrategy):
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""
         bounds = zip(self.constraints, self.upper_bound, strict=True)
-        dual, counts = self._dual, self._groups.counts.tolist()
         return {
             "Upper bounds": ", ".join(f"{name} {bound:g}" for name, bound in bounds),
-            "Dual": f"bound {dual.bound:g}, rate {dual.learning_rate:g}",
+            "Dual": str(self._dual),
             "Bound of multipliers": self.multiplier_bound,
             "Bound of losses": self.loss_bound,
             "Radius of the certificate": self._gap.radius if self._gap else "none",
-            "Group counts": "learned" if self._groups.are_counted else counts,
+            "Group counts": self._groups.about_counts(),
             "Averages iterates": self._iterates.keeps_average,
             **super().settings(),
         }
-
-    def _rank(self, losses: Floats) -> tuple[float, float, float]:
-        """Return groups not measured, largest excess, overall loss: less is better."""
-        latest = self._groups.latest(losses)
-        excess = float(np.nanmax(latest - self.upper_bound, initial=0))
-        return len(self._groups.missing(losses)), excess, self._groups.overall(latest)
 
     def _gap_after(self, total: Total, round: Round) -> DualityGap | None:
         """Return the duality gap after this round.
 
         A round in which no example was counted is left out: it measured nothing.
         """
-        counts = total.scalars[COUNTS]
-        if self._gap is None or not counts.any():
+        if self._gap is None or not total.scalars[COUNTS].any():
             return self._gap
         # Over the cohort's examples, as its losses are: weights are those of this
         # round.
-        losses = self._groups.latest(self._groups.measured(total))
+        groups = self._groups
+        losses = groups.latest(groups.measured(total))
         return self._gap.after(
-            float(total.scalars[LOSS_SUMS].sum() / counts.sum()),
+            groups.mean(total),
             np.nan_to_num(losses - self.upper_bound),
-            self._multipliers * counts / counts.sum(),
+            self._multipliers * groups.shares(total),
             total.mean(GRADIENT_KEY),
             round.sent,
         )

@@ -22,13 +22,20 @@ def group_sums(
     ----------
     losses : Tensor of shape (examples,)
         Of the received model, before training.
-    groups : Tensor of shape (examples,)
+    groups : Tensor of shape (examples,) or (examples, groups)
         Index of each example's constraint, ``group * num_labels + label`` if labels
-        count.
+        count; of groups that overlap, flags of those that it is of.
     num_groups : int
         Number of constraints.
     """
-    _require_known("groups", groups, num_groups)
+    _require_known("groups", groups, num_groups, overlapping=groups.dim() == 2)
+    if groups.dim() == 2:
+        # Behind the groups, all examples.
+        flags = torch.cat([groups, groups.new_ones(len(groups), 1)], 1).cpu().double()
+        return {
+            LOSS_SUMS: (losses.detach().cpu().double() @ flags).tolist(),
+            COUNTS: flags.sum(0).tolist(),
+        }
     sums = torch.zeros(num_groups, dtype=torch.float64)
     sums.index_add_(0, groups.cpu(), losses.detach().cpu().double())
     counts = torch.bincount(groups.cpu(), minlength=num_groups)
@@ -38,7 +45,15 @@ def group_sums(
     }
 
 
-def _require_known(name: str, indices: Tensor, size: int) -> None:
+def _require_known(
+    name: str, indices: Tensor, size: int, *, overlapping: bool = False
+) -> None:
+    if overlapping:
+        if indices.dtype != torch.bool or tuple(indices.shape[1:]) != (size,):
+            found = f"{indices.dtype}{list(indices.shape)}"
+            bound = f"torch.bool[examples, {size}], a flag for each group"
+            refuse(name, found, bound, "the groups of the strategy overlap")
+        return
     if indices.dtype != torch.int64 or indices.dim() != 1:
         found = f"{indices.dtype}{list(indices.shape)}"
         refuse(name, found, "int64 indices, one per example")
@@ -62,11 +77,19 @@ class GroupIndex:
         Groups, or pairs, that there are.
     num_labels : int
         Labels of which each makes a pair with each group; 0 does not look at labels.
+    overlapping : bool (default: False)
+        Whether the column of groups has flags of all groups, ``(examples, groups)``.
     """
 
     def __init__(
-        self, group: str, label: str, num_groups: int, num_labels: int
+        self,
+        group: str,
+        label: str,
+        num_groups: int,
+        num_labels: int,
+        overlapping: bool = False,
     ) -> None:
+        self._overlapping = overlapping
         self._sizes = {group: num_groups // max(num_labels, 1)}
         if num_labels:
             self._sizes[label] = num_labels
@@ -74,11 +97,16 @@ class GroupIndex:
         self._num_groups, self._num_labels = num_groups, num_labels
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Return the indices of a batch, of shape ``(batch,)``."""
+        """Return the indices of a batch, ``(batch,)``, or its flags."""
         index = batch[self._group]
         if self._num_labels:
             index = index * self._num_labels + batch[self._label]
         return index
+
+    def added(self, values: Tensor, batch: Batch) -> Tensor:
+        """Return for each example of a batch the sum of its groups' values."""
+        index = self(batch)
+        return index.to(values.dtype) @ values if self._overlapping else values[index]
 
     @torch.no_grad()
     def sums(self, local: Local, data: Batch) -> Metrics:
@@ -92,7 +120,10 @@ class GroupIndex:
         for column, size in self._sizes.items():
             if column not in data:
                 refuse("column", column, f"one of the data's columns {sorted(data)}")
-            _require_known(f"column {column!r}", data[column], size)
+            overlaps = self._overlapping and column == self._group
+            _require_known(
+                f"column {column!r}", data[column], size, overlapping=overlaps
+            )
         local.model.eval()
         parts = [
             local.task.loss(local.model, batch).detach()

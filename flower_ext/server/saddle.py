@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from flower_ext.core.arrays import Arrays
-from flower_ext.core.errors import at_least, positive
+from flower_ext.core.errors import at_least, positive, refuse
 from flower_ext.core.protocol import Metrics
+from flower_ext.core.schedules import Scheduled, value_in
 from flower_ext.core.typing import Floats
 
 # Of one step of theta, and of theta above the slack and below: whatever the losses
@@ -67,13 +68,14 @@ class Dual:
         Number of constraints.
     bound : float
         :math:`B \ge 0`, bounds their sum.
-    learning_rate : float
-        :math:`\eta_\theta > 0`, see :func:`dual_step`.
+    learning_rate : float or callable
+        :math:`\eta_\theta > 0`, of each round, see :func:`dual_step`.
     """
 
-    def __init__(self, size: int, bound: float, learning_rate: float) -> None:
+    def __init__(self, size: int, bound: float, learning_rate: Scheduled) -> None:
         self.bound = at_least("dual_bound", bound, 0)
-        self.learning_rate = positive("dual_learning_rate", learning_rate)
+        self.learning_rate = learning_rate
+        self.rate_in(1)
         self.theta = np.zeros(size)
 
     @property
@@ -81,9 +83,23 @@ class Dual:
         r"""The current :math:`\lambda`."""
         return dual_weights(self.theta, self.bound)
 
-    def step(self, excess: Floats) -> None:
+    def rate_in(self, server_round: int) -> float:
+        """Return the learning rate of a round; a schedule may come down to 0."""
+        if not callable(self.learning_rate):
+            return positive("dual_learning_rate", self.learning_rate)
+        name = f"dual_learning_rate({server_round})"
+        return at_least(name, value_in(self.learning_rate, server_round), 0)
+
+    def __str__(self) -> str:
+        """Name the settings, for ``summary()``."""
+        rate = self.learning_rate
+        shown = repr(rate) if callable(rate) else f"{rate:g}"
+        return f"bound {self.bound:g}, rate {shown}"
+
+    def step(self, excess: Floats, server_round: int) -> None:
         r"""Ascend along :math:`L - \zeta`; what is NaN was not measured and stays."""
-        self.theta = dual_step(self.theta, self.learning_rate * np.nan_to_num(excess))
+        rate = self.rate_in(server_round)
+        self.theta = dual_step(self.theta, rate * np.nan_to_num(excess))
 
     def state_dict(self) -> dict[str, object]:
         r"""Return :math:`\theta`."""
@@ -170,3 +186,14 @@ class DualityGap:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state."""
         vars(self).update({**state, "excess": np.array(state["excess"])})
+
+
+def certificate(radius: float | None, *, noised: bool) -> DualityGap | None:
+    """Return the duality gap before the first round, or None without a radius."""
+    if radius is None:
+        return None
+    positive("certificate_radius", radius)
+    if noised:
+        cause = "what is noised certifies nothing"
+        refuse("certificate_radius", radius, "left out", cause)
+    return DualityGap(radius)
