@@ -14,7 +14,16 @@ from flower_ext import AdditiveStrategy, ClientHalf
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.contribution import Contribution
 from flower_ext.privacy import Mechanism
-from flower_ext.server.optimizers import SGD, Adagrad, Adam, TorchOptimizer, Yogi
+from flower_ext.server.optimizers import (
+    LAMB,
+    SGD,
+    Adagrad,
+    Adam,
+    FedExP,
+    Muon,
+    TorchOptimizer,
+    Yogi,
+)
 from flower_ext.strategies import BoundedGroupLoss
 from flower_ext.testing import ConformanceError, check_strategy
 
@@ -84,6 +93,9 @@ def test_a_sound_strategy_passes_every_rule():
         Adam,
         partial(Adam, bias_correction=True, initial_accumulator=0.0),
         Yogi,
+        LAMB,
+        Muon,
+        FedExP,
         partial(TorchOptimizer, partial(torch.optim.AdamW, lr=0.1)),
     ],
 )

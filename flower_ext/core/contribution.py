@@ -150,7 +150,7 @@ class Contribution:
         return all(
             can_move(sent, _per_count(change, self.counts.get(part, {})))
             for part, change in self.arrays.items()
-            if _is_change(part) and self.weight_of(part) != 0
+            if is_change(part) and self.weight_of(part) != 0
         )
 
     def pieces(self) -> Iterator[tuple[str, Term]]:
@@ -304,7 +304,7 @@ class Total:
     def can_move(self, sent: Arrays) -> bool:
         """Whether all is finite, and the model can take the mean change."""
         return self.is_finite() and all(
-            self._can_move(sent, part) for part in self.arrays if _is_change(part)
+            self._can_move(sent, part) for part in self.arrays if is_change(part)
         )
 
     def _can_move(self, sent: Arrays, part: str) -> bool:
@@ -338,7 +338,8 @@ class Total:
         return dict(self._means[part])
 
 
-def _is_change(part: str) -> bool:
+def is_change(part: str) -> bool:
+    """Whether a part is a change of the model, or of one of several."""
     return part == DELTA or part.startswith(f"{DELTA}-")
 
 

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from logging import WARNING
 from typing import ClassVar, Unpack, cast
 
@@ -26,6 +27,7 @@ from flower_ext.core.contribution import DELTA, WEIGHT, Contribution, Total, no_
 from flower_ext.core.errors import refuse
 from flower_ext.core.protocol import Config, Decoder, Metrics, Reply, Round
 from flower_ext.core.replies import MalformedReply
+from flower_ext.core.spread import Spread, take_spread, with_squares
 from flower_ext.core.ties import Ties, equal_in_model
 from flower_ext.privacy.mechanism import Mechanism
 from flower_ext.privacy.private_sum import PrivateSum
@@ -82,6 +84,7 @@ class AdditiveStrategy(RoundStrategy):
     >>> strategy = AdditiveStrategy(fraction_train=0.1, server_optimizer=Adam())
     """
 
+    tells_spread = True
     #: Whether all clients with examples weigh the same, whatever number they have.
     equal_weights: bool = False
     #: Whether contributions have a weight of their own: ``Contribution(weight=...)``.
@@ -106,6 +109,13 @@ class AdditiveStrategy(RoundStrategy):
         """Put the round under a mechanism."""
         if not isinstance(mechanism, Mechanism):
             refuse("mechanism", mechanism, "a Mechanism, or None")
+        if self.server_optimizer.needs_spread:
+            refuse(
+                "server_optimizer",
+                self.server_optimizer,
+                "one that needs the sum alone, with a mechanism",
+                "the norms of the clients' changes are neither clipped nor noised",
+            )
         for name in ("fraction_train", "min_train_nodes"):
             if name in options:
                 refuse(
@@ -213,6 +223,7 @@ class AdditiveStrategy(RoundStrategy):
         """Add up, make the sum private, and ask the strategy for its direction."""
         round = self._core.rounds["train"]
         total, used = self._add_up(usable, dropped)
+        spread = self._take_spread(total)
         zero = self.zero(round.sent)
         if problem := self._problem(total):
             if self._core.private:
@@ -232,7 +243,13 @@ class AdditiveStrategy(RoundStrategy):
         if self._core.versions:
             direction = self._damped(direction, usable, used)
         self.advance(total, round)
-        return Outcome(used, direction, metrics)
+        return Outcome(used, direction, metrics, spread=spread)
+
+    def _take_spread(self, total: Total) -> Spread | None:
+        """Return how far the changes are apart, where the optimizer asks for it."""
+        if not self.server_optimizer.needs_spread:
+            return None
+        return take_spread(total, _no_parameters(self._core.rounds["train"]))
 
     def _add_up(
         self, replies: list[Message], dropped: Counter[str]
@@ -311,6 +328,9 @@ class AdditiveStrategy(RoundStrategy):
             self.zero(round.sent).shapes(),
             self._core.private.clipper().clip if self._core.private else None,
             {node: _bare(version) for node, version in self._core.versions.items()},
+            partial(with_squares, left_out=_no_parameters(round))
+            if self.server_optimizer.needs_spread
+            else None,
         )
 
     def _problem(self, total: Total) -> str:
@@ -471,6 +491,11 @@ def _warn_of_ties(ties: Ties) -> None:
             first,
             name,
         )
+
+
+def _no_parameters(round: Round) -> frozenset[str]:
+    """Return the names of what is averaged plainly under every server optimizer."""
+    return frozenset(round.sent) - frozenset(round.parameters)
 
 
 def _without_cohort(round: Round) -> Round:

@@ -69,6 +69,8 @@ class Summand:
         contribution that is not finite.
     versions : Mapping[int, Version]
         Of nodes that may have been sent the model of an earlier round.
+    measure : callable, optional
+        ``Contribution -> Contribution``, which adds what a server optimizer asks for.
     """
 
     strategy: Contributing
@@ -78,6 +80,7 @@ class Summand:
     shapes: Mapping[str, tuple[int, ...]]
     clip: Callable[[Contribution], Contribution | None] | None
     versions: Mapping[int, Version] = field(default_factory=dict)
+    measure: Callable[[Contribution], Contribution] | None = None
 
     def term(self, content: RecordDict, node: int, *, check: bool) -> Contribution:
         """Return the clipped term of a reply.
@@ -114,7 +117,7 @@ class Summand:
                 )
         self._require_counts_that_fit(term)
         if self.clip is None:
-            term = term.weighed(plain).times(version.factor)
+            term = self._measured(term.weighed(plain)).times(version.factor)
             if check and not term.can_move(self.round.sent):
                 raise MalformedReply(NOT_FINITE)
             return term
@@ -125,6 +128,14 @@ class Summand:
         if clipped is None:
             raise MalformedReply(NOT_FINITE)
         return clipped
+
+    def _measured(self, term: Contribution) -> Contribution:
+        if self.measure is None:
+            return term
+        try:
+            return self.measure(term)
+        except TypeError as error:  # complex numbers, objects
+            raise MalformedReply(unreadable(error)) from error
 
     def _require_counts_that_fit(self, term: Contribution) -> None:
         """Refuse counts that are negative, or that NumPy would stretch in the sum."""

@@ -68,6 +68,7 @@ from flower_ext.core.replies import (
     unreadable,
 )
 from flower_ext.core.sampling import Sampler, UniformSampler
+from flower_ext.core.spread import Spread
 from flower_ext.core.ties import (
     TIED_KEY,
     TIED_TO_KEY,
@@ -154,12 +155,15 @@ class Outcome:
         The strategy's own metrics.
     problem : str
         Why the model is kept, if it is.
+    spread : Spread or None
+        How far the clients' changes are apart, where the optimizer asks for it.
     """
 
     used: list[RecordDict]
     direction: Arrays | None = None
     metrics: Metrics = field(default_factory=dict)
     problem: str = ""
+    spread: Spread | None = None
 
 
 class RoundStrategy(FedAvg):
@@ -196,6 +200,8 @@ class RoundStrategy(FedAvg):
 
     #: The client half whose replies the strategy needs; None takes any.
     client_half: "ClassVar[type[ClientHalf] | None]" = None
+    #: Whether a server optimizer can be told how far the clients' changes are apart.
+    tells_spread: ClassVar[bool] = False
     #: The lines that a client with a training loop of its own adds for this strategy.
     drop_in: ClassVar[DropIn] = DropIn()
     #: Metrics of replies that the strategy reads itself and that are not averaged.
@@ -239,6 +245,13 @@ class RoundStrategy(FedAvg):
                 server_optimizer,
                 "a ServerOptimizer",
                 "wrap a torch.optim factory in TorchOptimizer(factory)",
+            )
+        if server_optimizer and server_optimizer.needs_spread and not self.tells_spread:
+            refuse(
+                "server_optimizer",
+                server_optimizer,
+                f"one that needs the direction alone, with {type(self).__name__}",
+                "it is no sum of the clients' changes",
             )
         self.min_replies = min_replies
         for name, codec in (("download", download), ("upload", upload)):
@@ -588,6 +601,7 @@ class RoundStrategy(FedAvg):
         if found.direction is None:
             log(WARNING, "round %s: %s: the model is kept", server_round, found.problem)
             return None, metrics
+        self.server_optimizer.see(found.spread)
         new = self._move(sent, found.direction)
         if new is None:
             log(WARNING, "round %s: %s: the model is kept", server_round, _NOT_HELD)

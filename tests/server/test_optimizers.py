@@ -11,11 +11,15 @@ import torch
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi
 
 from flower_ext.core.arrays import layout
+from flower_ext.core.spread import Spread
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import (
+    LAMB,
     SGD,
     Adagrad,
     Adam,
+    FedExP,
+    Muon,
     RefactoredSGD,
     TorchOptimizer,
     Yogi,
@@ -23,6 +27,14 @@ from flower_ext.server.optimizers import (
 )
 
 ROUNDS = 5
+
+
+def told():
+    """Make a FedExP that has been told how far the clients' changes are apart."""
+    optimizer = FedExP()
+    optimizer.see(Spread(mean_square=9.0, square_of_mean=1.0))
+    return optimizer
+
 
 EVERY = {
     "sgd": SGD,
@@ -33,6 +45,10 @@ EVERY = {
     "adam": Adam,
     "adam-corrected": lambda: Adam(bias_correction=True, initial_accumulator=0),
     "yogi": Yogi,
+    "lamb": lambda: LAMB(weight_decay=0.01),
+    "muon": Muon,
+    "muon-otherwise": lambda: Muon(0.1, excluded=("w",), otherwise=Adam()),
+    "fedexp": told,
     "torch-adamw": lambda: TorchOptimizer(functools.partial(torch.optim.AdamW, lr=0.1)),
     "torch-momentum": lambda: TorchOptimizer(
         functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9)
@@ -435,7 +451,7 @@ def test_apply_direction_keeps_the_dtype_and_rounds_integers(sent, direction, ex
 
 
 @pytest.mark.parametrize("bad", [0, -1, nan, inf, True, "1", None])
-@pytest.mark.parametrize("kind", [SGD, Adagrad, Adam, Yogi])
+@pytest.mark.parametrize("kind", [SGD, Adagrad, Adam, Yogi, LAMB, Muon])
 def test_a_bad_learning_rate_is_refused(kind, bad):
     with pytest.raises(
         ValueError, match=rf"^learning_rate={bad!r} must be a finite number > 0$"
@@ -453,6 +469,7 @@ def test_a_bad_learning_rate_is_refused(kind, bad):
         (Adam, "beta_2"),
         (Yogi, "beta_1"),
         (Yogi, "beta_2"),
+        (Muon, "momentum"),
     ],
 )
 def test_a_bad_decay_is_refused(kind, name, bad):
@@ -461,7 +478,7 @@ def test_a_bad_decay_is_refused(kind, name, bad):
 
 
 @pytest.mark.parametrize("bad", [0.0, -1e-3, nan, inf, True])
-@pytest.mark.parametrize("kind", [Adagrad, Adam, Yogi])
+@pytest.mark.parametrize("kind", [Adagrad, Adam, Yogi, LAMB])
 def test_a_bad_tau_is_refused_with_what_it_is_for(kind, bad):
     with pytest.raises(
         ValueError, match=rf"^tau={bad!r} must be a finite number > 0: it keeps"

@@ -10,6 +10,7 @@ whatever the optimizer is, since momentum can drive a variance below zero.
 """
 
 from flower_ext.server.optimizers.adaptive import Adagrad, Adam, Yogi
+from flower_ext.server.optimizers.around import Around
 from flower_ext.server.optimizers.base import (
     Elementwise,
     ServerOptimizer,
@@ -17,14 +18,21 @@ from flower_ext.server.optimizers.base import (
     apply_direction,
     keep_variances,
 )
+from flower_ext.server.optimizers.fedexp import FedExP
 from flower_ext.server.optimizers.from_torch import TorchOptimizer
+from flower_ext.server.optimizers.lamb import LAMB
+from flower_ext.server.optimizers.muon import Muon, orthogonalized
 from flower_ext.server.optimizers.sgd import SGD, RefactoredSGD
 
 __all__ = [
+    "LAMB",
     "SGD",
     "Adagrad",
     "Adam",
+    "Around",
     "Elementwise",
+    "FedExP",
+    "Muon",
     "RefactoredSGD",
     "ServerOptimizer",
     "State",
@@ -32,4 +40,5 @@ __all__ = [
     "Yogi",
     "apply_direction",
     "keep_variances",
+    "orthogonalized",
 ]

@@ -120,10 +120,7 @@ class Adam(Adaptive):
     def _rate(self, name: str) -> float:
         if not self.bias_correction:
             return self.learning_rate
-        # Of each array its own: in a round in which it does not move its moments stay.
-        steps = self.state.setdefault("steps", {})
-        t = int(steps.get(name, 0)) + 1
-        steps[name] = np.asarray(t, np.int64)
+        t = self._count(name)
         return float(
             self.learning_rate * np.sqrt(1 - self.beta_2**t) / (1 - self.beta_1**t)
         )

@@ -7,6 +7,7 @@ import numpy as np
 from flwr.common import NDArray
 
 from flower_ext.core.arrays import Arrays, is_averaged, is_parameter
+from flower_ext.core.spread import Spread
 
 _VARIANCES = ("running_var", "moving_variance")
 
@@ -55,9 +56,18 @@ class ServerOptimizer(ABC):
     #: Whether a coordinate means the same after a step: what is left over from earlier
     #: rounds, such as residuals of error feedback or fixed masks, then still fits.
     keeps_coordinates: ClassVar[bool] = True
+    #: Whether it must be told, before each step, how far the clients' changes are
+    #: apart: strategies that are sums add up what that takes, and not under a
+    #: mechanism.
+    needs_spread: bool = False
 
     def __init__(self) -> None:
         self.state: State = {}
+        self.spread: Spread | None = None
+
+    def see(self, spread: Spread | None) -> None:
+        """Take note, before a step, of how far the clients' changes are apart."""
+        self.spread = spread
 
     @abstractmethod
     def step(self, sent: Arrays, direction: Arrays) -> Arrays:
@@ -126,6 +136,15 @@ class Elementwise(ServerOptimizer):
         self, name: str, sent: NDArray, delta: NDArray, dtype: type[np.floating]
     ) -> NDArray:
         """Return the step of an array that was sent, with state of the given dtype."""
+
+    def _count(self, name: str) -> int:
+        """Count a step of an array, and return its number, from 1.
+
+        Each has its own: in a round in which it does not move its moments stay.
+        """
+        steps = self.state.setdefault("steps", {})
+        steps[name] = np.asarray(int(steps.get(name, 0)) + 1, np.int64)
+        return int(steps[name])
 
     def _slot(
         self,
