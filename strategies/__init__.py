@@ -22,6 +22,7 @@ from flower_ext.strategies.fedprox import FedProx, FedProxClient
 from flower_ext.strategies.fedrep import FedRep, FedRepClient
 from flower_ext.strategies.fine_tuned import FineTuned, FineTunedClient
 from flower_ext.strategies.flasc import FLASC, FLASCClient
+from flower_ext.strategies.heterofl import HeteroFL, HeteroFLClient
 from flower_ext.strategies.hypcluster import HypCluster, HypClusterClient
 from flower_ext.strategies.knnper import KNNPer, KNNPerClient
 from flower_ext.strategies.local_only import LocalOnly, LocalOnlyClient
@@ -62,6 +63,8 @@ __all__ = [
     "FederatedRankLearningClient",
     "FineTuned",
     "FineTunedClient",
+    "HeteroFL",
+    "HeteroFLClient",
     "HypCluster",
     "HypClusterClient",
     "KNNPer",

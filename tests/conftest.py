@@ -90,12 +90,13 @@ def aggregate(exchange):
 class _Net(nn.Module):
     """Parameters, a 0-d one, BatchNorm's statistics and counter, and dropout."""
 
-    def __init__(self):
+    def __init__(self, width=1.0):
         super().__init__()
-        self.hidden = nn.Linear(3, 4)
-        self.norm = nn.BatchNorm1d(4)
+        units = int(4 * width)
+        self.hidden = nn.Linear(3, units)
+        self.norm = nn.BatchNorm1d(units)
         self.drop = nn.Dropout(0.3)
-        self.out = nn.Linear(4, 2)
+        self.out = nn.Linear(units, 2)
         self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, x):
@@ -121,7 +122,7 @@ def _metrics(model, batch):
 @pytest.fixture(scope="session")
 def task():
     """Make the small task: a net with BatchNorm and dropout, 12 examples and more."""
-    return Task(lambda config: _Net(), _data, _loss, _metrics)
+    return Task(lambda config: _Net(config.get("width", 1.0)), _data, _loss, _metrics)
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,8 @@ from flower_ext.strategies import (
     FineTuned,
     FineTunedClient,
     FLASCClient,
+    HeteroFL,
+    HeteroFLClient,
     HypCluster,
     HypClusterClient,
     KNNPer,
@@ -198,6 +200,26 @@ class OffsetNorm(nn.Module):
         self.linear = nn.LayerNorm(2)
 
 
+def of_width(width):
+    """Return arrays with the names and shapes of all models here, of a width.
+
+    Only the net has units to leave out; all models have one number called ``scale``.
+    """
+    units = int(4 * width)
+    hidden = nn.Sequential(nn.Linear(3, units), nn.BatchNorm1d(units))
+    names = {"0": "hidden", "1": "norm"}
+    arrays = {names[n[0]] + n[1:]: x for n, x in hidden.state_dict().items()}
+    arrays |= {f"out.{n}": x for n, x in nn.Linear(units, 2).state_dict().items()}
+    arrays |= {f"linear.{n}": x for n, x in nn.Linear(3, 2).state_dict().items()}
+    line = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
+    return {**arrays, **line, "scale": torch.ones(()), "counter": torch.ones(())}
+
+
+def mostly_wide(client):
+    """Return the width of a client, for rows of two widths."""
+    return 0.5 if client == 1 else 1.0
+
+
 METHODS = {
     "FedAvg": Method(make=AdditiveStrategy, fedavg={}),
     "FedAdam": Method(
@@ -303,6 +325,13 @@ METHODS = {
         half=FineTunedClient,
         others=({"tuning_epochs": 2}, {"tuning_steps": 1}),
         fedavg={},
+    ),
+    "HeteroFL": Method(
+        make=HeteroFL,
+        half=HeteroFLClient,
+        options={"model": of_width, "widths": (1.0, 0.5), "width_of": mostly_wide},
+        others=({"widths": (0.75, 0.25), "width_of": None},),
+        fedavg={"widths": (1.0,), "width_of": None},
     ),
     "HypCluster": Method(
         make=HypCluster,
