@@ -142,9 +142,8 @@ class BoundedGroupLoss(AdditiveStrategy):
         :math:`B \ge 0`, bounds the sum of the duals; 0 is FedAvg.
     dual_learning_rate : float or callable (default: 0.5)
         :math:`\eta_\theta > 0` of the exponentiated gradient, see
-        :func:`~flower_ext.server.saddle.dual_step`, or a
-        :mod:`schedule <flower_ext.core.schedules>` of it;
-        losses ten times as large want a tenth of it.
+        :func:`~flower_ext.server.saddle.dual_step`; may be a schedule, ``round ->
+        rate``. Losses ten times as large want a tenth of it.
     multiplier_bound : float (default: inf)
         :math:`> 0`, most that is added to the weight of an example. Those of a rare
         group get :math:`\lambda_a n/n_a`, which may throw a step of SGD far; capped,
