@@ -29,11 +29,13 @@ from flower_ext.strategies.local_only import LocalOnly, LocalOnlyClient
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient
 from flower_ext.strategies.mrmtl import MRMTL, MRMTLClient
 from flower_ext.strategies.scaffold import Scaffold, ScaffoldClient
+from flower_ext.strategies.term import TERM, TERMClient
 
 __all__ = [
     "DPFTRL",
     "FLASC",
     "MRMTL",
+    "TERM",
     "BoundedGroupLoss",
     "BoundedGroupLossClient",
     "Ditto",
@@ -76,4 +78,5 @@ __all__ = [
     "MaxFLClient",
     "Scaffold",
     "ScaffoldClient",
+    "TERMClient",
 ]

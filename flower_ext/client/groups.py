@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from flower_ext.client.half import Local
-from flower_ext.client.task import Batch, batches, num_examples
+from flower_ext.client.task import Batch, batches, losses_of, num_examples
 from flower_ext.core.errors import refuse
 from flower_ext.core.groups import COUNTS, LOSS_SUMS
 from flower_ext.core.protocol import Metrics
@@ -108,7 +108,6 @@ class GroupIndex:
         index = self(batch)
         return index.to(values.dtype) @ values if self._overlapping else values[index]
 
-    @torch.no_grad()
     def sums(self, local: Local, data: Batch) -> Metrics:
         """Return each group's sum of losses of the client's model, and its examples.
 
@@ -124,12 +123,7 @@ class GroupIndex:
             _require_known(
                 f"column {column!r}", data[column], size, overlapping=overlaps
             )
-        local.model.eval()
-        parts = [
-            local.task.loss(local.model, batch).detach()
-            for batch in batches(data, batch_size=256)
-        ]
-        losses = torch.cat(parts) if parts else torch.zeros(0)
+        losses = losses_of(local.task, local.model, data)
         return {**group_sums(losses, self(data), self._num_groups)}
 
 
@@ -150,6 +144,9 @@ def mean_gradient(
     ArrayRecord
         Of all floats of the model's state; zero where nothing is trained.
     """
+    # In training BatchNorm would take the data into its statistics.
+    was_training = local.model.training
+    local.model.eval()
     local.model.zero_grad()
     for batch in batches(local.train, batch_size=256):
         losses = local.task.loss(local.model, batch)
@@ -158,6 +155,7 @@ def mean_gradient(
         (share * mean).backward()  # type: ignore[no-untyped-call]
     found = {name: p.grad for name, p in local.model.named_parameters()}
     local.model.zero_grad()
+    local.model.train(was_training)
     return ArrayRecord(
         {
             name: torch.zeros_like(x) if found.get(name) is None else found[name]

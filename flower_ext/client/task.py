@@ -167,6 +167,24 @@ def evaluate(
     return {name: value / size if size else math.nan for name, value in sums.items()}
 
 
+@torch.no_grad()
+def losses_of(
+    task: Task, model: nn.Module, data: Batch, batch_size: int = 256
+) -> Tensor:
+    """Return the loss of every example, of shape ``(examples,)``, in evaluation mode.
+
+    In float64, on the CPU.
+    """
+    was_training = model.training
+    model.eval()
+    found = [
+        example_losses(task, model, batch).cpu().double()
+        for batch in batches(data, batch_size)
+    ]
+    model.train(was_training)
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+
+
 def per_example(name: str, values: Tensor, batch: Batch) -> Tensor:
     """Require one value for each example: a mean would be averaged twice."""
     size = num_examples(batch)

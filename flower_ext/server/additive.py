@@ -88,7 +88,7 @@ class AdditiveStrategy(RoundStrategy):
     #: Whether all clients with examples weigh the same, whatever number they have.
     equal_weights: bool = False
     #: Whether contributions have a weight of their own: ``Contribution(weight=...)``.
-    declares_weight: ClassVar[bool] = False
+    declares_weight: bool = False
     #: Shapes of the contribution's scalars, by name.
     scalars: Mapping[str, tuple[int, ...]] = {}
     #: Under a mechanism, factors that are applied to parts and scalars before clipping

@@ -41,6 +41,7 @@ from flower_ext.strategies import (
     DPFTRL,
     FLASC,
     MRMTL,
+    TERM,
     BoundedGroupLoss,
     BoundedGroupLossClient,
     Ditto,
@@ -83,6 +84,7 @@ from flower_ext.strategies import (
     MRMTLClient,
     Scaffold,
     ScaffoldClient,
+    TERMClient,
 )
 from flower_ext.strategies.flasc import Tier
 from flower_ext.testing import Remembering, check_strategy
@@ -403,6 +405,19 @@ METHODS = {
     ),
     "FedProx": Method(make=FedProx, half=FedProxClient, fedavg={"proximal_mu": 0.0}),
     "Scaffold": Method(make=Scaffold, half=ScaffoldClient, others=({"option": "I"},)),
+    "TERM": Method(
+        make=TERM,
+        half=TERMClient,
+        options={"client_tilt": 2.0},
+        others=(
+            {"example_tilt": -1.0},
+            {"client_tilt": 0.0, "example_tilt": 3.0},
+            {"client_tilt": -900.0},
+        ),
+        fedavg={"client_tilt": 0.0},
+        private=({"loss_cap": 0.5}, {"client_tilt": 0.0, "example_tilt": 1.0}),
+        refuses=(({}, "loss_cap=None must be given with a mechanism"),),
+    ),
 }
 # The columns' parameters: rows, rows with each of their options, private variants.
 ROWS = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
