@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from logging import WARNING
-from typing import ClassVar, Unpack, cast
+from typing import Unpack, cast
 
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
