@@ -16,11 +16,13 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from logging import INFO, WARNING
+from typing import ClassVar, Literal, cast, get_args
 
 import numpy as np
 
-from flower_ext.core.errors import one_of, probability, refuse, whole
+from flower_ext._flower import log
+from flower_ext.core.errors import at_least, one_of, probability, refuse, whole
 from flower_ext.core.nodes import NodeRegistry
 
 Purpose = Literal["train", "evaluate"]
@@ -107,6 +109,8 @@ class Sampler(ABC):
     is_secret: bool = False
     #: What to do with fewer clients than asked for.
     when_short: WhenShort = "smaller"
+    #: Whether it chooses by what clients report, which :meth:`hear` is told.
+    hears: ClassVar[bool] = False
 
     def __init__(
         self, seed: int | None = None, *, same_for_evaluation: bool = False
@@ -138,6 +142,20 @@ class Sampler(ABC):
         Asynchronous runs draw from those of them that are free.
         """
         return clients
+
+    def hear(  # noqa: B027 (most samplers do not listen)
+        self, reports: Mapping[int, Mapping[str, float]], purpose: Purpose
+    ) -> None:
+        """Take note of what clients report; told where :attr:`hears` says so.
+
+        Parameters
+        ----------
+        reports : Mapping[int, Mapping[str, float]]
+            The finite metrics of each client that has answered, by what
+            :meth:`sample` knows it by.
+        purpose : {"train", "evaluate"}
+            What the clients were asked for.
+        """
 
     def guarantee(self) -> Guarantee:
         """Return what accountants may count on; here nothing.
@@ -611,3 +629,187 @@ class MinSeparationSampler(_Recognising):
         pairs = cast("Mapping[str, list[tuple[int, int]]]", state)
         self._last = dict(pairs["last"])
         self._times = dict(pairs["times"])
+
+
+class _Choosing(_Recognising):
+    """Leaves out of the cohorts of another sampler those who do not take part."""
+
+    hears = True
+
+    def __init__(self, sampler: Sampler | None, metric: str, purpose: Purpose) -> None:
+        if not isinstance(sampler, Sampler | None):
+            refuse("sampler", sampler, "a Sampler", "an instance, not the class")
+        if sampler is not None and sampler.hears:
+            refuse("sampler", type(sampler).__name__, "one that hears no reports")
+        self.of = UniformSampler() if sampler is None else sampler
+        super().__init__(self.of.seed, same_for_evaluation=self.of.same_for_evaluation)
+        self.metric = metric
+        self.purpose: Purpose = one_of("purpose", purpose, get_args(Purpose))  # type: ignore[assignment]
+        self._warned = False
+
+    def expected_size(self, size: int, population: int) -> float:
+        """Return the size of a cohort while everybody takes part."""
+        return self.of.expected_size(size, population)
+
+    def guarantee(self) -> Guarantee:
+        """Return no limit but those of the other sampler; who is drawn is no secret."""
+        of = self.of.guarantee()
+        return Guarantee(
+            kind="limited",
+            min_separation=of.min_separation,
+            max_participations=of.max_participations,
+        )
+
+    def _read(
+        self, reports: Mapping[int, Mapping[str, float]], *names: str
+    ) -> dict[int, list[float]]:
+        """Return metrics of those who report all of them, by the clients' numbers."""
+        found = {
+            client: [report[name] for name in names]
+            for client, report in reports.items()
+            if all(name in report for name in names)
+        }
+        if reports and not found and not self._warned:
+            self._warned = True
+            known = sorted(next(iter(reports.values())))
+            kind = type(self).__name__
+            log(WARNING, "%s: no client reports %s, but %s", kind, names, known)
+        numbers = self._registry.number(list(found))
+        return {numbers[client]: values for client, values in found.items()}
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Add the metric, and the settings of the other sampler."""
+        own = {"metric": self.metric, "purpose": self.purpose}
+        of = {f"of-{key}": x for key, x in self.of.settings().items()}
+        return {**super().settings(), **own, **of}
+
+    def state_dict(self) -> dict[str, object]:
+        """Add the state of the other sampler."""
+        return {**super().state_dict(), "of": self.of.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take over the state of both."""
+        super().load_state_dict(state)
+        self.of.load_state_dict(cast("Mapping[str, object]", state["of"]))
+
+
+class ConvergedClients(_Choosing):
+    """Asks those clients no more whose metric has come to rest.
+
+    A client whose last ``window`` reports of a metric lie within ``tolerance`` of each
+    other has converged: it is neither asked to train nor to evaluate again, in this
+    run, so that it causes no further message. Its place in a cohort stays empty: a
+    cohort is that of another sampler, less those who have stopped. Once all have, the
+    run ends after the round, and the log says so.
+
+    Parameters
+    ----------
+    sampler : Sampler, optional
+        What draws the cohorts; :class:`UniformSampler` by default.
+    metric : str (default: "loss")
+        What clients report, a number.
+    window : int (default: 5)
+        How many reports of a client in a row, at least 2.
+    tolerance : float (default: 0.01)
+        At least 0: most that the largest of them exceeds the smallest.
+    purpose : {"evaluate", "train"} (default: "evaluate")
+        Whether the metrics are those of evaluations or of trainings. A client that is
+        never asked to evaluate reports none: with a ``fraction_evaluate`` of 0 nobody
+        ever stops.
+
+    Notes
+    -----
+    The defaults are those of FedFitTech (a baseline of early stopping in federated
+    activity recognition), where a client compares its validation scores and answers
+    without a model; here the server compares them and does not ask. A client that comes
+    to rest far from where others would bring it stays there: a wider window, or a
+    tighter tolerance, costs messages and waits. Metrics of evaluations are means over
+    those who are still asked; an ``evaluate_fn`` of the server is of all.
+
+    **Privacy.** Whom it asks depends on what clients say of their data, and who is
+    asked shows it. Under a mechanism it is refused. So are asynchronous runs, whose
+    places are filled one by one.
+
+    Examples
+    --------
+    >>> sampler = ConvergedClients(metric="accuracy", window=2)
+    >>> for accuracy in (0.8, 0.805):
+    ...     sampler.hear({0: {"accuracy": accuracy}, 1: {"accuracy": 0.1}}, "evaluate")
+    >>> sampler.sample(range(3), 3, 1, "train")
+    [2]
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler | None = None,
+        *,
+        metric: str = "loss",
+        window: int = 5,
+        tolerance: float = 0.01,
+        purpose: Purpose = "evaluate",
+    ) -> None:
+        super().__init__(sampler, metric, purpose)
+        self.window = whole("window", window, 2)
+        self.tolerance = at_least("tolerance", tolerance, 0)
+        self._last: dict[int, list[float]] = {}
+        self._stopped: set[int] = set()
+
+    @property
+    def num_stopped(self) -> int:
+        """How many clients are not asked any more."""
+        return len(self._stopped)
+
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Return the other sampler's cohort, less those who have stopped.
+
+        Raises
+        ------
+        TooFewClients
+            If all clients have, which ends the run.
+        """
+        numbers = self._registry.number(clients)
+        if clients and self._stopped >= set(numbers.values()) and purpose == "train":
+            raise TooFewClients(
+                f"all {len(clients)} clients have converged: the last {self.window} "
+                f"values of {self.metric!r} of each are within {self.tolerance:g}"
+            )
+        cohort = self.of.sample(clients, size, server_round, purpose)
+        return [client for client in cohort if numbers[client] not in self._stopped]
+
+    def hear(
+        self, reports: Mapping[int, Mapping[str, float]], purpose: Purpose
+    ) -> None:
+        """See who has come to rest."""
+        if purpose != self.purpose:
+            return
+        most = self.tolerance * (1 + 1e-9)  # 0.81 - 0.80 is more than 0.01
+        for number, (value,) in self._read(reports, self.metric).items():
+            last = [*self._last.get(number, []), value][-self.window :]
+            self._last[number] = last
+            if len(last) == self.window and max(last) - min(last) <= most:
+                self._stopped.add(number)
+                log(INFO, "A client has converged, %s so far", len(self._stopped))
+
+    def guarantee(self) -> Guarantee:
+        """Return the limits of the other sampler."""
+        return super().guarantee()
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Add window and tolerance."""
+        own = {"window": self.window, "tolerance": self.tolerance}
+        return {**super().settings(), **own}
+
+    def state_dict(self) -> dict[str, object]:
+        """Add the last reports of every client, and who has stopped."""
+        last = [[number, *values] for number, values in self._last.items()]
+        own = {"last": last, "stopped": sorted(self._stopped)}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take over who has stopped."""
+        super().load_state_dict(state)
+        saved = cast("Mapping[str, list[list[float]]]", state)
+        self._last = {int(number): values for number, *values in saved["last"]}
+        self._stopped = set(cast("list[int]", state["stopped"]))

@@ -124,6 +124,13 @@ class AdditiveStrategy(RoundStrategy):
                     "left out with a mechanism",
                     f"the cohort is its num_sampled_clients={mechanism.cohort}",
                 )
+        if self.sampler.hears:
+            refuse(
+                "sampler",
+                type(self.sampler).__name__,
+                "one that hears no reports, with a mechanism",
+                "whom it asks depends on the clients' data, and no noise hides that",
+            )
         if mechanism.is_private and self.min_replies > 1:
             refuse(
                 "min_replies",

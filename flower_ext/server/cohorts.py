@@ -82,6 +82,7 @@ class Cohorts:
         self.answered: set[int] = set()
         self.seats: Seats | None = None
         self._nodes: Sequence[int] = ()
+        self._by_place = False
 
     def draw(
         self,
@@ -125,7 +126,7 @@ class Cohorts:
         while True:
             nodes = self._find(grid, phase, least, available)
             # In a simulation ids are new in every run; places are the partitions.
-            by_place = in_simulation(grid)
+            self._by_place = by_place = in_simulation(grid)
             names = range(len(nodes)) if by_place else nodes
             size = max(int(len(nodes) * share), least)
             if self.seats is not None:
@@ -163,6 +164,17 @@ class Cohorts:
         self.asked[phase] = {}
         self._ask(phase, asked)
         return self.asked[phase]
+
+    def hear(self, phase: Phase, reports: Mapping[int, Mapping[str, float]]) -> None:
+        """Tell the sampler what nodes report, by what it knows them by."""
+        places = self.places
+        self.sampler.hear(
+            {
+                places[node] if self._by_place else node: report
+                for node, report in reports.items()
+            },
+            phase,
+        )
 
     def let_in(self, seats: Seats | None) -> None:
         """Ask clients as ``seats`` says from now on; None asks for whole rounds."""

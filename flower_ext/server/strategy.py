@@ -583,6 +583,7 @@ class RoundStrategy(FedAvg):
             asked = self._core.cohorts.asked["train"]
             nodes = (message.metadata.src_node_id for message in sorted_.usable)
             self._core.cohorts.answered.update(asked[node] for node in nodes)
+        self._tell_sampler("train", sorted_.usable)
         found = self._combine(sorted_.usable, sorted_.dropped)
         metrics = MetricRecord()
         if self._tells_metrics:
@@ -668,6 +669,15 @@ class RoundStrategy(FedAvg):
                 + f": {next(iter(left_out))}"
             )
 
+    def _tell_sampler(self, phase: Phase, replies: Iterable[Message]) -> None:
+        """Tell a sampler that hears them what clients report."""
+        if self.sampler.hears:
+            told = {
+                message.metadata.src_node_id: self._reply(message, phase).numbers()
+                for message in replies
+            }
+            self._core.cohorts.hear(phase, told)
+
     def _reply(self, message: Message, phase: Phase) -> Reply:
         client = self._core.cohorts.asked[phase][message.metadata.src_node_id]
         return Reply(message.content, client, self._keys)
@@ -735,6 +745,7 @@ class RoundStrategy(FedAvg):
         sorted_ = sort_replies(
             replies, self._core.cohorts.asked["evaluate"], quiet=quiet
         )
+        self._tell_sampler("evaluate", sorted_.usable)
         used = []
         for message in sorted_.usable:
             reply = self._reply(message, "evaluate")
