@@ -12,6 +12,7 @@ For privacy accounting a sampler states what it guarantees of every client, see
 :class:`Guarantee`. What it states, it enforces.
 """
 
+import math
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,17 @@ from typing import ClassVar, Literal, cast, get_args
 import numpy as np
 
 from flower_ext._flower import log
-from flower_ext.core.errors import at_least, one_of, probability, refuse, whole
+from flower_ext.core.errors import (
+    at_least,
+    finite,
+    one_of,
+    probability,
+    refuse,
+    whole,
+    yes_or_no,
+)
 from flower_ext.core.nodes import NodeRegistry
+from flower_ext.core.participation import gain
 
 Purpose = Literal["train", "evaluate"]
 WhenShort = Literal["smaller", "wait", "stop"]
@@ -813,3 +823,170 @@ class ConvergedClients(_Choosing):
         saved = cast("Mapping[str, list[list[float]]]", state)
         self._last = {int(number): values for number, *values in saved["last"]}
         self._stopped = set(cast("list[int]", state["stopped"]))
+
+
+class ParticipationGame(_Choosing):
+    r"""Trains those clients only to whom the common model is worth its price.
+
+    After each evaluation a client compares the metric of the common model on its own
+    data with what it has alone, less its cost, and opts in or out of training:
+
+    .. math:: \text{inside} \iff a_i - L_i - c_i + p_i \ge 0.
+
+    All are asked to evaluate, so that those outside may come back. A cohort is that of
+    another sampler, less those outside. Before its first report a client is inside,
+    unless its cost is infinite.
+
+    Parameters
+    ----------
+    sampler : Sampler, optional
+        What draws the cohorts; :class:`UniformSampler` by default.
+    local : float, sequence of float or str
+        :math:`L_i`: one number for all clients, one for each in their order, or the
+        name of a metric that they report with the other, such as ``accuracy`` beside
+        ``received-accuracy`` of personal models.
+    costs : float or sequence of float (default: 0.0)
+        :math:`c_i \ge 0`, in units of the metric; infinity never takes part.
+    payments : float or sequence of float (default: 0.0)
+        :math:`p_i \ge 0`, what a client is paid for being inside, in the same units:
+        see :class:`~flower_ext.core.participation.NetworkGame` for the smallest that
+        make an equilibrium.
+    metric : str (default: "accuracy")
+        :math:`a_i`, which clients report.
+    larger_is_better : bool (default: True)
+        False for a loss, whose signs are turned.
+
+    Notes
+    -----
+    If all are outside no messages ask for training, the model stays and the log says
+    so; a client comes back if a later evaluation tells it to.
+
+    That clients compare the common model with their own is from the abstract of the
+    paper (arXiv 2302.08533). What exactly they compare, and that they answer at once
+    after each evaluation, is ours.
+
+    **Privacy.** As :class:`ConvergedClients`: refused under a mechanism, and in
+    asynchronous runs.
+
+    Examples
+    --------
+    >>> game = ParticipationGame(local=0.6, costs=[0.0, 0.2], metric="accuracy")
+    >>> game.hear({0: {"accuracy": 0.7}, 1: {"accuracy": 0.7}}, "evaluate")
+    >>> game.sample(range(2), 2, 1, "train"), game.sample(range(2), 2, 1, "evaluate")
+    ([0], [0, 1])
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler | None = None,
+        *,
+        local: float | Sequence[float] | str,
+        costs: float | Sequence[float] = 0.0,
+        payments: float | Sequence[float] = 0.0,
+        metric: str = "accuracy",
+        larger_is_better: bool = True,
+    ) -> None:
+        super().__init__(sampler, metric, "evaluate")
+        self.local = local if isinstance(local, str) else _numbers("local", local)
+        self.costs = _numbers("costs", costs, 0)
+        self.payments = _numbers("payments", payments, 0)
+        if math.inf in self.payments:
+            refuse("payments", payments, "finite")
+        yes_or_no("larger_is_better", larger_is_better)
+        self.larger_is_better = larger_is_better
+        self._outside: set[int] = set()
+        self._known: set[int] = set()
+        self._is_empty = False
+
+    @property
+    def num_outside(self) -> int:
+        """How many of the clients that it has seen do not take part."""
+        return len(self._outside)
+
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Return the other sampler's cohort, for training less those outside."""
+        numbers = self._registry.number(clients)
+        for number in set(numbers.values()) - self._known:
+            self._known.add(number)
+            if _of(self.costs, number, "costs") == math.inf:
+                self._outside.add(number)
+        cohort = self.of.sample(clients, size, server_round, purpose)
+        if purpose == "evaluate":
+            return cohort
+        was_empty = self._is_empty
+        self._is_empty = self._outside >= set(numbers.values())
+        if clients and self._is_empty and not was_empty:
+            log(WARNING, "Nobody takes part: no client gains by it. The model is kept")
+        return [client for client in cohort if numbers[client] not in self._outside]
+
+    def hear(
+        self, reports: Mapping[int, Mapping[str, float]], purpose: Purpose
+    ) -> None:
+        """Let those who report opt in or out."""
+        if purpose != self.purpose:
+            return
+        names = (
+            [self.metric, self.local] if isinstance(self.local, str) else [self.metric]
+        )
+        for number, (common, *told) in self._read(reports, *names).items():
+            own_local = told[0] if told else _of(self.local, number, "local")
+            gained = gain(
+                common,
+                own_local,
+                _of(self.costs, number, "costs"),
+                _of(self.payments, number, "payments"),
+                sign=1.0 if self.larger_is_better else -1.0,
+            )
+            self._known.add(number)
+            if gained >= 0:
+                self._outside.discard(number)
+            else:
+                self._outside.add(number)
+
+    def guarantee(self) -> Guarantee:
+        """Return the limits of the other sampler."""
+        return super().guarantee()
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Add what clients compare."""
+        own = {
+            name: str(getattr(self, name)) for name in ("local", "costs", "payments")
+        }
+        return {**super().settings(), **own, "larger-is-better": self.larger_is_better}
+
+    def state_dict(self) -> dict[str, object]:
+        """Add who is outside."""
+        own = {"outside": sorted(self._outside), "known": sorted(self._known)}
+        return {**super().state_dict(), **own, "empty": [self._is_empty]}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take over who is outside."""
+        super().load_state_dict(state)
+        self._outside = set(cast("list[int]", state["outside"]))
+        self._known = set(cast("list[int]", state["known"]))
+        (self._is_empty,) = cast("list[bool]", state["empty"])
+
+
+def _numbers(
+    name: str, value: float | Sequence[float], low: float = -math.inf
+) -> tuple[float, ...]:
+    """Require a number, or one for each client."""
+    many = value if isinstance(value, Sequence) else [value]
+    if isinstance(value, str) or not many:
+        refuse(name, value, "a number, or one for each client")
+    return tuple(
+        at_least(name, x, low, allow_inf=True) if low == 0 else finite(name, x)
+        for x in many
+    )
+
+
+def _of(values: tuple[float, ...] | str, number: int, name: str) -> float:
+    """Return a client's own number, or that of all."""
+    assert not isinstance(values, str)
+    if len(values) == 1:
+        return values[0]
+    if number >= len(values):
+        refuse(f"len({name})", len(values), f"> {number}: one for each client, or one")
+    return values[number]

@@ -1,5 +1,8 @@
 """Samplers that choose by what clients report: who stops, and messages saved."""
 
+import math
+from functools import partial
+
 import numpy as np
 import pytest
 from adding_grid import AddingGrid
@@ -12,6 +15,7 @@ from flower_ext.core.sampling import (
     AllClients,
     ConvergedClients,
     MinSeparationSampler,
+    ParticipationGame,
     UniformSampler,
 )
 from flower_ext.privacy import Mechanism
@@ -150,6 +154,94 @@ def test_numbers_that_are_not_finite_teach_nothing():
     assert len(asked) == 3 * 4 + 2 * 4 and sampler.num_stopped == 1
 
 
+# The game of taking part --------------------------------------------------------------
+
+
+def test_clients_opt_in_and_out_by_what_they_gain():
+    """Alone all have 0.5; with costs 0, 0.2 and 0.4 they need 0.5, 0.7 and 0.9."""
+    common = [0.6, 0.75, 0.95, 0.4, 0.8]
+    app, asked = answering(lambda client, number: common[number - 1])
+    sampler = ParticipationGame(AllClients(), local=0.5, costs=[0.0, 0.2, 0.4])
+    found = run(AdditiveStrategy(sampler=sampler), app, 5)
+    trained = [
+        [c for n, kind, c in asked if (n, kind) == (i, "train")] for i in range(1, 6)
+    ]
+    assert trained == [[0, 1, 2], [0], [0, 1], [0, 1, 2], []]
+    evaluated = [c for _, kind, c in asked if kind == "evaluate"]
+    assert evaluated == [0, 1, 2] * 5
+    assert found.arrays["w"].numpy().tolist() == [1 + 0 + 0.5 + 1]
+
+
+def test_a_payment_a_loss_and_a_metric_of_ones_own():
+    """A loss of 0.4 against 0.5 alone is worth 0.1, which a payment of 0.1 doubles."""
+    reports = {i: {"mine": 0.5, "ours": 0.4} for i in range(4)}
+    options = {"local": "mine", "metric": "ours", "larger_is_better": False}
+    costs = [0.05, 0.15, 0.15, math.inf]
+    payments = [0.0, 0.0, 0.1, 9.0]
+    sampler = ParticipationGame(AllClients(), costs=costs, payments=payments, **options)
+    assert sampler.sample(range(4), 4, 1, "train") == [0, 1, 2]
+    sampler.hear(reports, "evaluate")
+    assert sampler.sample(range(4), 4, 2, "train") == [0, 2]
+    assert sampler.num_outside == 2
+
+
+def test_infinite_costs_leave_nobody_and_free_ones_everybody(caplog):
+    for costs, messages in ((math.inf, 0), (0.0, 9)):
+        app, asked = answering(lambda client, number: 0.5)
+        sampler = ParticipationGame(AllClients(), local=0.5, costs=costs)
+        found = run(AdditiveStrategy(sampler=sampler), app, 3)
+        assert len([1 for _, kind, _ in asked if kind == "train"]) == messages
+        assert (found.arrays["w"].numpy() == SENT["w"]).all() == (not messages)
+    assert caplog.text.count("Nobody takes part") == 1
+
+
+def test_a_resumed_game_is_the_same(tmp_path):
+    def play(rounds, **options):
+        app, asked = answering(
+            lambda client, number: 0.5 + 0.1 * ((number + client) % 3)
+        )
+        costs = [0.01 * client for client in range(6)]
+        sampler = ParticipationGame(UniformSampler(2), local=0.55, costs=costs)
+        strategy = AdditiveStrategy(sampler=sampler, fraction_train=0.7)
+        strategy.fraction_evaluate = 0.5
+        result = run(strategy, app, rounds, clients=6, **options)
+        return result.arrays["w"].numpy().tolist(), asked
+
+    model, asked = play(7)
+    parts = []
+    for rounds in range(1, 8):
+        found, part = play(rounds, checkpoint=tmp_path)
+        parts += part
+    assert (found, parts) == (model, asked)
+    sizes = {
+        len([1 for n, k, _ in asked if (n, k) == (i, "train")]) for i in range(1, 8)
+    }
+    assert len(sizes) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"local": []}, "a number, or one for each client"),
+        ({"local": 0.5, "costs": -1}, "costs=-1 must be"),
+        ({"local": 0.5, "payments": math.inf}, "payments=inf must be finite"),
+        ({"local": math.nan}, "local=nan must be"),
+        ({"local": 0.5, "larger_is_better": 1}, "larger_is_better=1 must be True"),
+    ],
+)
+def test_options_of_the_game_are_looked_at(options, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        ParticipationGame(**options)
+
+
+def test_more_clients_than_costs_are_refused_before_anybody_is_asked():
+    app, asked = answering(lambda client, number: 0.5)
+    sampler = ParticipationGame(AllClients(), local=0.5, costs=[0.0, 0.1])
+    with pytest.raises(ValueError, match=r"len\(costs\)=2 must be > 2: one for each"):
+        run(AdditiveStrategy(sampler=sampler), app, 1)
+    assert not asked
+
+
 # Refused ------------------------------------------------------------------------------
 
 PLAN = {
@@ -161,13 +253,18 @@ PLAN = {
 }
 
 
-def test_a_mechanism_and_asynchronous_runs_are_refused():
-    sampler = ConvergedClients()
+@pytest.mark.parametrize(
+    "make", [ConvergedClients, partial(ParticipationGame, local=0)]
+)
+def test_a_mechanism_and_asynchronous_runs_are_refused(make):
+    sampler = make()
     with pytest.raises(ValueError, match="depends on the clients' data, and no noise"):
         AdditiveStrategy(sampler=sampler, mechanism=Mechanism(**PLAN))
     app, _ = answering(lambda client, number: 0.5)
     how = Asynchronous(2, 2, clock=VirtualClock())
-    with pytest.raises(ValueError, match="ConvergedClients draws whole rounds"):
+    with pytest.raises(
+        ValueError, match="(ConvergedClients|ParticipationGame) draws whole rounds"
+    ):
         run(AdditiveStrategy(sampler=sampler), app, 3, asynchronous=how)
 
 
