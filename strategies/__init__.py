@@ -1,5 +1,6 @@
 """Federated strategies, one paper a file: the server class and its client half."""
 
+from flower_ext.strategies.agnostic_fl import AgnosticFL, AgnosticFLClient
 from flower_ext.strategies.bounded_group_loss import (
     BoundedGroupLoss,
     BoundedGroupLossClient,
@@ -36,6 +37,8 @@ __all__ = [
     "FLASC",
     "MRMTL",
     "TERM",
+    "AgnosticFL",
+    "AgnosticFLClient",
     "BoundedGroupLoss",
     "BoundedGroupLossClient",
     "Ditto",

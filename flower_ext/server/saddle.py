@@ -1,4 +1,4 @@
-r"""Saddle points: duals by exponentiated gradient, and how far a run is from one.
+r"""Saddle points: duals, weights on the simplex, and how far a run is from one.
 
 For :math:`\min_w \max_{\lambda \ge 0, \|\lambda\|_1 \le B} F(w) + \sum_a \lambda_a
 (L_a(w) - \zeta_a)`, where clients descend in :math:`w` and the server ascends in
@@ -22,6 +22,8 @@ from flower_ext.core.typing import Floats
 # Of one step of theta, and of theta above the slack and below: whatever the losses
 # were, a dual comes back within some tens of steps.
 _STEP, _HIGH, _LOW = 5.0, 10.0, -40.0
+# Steps of weights on the simplex, whose projection does not change further out.
+_FAR = 1e100
 
 
 def dual_weights(theta: Floats, dual_bound: float) -> Floats:
@@ -108,6 +110,77 @@ class Dual:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state."""
         self.theta = np.array(state["theta"])
+
+
+def project_to_simplex(point: Floats) -> Floats:
+    r"""Return the nearest point with no coordinate below 0 and a sum of 1.
+
+    It is :math:`\max(x - \tau, 0)` with the one :math:`\tau` for which that sums to 1,
+    found from the sorted coordinates (Duchi, Shalev-Shwartz, Singer and Chandra 2008,
+    "Efficient projections onto the l1-ball", ICML, figure 1).
+
+    Examples
+    --------
+    >>> project_to_simplex(np.array([0.5, 0.5, 0.3, -9.0]))
+    array([0.4, 0.4, 0.2, 0. ])
+    """
+    # All moved alike have the same projection; below the largest by 1 they are 0.
+    point = np.maximum(point - point.max(), -2.0)
+    falling = np.sort(point)[::-1]
+    excess = np.cumsum(falling) - 1
+    kept = np.flatnonzero(falling * np.arange(1, len(point) + 1) > excess)[-1]
+    found = np.maximum(point - excess[kept] / (kept + 1), 0.0)
+    return np.asarray(found / found.sum())
+
+
+class SimplexWeights:
+    r"""Weights that add up to 1, by projected gradient ascent on losses.
+
+    They begin equal; what comes later begins with the mean of the weights.
+
+    Parameters
+    ----------
+    name : str
+        What the learning rate is called where it is refused.
+    learning_rate : float
+        :math:`\gamma \ge 0`.
+    """
+
+    def __init__(self, name: str, learning_rate: float) -> None:
+        self.learning_rate = at_least(name, learning_rate, 0)
+        self.weights: Floats = np.zeros(0)
+        self.losses: Floats = np.zeros(0)
+
+    def of(self, size: int) -> Floats:
+        """Return the weights of so many."""
+        old = len(self.weights)
+        if size <= old:
+            return self.weights[:size]
+        new = np.full(size - old, 1 / size)
+        return np.concatenate([self.weights * (old / size), new])
+
+    def step(self, losses: Floats) -> None:
+        r"""Take :math:`\lambda \leftarrow \mathrm{Proj}(\lambda + \gamma F)`.
+
+        Where a loss is NaN, the last known one counts, or else the mean of the others.
+        """
+        known = np.full(losses.shape, np.nan)
+        known[: len(self.losses)] = self.losses[: len(known)]
+        self.losses = np.where(np.isnan(losses), known, losses)
+        if np.isnan(self.losses).all():
+            return
+        filled = np.where(np.isnan(self.losses), np.nanmean(self.losses), self.losses)
+        rise = np.clip(self.learning_rate * filled, -_FAR, _FAR)
+        self.weights = project_to_simplex(self.of(len(losses)) + rise)
+
+    def state_dict(self) -> dict[str, object]:
+        """Return weights and losses."""
+        return {"weights": self.weights, "losses": self.losses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state."""
+        self.weights = np.array(state["weights"])
+        self.losses = np.array(state["losses"])
 
 
 @dataclass

@@ -42,6 +42,8 @@ from flower_ext.strategies import (
     FLASC,
     MRMTL,
     TERM,
+    AgnosticFL,
+    AgnosticFLClient,
     BoundedGroupLoss,
     BoundedGroupLossClient,
     Ditto,
@@ -405,6 +407,15 @@ METHODS = {
     ),
     "FedProx": Method(make=FedProx, half=FedProxClient, fedavg={"proximal_mu": 0.0}),
     "Scaffold": Method(make=Scaffold, half=ScaffoldClient, others=({"option": "I"},)),
+    "AgnosticFL": Method(
+        make=AgnosticFL,
+        half=AgnosticFLClient,
+        options={"weight_learning_rate": 0.5},
+        others=({"average_iterates": False},),
+        fedavg={"weight_learning_rate": 0.0},
+        private=(),
+        refuses=(({}, "left out: a weight for each client is about that client"),),
+    ),
     "TERM": Method(
         make=TERM,
         half=TERMClient,
@@ -719,6 +730,7 @@ def test_a_run_resumed_after_every_round_is_the_same_bit_for_bit(
 
 # Why a method has none.
 IN_ROUNDS = {
+    "AgnosticFL": "about the one model of a round",
     "BoundedGroupLoss": "about the one model of a round",
     "DPFTRL": "a mechanism accounts for cohorts",
     "Ensemble": "each round trains one of the models",
