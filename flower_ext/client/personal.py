@@ -109,6 +109,11 @@ class Personal:
                 )
         return {key: found[key] for key in like}
 
+    def group(self, name: str) -> dict[str, Tensor]:
+        """Return a group of arrays as it was saved, none before."""
+        record = self._state.array_records.get(PERSONAL + name)
+        return {} if record is None else read_tensors(record, self._device)
+
     def number(self, name: str, default: float) -> float:
         """Return a number, or the default before one was saved."""
         return self.numbers(name).get(name, default)

@@ -431,7 +431,7 @@ class _Stack:
                 for optimizer, own in zip(each, self._rows, strict=True)
                 if own[name] in optimizer.state
             ]
-            if 0 < len(states) < len(each):
+            if 0 < len(states) < len(each) or not _alike(states):
                 return None
             if states:
                 made.state[stack] = {
@@ -673,6 +673,20 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _alike(states: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether what is kept of a parameter as a whole is the same in all states.
+
+    It is not where clients go on with states of their own, after unlike numbers of
+    steps.
+    """
+    first = states[0] if states else {}
+    return all(
+        state.keys() == first.keys()
+        and all(x == first[k] for k, x in state.items() if _is_whole(k, x))
+        for state in states
+    )
 
 
 def _is_whole(key: str, value: object) -> bool:
