@@ -1,17 +1,24 @@
 """The client: tasks, client halves, trainers, personal state, and the ClientApp."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flower_ext.client.grass import Grass as Grass
+    from flower_ext.client.muon import MuonAdamW as MuonAdamW
+    from flower_ext.client.optimizer_state import OptimizerState as OptimizerState
 
-__all__ = ["Grass"]
+_HOME = {
+    "Grass": "grass",
+    "MuonAdamW": "muon",
+    "OptimizerState": "optimizer_state",
+}
+
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used: it needs torch."""
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from flower_ext.client import grass
-
-    return getattr(grass, name)
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

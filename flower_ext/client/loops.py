@@ -45,13 +45,14 @@ def on_steps(act: Callable[[Optimizer], None]) -> list[RemovableHandle]:
     list of RemovableHandle
         To be removed.
     """
-    # A step may call that of its base class, and other threads step others.
+    # A step may call that of its base class, or those of optimizers of a part of its
+    # parameters, and other threads step others.
     stepping: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     def before(
         optimizer: Optimizer, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> StepArguments | None:
-        if optimizer in stepping:
+        if any(_stepped(optimizer) <= _stepped(outer) for outer in stepping):
             return None
         stepping.add(optimizer)
         closures = [x for x in (*args[1:], kwargs.get("closure")) if callable(x)]
@@ -145,7 +146,7 @@ def before_steps(
         found_inf = getattr(optimizer, "found_inf", None)
         if (found := watched()) is None or (found_inf is not None and float(found_inf)):
             return
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stepped = _stepped(optimizer)
         own = {
             names.get(n, n): p for n, p in trainable(found).items() if id(p) in stepped
         }
@@ -162,6 +163,10 @@ def before_steps(
     _WATCHED[model] = on_steps(act)
     for handle in _WATCHED[model]:
         weakref.finalize(model, handle.remove)
+
+
+def _stepped(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _multiply(parameters: Mapping[str, nn.Parameter], factor: float) -> None:
