@@ -133,6 +133,9 @@ class Round:
     answered : frozenset of int
         Those of them that have answered, and so have kept what their half keeps; empty
         where ``cohort`` is.
+    answered_before : frozenset of int
+        Those of them that have answered in the round before, and so have what they were
+        sent in it; empty where ``cohort`` is.
     ties : dict[str, str]
         Further names of tied tensors with the first name of each, where known.
     upload : Decoder, optional
@@ -148,6 +151,7 @@ class Round:
     cohort: Sequence[int] = ()
     trained: frozenset[int] = frozenset()
     answered: frozenset[int] = frozenset()
+    answered_before: frozenset[int] = frozenset()
     ties: Ties = field(default_factory=dict)
     upload: Decoder | None = None
 

@@ -506,7 +506,10 @@ def _no_parameters(round: Round) -> frozenset[str]:
 
 
 def _without_cohort(round: Round) -> Round:
-    return replace(round, cohort=(), trained=frozenset(), answered=frozenset())
+    nobody: frozenset[int] = frozenset()
+    return replace(
+        round, cohort=(), trained=nobody, answered=nobody, answered_before=nobody
+    )
 
 
 def _bare(version: Version) -> Version:

@@ -1,7 +1,7 @@
 """Who is asked in a round: drawing cohorts, and knowing clients by their places."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
 
@@ -68,6 +68,9 @@ class Cohorts:
         The places of the clients that have been asked to train.
     answered : set of int
         Those of them that have answered, with no error.
+    last : tuple of (int, frozenset of int)
+        The number of the last round of training that was aggregated, and the places of
+        the clients that answered in it.
     seats : Seats or None
         Who may be asked next, in an asynchronous run.
     """
@@ -80,6 +83,7 @@ class Cohorts:
         self.drawn: dict[Phase, int] = {}
         self.trained: set[int] = set()
         self.answered: set[int] = set()
+        self.last: tuple[int, frozenset[int]] = (0, frozenset())
         self.seats: Seats | None = None
         self._nodes: Sequence[int] = ()
         self._by_place = False
@@ -175,6 +179,17 @@ class Cohorts:
             },
             phase,
         )
+
+    def note_answers(self, server_round: int, nodes: Iterable[int]) -> None:
+        """Take down which nodes have answered in a round of training."""
+        places = frozenset(self.asked["train"][node] for node in nodes)
+        self.answered |= places
+        self.last = server_round, places
+
+    def answered_before(self, server_round: int) -> frozenset[int]:
+        """Return the places of those that answered in the round before this one."""
+        number, places = self.last
+        return places if number == server_round - 1 else frozenset()
 
     def let_in(self, seats: Seats | None) -> None:
         """Ask clients as ``seats`` says from now on; None asks for whole rounds."""

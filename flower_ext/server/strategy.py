@@ -455,12 +455,14 @@ class RoundStrategy(FedAvg):
         hidden = self._hides_cohorts
         places = [] if hidden else list(cohort.values())  # a hook could tell of them
         cohorts = self._core.cohorts
-        seen, done = (
-            frozenset() if hidden else frozenset(places)
-            for places in (cohorts.trained, cohorts.answered)
-        )
         round = self._round_of(server_round, sent, phase, places)
-        round = replace(round, trained=seen, answered=done)
+        if not hidden:
+            round = replace(
+                round,
+                trained=frozenset(cohorts.trained),
+                answered=frozenset(cohorts.answered),
+                answered_before=cohorts.answered_before(server_round),
+            )
         round = replace(round, told={**config, **self.tell(round)})
         contents: dict[Hashable, RecordDict] = {}
         if train and cohorts.seats is not None:  # others are asked in this round, too
@@ -580,9 +582,8 @@ class RoundStrategy(FedAvg):
                 if WRONG_HALF in line:
                     raise InconsistentMessageReplies(line)
         if not quiet:
-            asked = self._core.cohorts.asked["train"]
             nodes = (message.metadata.src_node_id for message in sorted_.usable)
-            self._core.cohorts.answered.update(asked[node] for node in nodes)
+            self._core.cohorts.note_answers(server_round, nodes)
         self._tell_sampler("train", sorted_.usable)
         found = self._combine(sorted_.usable, sorted_.dropped)
         metrics = MetricRecord()
@@ -845,6 +846,7 @@ class RoundStrategy(FedAvg):
             # Who has taken part is as secret as the cohorts.
             "trained": [] if self._hides_cohorts else sorted(cohorts.trained),
             "answered": [] if self._hides_cohorts else sorted(cohorts.answered),
+            "answered-last": [cohorts.last[0], sorted(cohorts.last[1])],
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
@@ -861,6 +863,8 @@ class RoundStrategy(FedAvg):
         self._core.tied = cast("Ties | None", state["tied"])
         self._core.cohorts.trained = set(cast("list[int]", state["trained"]))
         self._core.cohorts.answered = set(cast("list[int]", state["answered"]))
+        number, places = cast("tuple[int, list[int]]", state["answered-last"])
+        self._core.cohorts.last = number, frozenset(places)
 
     def summary(self) -> None:
         """Log the settings."""
