@@ -5,6 +5,7 @@ from flower_ext.strategies.bounded_group_loss import (
     BoundedGroupLoss,
     BoundedGroupLossClient,
 )
+from flower_ext.strategies.diloco import DiLoCo, DiLoCoClient
 from flower_ext.strategies.ditto import Ditto, DittoClient
 from flower_ext.strategies.dpftrl import DPFTRL
 from flower_ext.strategies.ensemble import Ensemble, EnsembleClient
@@ -41,6 +42,8 @@ __all__ = [
     "AgnosticFLClient",
     "BoundedGroupLoss",
     "BoundedGroupLossClient",
+    "DiLoCo",
+    "DiLoCoClient",
     "Ditto",
     "DittoClient",
     "Ensemble",

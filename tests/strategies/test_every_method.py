@@ -46,6 +46,8 @@ from flower_ext.strategies import (
     AgnosticFLClient,
     BoundedGroupLoss,
     BoundedGroupLossClient,
+    DiLoCo,
+    DiLoCoClient,
     Ditto,
     DittoClient,
     Ensemble,
@@ -91,6 +93,7 @@ from flower_ext.strategies import (
 from flower_ext.strategies.flasc import Tier
 from flower_ext.testing import Remembering, check_strategy
 from flower_ext.wire import (
+    EDEN,
     NF4,
     BFloat16,
     Chain,
@@ -316,6 +319,20 @@ METHODS = {
         fedavg={},
         takes_plan=True,
         refuses=(({"mechanism": Mechanism(**PLAN)}, "mechanism"),),
+    ),
+    "DiLoCo": Method(
+        make=DiLoCo,
+        half=DiLoCoClient,
+        others=({"server_optimizer": SGD(), "upload": ErrorFeedback(EDEN(2))},),
+        fedavg={},
+        refuses=(({"fragments": 2}, "fragments=2 must be 1 under a mechanism"),),
+    ),
+    "DiLoCo-fragments": Method(
+        make=DiLoCo,
+        half=DiLoCoClient,
+        options={"fragments": 2},
+        private=(),
+        refuses=(({}, "fragments=2 must be 1 under a mechanism"),),
     ),
     "Ditto": Method(
         make=Ditto,
@@ -733,6 +750,7 @@ IN_ROUNDS = {
     "AgnosticFL": "about the one model of a round",
     "BoundedGroupLoss": "about the one model of a round",
     "DPFTRL": "a mechanism accounts for cohorts",
+    "DiLoCo-fragments": "each round exchanges one fragment",
     "Ensemble": "each round trains one of the models",
     "FedCurv": "the last sum, that of one round",
     "FedDyn": "the sum of all moves",
@@ -755,7 +773,8 @@ def test_what_needs_rounds_is_refused(name, asked_before, initial):
     row = METHODS[name]
     strategy, grid = row.plain(), LocalGrid(asked_before, CLIENTS, CONFIG)
     start = row.initial(initial, strategy)
-    with pytest.raises(ValueError, match=f"left out with {name}: .*{IN_ROUNDS[name]}"):
+    kind = type(strategy).__name__
+    with pytest.raises(ValueError, match=f"left out with {kind}: .*{IN_ROUNDS[name]}"):
         strategy.start(grid, start, asynchronous=Asynchronous(2, 3))
 
 
