@@ -25,7 +25,7 @@ import torch
 from flower_ext._flower import log
 from flower_ext.client.half import ClientHalf, Local, trainable
 from flower_ext.client.optimizer_state import OptimizerState, groups
-from flower_ext.client.personal import Personal, forget_other_states
+from flower_ext.client.personal import forget_other_states
 from flower_ext.client.tensors import Tensors
 from flower_ext.core.arrays import Arrays, is_averaged
 from flower_ext.core.contribution import DELTA, Contribution, Total
@@ -94,9 +94,7 @@ class DiLoCoClient(ClientHalf):
     def optimizer(self, local: Local) -> torch.optim.Optimizer:
         """Return the task's optimizer, with the state that it had."""
         found = super().optimizer(local)
-        # On the CPU: moments follow their parameters, and counters stay there.
-        personal = Personal(local.context.state)
-        self._state = OptimizerState(found, trainable(local.model), personal)
+        self._state = OptimizerState(found, trainable(local.model), local.personal)
         return found
 
     def after_training(self, local: Local) -> None:
@@ -242,8 +240,8 @@ class DiLoCo(AdditiveStrategy):
 
     client_half = DiLoCoClient
     drop_in = DropIn(
-        imports="from flower_ext.client import OptimizerState",
-        fill_in="state = OptimizerState.of(optimizer, model, msg, context), once the\n"
+        fill_in="with OptimizerState of flower_ext.client:\n"
+        "state = OptimizerState.of(optimizer, model, msg, context), once the\n"
         "optimizer is made, and state.keep() after the training",
         silent=True,
     )

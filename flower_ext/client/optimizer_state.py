@@ -181,7 +181,8 @@ class OptimizerState:
     def _hand_over(self) -> None:
         kept: dict[str, Any] = dict(self._personal.group(self._name))
         kept |= self._personal.numbers(self._name + _NUMBERS)
-        # By their places among all, as torch has it in a state_dict.
+        # By their places among all, as torch has it in a state_dict, of which it moves
+        # moments to their parameters' device, and leaves counters on the CPU.
         places = {name: i for i, name in enumerate(self._places)}
         state: dict[int, dict[str, Any]] = {}
         for key, x in kept.items():

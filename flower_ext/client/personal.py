@@ -110,9 +110,9 @@ class Personal:
         return {key: found[key] for key in like}
 
     def group(self, name: str) -> dict[str, Tensor]:
-        """Return a group of arrays as it was saved, none before."""
+        """Return a group of arrays whatever it has, on the CPU; none before."""
         record = self._state.array_records.get(PERSONAL + name)
-        return {} if record is None else read_tensors(record, self._device)
+        return {} if record is None else read_tensors(record)
 
     def number(self, name: str, default: float) -> float:
         """Return a number, or the default before one was saved."""
