@@ -21,6 +21,8 @@ from flower_ext.server.optimizers import (
     Adam,
     FedExP,
     Muon,
+    OneShotSparsity,
+    PruneAfter,
     TorchOptimizer,
     Yogi,
 )
@@ -96,6 +98,7 @@ def test_a_sound_strategy_passes_every_rule():
         LAMB,
         Muon,
         FedExP,
+        partial(PruneAfter, SGD(), OneShotSparsity(0.0)),
         partial(TorchOptimizer, partial(torch.optim.AdamW, lr=0.1)),
     ],
 )

@@ -255,6 +255,7 @@ def _trained(local: Local, arrays: Tensors) -> tuple[ArrayRecord, Mapping[str, f
         tied=_ties(local, arrays),
         received=masks and {n: x for n, x in masks.items() if n in arrays},
         model_number=local.model_number,
+        began=start,
     )
     return sent.record, sent.votes
 

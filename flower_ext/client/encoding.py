@@ -109,6 +109,7 @@ def encode_upload(
     tied: Collection[str] = (),
     received: Masks | None = None,
     model_number: int = 0,
+    began: Arrays | None = None,
 ) -> Sent:
     """Return a client's change as it travels, and the votes that go with it.
 
@@ -130,12 +131,16 @@ def encode_upload(
         The coordinates that it was sent.
     model_number : int
         Of the server's models, where it has several: each has a residual of its own.
+    began : dict[str, ndarray], optional
+        What it is a change of.
     """
     personal = Personal(state)
     of_model = f"-{model_number}" if model_number else ""
     left, left_in = _RESIDUAL + of_model, _RESIDUAL_ROUND + of_model
     changed = changed | {name: np.zeros_like(changed[name]) for name in tied}
-    sending = Sending(np.random.default_rng(seed), silent=tied, received=received)
+    sending = Sending(
+        np.random.default_rng(seed), silent=tied, received=received, began=began
+    )
     kept = None
     is_ours = personal.number(left_in, math.inf) < server_round
     if codec.feedback and left in personal and is_ours:
@@ -333,6 +338,7 @@ def _encoded_reply(
         seed=random_seed(seed, server_round, client_of(context), ENCODING),
         tied=tied,
         model_number=int(cast(int, settings.get(MODEL_NUMBER_KEY, 0))),
+        began=received,
     )
     content = RecordDict({**content, key: sent.record})
     if sent.votes:

@@ -13,7 +13,7 @@ side.
 import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Unpack, cast
@@ -93,7 +93,7 @@ from flower_ext.wire.messages import (
     Uploads,
     describe_arrays,
 )
-from flower_ext.wire.registry import describe
+from flower_ext.wire.registry import classes, describe
 
 if TYPE_CHECKING:
     from flower_ext.client.half import ClientHalf
@@ -508,9 +508,13 @@ class RoundStrategy(FedAvg):
         if codecs and len(codecs) < len(found):
             cause = "Exact() sends a change as it is"
             refuse("upload_codec(...)", None, "a codec for all kinds, or none", cause)
-        for codec in codecs.values():
+        for kind, codec in codecs.items():
             if self._core.private:
                 self._core.private.require_upload(codec)
+            down = self.download_codec(kind, round)
+            if down and not down.lossless and _needs_began(codec):
+                cause = f"the server must know what clients began with: {codec}"
+                refuse("download", down, "lossless, such as Nonzero()", cause)
             if codec.feedback and not self.server_optimizer.keeps_coordinates:
                 cause = "residuals would be added to other coordinates than they are of"
                 bound = "without error feedback under " + repr(self.server_optimizer)
@@ -883,6 +887,10 @@ class RoundStrategy(FedAvg):
             "Minimum replies": self.min_replies,
             **{name: codec for name, codec in codecs.items() if codec is not None},
         }
+
+
+def _needs_began(codec: Codec) -> bool:
+    return is_dataclass(codec) and any(x.needs_began for x in classes(codec))
 
 
 def _as_record(

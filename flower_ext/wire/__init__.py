@@ -4,6 +4,7 @@ from flower_ext.wire.chain import Chain, FixedMask, Selection, TopK
 from flower_ext.wire.codec import Codec, Sending, Stage
 from flower_ext.wire.one_bit import OneBit
 from flower_ext.wire.permutation import Permutation
+from flower_ext.wire.pruned import Kept, Nonzero
 from flower_ext.wire.qsgd import QSGD
 from flower_ext.wire.random_k import RandomK
 from flower_ext.wire.rotated import DRIVE, EDEN
@@ -28,6 +29,8 @@ __all__ = [
     "ErrorFeedback",
     "Exact",
     "FixedMask",
+    "Kept",
+    "Nonzero",
     "OneBit",
     "Permutation",
     "RandomK",

@@ -69,6 +69,8 @@ class Sending:
         Arrays of zeros of which nothing needs to travel.
     received : dict[str, ndarray of bool], optional
         Of a client that did not receive the whole model: what it has of each array.
+    began : Mapping[str, ndarray], optional
+        Of a change, what it is a change of, which the receiver knows, too.
     """
 
     generator: np.random.Generator = field(
@@ -77,6 +79,7 @@ class Sending:
     tied: Mapping[str, str] = field(default_factory=dict)
     silent: Collection[str] = ()
     received: Masks | None = None
+    began: Mapping[str, NDArray] | None = None
 
 
 class Written(NamedTuple):
@@ -105,9 +108,20 @@ class Decoded(NamedTuple):
 
 
 class Reader:
-    """Reads what a codec wrote from front to back, never past its end."""
+    """Reads what a codec wrote from front to back, never past its end.
 
-    def __init__(self, data: memoryview) -> None:
+    Parameters
+    ----------
+    data : memoryview
+        What was written.
+    began : Mapping[str, ndarray], optional
+        Of a change, what it is a change of.
+    """
+
+    def __init__(
+        self, data: memoryview, began: Mapping[str, NDArray] | None = None
+    ) -> None:
+        self.began = began
         self._data = data
         self._at = 0
 
@@ -151,6 +165,8 @@ class Codec(ABC):
     feedback: bool = False
     #: Whether a client chooses among the coordinates that it received, and no others.
     within_received: bool = False
+    #: Whether a change can be read only where it is known what it is a change of.
+    needs_began: ClassVar[bool] = False
     #: Whether messages say names and shapes, for apps with a loop of their own.
     described: bool = False
 
@@ -215,7 +231,12 @@ class Codec(ABC):
         payload = b"".join([_CHECKSUM.pack(checksum), *parts])
         return to_record({PAYLOAD: np.frombuffer(payload, np.uint8)})
 
-    def decode(self, record: ArrayRecord, like: Mapping[str, NDArray]) -> Arrays:
+    def decode(
+        self,
+        record: ArrayRecord,
+        like: Mapping[str, NDArray],
+        began: Mapping[str, NDArray] | None = None,
+    ) -> Arrays:
         """Return the arrays of a record of this codec, zero where nothing travelled.
 
         Parameters
@@ -224,6 +245,8 @@ class Codec(ABC):
             As :meth:`encode` makes it, whatever the settings; sealed or not.
         like : Mapping[str, ndarray]
             Arrays of the names, dtypes and shapes that are expected.
+        began : Mapping[str, ndarray], optional
+            Of a change, what it is a change of, as in :class:`Sending`.
 
         Raises
         ------
@@ -231,11 +254,16 @@ class Codec(ABC):
             Whatever is wrong with it. The memory that is allocated depends on ``like``,
             not on the length of the payload.
         """
-        return self.unpack(record, like).arrays
+        return self.unpack(record, like, began).arrays
 
-    def unpack(self, record: ArrayRecord, like: Mapping[str, NDArray]) -> Decoded:
+    def unpack(
+        self,
+        record: ArrayRecord,
+        like: Mapping[str, NDArray],
+        began: Mapping[str, NDArray] | None = None,
+    ) -> Decoded:
         """Return all that :meth:`decode` reads: what travelled and how much, too."""
-        return unpack(record, like, self._own)
+        return unpack(record, like, self._own, began)
 
     def _own(self, tags: Sequence[bytes]) -> "Sequence[type[Stage]]":
         own = [stage.tag for stage in self.stages]
@@ -292,6 +320,7 @@ def unpack(
     record: ArrayRecord,
     like: Mapping[str, NDArray],
     find: Callable[[Sequence[bytes]], Sequence[type[Stage]]],
+    began: Mapping[str, NDArray] | None = None,
 ) -> Decoded:
     """Read a record with the codecs that are found for its tags.
 
@@ -313,7 +342,7 @@ def unpack(
                 f"{dict(list(layout(arrays).items())[:2])}"
             )
         first, *then = find(frame.tags)
-        reader = Reader(frame.data)
+        reader = Reader(frame.data, began)
         found = first.read(reader, arrays, then)
         _check(found, arrays, frame.values, reader.left)
     except Exception as error:  # no reply ends a run

@@ -84,7 +84,7 @@ class Uploads:
         MalformedReply
             If the record is not what the client was told to send.
         """
-        found = unpack(record, change_like(start), self._find)
+        found = unpack(record, change_like(start), self._find, start)
         arrays = {name: lazy(x) for name, x in found.arrays.items()}
         return Change(arrays, found.masks)
 

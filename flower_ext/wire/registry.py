@@ -12,6 +12,7 @@ from flower_ext.wire.chain import Chain, FixedMask, TopK
 from flower_ext.wire.codec import TAG, Codec, Decoded, Stage, unpack
 from flower_ext.wire.one_bit import OneBit
 from flower_ext.wire.permutation import Permutation
+from flower_ext.wire.pruned import Kept, Nonzero
 from flower_ext.wire.qsgd import QSGD
 from flower_ext.wire.random_k import RandomK
 from flower_ext.wire.rotated import DRIVE, EDEN
@@ -40,6 +41,8 @@ CODECS: tuple[type[Codec], ...] = (
     RandomK,
     Rows,
     Permutation,
+    Nonzero,
+    Kept,
     Chain,
     ErrorFeedback,
     Described,

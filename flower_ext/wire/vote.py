@@ -148,7 +148,7 @@ def best_option(
     for option in options:
         draws = copy.deepcopy(sending.generator)
         record = option.encode(arrays, replace(sending, generator=draws))
-        found = option.decode(record, arrays)
+        found = option.decode(record, arrays, sending.began)
         with np.errstate(over="ignore"):
             left = _square(
                 x - found[name] for name, x in arrays.items() if is_averaged(x)

@@ -219,7 +219,7 @@ def upload(
     if not codec.feedback:
         return Sent(codec.encode(change, sending), None, votes)
     record = codec.encode(change, sending)
-    sent = codec.decode(record, change)
+    sent = codec.decode(record, change, sending.began)
     with np.errstate(invalid="ignore"):
         floats = {n: x for n, x in change.items() if is_averaged(x)}
         left = {n: np.asarray(x - sent[n]) for n, x in floats.items()}

@@ -24,6 +24,8 @@ from flower_ext.wire import (
     ErrorFeedback,
     Exact,
     FixedMask,
+    Kept,
+    Nonzero,
     OneBit,
     Permutation,
     RandomK,
@@ -57,6 +59,8 @@ def test_messages_change_nothing(task, initial, name):
     codecs = {"download": codec}
     if not isinstance(codec, FixedMask):  # which no message can name
         codecs["upload"] = codec
+    if any(part.needs_began for part in classes(codec)):
+        codecs["download"] = Nonzero()
     nodes = LocalGrid(client_app(task, mods=[as_bytes, packed]), 2, CONFIG)
     results = []
     for grid in (
@@ -127,6 +131,8 @@ LOSSLESS = {
     "rows, rescaled": (Rows(1, "norm", rescaled=True), anything),
     "permutation": (Permutation(), an_order),
     "permutation of none": (Permutation(), anything),
+    "nonzero": (Nonzero(), three_values),
+    "kept": (Kept(), anything),
     "universal": (universal(), multiples),
     "universal at random": (universal("stochastic"), multiples),
     "universal of all": (universal(scope="global"), multiples),

@@ -20,6 +20,9 @@ from flower_ext.server.optimizers import (
     Adam,
     FedExP,
     Muon,
+    PeriodicSparsity,
+    PolynomialSparsity,
+    PruneAfter,
     RefactoredSGD,
     TorchOptimizer,
     Yogi,
@@ -49,6 +52,8 @@ EVERY = {
     "muon": Muon,
     "muon-otherwise": lambda: Muon(0.1, excluded=("w",), otherwise=Adam()),
     "fedexp": told,
+    "pruned": lambda: PruneAfter(Adam(), PolynomialSparsity(0.5, 2, 5)),
+    "regrown": lambda: PruneAfter(Adam(), PeriodicSparsity(0.5, 2), "rigl"),
     "torch-adamw": lambda: TorchOptimizer(functools.partial(torch.optim.AdamW, lr=0.1)),
     "torch-momentum": lambda: TorchOptimizer(
         functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9)

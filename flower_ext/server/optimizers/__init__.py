@@ -22,7 +22,13 @@ from flower_ext.server.optimizers.fedexp import FedExP
 from flower_ext.server.optimizers.from_torch import TorchOptimizer
 from flower_ext.server.optimizers.lamb import LAMB
 from flower_ext.server.optimizers.muon import Muon, orthogonalized
+from flower_ext.server.optimizers.prune_after import PruneAfter
 from flower_ext.server.optimizers.sgd import SGD, RefactoredSGD
+from flower_ext.server.optimizers.sparsity import (
+    OneShotSparsity,
+    PeriodicSparsity,
+    PolynomialSparsity,
+)
 
 __all__ = [
     "LAMB",
@@ -33,6 +39,10 @@ __all__ = [
     "Elementwise",
     "FedExP",
     "Muon",
+    "OneShotSparsity",
+    "PeriodicSparsity",
+    "PolynomialSparsity",
+    "PruneAfter",
     "RefactoredSGD",
     "ServerOptimizer",
     "State",
