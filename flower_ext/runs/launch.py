@@ -413,6 +413,8 @@ def _environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        # By default its SuperExec looks for a run once a second.
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "RAY_ADDRESS": "local",  # never join a cluster that happens to be there
         "RAY_TMPDIR": str(home),
         "RAY_USAGE_STATS_ENABLED": "0",
