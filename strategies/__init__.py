@@ -17,6 +17,7 @@ from flower_ext.strategies.federated_rank_learning import (
     FederatedRankLearning,
     FederatedRankLearningClient,
 )
+from flower_ext.strategies.fedex_lora import FedExLoRA, FedExLoRAClient
 from flower_ext.strategies.fedfish import FedFish, FedFishClient
 from flower_ext.strategies.fednova import FedNova, FedNovaClient
 from flower_ext.strategies.fedper import FedPer, FedPerClient
@@ -24,6 +25,7 @@ from flower_ext.strategies.fedprox import FedProx, FedProxClient
 from flower_ext.strategies.fedrep import FedRep, FedRepClient
 from flower_ext.strategies.fine_tuned import FineTuned, FineTunedClient
 from flower_ext.strategies.flasc import FLASC, FLASCClient
+from flower_ext.strategies.flex_lora import FlexLoRA, FlexLoRAClient
 from flower_ext.strategies.heterofl import HeteroFL, HeteroFLClient
 from flower_ext.strategies.hypcluster import HypCluster, HypClusterClient
 from flower_ext.strategies.knnper import KNNPer, KNNPerClient
@@ -31,6 +33,7 @@ from flower_ext.strategies.local_only import LocalOnly, LocalOnlyClient
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient
 from flower_ext.strategies.mrmtl import MRMTL, MRMTLClient
 from flower_ext.strategies.scaffold import Scaffold, ScaffoldClient
+from flower_ext.strategies.stacked_lora import StackedLoRA, StackedLoRAClient
 from flower_ext.strategies.term import TERM, TERMClient
 
 __all__ = [
@@ -61,6 +64,8 @@ __all__ = [
     "FedNovaClient",
     "FedProx",
     "FedProxClient",
+    "FedExLoRA",
+    "FedExLoRAClient",
     "FedFish",
     "FedFishClient",
     "FedPer",
@@ -71,6 +76,8 @@ __all__ = [
     "FederatedRankLearningClient",
     "FineTuned",
     "FineTunedClient",
+    "FlexLoRA",
+    "FlexLoRAClient",
     "HeteroFL",
     "HeteroFLClient",
     "HypCluster",
@@ -84,5 +91,7 @@ __all__ = [
     "MaxFLClient",
     "Scaffold",
     "ScaffoldClient",
+    "StackedLoRA",
+    "StackedLoRAClient",
     "TERMClient",
 ]

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from flwr.app import ArrayRecord, Context, UserConfig
 from torch import Tensor, nn
 
+from flower_ext.client.lora import change_base
 from flower_ext.client.task import (
     Batch,
     LocalOptimizer,
@@ -33,6 +34,7 @@ from flower_ext.client.task import (
     is_stacking,
 )
 from flower_ext.core.errors import one_of, refuse, whole
+from flower_ext.core.lora import RANK_KEY, split_base
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -136,10 +138,16 @@ class AdapterModel:
             refuse("frozen", self.frozen, "a tuple of words", "write ('lora_A',)")
 
     def __call__(self, run_config: UserConfig) -> nn.Module:
-        """Return a new model with the initial parameters."""
-        key = self._key()
+        """Return a new model with the initial parameters.
+
+        The key ``"lora-rank"`` of ``run_config``, if there is one, is the rank of a new
+        LoRA adapter, in the place of that of its configuration.
+        """
+        rank = run_config.get(RANK_KEY)
+        model = self if rank is None else self._of_rank(int(rank))
+        key = model._key()
         if key not in _models:
-            _models[key] = _Template(self._build(), buffers=self.trains == "all")
+            _models[key] = _Template(model._build(), buffers=model.trains == "all")
         return _models[key].copy()
 
     def save(self, arrays: ArrayRecord, folder: Path | str) -> None:
@@ -148,12 +156,18 @@ class AdapterModel:
         Parameters
         ----------
         arrays : ArrayRecord
-            The result of a run.
+            The result of a run; of one that changes the base, with these changes, as
+            ``strategy.whole(result.arrays)`` has them.
         folder : path
             Receives the adapter and head, or the whole model if no adapter is trained.
+            Where the base has changed it is saved in ``folder/base``, and that is what
+            peft must put the adapter on.
         """
         model = self({})
-        model.load_state_dict(arrays.to_torch_state_dict())
+        own, base = split_base(arrays.to_torch_state_dict())
+        if base:
+            self._save_base(base, Path(folder).expanduser() / "base")
+        model.load_state_dict(own)
         # Tied parameters under all of their names: peft may look for any of them.
         parameters = model.named_parameters(remove_duplicate=False)
         state = {name: p.detach() for name, p in parameters}
@@ -162,6 +176,23 @@ class AdapterModel:
         if self._adapter is None:
             model = self._without_hooks(state)
         model.save_pretrained(str(folder), **options)  # type: ignore[operator]
+
+    def _save_base(self, base: Mapping[str, Tensor], folder: Path) -> None:
+        init = getattr(self.trains, "init_lora_weights", True)
+        if init not in (True, False, "gaussian", "orthogonal"):
+            cause = "peft would change the base again when it loads the adapter"
+            refuse("init_lora_weights", init, "True, to save a changed base", cause)
+        model = self({})
+        change_base(model, base)
+        model.unload().save_pretrained(str(folder))  # type: ignore[operator]
+
+    def _of_rank(self, rank: int) -> "AdapterModel":
+        """Return the same with a LoRA adapter of another rank, if it has a new one."""
+        if not hasattr(self.trains, "r"):
+            return self
+        config = deepcopy(self.trains)
+        config.r = rank
+        return replace(self, trains=config)
 
     @property
     def _adapter(self) -> "PeftConfig | Path | str | None":

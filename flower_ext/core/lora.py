@@ -5,15 +5,35 @@ whose product :math:`BA = \sum_i b_i a_i^\top` is added to a weight. They are na
 peft does, ``....lora_A.<adapter>.weight`` and ``....lora_B.<adapter>.weight``;
 convolutions have further axes, embeddings' factors are ``lora_embedding_A`` and
 ``lora_embedding_B``.
+
+What is added is :math:`s\,BA` with the scaling :math:`s = \alpha / r`, or
+:math:`\alpha / \sqrt r` of rank-stabilized LoRA. Sums of such products are kept in
+factors, see :class:`Product`: side by side they are exact, and their decomposition
+needs no matrix of the weight's size but one of the factors' ranks.
 """
 
-from collections.abc import Mapping
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from flwr.common import NDArray
 
 from flower_ext.core.arrays import Arrays, all_finite, is_averaged
+from flower_ext.core.errors import refuse
 from flower_ext.core.typing import Floats
+
+#: Keys of a message's configuration: the rank of the client's adapter, which its model
+#: is also made with (``run_config["lora-rank"]``), and what its products are scaled by.
+RANK_KEY = "lora-rank"
+SCALING_KEY = "lora-scaling"
+
+T = TypeVar("T")
+
+# Ends of the names of a layer's change: two factors, or the matrix.
+_LEFT, _RIGHT, _DENSE = ".base_left", ".base_right", ".base_change"
+_CHANGE = (_LEFT, _RIGHT, _DENSE)
 
 _RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 _PARTNER = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
@@ -124,3 +144,190 @@ def _anew(a: NDArray, b: NDArray) -> tuple[NDArray, NDArray]:
     new_columns[:, : len(turn)] = inner @ turn.T / scale
     back = np.moveaxis(new_columns.reshape(turned.shape), -1, 1)
     return new_rows.reshape(a.shape), back
+
+
+# Adapters as a whole -----------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """The adapter of one layer: the layer's name, and those of both factors."""
+
+    layer: str
+    a: str
+    b: str
+
+
+def scaling(lora_alpha: float, rank: int, *, use_rslora: bool = False) -> float:
+    """Return what a product of a rank is scaled by, as peft does it.
+
+    Examples
+    --------
+    >>> scaling(16, 4), scaling(16, 4, use_rslora=True)
+    (4.0, 8.0)
+    """
+    return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def require_adapter(arrays: Mapping[str, NDArray]) -> tuple[list[Pair], int]:
+    """Return the pairs of a model whose products can be summed, and their rank.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or if the model has more of LoRA than whole pairs of matrices
+        of one rank: a factor without its partner, the magnitudes of DoRA, a bias of a
+        factor, embeddings or convolutions; or if the weights that it adapts are sent.
+    """
+    found = [
+        Pair(a[: a.index(".lora_A.")], a, b)
+        for a, b in pairs(arrays)
+        if ".lora_A." in a and arrays[a].ndim == arrays[b].ndim == 2
+    ]
+    if not found:
+        _refuse_adapter(list(arrays)[:4], "is it an AdapterModel with LoRA?")
+    whole = {name for pair in found for name in (pair.a, pair.b)}
+    others = [n for n in arrays if ".lora_" in n and n not in whole]
+    if others:
+        cause = (
+            "a frozen factor (FFA-LoRA, whose plain average is exact), DoRA, a bias of "
+            "LoRA, convolutions and embeddings are not supported"
+        )
+        _refuse_adapter(others[:4], cause)
+    bases = [f"{pair.layer}.base_layer.weight" for pair in found]
+    if sent := [name for name in bases if name in arrays]:
+        cause = "the frozen weights must not be sent, as AdapterModel does not"
+        _refuse_adapter(sent[:4], cause)
+    ranks = {len(arrays[pair.a]) for pair in found}
+    if len(ranks) > 1:
+        refuse("ranks of the layers", sorted(ranks), "one", "without a rank_pattern")
+    return found, ranks.pop()
+
+
+def _refuse_adapter(names: list[str], cause: str) -> None:
+    bound = "whole pairs ....lora_A.<adapter>.weight, ....lora_B.<adapter>.weight"
+    refuse("initial_arrays", names, bound, cause)
+
+
+def fresh_factor(name: str, shape: tuple[int, ...], *key: int) -> NDArray:
+    r"""Return a factor of a new adapter: A as peft draws it by default, B zero.
+
+    That is :math:`U(-1/\sqrt{in}, 1/\sqrt{in})`; the draws depend on the name and the
+    key, such as a seed and a round.
+    """
+    if rank_axis(name, np.zeros(shape)) != 0:
+        return np.zeros(shape, np.float32)
+    rng = np.random.default_rng([*key, zlib.crc32(name.encode())])
+    bound = 1 / math.sqrt(shape[1])
+    return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+
+# Sums of products --------------------------------------------------------------------
+
+
+class Product(NamedTuple):
+    """A matrix in factors, ``left @ right``, of shapes (out, rank) and (rank, in)."""
+
+    left: Floats
+    right: Floats
+
+    @property
+    def norm(self) -> float:
+        """The Frobenius norm of the matrix, which is not made."""
+        square = np.sum((self.left.T @ self.left) * (self.right @ self.right.T))
+        return math.sqrt(max(float(square), 0.0))
+
+    def matrix(self) -> Floats:
+        """Return the matrix."""
+        return np.asarray(self.left @ self.right)
+
+    def svd(self) -> tuple[Floats, Floats, Floats]:
+        """Return U, the singular values and V', of the rank of the factors at most.
+
+        By thin QR decompositions of both factors, of which only the small triangles
+        are multiplied.
+        """
+        left, left_triangle = np.linalg.qr(self.left)
+        right, right_triangle = np.linalg.qr(self.right.T)
+        inner = left_triangle @ right_triangle.T
+        u, s, v = np.linalg.svd(inner, full_matrices=False)
+        return left @ u, s, v @ right.T
+
+
+def sum_of_products(terms: Iterable[tuple[float, NDArray, NDArray]]) -> Product:
+    r"""Return :math:`\sum_k c_k B_k A_k` exactly, its factors side by side.
+
+    Examples
+    --------
+    >>> one, two = np.eye(2), np.array([[0.0, 1.0], [1.0, 0.0]])
+    >>> sum_of_products([(2.0, one, one), (1.0, one, two)]).matrix()
+    array([[2., 1.],
+           [1., 2.]])
+    """
+    terms = list(terms)
+    left = [c * b.astype(np.float64) for c, b, _ in terms]
+    right = [a.astype(np.float64) for _, _, a in terms]
+    return Product(np.concatenate(left, axis=1), np.concatenate(right))
+
+
+# The change of a frozen base ---------------------------------------------------------
+
+
+def add_to_base(
+    base: Mapping[str, NDArray], layer: str, more: Product, dtype: np.typing.DTypeLike
+) -> Arrays:
+    """Return the change of a layer's weight with a product added to it.
+
+    It is two factors of its rank, singular values below the rounding of ``dtype`` left
+    out; or the matrix, once that is fewer numbers.
+
+    Parameters
+    ----------
+    base : Mapping[str, ndarray]
+        The changes of layers so far.
+    layer : str
+        Which one.
+    more : Product
+        What is added.
+    dtype : dtype
+        Of the result.
+
+    Returns
+    -------
+    dict[str, ndarray]
+        The layer's new change: ``<layer>.base_left`` and ``<layer>.base_right``, or
+        ``<layer>.base_change``; none if nothing has changed.
+    """
+    rows, columns = len(more.left), more.right.shape[1]
+    if layer + _DENSE in base:
+        return {layer + _DENSE: (base[layer + _DENSE] + more.matrix()).astype(dtype)}
+    if layer + _LEFT in base:
+        before = (1.0, base[layer + _LEFT], base[layer + _RIGHT])
+        more = sum_of_products([before, (1.0, *more)])
+    u, s, v = more.svd()
+    rank = int(np.sum(s > np.finfo(dtype).eps * s[:1].sum()))
+    if not rank:
+        return {}
+    if rank * (rows + columns) >= rows * columns:
+        return {layer + _DENSE: more.matrix().astype(dtype)}
+    # Both as large, so that codes of few bits round both alike.
+    root = np.sqrt(s[:rank])
+    return {
+        layer + _LEFT: (u[:, :rank] * root).astype(dtype),
+        layer + _RIGHT: (root[:, None] * v[:rank]).astype(dtype),
+    }
+
+
+def split_base(arrays: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """Return the arrays of a model, and those of the changes of its base."""
+    base = {name: x for name, x in arrays.items() if name.endswith(_CHANGE)}
+    return {name: x for name, x in arrays.items() if name not in base}, base
+
+
+def layers_of(base: Iterable[str]) -> list[str]:
+    """Return the layers of which there is a change, from the names of arrays."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in base))
+
+
+def change_of(base: Mapping[str, T], layer: str) -> tuple[T, ...]:
+    """Return a layer's change: its two factors, or the matrix alone."""
+    return tuple(base[layer + end] for end in _CHANGE if layer + end in base)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+import adapted
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from tampering import tamper
 from torch import nn
 
-from flower_ext import AdditiveStrategy, Task, Tracker, client_app
+from flower_ext import AdditiveStrategy, RoundStrategy, Task, Tracker, client_app
 from flower_ext.client import stacked
 from flower_ext.client.half import ClientHalf
 from flower_ext.client.personal import PERSONAL
@@ -149,7 +150,7 @@ class Method:
         Whether clients send the very model that they keep.
     """
 
-    make: Callable[..., AdditiveStrategy]
+    make: Callable[..., RoundStrategy]
     half: type[ClientHalf] | None = None
     options: Options = field(default_factory=dict)
     others: tuple[Options, ...] = ()
@@ -381,6 +382,33 @@ METHODS = {
         private=(),
         refuses=(({}, "nothing is sent"),),
         moves=False,
+    ),
+    "StackedLoRA": Method(
+        make=adapted.StackedLoRA,
+        half=adapted.StackedLoRAClient,
+        options={"lora_alpha": adapted.ALPHA},
+        others=({"ranks": (1, 2), "seed": 1, "upload": NF4()},),
+        start=adapted.start,
+        private=(),
+        refuses=(({}, "mechanism=.* must be left out: the exact sum"),),
+    ),
+    "FlexLoRA": Method(
+        make=adapted.FlexLoRA,
+        half=adapted.FlexLoRAClient,
+        options={"lora_alpha": adapted.ALPHA},
+        others=({"ranks": (1, 2), "download": BFloat16()},),
+        start=adapted.start,
+        private=(),
+        refuses=(({}, "mechanism=.* must be left out: the exact sum"),),
+    ),
+    "FedExLoRA": Method(
+        make=adapted.FedExLoRA,
+        half=adapted.FedExLoRAClient,
+        options={"lora_alpha": adapted.ALPHA},
+        others=({"upload": ErrorFeedback(Chain(TopK(0.5), NF4()))},),
+        start=adapted.start,
+        private=(),
+        refuses=(({}, "mechanism=.* must be left out: the residual"),),
     ),
     "FedPer": Method(make=FedPer, half=FedPerClient, options={"personal": "*bias"}),
     "MRMTL": Method(
@@ -717,10 +745,13 @@ def test_codecs_that_lose_nothing_change_nothing(row, private, app, initial, pla
     if "upload" in row.options:  # a row that is about what is lost
         return
     expected, _ = plain_run(run_of(row, private), row, private)
+    upload = Chain(TopK(1.0), Exact())
+    if row.plain().server_optimizer.keeps_coordinates:  # of which something is left
+        upload = ErrorFeedback(upload)
     codecs = (
         {"upload": Exact(), "download": TopK(1.0)}
         if private
-        else {"upload": ErrorFeedback(Chain(TopK(1.0), Exact())), "download": Exact()}
+        else {"upload": upload, "download": Exact()}
     )
     strategy = run_of(row, private, **codecs)()
     grid = LocalGrid(app, CLIENTS, CONFIG)
@@ -754,9 +785,12 @@ IN_ROUNDS = {
     "Ensemble": "each round trains one of the models",
     "FedCurv": "the last sum, that of one round",
     "FedDyn": "the sum of all moves",
+    "FedExLoRA": "it is no sum over clients",
     "FederatedRankLearning": "a vote is on the ranking of its round",
+    "FlexLoRA": "it is no sum over clients",
     "MRMTL": "the mean of clients' own models, as they all are now",
     "Scaffold": "the mean of the clients' only while all their changes count alike",
+    "StackedLoRA": "it is no sum over clients",
 }
 AT_ANY_TIME = pytest.mark.parametrize(
     "row",
