@@ -26,6 +26,7 @@ from flower_ext.core.protocol import Metrics, Payload, Reply, Round
 from flower_ext.core.replies import NOT_FINITE, MalformedReply
 from flower_ext.core.typing import Floats
 from flower_ext.privacy.mechanism import Mechanism
+from flower_ext.server.drop_in import DropIn
 from flower_ext.server.optimizers import SGD
 from flower_ext.server.options import RoundOptions
 from flower_ext.server.strategy import RoundStrategy
@@ -132,6 +133,14 @@ class LoRAStrategy(RoundStrategy):
     metric: ClassVar[str]
     #: Why there is no mechanism.
     no_mechanism: ClassVar[str]
+    drop_in = DropIn(
+        fill_in=(
+            "make the app with client_app and the client half: it makes models of the\n"
+            "rank that is told, and changes their base"
+        ),
+        arguments=lambda num_clients: {"lora_alpha": 8},
+        written="lora_alpha=8",
+    )
     #: Whether coordinates of the adapter mean the same after a round.
     keeps_coordinates: ClassVar[bool] = False
 
