@@ -13,6 +13,7 @@ import torch
 from flwr.app import Context, UserConfig
 from torch import Tensor, nn
 
+from flower_ext.client.once import forward_once
 from flower_ext.core.ties import Ties
 
 if TYPE_CHECKING:
@@ -150,18 +151,21 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean ``loss`` and metrics over data, in evaluation mode.
 
-    Without examples every value is NaN.
+    Where both call the model with the same tensors it computes once. Without examples
+    every value is NaN.
     """
     was_training = model.training
     model.eval()
     sums: dict[str, float] = {"loss": 0.0}
-    for batch in batches(data, batch_size):
-        found = {"loss": task.loss(model, batch)}
-        if task.metrics:
-            found |= task.metrics(model, batch)
-        for name, values in found.items():
-            total = float(per_example(name, values, batch).double().sum())
-            sums[name] = sums.get(name, 0.0) + total
+    with forward_once(model) as calls:
+        for batch in batches(data, batch_size):
+            calls.clear()
+            found = {"loss": task.loss(model, batch)}
+            if task.metrics:
+                found |= task.metrics(model, batch)
+            for name, values in found.items():
+                total = float(per_example(name, values, batch).double().sum())
+                sums[name] = sums.get(name, 0.0) + total
     model.train(was_training)
     size = num_examples(data)
     return {name: value / size if size else math.nan for name, value in sums.items()}
