@@ -100,7 +100,7 @@ class PruneAfter(Around):
 
     Examples
     --------
-    >>> from flower_ext.server.optimizers import SGD
+    >>> from flower_ext.server.optimizers import OneShotSparsity, SGD
     >>> optimizer = PruneAfter(SGD(), OneShotSparsity(0.5))
     >>> sent = {"w": np.array([[1.0, -4.0], [2.0, 3.0]])}
     >>> optimizer.step(sent, {"w": np.zeros((2, 2))})["w"].tolist()
