@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flower_ext.core.replies import MalformedReply as MalformedReply
     from flower_ext.privacy.mechanism import Mechanism as Mechanism
     from flower_ext.server.additive import AdditiveStrategy as AdditiveStrategy
+    from flower_ext.server.average_last import AverageLast as AverageLast
     from flower_ext.server.callbacks import KeepBest as KeepBest
     from flower_ext.server.callbacks import Schedule as Schedule
     from flower_ext.server.callbacks import StopWhen as StopWhen
@@ -37,6 +38,7 @@ __version__ = version("flower-ext")
 
 _HOME = {
     "AdditiveStrategy": "server.additive",
+    "AverageLast": "server.average_last",
     "ClientHalf": "client.half",
     "CodecVote": "server.votes",
     "Contribution": "core.contribution",

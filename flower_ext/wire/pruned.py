@@ -83,9 +83,8 @@ class Kept(Selection):
     ----------
     everything : bool or callable (default: False)
         Whether all of the change travels, or ``server_round -> bool``, for rounds in
-        which the server looks at what is pruned. The codec
-        :attr:`PruneAfter.upload <flower_ext.server.optimizers.PruneAfter.upload>` has
-        it set.
+        which the server looks at what is pruned. It is set in the ``upload`` of
+        :class:`~flower_ext.server.optimizers.PruneAfter`.
 
     Notes
     -----

@@ -43,6 +43,9 @@ class FedExP(Elementwise):
     strategy is not their average. In an asynchronous run the damped direction is
     extrapolated by the quotient of the changes that are not damped.
 
+    The paper evaluates the mean of the last two models, since its iterates go to and
+    fro: :class:`~flower_ext.AverageLast` keeps it, for any run.
+
     **Privacy.** A mechanism is refused: norms of single clients are neither in the
     vector that is clipped nor noised. Only for strategies that are sums.
 
