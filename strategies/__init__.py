@@ -11,6 +11,7 @@ from flower_ext.strategies.dpftrl import DPFTRL
 from flower_ext.strategies.ensemble import Ensemble, EnsembleClient
 from flower_ext.strategies.fedbabu import FedBABU, FedBABUClient
 from flower_ext.strategies.fedbn import FedBN, FedBNClient
+from flower_ext.strategies.fedconv import FedConv, FedConvClient
 from flower_ext.strategies.fedcurv import FedCurv, FedCurvClient
 from flower_ext.strategies.feddyn import FedDyn, FedDynClient
 from flower_ext.strategies.federated_rank_learning import (
@@ -56,6 +57,8 @@ __all__ = [
     "FedBABUClient",
     "FedBN",
     "FedBNClient",
+    "FedConv",
+    "FedConvClient",
     "FedCurv",
     "FedCurvClient",
     "FedDyn",

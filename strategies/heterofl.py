@@ -13,15 +13,16 @@ from logging import WARNING
 from typing import Unpack
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from flower_ext._flower import log
 from flower_ext.client.submodels import SubmodelClient
 from flower_ext.core.arrays import Arrays
 from flower_ext.core.contribution import DELTA, Contribution, Total, no_change
-from flower_ext.core.errors import probability
+from flower_ext.core.errors import probability, refuse
 from flower_ext.core.protocol import Metrics, Reply, Round
-from flower_ext.core.submodels import block, narrow, widen
+from flower_ext.core.submodels import block
 from flower_ext.server.drop_in import DropIn
 from flower_ext.server.options import AdditiveOptions
 from flower_ext.server.submodels import Submodels
@@ -44,7 +45,6 @@ class Scaler(nn.Module):
 
     Examples
     --------
-    >>> import torch
     >>> Scaler(0.5)(torch.ones(1)), Scaler(0.5).eval()(torch.ones(1))
     (tensor([2.]), tensor([1.]))
     """
@@ -151,21 +151,24 @@ class HeteroFL(Submodels):
         width_of: Callable[[int], float] | None = None,
         **options: Unpack[AdditiveOptions],
     ) -> None:
-        super().__init__(
-            *flowers, model=model, widths=widths, width_of=width_of, **options
-        )
+        with torch.random.fork_rng(devices=[]):  # models begin at random
+            super().__init__(
+                *flowers, model=model, widths=widths, width_of=width_of, **options
+            )
         self._warned = False
 
     def slice(self, arrays: Arrays, width: float) -> Arrays:
         """Return the part of a model that clients of one of the widths hold."""
-        return self.submodel(self.widths.index(width), arrays)
+        if width not in self.widths:
+            refuse("width", width, f"one of widths={self.widths}")
+        return self.slices(self.widths.index(width), arrays).down(arrays)
 
     def contribution(self, reply: Reply, round: Round) -> Contribution:
         """Return the change of the slice, and zeros around it."""
         tier = self.tier(reply.client)
-        shapes = self.slices(tier, round.sent)
-        change = reply.change(round, start=narrow(round.sent, shapes)).arrays
-        large = widen(change, {name: x.shape for name, x in round.sent.items()})
+        slices = self.slices(tier, round.sent)
+        change = reply.change(round, start=slices.down(round.sent)).arrays
+        large = slices.up(change)
         if round.private:
             return Contribution({DELTA: large})
         examples = reply.num_examples
@@ -182,7 +185,7 @@ class HeteroFL(Submodels):
     def update(self, total: Total, round: Round) -> Arrays:
         """Return the mean change of every number over those that hold it."""
         weights = self._weights(total, round)
-        slices = [self.slices(tier, round.sent) for tier in range(len(weights))]
+        slices = [self.slices(t, round.sent).small for t in range(len(weights))]
         direction = {}
         for name, x in total.take(DELTA).items():
             held = np.zeros(x.shape)
@@ -203,16 +206,14 @@ class HeteroFL(Submodels):
         """Return the weight of each tier; under a mechanism the planned one."""
         if not round.private:
             return [float(x) for x in total.scalars[TIERS]]
-        tiers = [self.tier(client) for client in range(round.population)]
-        shares = np.bincount(tiers, minlength=len(self.widths)) / len(tiers)
-        return [float(x) for x in total.weight * shares]
+        return [float(x) for x in total.weight * self.shares(round.population)]
 
     def _warn_of_untrained(self, round: Round) -> None:
         """Warn once where the widths leave out a part of the model."""
         if self._warned:
             return
         self._warned = True
-        tiers = [self.slices(tier, round.sent) for tier in range(len(self.widths))]
+        tiers = [self.slices(t, round.sent).small for t in range(len(self.widths))]
         left = [
             name
             for name, x in round.sent.items()

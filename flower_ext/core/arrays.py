@@ -341,8 +341,21 @@ def can_move(
             _can_move(old, change, factor)
             for name, x in changes.items()
             if name in sent and is_averaged(sent[name])
-            for old, change in zip(_blocks(sent[name]), _blocks(x), strict=True)
+            for old, change in _side_by_side(sent[name], x)
         )
+
+
+def _side_by_side(old: NDArray, change: Term) -> Iterator[tuple[NDArray, NDArray]]:
+    """Yield blocks of an array with those of its change.
+
+    A change of another shape, that of a smaller model, is held against the number that
+    it could make largest.
+    """
+    if old.shape == change.shape:
+        yield from zip(_blocks(old), _blocks(change), strict=True)
+    else:
+        for block in _blocks(change):
+            yield np.copysign(largest(old), block).astype(old.dtype), block
 
 
 def _can_move(old: NDArray, change: NDArray, factor: float) -> bool:

@@ -14,6 +14,7 @@ classes of an output layer or the channels of an image, it is whole::
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -104,6 +105,38 @@ def widen(arrays: Mapping[str, Term], shapes: Shapes) -> dict[str, Term]:
     [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
     """
     return {name: _widened(x, shapes[name]) for name, x in arrays.items()}
+
+
+class SubmodelMap(Protocol):
+    """The way from a large model to a small one, and of a small change back."""
+
+    def down(self, arrays: Arrays) -> Arrays:
+        """Return the small model that a client is sent."""
+
+    def up(self, change: Mapping[str, Term]) -> dict[str, Term]:
+        """Return the change of the large model, from that of the small one."""
+
+
+@dataclass(frozen=True)
+class SliceMap:
+    """Leading blocks: what is outside of them does not change.
+
+    Parameters
+    ----------
+    small, large : dict[str, tuple of int]
+        The shapes of both models.
+    """
+
+    small: Shapes
+    large: Shapes
+
+    def down(self, arrays: Arrays) -> Arrays:
+        """Return the blocks; of a whole model the very arrays."""
+        return arrays if self.small == self.large else narrow(arrays, self.small)
+
+    def up(self, change: Mapping[str, Term]) -> dict[str, Term]:
+        """Return zeros around the blocks."""
+        return widen(change, self.large)
 
 
 def block(shape: tuple[int, ...]) -> tuple[slice, ...]:

@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Unpack, cast
 
+import numpy as np
+import numpy.typing as npt
+
 from flower_ext.core.arrays import Arrays
 from flower_ext.core.errors import probability, refuse
 from flower_ext.core.protocol import Metrics, Payload, Reply, Round, weighted_mean
 from flower_ext.core.submodels import (
     WIDTH,
-    Shapes,
-    narrow,
+    SliceMap,
     require_slices,
     shapes_of,
 )
@@ -82,16 +84,20 @@ class Submodels(AdditiveStrategy):
             refuse(f"width_of({client})", width, f"one of widths={self.widths}")
         return self.widths.index(width)
 
-    def slices(self, tier: int, sent: Arrays) -> Shapes:
-        """Return the shapes of a tier's slices of a model."""
+    def slices(self, tier: int, sent: Arrays) -> SliceMap:
+        """Return the map of a model to a tier's slices."""
         width = self.widths[tier]
-        return require_slices(self.shapes[width], sent, width)
+        small = require_slices(self.shapes[width], sent, width)
+        return SliceMap(small, shapes_of(sent))
 
-    def submodel(self, tier: int, sent: Arrays) -> Arrays:
-        """Return a tier's part of a model, which its clients are sent."""
-        shapes = self.slices(tier, sent)
-        whole = all(shapes[name] == x.shape for name, x in sent.items())
-        return sent if whole else narrow(sent, shapes)  # it is serialised already
+    def submodel(self, tier: int, round: Round) -> Arrays:
+        """Return the model that a tier's clients are sent, by default its slices."""
+        return self.slices(tier, round.sent).down(round.sent)
+
+    def shares(self, population: int) -> npt.NDArray[np.float64]:
+        """Return the share of all clients that each tier has."""
+        tiers = [self.tier(client) for client in range(population)]
+        return np.bincount(tiers, minlength=len(self.widths)) / population
 
     def variant(self, client: int, round: Round) -> Hashable:
         """Return the tier of a client."""
@@ -101,7 +107,7 @@ class Submodels(AdditiveStrategy):
         """Send the clients of a tier their model and its width."""
         tier = cast(int, variant)
         config = {WIDTH: self.widths[tier]}
-        return Payload(self.submodel(tier, round.sent), config)
+        return Payload(self.submodel(tier, round), config)
 
     def report_evaluate(self, replies: Sequence[Reply], round: Round) -> Metrics:
         """Return the mean of every metric at each width."""

@@ -14,6 +14,7 @@ from flower_ext.core.arrays import (
     Lazy,
     accumulate,
     all_finite,
+    can_move,
     from_record,
     is_averaged,
     layout,
@@ -325,3 +326,14 @@ def test_a_function_that_is_not_elementwise_is_refused():
 def test_a_norm_beyond_all_numbers_is_infinite_without_a_word(recwarn):
     assert norm([np.full(3, 1e200)]) == np.inf
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(("size", "fits"), [(100.0, True), (30000.0, False)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_change_of_a_smaller_model_is_held_against_the_largest_number(
+    size, fits, sign
+):
+    """The largest float16 is 65504."""
+    sent = {"w": np.float16([[0, 0, 1], [2, -50000, 3]])}
+    assert can_move(sent, {"w": np.array([[0.0, sign * size]])}) == fits
+    assert not can_move(sent, {"w": np.array([[np.nan, size]])})

@@ -57,6 +57,8 @@ from flower_ext.strategies import (
     FedBABUClient,
     FedBN,
     FedBNClient,
+    FedConv,
+    FedConvClient,
     FedCurv,
     FedCurvClient,
     FedDyn,
@@ -221,6 +223,34 @@ def of_width(width):
     arrays |= {f"linear.{n}": x for n, x in nn.Linear(3, 2).state_dict().items()}
     line = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
     return {**arrays, **line, "scale": torch.ones(()), "counter": torch.ones(())}
+
+
+class Everything(nn.Module):
+    """The arrays of all models here, of a width."""
+
+    def __init__(self, width):
+        super().__init__()
+        for name, x in of_width(width).items():
+            module, _, last = name.rpartition(".")
+            if module and not hasattr(self, module):
+                self.add_module(module, nn.Module())
+            owner = getattr(self, module) if module else self
+            if x.is_floating_point() and "running" not in name:
+                owner.register_parameter(last, nn.Parameter(x.detach().clone()))
+            else:
+                owner.register_buffer(last, x)
+
+
+def squares(model, batch):
+    """Return a loss that knows all parameters of any model."""
+    return batch["x"] * sum((p - 0.3).square().sum() for p in model.parameters())
+
+
+def everything(config):
+    return Everything(config["width"])
+
+
+EVERYTHING = Task(everything, everything, squares)
 
 
 def mostly_wide(client):
@@ -432,6 +462,19 @@ METHODS = {
         half=FedBABUClient,
         options={"personal": "*bias", "tuning_epochs": 1},
         others=({"tunes": "head"}, {"tuning_epochs": 0}),
+    ),
+    "FedConv": Method(
+        make=FedConv,
+        half=FedConvClient,
+        options={
+            "task": EVERYTHING,
+            "public": {"x": torch.ones(12)},
+            "widths": (1.0, 0.5),
+            "width_of": mostly_wide,
+            "server_steps": 2,
+        },
+        others=({"widths": (0.75, 0.25), "width_of": None},),
+        fedavg={"widths": (1.0,), "width_of": None},
     ),
     "FedDyn": Method(make=FedDyn, half=FedDynClient),
     "FederatedRankLearning": Method(
@@ -783,6 +826,7 @@ IN_ROUNDS = {
     "DPFTRL": "a mechanism accounts for cohorts",
     "DiLoCo-fragments": "each round exchanges one fragment",
     "Ensemble": "each round trains one of the models",
+    "FedConv": "made by maps that change every round",
     "FedCurv": "the last sum, that of one round",
     "FedDyn": "the sum of all moves",
     "FedExLoRA": "it is no sum over clients",
