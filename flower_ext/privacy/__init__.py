@@ -35,6 +35,7 @@ from flower_ext.privacy.clipping import (
     update_clipping_norm,
 )
 from flower_ext.privacy.factorizations.banded import BandedToeplitz
+from flower_ext.privacy.factorizations.banded_inverse import BISR
 from flower_ext.privacy.factorizations.blt import BufferedToeplitz
 from flower_ext.privacy.factorizations.dense import DenseFactorization
 from flower_ext.privacy.factorizations.factorization import Factorization, Identity
@@ -69,6 +70,7 @@ _HOME = {
 __all__ = [
     *_HOME,
     "AdaptiveClipping",
+    "BISR",
     "BandedToeplitz",
     "BufferedToeplitz",
     "Choice",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import flower_ext.privacy
 from flower_ext.privacy import (
+    BISR,
     BandedToeplitz,
     BufferedToeplitz,
     DenseFactorization,
@@ -42,6 +43,8 @@ def all_factorizations(n, seed=0):
     yield BandedToeplitz(n, rising, normalize_columns=True)
     yield BufferedToeplitz(n, np.array([0.95, 0.5]), np.array([0.2, 0.3]))
     yield BufferedToeplitz(n, np.array([1.0, 0.5, 0.0]), np.array([0.1, 0.3, 0.6]))
+    yield BISR(n, bands)
+    yield BISR(n, bands, -generator.dirichlet(np.ones(bands))[1:])
     yield DenseFactorization.optimize(n, min(n, 2), 3)
     yield random_dense(n, seed)
     for estimator in ("online", "honaker", "full"):
@@ -119,6 +122,8 @@ def test_exactness_is_claimed_where_the_theory_is_exact():
         SquareRootToeplitz(12),
         BandedToeplitz.optimize(12, 4),
         BufferedToeplitz.optimize(12, buffers=2),
+        BISR(12, 3),
+        BISR(12, 12),
         TreeAggregation(12, estimator="full"),
         TreeAggregation(12, restart_every=1),
     ):
@@ -207,6 +212,40 @@ def test_known_order_of_mechanisms():
         assert other.max_loss(1, 1) >= root.max_loss(1, 1) * (1 - 1e-9)
 
 
+def test_banded_inverse_is_between_independent_noise_and_the_square_root():
+    root, found = SquareRootToeplitz(30), BISR(30, 30)
+    np.testing.assert_allclose(found.coefficients, root.coefficients, rtol=1e-12)
+    np.testing.assert_allclose(found.row_errors(), root.row_errors(), rtol=1e-12)
+    assert np.array_equal(BISR(30, 1).strategy_matrix(), np.eye(30))
+    # The coefficients of (1 - x)^(1/2), and of the start of their inverse.
+    few = BISR(30, 4)
+    taps = [1, -1 / 2, -1 / 8, -1 / 16]
+    np.testing.assert_allclose(few.inverse_coefficients()[:5], [*taps, 0])
+    inverse = np.linalg.inv(few.strategy_matrix())
+    np.testing.assert_allclose(inverse[:, 0][:5], [*taps, 0], atol=1e-12)
+    assert few.memory == 3
+
+
+@pytest.mark.parametrize("objective", ["rms", "max"])
+@pytest.mark.parametrize(("b", "k"), [(1, 1), (16, 4), (1, 8)])
+def test_optimised_taps_are_a_minimum(b, k, objective):
+    def loss(factorization):
+        found = factorization.rms_loss if objective == "rms" else factorization.max_loss
+        return found(b, k)
+
+    best = BISR.optimize(64, 4, b, k, objective=objective)
+    assert loss(best) <= min(loss(BISR(64, 4)), loss(Identity(64))) * (1 + 1e-9)
+    # With several participations it is that of a bound, on a line to safe taps.
+    slack = 1e-9 if k == 1 else 1e-3
+    taps = best.inverse_coefficients()[1:4]
+    for place in range(3):
+        for step in (-1e-3, 1e-3):
+            other = taps.copy()
+            other[place] = np.clip(other[place] + step, -1, 0)
+            if other.sum() >= -1:
+                assert loss(BISR(64, 4, other)) >= loss(best) * (1 - slack)
+
+
 def test_banded_loss_grows_with_the_root_of_participations():
     banded = BandedToeplitz.optimize(64, 8)
     assert banded.max_loss(8, 4) == pytest.approx(2 * banded.max_loss(8, 1))
@@ -281,6 +320,12 @@ def test_best_mechanism_compares_and_fits(memory, objective):
             lambda: BufferedToeplitz(9, np.array([1.1]), np.array([0.5])),
             "buffer_decay",
         ),
+        (lambda: BISR(4, 5), "bands=5 must be <= rounds=4"),
+        (lambda: BISR(4, 0), "bands=0 must be an integer >= 1"),
+        (lambda: BISR(4, 3, np.zeros(3)), "taps=.* must be bands - 1 = 2 finite"),
+        (lambda: BISR(4, 2, np.array([0.1])), "taps=.* must be at most 0"),
+        (lambda: BISR(4, 3, np.array([-0.6, -0.5])), "sum of at least -1"),
+        (lambda: BISR.optimize(4, 2, objective="mean"), "objective='mean'"),
         (lambda: DenseFactorization(np.ones((3, 3))), "lower-triangular"),
         (lambda: TreeAggregation(9, estimator="top"), "estimator='top'"),
         (lambda: TreeAggregation(9, estimator="full").recurrence(), "to stream"),

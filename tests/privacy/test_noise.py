@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flower_ext.privacy import (
+    BISR,
     BandedToeplitz,
     BufferedToeplitz,
     DenseFactorization,
@@ -31,6 +32,7 @@ def makers(n):
         "blt": lambda: BufferedToeplitz(
             n, np.array([0.99, 0.7, 0.1]), np.array([0.1, 0.3, 0.2])
         ),
+        "bisr": lambda: BISR(n, bands),
         "dense": lambda: DenseFactorization.optimize(n),
         "dense-banded": lambda: DenseFactorization.optimize(n, min(3, n), 2),
         "tree-online": lambda: TreeAggregation(n, estimator="online"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from flower_ext.core.errors import one_of, whole
 from flower_ext.privacy.factorizations.banded import BandedToeplitz
+from flower_ext.privacy.factorizations.banded_inverse import BISR
 from flower_ext.privacy.factorizations.blt import BufferedToeplitz
 from flower_ext.privacy.factorizations.blt_optimizer import grow_buffers
 from flower_ext.privacy.factorizations.dense import DenseFactorization
@@ -154,6 +155,14 @@ def _candidates(
     if bands > 1 and bands * rounds <= _BAND_WORK:
         yield BandedToeplitz.optimize(
             rounds, bands, objective=objective, normalize_columns=True
+        )
+    if min(memory, rounds - 1) >= 1 and (memory + 1) * rounds <= _BAND_WORK:
+        yield BISR.optimize(
+            rounds,
+            min(memory + 1, rounds),
+            min_separation,
+            max_participations,
+            objective=objective,
         )
     sizes = grow_buffers(rounds, min(min_separation, rounds), count, objective)
     for decay, scale in itertools.islice(sizes, min(memory, _BUFFERS)):
