@@ -14,7 +14,17 @@ from flower_ext.client.seeds import random_seed
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.schedules import Decay
 from flower_ext.simulation import LocalGrid
-from flower_ext.wire import NF4, AnyOf, BFloat16, Chain, ErrorFeedback, Exact, TopK
+from flower_ext.wire import (
+    NF4,
+    AnyOf,
+    BFloat16,
+    Chain,
+    ErrorFeedback,
+    Exact,
+    Kept,
+    Nonzero,
+    TopK,
+)
 from flower_ext.wire.codec import is_encoded, seal
 from flower_ext.wire.messages import (
     DESCRIPTION_KEY,
@@ -100,6 +110,19 @@ def test_it_receives_arrays_whatever_was_sent():
     assert seen[0]["b"].tolist() == [0, 0, 6, 0]
     found = sent(reply, upload)
     assert all(np.array_equal(found[k], x) for k, x in STEPS.items())
+
+
+def test_of_a_pruned_model_the_change_of_what_is_kept_is_sent():
+    pruned = {**START, "a": np.float32([[0.5, 0, -0.0], [0, -1.0, 0]])}
+    seen, codec = [], Kept()
+    [reply] = ask(
+        app(encoded(), seen=seen), upload=codec, download=Nonzero(), arrays=pruned
+    )
+    assert seen[0]["a"].tobytes() == pruned["a"].tobytes()
+    record = reply.content.array_records["arrays"]
+    found = codec.decode(record, change_like(pruned), pruned)
+    assert found["a"].tolist() == [[1, 0, 3], [0, -5, 0]]
+    assert found["b"].tolist() == STEPS["b"].tolist()
 
 
 def test_mods_outside_see_the_message_as_it_came():

@@ -10,7 +10,7 @@ import torch
 from adding_grid import AddingGrid
 from torch.nn.utils import prune
 
-from flower_ext import client_app
+from flower_ext import Stacked, client_app
 from flower_ext.core.arrays import from_record
 from flower_ext.core.schedules import Cosine
 from flower_ext.privacy import Mechanism
@@ -468,6 +468,13 @@ def test_it_composes_with_strategies_and_partial_sums(app, initial, name):
     assert np.count_nonzero(found["hidden.weight"] == 0) >= 6
 
 
+def test_stacked_clients_know_the_mask_as_others_do(task, initial):
+    stacked = client_app(task, trainer=Stacked(at_once=2))
+    dense, _ = train(stacked, initial, "rigl", upload=Exact())
+    found, _ = train(stacked, initial, "rigl", sparse=True)
+    assert_same(found, dense)
+
+
 @pytest.mark.parametrize("criterion", ["magnitude", "rigl"])
 def test_what_travels_is_what_is_kept(app, initial, criterion, tmp_path):
     """Of 20 prunable and 19 other trained numbers, statistics and a counter."""
@@ -553,14 +560,20 @@ def test_under_a_mechanism_masks_are_made_of_what_is_noised(app, initial):
         clipping=0.1,
     )
     optimizer = PruneAfter(Spy(), OneShotSparsity(0.5, at=1))
-    strategy = AdditiveStrategy(server_optimizer=optimizer, mechanism=plan)
-    strategy.start(LocalGrid(app, 4, CONFIG), initial, num_rounds=1)
-    [(direction, stepped)] = seen
+    strategy = AdditiveStrategy(
+        server_optimizer=optimizer,
+        mechanism=plan,
+        download=Nonzero(),
+        upload=optimizer.upload,
+    )
+    result = strategy.start(LocalGrid(app, 4, CONFIG), initial, num_rounds=2)
+    (direction, stepped), _ = seen
     noise = np.linalg.norm(direction["hidden.weight"])
     assert noise > 0.05  # a mean of four changes of at most 0.1 is no larger than 0.1
     for name, mask in optimizer.masks.items():
         size = np.abs(stepped[name])
         assert size[mask].min() >= size[~mask].max()
+        assert np.array_equal(nonzero(result.arrays[name].numpy()), mask)
 
 
 # Bad input ------------------------------------------------------------------------

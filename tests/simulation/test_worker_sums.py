@@ -8,6 +8,7 @@ from flwr.app import Array, ArrayRecord
 
 from flower_ext import AdditiveStrategy
 from flower_ext._flower import InconsistentMessageReplies
+from flower_ext.server.optimizers import FedExP
 from flower_ext.simulation import (
     Asynchronous,
     LocalGrid,
@@ -116,6 +117,19 @@ def test_stacked_clients_are_in_one_pack_a_worker_and_end_as_alone(
         np.testing.assert_allclose(
             found.arrays[name].numpy(), x.numpy(), rtol=1e-4, atol=1e-6
         )
+
+
+def test_squared_norms_are_added_up_by_the_workers(grid, virtual):
+    found = []
+    for one in (grid, LocalGrid(virtual, 12)):
+        optimizer = FedExP(1e-9)
+        strategy = AdditiveStrategy(fraction_evaluate=0.0, server_optimizer=optimizer)
+        result = strategy.start(one, INITIAL, num_rounds=2)
+        found.append((result.arrays["w"].numpy(), optimizer.spread))
+    (summed, own), (plain, its) = found
+    np.testing.assert_allclose(summed, plain, rtol=1e-6)
+    assert own == pytest.approx(its)
+    assert its.mean_square > its.square_of_mean > 0
 
 
 def test_asynchronous_clients_are_added_up_by_the_workers(grid, virtual):
