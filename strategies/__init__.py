@@ -20,6 +20,7 @@ from flower_ext.strategies.federated_rank_learning import (
 )
 from flower_ext.strategies.fedex_lora import FedExLoRA, FedExLoRAClient
 from flower_ext.strategies.fedfish import FedFish, FedFishClient
+from flower_ext.strategies.fedmgda import FedMGDA
 from flower_ext.strategies.fednova import FedNova, FedNovaClient
 from flower_ext.strategies.fedper import FedPer, FedPerClient
 from flower_ext.strategies.fedprox import FedProx, FedProxClient
@@ -32,6 +33,7 @@ from flower_ext.strategies.hypcluster import HypCluster, HypClusterClient
 from flower_ext.strategies.knnper import KNNPer, KNNPerClient
 from flower_ext.strategies.local_only import LocalOnly, LocalOnlyClient
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient
+from flower_ext.strategies.most import MosT, MosTClient
 from flower_ext.strategies.mrmtl import MRMTL, MRMTLClient
 from flower_ext.strategies.scaffold import Scaffold, ScaffoldClient
 from flower_ext.strategies.stacked_lora import StackedLoRA, StackedLoRAClient
@@ -63,6 +65,7 @@ __all__ = [
     "FedCurvClient",
     "FedDyn",
     "FedDynClient",
+    "FedMGDA",
     "FedNova",
     "FedNovaClient",
     "FedProx",
@@ -92,6 +95,8 @@ __all__ = [
     "MRMTLClient",
     "MaxFL",
     "MaxFLClient",
+    "MosT",
+    "MosTClient",
     "Scaffold",
     "ScaffoldClient",
     "StackedLoRA",

@@ -236,7 +236,7 @@ def _trained(local: Local, arrays: Tensors) -> tuple[ArrayRecord, Mapping[str, f
     came = {
         name: x
         for name, x in local.came.items()
-        if name in local.loaded and x.shape == local.loaded[name].shape
+        if name in arrays and x.shape == arrays[name].shape
     }
     began = {**local.loaded, **came}
     if unknown := arrays.keys() - began.keys():

@@ -67,6 +67,7 @@ from flower_ext.strategies import (
     FederatedRankLearningClient,
     FedFish,
     FedFishClient,
+    FedMGDA,
     FedNova,
     FedNovaClient,
     FedPer,
@@ -88,6 +89,8 @@ from flower_ext.strategies import (
     LocalOnlyClient,
     MaxFL,
     MaxFLClient,
+    MosT,
+    MosTClient,
     MRMTLClient,
     Scaffold,
     ScaffoldClient,
@@ -504,6 +507,26 @@ METHODS = {
         private=(),
         refuses=(({}, "left out: a weight for each client is about that client"),),
     ),
+    "FedMGDA": Method(
+        make=FedMGDA,
+        others=({"max_deviation": 0.1, "normalize": True},),
+        fedavg={"max_deviation": 0.0},
+        private=(),
+        refuses=(({}, "mechanism"),),
+    ),
+    "MosT": Method(
+        make=MosT,
+        half=MosTClient,
+        options={"num_models": 2, "warmup_rounds": 1},
+        others=(
+            {"marginals": "scheduled", "warmup_rounds": 0},
+            {"num_models": 1, "max_deviation": 0.5},
+        ),
+        fedavg={"num_models": 1, "max_deviation": 0.0},
+        private=(),
+        refuses=(({}, "mechanism"),),
+        start=apart,
+    ),
     "TERM": Method(
         make=TERM,
         half=TERMClient,
@@ -821,6 +844,8 @@ def test_a_run_resumed_after_every_round_is_the_same_bit_for_bit(
 
 # Why a method has none.
 IN_ROUNDS = {
+    "FedMGDA": "no sum",
+    "MosT": "no sum",
     "AgnosticFL": "about the one model of a round",
     "BoundedGroupLoss": "about the one model of a round",
     "DPFTRL": "a mechanism accounts for cohorts",
