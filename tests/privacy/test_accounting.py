@@ -7,8 +7,10 @@ import sys
 import time
 
 import dp_accounting
+import dp_accounting.rdp
 import numpy as np
 import pytest
+import scipy.stats
 from flwr import serverapp
 
 from flower_ext.privacy import (
@@ -24,7 +26,12 @@ from flower_ext.privacy import (
     gaussian_mu,
     noise_multiplier_for,
 )
-from flower_ext.privacy.accounting.calibration import least_noise
+from flower_ext.privacy.accounting.calibration import (
+    fixed_cohort_epsilon,
+    fixed_cohort_loss,
+    least_noise,
+    noise_multiplier_without_replacement,
+)
 
 
 def configuration(sampling="no-amplification", **options):
@@ -370,3 +377,98 @@ def test_a_tree_says_that_it_is_bounded():
     ):
         spent = GaussianAccountant(plan, 1.0, 2, 3, config).get_privacy_spent()
         assert spent.accounting_method == method
+
+
+# Cohorts of a fixed size ------------------------------------------------------------
+
+FIXED = {
+    "many rounds": (2.0, 1000, 10, 1000, 1e-6),
+    "large cohorts": (4.0, 1000, 100, 100, 1e-5),
+    "half of all": (8.0, 100, 50, 50, 1e-4),
+    "one round": (1.0, 10_000, 50, 1, 1e-6),
+    "little noise": (0.7, 1000, 20, 50, 1e-5),
+}
+
+
+def by_renyi(noise, population, cohort, rounds, delta):
+    """Wang, Balle and Kasiviswanathan 2019, by dp-accounting."""
+    relation = dp_accounting.NeighboringRelation.REPLACE_ONE
+    accountant = dp_accounting.rdp.RdpAccountant(None, relation)
+    one = dp_accounting.GaussianDpEvent(noise / 2)
+    round_ = dp_accounting.SampledWithoutReplacementDpEvent(population, cohort, one)
+    events = dp_accounting.SelfComposedDpEvent(round_, rounds)
+    return accountant.compose(events).get_epsilon(delta)
+
+
+def by_attack(noise, population, cohort, rounds, delta):
+    """Return epsilon that an adversary reaches: all others send zero.
+
+    The exchanged client sends 1 or -1 and is in a cohort at random; the outcomes are
+    put in bins, which only loses information.
+    """
+    rate, width = cohort / population, noise / 200
+    edges = np.arange(-1 - 12 * noise, 1 + 12 * noise, width)
+
+    def mixture(value):
+        drawn = scipy.stats.norm.cdf(edges, value, noise)
+        away = scipy.stats.norm.cdf(edges, 0, noise)
+        mass = np.diff(rate * drawn + (1 - rate) * away)
+        return {i: math.log(x) for i, x in enumerate(mass) if x > 0}
+
+    one, other = mixture(1.0), mixture(-1.0)
+    both = one.keys() & other.keys()
+    loss = dp_accounting.pld.privacy_loss_distribution
+    found = loss.from_two_probability_mass_functions(
+        {i: one[i] for i in both},
+        {i: other[i] for i in both},
+        pessimistic_estimate=False,
+        value_discretization_interval=1e-4,
+    )
+    return found.self_compose(rounds).get_epsilon_for_delta(delta)
+
+
+@pytest.mark.parametrize("setting", FIXED.values(), ids=FIXED)
+def test_fixed_cohorts_are_between_an_attack_and_renyi(setting):
+    noise, population, cohort, rounds, delta = setting
+    found = fixed_cohort_epsilon(rounds, delta, noise, population, cohort)
+    attack, renyi = by_attack(*setting), by_renyi(*setting)
+    assert attack <= found < renyi / 1.2
+    # The sum of a Poisson cohort that moves as far is no more private.
+    poisson = epsilon_for(
+        noise / 2, delta, rounds=rounds, sampling_probability=cohort / population
+    )
+    assert poisson <= found * 1.001
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.3, 0.999])
+@pytest.mark.parametrize("noise", [0.8, 3.0])
+def test_one_fixed_cohort_is_the_closed_form(rate, noise):
+    loss, mu = fixed_cohort_loss(noise, rate), 2 / noise
+    for epsilon in (0.0, 0.1, 0.5, 2.0):
+        inner = math.log1p(math.expm1(epsilon) / rate)
+        exact = rate * gaussian_delta(mu, inner)
+        found = loss.get_delta_for_epsilon(epsilon)
+        assert exact * (1 - 1e-9) <= found <= exact * 1.02 + 1e-12
+
+
+def test_profile_of_a_fixed_cohort_is_symmetric():
+    """Both orders of two neighbours: the second by the divergence of the first."""
+    loss, epsilon = fixed_cohort_loss(2.0, 0.2), 0.3
+    forth = loss.get_delta_for_epsilon(epsilon)
+    back = loss.get_delta_for_epsilon(-epsilon)
+    assert back == pytest.approx(1 - math.exp(-epsilon) * (1 - forth), rel=1e-3)
+
+
+def test_a_cohort_of_all_is_a_gaussian():
+    found = fixed_cohort_epsilon(10, 1e-5, 4.0, 50, 50)
+    assert found == gaussian_epsilon(2 * math.sqrt(10) / 4.0, 1e-5)
+    nearly = fixed_cohort_epsilon(10, 1e-5, 4.0, 10**6, 10**6 - 1)
+    assert found <= nearly * 1.0001 <= found * 1.02
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 2.0, 12.0])
+def test_least_noise_of_fixed_cohorts(epsilon):
+    target = {"rounds": 200, "population": 1000, "cohort": 20}
+    noise = noise_multiplier_without_replacement(epsilon, 1e-6, **target)
+    assert fixed_cohort_epsilon(200, 1e-6, noise, 1000, 20) <= epsilon
+    assert fixed_cohort_epsilon(200, 1e-6, noise / 1.001, 1000, 20) > epsilon

@@ -15,9 +15,10 @@ from flower_ext.core.errors import (
 from flower_ext.privacy.accounting.accountants import RoundAccountant
 from flower_ext.privacy.accounting.calibration import (
     INTERVAL,
+    fixed_cohort_epsilon,
+    fixed_cohort_loss,
     loss_distribution,
     sampled_epsilon,
-    without_replacement,
 )
 from flower_ext.privacy.factorizations.banded import BandedToeplitz
 
@@ -197,8 +198,10 @@ class WithoutReplacementAccountant(RoundAccountant):
     """Privacy amplified by cohorts of a fixed size, drawn from the whole population.
 
     The relation is Flower's ``replace-one``: one client is exchanged for any other, so
-    that the sum changes by up to twice the clipping norm. Epsilon goes through Renyi
-    privacy and is an upper bound, often 1.4 to 2.2 times the smallest.
+    that the sum changes by up to twice the clipping norm. Epsilon is an upper bound by
+    privacy loss distributions, see
+    :func:`~flower_ext.privacy.accounting.calibration.fixed_cohort_loss`; of one round
+    it is exact but for the grid where any two sums may be exchanged.
 
     Parameters
     ----------
@@ -213,11 +216,11 @@ class WithoutReplacementAccountant(RoundAccountant):
 
     References
     ----------
-    Wang, Balle, Kasiviswanathan 2019, arXiv 1808.00087, Theorem 27; computed by
-    dp-accounting.
+    Balle, Barthe, Gaboardi 2018, arXiv 1807.01647; Zhu, Dong, Wang 2022, arXiv
+    2106.08567; repetitions by dp-accounting.
     """
 
-    _method = "rdp"
+    _method = "pld"
     _sampling = "without-replacement"
 
     def __init__(
@@ -238,18 +241,22 @@ class WithoutReplacementAccountant(RoundAccountant):
         """Return an upper bound of epsilon of the first ``rounds`` rounds."""
         open_unit("delta", delta)
         count = self._check_rounds(rounds)
-        spent = without_replacement(*self._setting(), count)
-        return float(spent.get_epsilon(delta)) if count else 0.0
+        if not count:
+            return 0.0
+        population = self.config.population_size
+        return fixed_cohort_epsilon(
+            count, delta, self.noise_multiplier, population, self.cohort
+        )
 
     def delta_after(self, rounds: int, epsilon: float) -> float:
         """Return an upper bound of delta of the first ``rounds`` rounds."""
         at_least("epsilon", epsilon, 0)
         count = self._check_rounds(rounds)
-        spent = without_replacement(*self._setting(), count)
-        return float(spent.get_delta(epsilon)) if count else 0.0
-
-    def _setting(self) -> tuple[float, int, int]:
-        return self.noise_multiplier, self.config.population_size, self.cohort
+        if not count:
+            return 0.0
+        rate = self.cohort / self.config.population_size
+        loss = fixed_cohort_loss(self.noise_multiplier, rate)
+        return float(loss.self_compose(count).get_delta_for_epsilon(epsilon))
 
     def _mechanism(self) -> dict[str, str | int | float]:
         return {"noise-multiplier": self.noise_multiplier, "cohort": self.cohort}
