@@ -78,8 +78,10 @@ class FedConv(Submodels):
         As of :class:`~flower_ext.strategies.heterofl.HeteroFL`.
     server_steps : int (default: 20)
         Steps of Adam for each map and each round; 0 is HeteroFL.
-    server_learning_rate : float (default: 0.01)
-        Of Adam.
+    server_learning_rate : float (default: 0.0003)
+        Of Adam, which moves each number of a kernel by about so much in a step. A
+        kernel begins as a 1 and many zeros, and should stay near: what clients have
+        learned is handed on as far as the ways there and back are each other's inverse.
     run_config : dict, optional
         What ``task.model`` is called with, beside the width.
     *flowers, **options
@@ -138,7 +140,7 @@ class FedConv(Submodels):
         widths: Sequence[float],
         width_of: Callable[[int], float] | None = None,
         server_steps: int = 20,
-        server_learning_rate: float = 0.01,
+        server_learning_rate: float = 0.0003,
         run_config: UserConfig | None = None,
         **options: Unpack[AdditiveOptions],
     ) -> None:
@@ -290,9 +292,9 @@ class _Mean:
         self.sent = tensors_of(round.sent)
         self.maps = [strategy.map_of(tier, round.sent) for tier in tiers]
         self.sums = [tensors_of(total.arrays[part(tier)]) for tier in tiers]
-        planned = total.weight * strategy.shares(round.population)
-        known = [total.weights.get(part(tier), 0.0) for tier in tiers]
-        self.weights = list(planned) if round.private else known
+        self.weights = [total.weights.get(part(tier), 0.0) for tier in tiers]
+        if round.private:  # those planned, which are no secret
+            self.weights = list(total.weight * strategy.shares(round.population))
         self.logs = logs
 
     def direction(self) -> dict[str, Tensor]:

@@ -36,7 +36,8 @@ class Scaler(nn.Module):
 
     It follows every sliced layer, before its normalisation: a layer that sees half of
     the units sums half as much (section 3 of the paper). In evaluation it changes
-    nothing.
+    nothing, so that a small model without normalisation layers is then another than the
+    one that was trained; with them it is the same.
 
     Parameters
     ----------

@@ -55,6 +55,7 @@ def start():
 
 def learned(**options):
     defaults = {"widths": (1.0, 0.5), "public": images(99), "task": TASK}
+    defaults["server_learning_rate"] = 0.01
     return FedConv(**{**defaults, **options})
 
 

@@ -173,7 +173,7 @@ def test_widths_that_do_not_come_out_even_train_and_are_evaluated(play):
         arrays = strategy.slice(played.models[-1], width)
         net.load_state_dict({n: torch.tensor(x) for n, x in arrays.items()})
         batch = _data(type("Context", (), {"node_config": {"partition-id": client}}))
-        expected = float(_loss(net, batch[0]).mean())
+        expected = float(_loss(net, batch[0]).mean().detach())
         assert found[f"loss-width-{width:g}"] == pytest.approx(expected, rel=1e-5)
     mean = np.mean([found[f"loss-width-{width:g}"] for width in strategy.widths])
     assert found["loss"] == pytest.approx(mean)
