@@ -21,6 +21,7 @@ from flower_ext.privacy import (
     TreeAggregation,
     best_mechanism,
 )
+from flower_ext.privacy.factorizations.participation import heaviest_pattern
 
 
 def random_dense(rounds, seed):
@@ -106,6 +107,8 @@ def test_sensitivity_is_that_of_the_worst_pattern(
 ):
     for factorization in all_factorizations(n, seed):
         matrix = factorization.strategy_matrix()
+        if isinstance(factorization, TreeAggregation):
+            matrix = released(factorization)
         found = factorization.sensitivity(separation, participations)
         brute = enumerate_sensitivity(matrix, separation, participations)
         if found.exact:
@@ -114,6 +117,13 @@ def test_sensitivity_is_that_of_the_worst_pattern(
         else:
             assert found.value >= brute * (1 - 1e-12), factorization
             assert found.how.startswith("upper bound: ")
+
+
+def released(factorization):
+    """Return C of the prefix sums that are read, by the covariance of their noise."""
+    decoder = factorization.decoder_matrix()
+    root = np.linalg.cholesky(decoder @ decoder.T)
+    return np.linalg.solve(root, np.tri(len(decoder)))
 
 
 def test_exactness_is_claimed_where_the_theory_is_exact():
@@ -139,22 +149,48 @@ def test_exactness_is_claimed_where_the_theory_is_exact():
 def test_what_a_tree_releases_tells_at_most_what_its_nodes_do(estimator, rounds):
     """The release is N(A x, B B'): its sensitivity by brute force over patterns."""
     tree = TreeAggregation(rounds, estimator=estimator)
-    decoder = tree.decoder_matrix()
-    whitened = np.linalg.solve(np.linalg.cholesky(decoder @ decoder.T), np.tri(rounds))
+    whitened = released(tree)
     found = tree.sensitivity(3, 2)
     patterns = [(i, j) for i in range(rounds) for j in range(i + 3, rounds)]
     # Both signs: off the diagonal the whitened Gram matrix may be negative.
-    released = max(
+    worst = max(
         np.linalg.norm(whitened[:, i] + sign * whitened[:, j])
         for i, j in patterns
         for sign in (1, -1)
     )
     if estimator == "full":
         assert found.exact
-        assert found.value == pytest.approx(released, rel=1e-9)
-    else:
-        assert not found.exact
-        assert 0.7 * found.value < released < 0.99 * found.value
+        assert found.value == pytest.approx(worst, rel=1e-9)
+        return
+    assert not found.exact
+    assert worst * (1 - 1e-12) <= found.value < 1.03 * worst
+    # A client that comes once has its column of the release, and no more.
+    once = tree.sensitivity(rounds, 1)
+    assert once.exact
+    assert once.value == pytest.approx(np.linalg.norm(whitened, axis=0).max())
+
+
+@pytest.mark.parametrize("estimator", ["online", "honaker"])
+@pytest.mark.parametrize(("rounds", "period"), [(64, 16), (60, 16), (37, 5), (9, 1)])
+def test_a_client_that_meets_every_tree_once_is_counted_exactly(
+    estimator, rounds, period
+):
+    tree = TreeAggregation(rounds, estimator=estimator, restart_every=period)
+    gram = released(tree).T @ released(tree)
+    apart = np.abs(np.subtract.outer(np.arange(rounds), np.arange(rounds))) >= period
+    np.testing.assert_allclose(gram[apart], 0, atol=1e-9)
+    for count in (1, 2, 9):
+        found = tree.sensitivity(period, count)
+        assert found.exact
+        worst = heaviest_pattern(np.diagonal(gram).copy(), period, count)
+        assert found.value == pytest.approx(np.sqrt(worst), rel=1e-9)
+        assert found.value <= tree._of_all_nodes(period, count).value * (1 + 1e-12)
+
+
+def test_a_long_tree_counts_its_nodes():
+    short, long = (TreeAggregation(n).sensitivity(n, 1) for n in (1024, 1025))
+    assert short.exact and not long.exact
+    assert short.value < 3.1 < np.sqrt(11) == pytest.approx(long.value)
 
 
 def test_crowded_tree_falls_back_to_a_named_bound():
