@@ -35,6 +35,7 @@ NAMES = [
     "personalization",
     "pfl_docvqa",
     "silo_privacy",
+    "unequal_clients",
 ]
 FILES = ["client_app", "dataset", "model", "server_app", "strategy", "utils"]
 SECTIONS = [

@@ -336,6 +336,41 @@ def test_two_rounds_of_drift(importable: Path, tmp_path: Path) -> None:
         make("fedsgd", app_config(importable))
 
 
+@pytest.mark.parametrize("importable", ["unequal_clients"], indirect=True)
+def test_two_rounds_of_unequal_clients(importable: Path, tmp_path: Path) -> None:
+    config = {
+        "num-images": 300,
+        "num-clients": 3,
+        "tiers": "1 1 1",
+        "num-server-rounds": 2,
+        "local-epochs": 1,
+        "channels": 8,
+        "num-public": 20,
+        "num-test": 100,
+        "server-steps": 2,
+    }
+    run_here(importable, config, 3, tmp_path)
+    names = str(app_config(importable)["strategies"]).split()
+    last = {name: read_metrics(tmp_path / name)[-1] for name in names}
+    replies = {name: row["train/num-replies"] for name, row in last.items()}
+    assert replies == {"all": 3, "large": 1, "small": 3, "heterofl": 3, "fedconv": 3}
+    for width in ("1", "0.5", "0.25"):
+        assert 0 < last["heterofl"][f"evaluate/accuracy-width-{width}"] < 1
+    losses = {row["evaluate/loss"] for row in last.values()}
+    assert len(losses) == 5  # all do something else
+    up = {name: row["parameters/up"] for name, row in last.items()}
+    assert up["heterofl"] == up["fedconv"] < 0.6 * up["all"]
+    assert up["all"] == 3 * up["large"] > 4 * up["small"]
+    told = importlib.import_module("unequal_clients.claims").claims(tmp_path)
+    assert [line.split("|")[1].strip() for line in told.splitlines()[2:]] == names
+    flops = importlib.import_module("unequal_clients.utils").training_flops
+    whole, half = (flops(width, app_config(importable)) for width in (1.0, 0.5))
+    assert 0.2 < half / whole < 0.4
+    make = importlib.import_module("unequal_clients.strategy").make_strategy
+    with pytest.raises(ValueError, match="must name one of"):
+        make("fedavg", app_config(importable))
+
+
 @pytest.mark.parametrize("importable", ["personalization"], indirect=True)
 def test_two_rounds_of_personal_models(importable: Path, tmp_path: Path) -> None:
     config = {

@@ -1,0 +1,1 @@
+"""HeteroFL and FedConv where few clients can train the whole model."""
