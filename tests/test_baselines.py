@@ -21,6 +21,12 @@ from flower_ext.client.half import Proximal
 from flower_ext.core.arrays import to_record
 from flower_ext.core.protocol import Round
 from flower_ext.runs.report import write_summary
+from flower_ext.server.optimizers import (
+    SGD,
+    OneShotSparsity,
+    PeriodicSparsity,
+    PolynomialSparsity,
+)
 from flower_ext.simulation.local import LocalGrid, app_config
 
 BASELINES = Path(__file__).parents[1] / "baselines"
@@ -34,6 +40,7 @@ NAMES = [
     "maxfl",
     "personalization",
     "pfl_docvqa",
+    "pruning",
     "silo_privacy",
     "unequal_clients",
 ]
@@ -262,6 +269,39 @@ def test_epochs_are_drawn_anew_or_last(baseline):
         ]
         assert (drawn[0] == drawn[1]) == lasts
         assert len(set(drawn[0])) > 3 and {*drawn[0]} <= {*range(1, 17)}
+
+
+@pytest.mark.parametrize("baseline", ["pruning.strategy"], indirect=True)
+def test_names_of_runs_say_how_the_server_prunes(baseline):
+    config = {**app_config(BASELINES / "pruning"), "num-server-rounds": 40}
+    gradual = PolynomialSparsity(0.8, 10, 30, 2)
+    for name, schedule, criterion, distribution in [
+        ("magnitude:0.8", gradual, "magnitude", "uniform"),
+        ("saliency-erk:0.8", gradual, "saliency", "erk"),
+        ("random-once:0.8", OneShotSparsity(0.8, 10), "random", "uniform"),
+        ("rigl:0.8", PeriodicSparsity(0.8, 2, end=30), "rigl", "uniform"),
+        ("2:4", OneShotSparsity(0.5, 10), "magnitude", "uniform"),
+    ]:
+        found = baseline.make_optimizer(name, config)
+        assert (found.schedule, found.criterion) == (schedule, criterion)
+        assert found.distribution == distribution
+        assert found.n_of_m == ((2, 4) if name == "2:4" else None)
+    assert repr(baseline.make_optimizer("none", config)) == repr(SGD(1.0))
+    for bad in ("largest:0.5", "magnitude-often:0.5"):
+        with pytest.raises(ValueError, match=f"^runs='{bad}' must name"):
+            baseline.make_optimizer(bad, config)
+
+
+@pytest.mark.parametrize("baseline", ["pruning.claims"], indirect=True)
+def test_accuracy_at_as_many_bytes_is_between_evaluations(baseline):
+    def row(bytes_, accuracy=None):
+        found = {"bytes/down": bytes_ / 2, "bytes/up": bytes_ / 2}
+        return found if accuracy is None else found | {"central/accuracy": accuracy}
+
+    rows = [row(10, 0.1), row(10), row(20, 0.4)]
+    assert baseline.both_ways(rows) == 40
+    found = [baseline.accuracy_at(rows, spent) for spent in (5, 10, 20, 40, 50)]
+    assert found == pytest.approx([0.1, 0.1, 0.2, 0.4, 0.4])
 
 
 @pytest.mark.parametrize("baseline", ["pfl_docvqa.anls"], indirect=True)

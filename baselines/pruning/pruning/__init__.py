@@ -1,0 +1,1 @@
+"""Server pruning on text by speaker: accuracy against bytes both ways."""
