@@ -45,8 +45,8 @@ LOSSES = "most-losses"
 # Of the running average of the transport's cost, and of the best clients of a model by
 # which it is given mass; as in the authors' code.
 _KEPT, _BEST = 0.95, 0.1
-# A part of a client that is none, of the largest.
-_NOTHING = 1e-8
+# Of an equal part of a client: a model with less of it does not move for it.
+_OWN = 0.5
 
 
 class MosTClient(ClientHalf):
@@ -168,6 +168,11 @@ class MosT(RoundStrategy):
     first round of transport, the model moves by the mean with weights
     :math:`\Gamma_{ij}`. Changes are not multiplied by :math:`\Gamma_{ij}` again.
 
+    MGDA is over a model's own clients, of whom it has half of an equal part or more:
+    with less, a client's :math:`\Gamma_{ij}\Delta_{ij}` would be the shortest, and the
+    whole step would be that client's. The code's plans have zeros there, an entropy
+    leaves none.
+
     Deviations. Marginals are equal unless asked for otherwise. Transport is Sinkhorn's,
     where the code has proximal steps or a regularizer of diversity. Models move by
     weights that sum to 1, where the code multiplies the step by a model's mass. The
@@ -234,7 +239,8 @@ class MosT(RoundStrategy):
         for j in range(self.num_models):
             weights = _shares(plan[:, j])
             if self._descends(round, cost):
-                weights = self._common(j, changes, plan[:, j], round)
+                own = plan[:, j] >= _OWN * plan.sum(1) / self.num_models
+                weights = self._common(j, changes, np.where(own, plan[:, j], 0), round)
             names = [name for name in round.sent if name.startswith(f"{j}/")]
             moved = {**moved, **combination(changes, weights, names)}
         return moved
@@ -276,7 +282,9 @@ class MosT(RoundStrategy):
         own = [name for name in round.parameters if name.startswith(f"{j}/")]
         gram = gram_of(changes, own) * np.outer(parts, parts)
         # Those of whom it has nothing would be vectors of 0, the least of all.
-        some, weights = parts > _NOTHING * parts.max(), np.zeros(len(parts))
+        some, weights = parts > 0, np.zeros(len(parts))
+        if not some.any():
+            return weights
         weights[some] = descent_weights(
             gram[np.ix_(some, some)], _shares(parts[some]), self.max_deviation
         )

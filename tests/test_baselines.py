@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import QFedAvg
 from flower_ext.client.half import Proximal
 from flower_ext.core.arrays import to_record
 from flower_ext.core.protocol import Round
+from flower_ext.core.several import stack
 from flower_ext.runs.report import write_summary
 from flower_ext.server.optimizers import (
     SGD,
@@ -27,7 +28,7 @@ from flower_ext.server.optimizers import (
     PeriodicSparsity,
     PolynomialSparsity,
 )
-from flower_ext.simulation.local import LocalGrid, app_config
+from flower_ext.simulation.local import LocalGrid, app_config, run_local
 
 BASELINES = Path(__file__).parents[1] / "baselines"
 NAMES = [
@@ -35,6 +36,7 @@ NAMES = [
     "compression",
     "dpftrl",
     "drift",
+    "fair_objectives",
     "fedfish",
     "flasc",
     "maxfl",
@@ -201,6 +203,66 @@ def test_who_leaves_has_no_weight_in_any_strategy(baseline, reply, aggregate):
             models.append(aggregate(made, SENT, replies)[0])
         for array, alone in zip(models[1].values(), models[0].values(), strict=True):
             np.testing.assert_array_equal(array, alone)
+
+
+@pytest.mark.parametrize("baseline", ["fair_objectives.utils"], indirect=True)
+def test_losses_of_schools_are_spread(baseline, monkeypatch):
+    # Half squared distances from the bias, where nothing is known of a pupil.
+    scores = [0.0, 1.0, 3.0, 5.0]
+
+    def school(number, config):
+        columns = {"x": torch.zeros(2, 4), "y": torch.full((2,), scores[number])}
+        return columns, {**columns, "y": columns["y"] + 1}
+
+    monkeypatch.setattr(baseline, "school", school)
+    monkeypatch.setattr(baseline, "num_schools", lambda _: 4)
+    config = {"wrong-schools": 0}
+
+    def model(bias):
+        return {"weight": np.zeros((1, 4), np.float32), "bias": np.float32([bias])}
+
+    found = baseline.evaluate_schools(config)(1, to_record(model(1.0)))
+    train, test = np.array([0.5, 0, 2, 8]), np.array([0, 0.5, 4.5, 12.5])
+    for split, losses in (("train", train), ("test", test)):
+        assert found[f"{split}-mean"] == pytest.approx(losses.mean())
+        assert found[f"{split}-worst"] == found[f"{split}-worst-tenth"] == losses.max()
+        assert found[f"{split}-std"] == pytest.approx(losses.std())
+    # Of two models each school takes the one that fits its training data.
+    both = to_record(stack([model(1.0), model(4.0)]))
+    found = baseline.evaluate_schools(config)(1, both)
+    assert found["train-mean"] == pytest.approx(np.mean([0.5, 0, 0.5, 0.5]))
+    assert found["test-mean"] == pytest.approx(np.mean([0, 0.5, 0, 2]))
+    found = baseline.evaluate_schools({"wrong-schools": 2})(1, to_record(model(1.0)))
+    assert found["train-mean"] == pytest.approx(train[2:].mean())
+
+
+@pytest.mark.parametrize("baseline", ["fair_objectives.dataset"], indirect=True)
+def test_wrong_scores_are_in_training_only(baseline):
+    config = {**app_config(BASELINES / "fair_objectives"), "min-pupils": 100}
+    right, wrong = (baseline.school(0, {**config, "wrong-schools": n}) for n in (0, 1))
+    assert torch.equal(right[1]["y"], wrong[1]["y"])
+    assert torch.equal(right[0]["x"], wrong[0]["x"])
+    assert torch.equal(3 * right[0]["y"].sort().values, wrong[0]["y"].sort().values)
+    assert not torch.equal(3 * right[0]["y"], wrong[0]["y"])
+    assert len(right[1]["y"]) == round(0.3 * (len(right[0]["y"]) + len(right[1]["y"])))
+    other = baseline.school(1, {**config, "wrong-schools": 1})
+    assert other[0]["group"].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("baseline", ["fair_objectives.server_app"], indirect=True)
+def test_every_fair_objective_is_another_one(baseline, tmp_path):
+    app = importlib.import_module("fair_objectives.client_app").app
+    config = {**app_config(BASELINES / "fair_objectives"), "min-pupils": 100}
+    config |= {"num-server-rounds": 2, "warmup-rounds": 1, "results": str(tmp_path)}
+    number = importlib.import_module("fair_objectives.dataset").num_schools(config)
+    run_local(baseline.app, app, num_supernodes=number, run_config=config)
+    runs = json.loads((tmp_path / "summary.json").read_text("utf-8"))["runs"]
+    assert list(runs) == str(config["strategies"]).split()
+    losses = {name: row["central/train-mean"] for name, row in runs.items()}
+    assert all(0 < loss < 1.5 for loss in losses.values())
+    assert len(set(losses.values())) == len(losses)
+    with pytest.raises(ValueError, match="strategies='fedavgg' must name one of"):
+        baseline.make_strategy("fedavgg", config)
 
 
 @pytest.mark.parametrize("baseline", ["bounded_group_loss.utils"], indirect=True)

@@ -157,9 +157,10 @@ def rounds(most, aggregate, replies, count):
 
 
 def test_a_model_moves_by_its_part_or_by_common_descent(cohort, aggregate):
-    most = MosT(2, warmup_rounds=0, regularization=0.5, **ALL)
+    most = MosT(2, warmup_rounds=0, regularization=4.0, **ALL)
     cost = LOSS - LOSS.mean(1, keepdims=True)
-    plan = transport(cost / cost.std(), np.full(3, 2 / 3), np.ones(2), 0.5)
+    plan = transport(cost / cost.std(), np.full(3, 2 / 3), np.ones(2), 4.0)
+    assert plan.min() > 1 / 6  # each has half of an equal part of each
     first, second, third = (
         aggregate(most, SENT, cohort((LOSS - fall).tolist()), k + 1)
         for k, fall in enumerate((0.0, 0.01, -0.5))
@@ -183,6 +184,18 @@ def test_a_model_moves_by_its_part_or_by_common_descent(cohort, aggregate):
         least = weights @ scaled
         assert np.all(weights > -1e-9)
         assert np.all(scaled @ least >= least @ least - 1e-9)
+
+
+def test_a_client_of_whom_a_model_has_next_to_nothing_does_not_move_it(
+    cohort, aggregate
+):
+    # The third client is shared. Of model 1 its change is no shorter than the second's.
+    losses = np.array([[0.0, 9.0], [9.0, 0.0], [4.0, 5.0]])
+    most = MosT(2, warmup_rounds=0, regularization=0.5, **ALL)
+    aggregate(most, SENT, cohort((losses + 1).tolist()))
+    new, metrics = aggregate(most, SENT, cohort(losses.tolist()), 2)
+    assert metrics["common-descent"] == 1
+    assert new["1/w"] - SENT["1/w"] == pytest.approx(MOVES[1, 1], abs=0.05)
 
 
 def test_marginals_begin_with_the_models_choice_and_end_with_the_clients():

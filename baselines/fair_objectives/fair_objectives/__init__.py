@@ -1,0 +1,1 @@
+"""Fair objectives, side by side, on schools as clients."""
