@@ -34,6 +34,7 @@ BASELINES = Path(__file__).parents[1] / "baselines"
 NAMES = [
     "bounded_group_loss",
     "compression",
+    "diloco",
     "dpftrl",
     "drift",
     "fair_objectives",
@@ -316,6 +317,57 @@ def test_clients_differ_in_how_they_take_their_images(baseline):
     for option in ("rotations", "gamma"):
         with pytest.raises(ValueError, match=option):
             baseline.shifted(images, 3, {**plain, option: 0})
+
+
+@pytest.mark.parametrize("baseline", ["diloco.strategy"], indirect=True)
+def test_synchronous_training_is_adamw_on_the_mean_gradient(baseline):
+    w = torch.tensor([1.0, -2.0], requires_grad=True)
+    rates = [baseline.Cosine(0.1, 4, 0.01)(step) for step in range(1, 5)]
+    theirs = torch.optim.AdamW([w], betas=(0.9, 0.95), weight_decay=0.1)
+    ours, sent = baseline.ScheduledAdamW(baseline.Cosine(0.1, 4, 0.01), 0.1), w
+    sent = {"w": w.detach().numpy().copy()}
+    for step, rate in enumerate(rates, 1):
+        gradient = np.array([step, 1.0 / step])
+        if step == 3:  # it goes on from what was saved
+            saved = ours.state_dict()
+            ours = baseline.ScheduledAdamW(baseline.Cosine(0.1, 4, 0.01), 0.1)
+            ours.load_state_dict(saved)
+        sent = ours.step(sent, {"w": -gradient})
+        theirs.param_groups[0]["lr"] = rate
+        w.grad = torch.tensor(gradient, dtype=torch.float32)
+        theirs.step()
+        np.testing.assert_allclose(sent["w"], w.detach(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("baseline", ["diloco.strategy"], indirect=True)
+def test_a_method_is_made_by_its_name(baseline):
+    config = app_config(BASELINES / "diloco")
+    found = baseline.Method("muloco/4:2+", config)
+    assert (found.kind, found.fragments, found.steps) == ("muloco", 4, 2)
+    assert found.codec.feedback and not found.codec.unbiased
+    assert baseline.Method("diloco:1", config).codec.unbiased
+    same = {
+        baseline.Method(name, config).tokens * baseline.Method(name, config).rounds
+        for name in str(config["methods"]).split()
+    }
+    assert len(same) == 1
+    with pytest.raises(ValueError, match="must begin with one of"):
+        baseline.Method("local", config)
+    with pytest.raises(ValueError, match="must be a multiple of 8"):
+        baseline.Method("diloco", {**config, "inner-steps": 100})
+
+
+@pytest.mark.parametrize("baseline", ["diloco.dataset"], indirect=True)
+def test_shards_are_disjoint_and_are_all_windows(baseline):
+    whole = baseline.shards_of("iid", 1, 64, 1)[0]
+    rows = sorted(map(bytes, whole.numpy()))
+    for kind in ("iid", "speakers"):
+        parts = baseline.shards_of(kind, 8, 64, 2)
+        assert sorted(bytes(x) for part in parts for x in part.numpy()) == rows
+        sizes = [len(part) for part in parts]
+        assert max(sizes) < 2 * min(sizes)
+    with pytest.raises(ValueError, match="must be 'iid' or 'speakers'"):
+        baseline.shards_of("roles", 8, 64, 1)
 
 
 @pytest.mark.parametrize("baseline", ["drift.strategy"], indirect=True)

@@ -307,6 +307,35 @@ def test_a_round_of_compression_on_mails(
         run_here(importable, {**config, "data": "mail"}, 12, tmp_path)
 
 
+@pytest.mark.parametrize("importable", ["diloco"], indirect=True)
+def test_a_few_steps_of_diloco(importable: Path, tmp_path: Path) -> None:
+    config = {
+        "num-clients": 2,
+        "inner-steps": 8,
+        "steps-between": 4,
+        "batch-size": 2,
+        "window": 8,
+        "hidden-size": 8,
+        "central-windows": 8,
+        "evaluate-every": 8,
+    }
+    run_here(importable, config, 2, tmp_path)
+    names = [
+        x.replace("/", "-") for x in str(app_config(importable)["methods"]).split()
+    ]
+    last = {name: read_metrics(tmp_path / name)[-1] for name in names}
+    for row in last.values():
+        assert (row["train/num-replies"], row["train/num-errors"]) == (2, 0)
+        assert row["central/tokens"] == 2 * 8 * 2 * 8
+    losses = {row["central/loss"] for row in last.values()}
+    assert len(losses) == len(names)  # all do something else
+    assert last["sync"]["round"] == 8 and last["diloco-4"]["round"] == 8
+    assert last["diloco"]["bytes/up"] > 3 * last["diloco-4"]["bytes/up"]
+    assert last["diloco"]["bytes/up"] > 2 * last["diloco:2+"]["bytes/up"]
+    told = importlib.import_module("diloco.claims").claims(tmp_path)
+    assert [line.split("|")[1].strip() for line in told.splitlines()[2:]] == names
+
+
 @pytest.mark.parametrize("importable", ["drift"], indirect=True)
 def test_two_rounds_of_drift(importable: Path, tmp_path: Path) -> None:
     config = {

@@ -1,0 +1,1 @@
+"""DiLoCo, its streaming and MuLoCo, on a small language model of characters."""
