@@ -41,7 +41,7 @@ def _spread(values: list[float], digits: int) -> str:
     return f"{mean(values):.{digits}f}{around}"
 
 
-def claims(results: Path, target: float = 2.0) -> str:
+def claims(results: Path, target: float = 2.55) -> str:
     """Return a table over the seeds in a folder.
 
     Loss is the last one, with its difference to that of ``sync`` in each seed; tokens
@@ -60,11 +60,16 @@ def claims(results: Path, target: float = 2.0) -> str:
         "kB a round, up and down",
     ]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    names = list(read_summary(seeds[0])["runs"])
-    runs = {n: [read_metrics(folder / n) for folder in seeds] for n in names}
-    ends = {n: [measured(rows)[-1][1] for rows in runs[n]] for n in names}
-    for name, found in runs.items():
-        apart = (x - y for x, y in zip(ends[name], ends.get("sync", []), strict=False))
+    for name in read_summary(seeds[0])["runs"]:
+        # A method need not have been run with all seeds.
+        folders = [folder for folder in seeds if (folder / name).is_dir()]
+        found = [read_metrics(folder / name) for folder in folders]
+        ends = [measured(rows)[-1][1] for rows in found]
+        apart = [
+            end - measured(read_metrics(folder / "sync"))[-1][1]
+            for folder, end in zip(folders, ends, strict=True)
+            if name != "sync" and (folder / "sync").is_dir()
+        ]
         speeds = [tokens_to(target, measured(rows)) / 1000 for rows in found]
         up, down = (
             mean(sum(row[key] for row in rows) for rows in found) / clients / 1e6
@@ -74,8 +79,8 @@ def claims(results: Path, target: float = 2.0) -> str:
             found[0][-1][key] / clients / 1000 for key in ("bytes/up", "bytes/down")
         ]
         cells = [
-            _spread(ends[name], 3),
-            "" if name == "sync" else ", ".join(f"{x:+.3f}" for x in apart),
+            _spread(ends, 3),
+            ", ".join(f"{x:+.3f}" for x in apart),
             _spread(speeds, 0) if max(speeds) < float("inf") else "not reached",
             str(len(found[0])),
             f"{up:.2f}",
