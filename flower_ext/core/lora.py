@@ -304,7 +304,10 @@ def add_to_base(
         before = (1.0, base[layer + _LEFT], base[layer + _RIGHT])
         more = sum_of_products([before, (1.0, *more)])
     u, s, v = more.svd()
-    rank = int(np.sum(s > np.finfo(dtype).eps * s[:1].sum()))
+    # Below the rounding of the result, or of this computation where terms cancel.
+    largest = np.linalg.norm(more.left) * np.linalg.norm(more.right)
+    least = max(np.finfo(dtype).eps * s[:1].sum(), 1e-14 * largest)
+    rank = int(np.sum(s > least))
     if not rank:
         return {}
     if rank * (rows + columns) >= rows * columns:
