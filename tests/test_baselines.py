@@ -38,6 +38,7 @@ NAMES = [
     "dpftrl",
     "drift",
     "fair_objectives",
+    "federated_lora",
     "fedfish",
     "flasc",
     "maxfl",
@@ -146,6 +147,22 @@ def test_fedfish_takes_its_settings(baseline):
     told = (fedfish.damping, fedfish.estimator, fedfish.normalization)
     assert told == (0.5, "all-epochs", "client")
     assert fedfish.local_epochs == 3
+
+
+@pytest.mark.parametrize("baseline", ["federated_lora.strategy"], indirect=True)
+def test_adapters_have_the_ranks_of_their_tiers(baseline):
+    config = app_config(BASELINES / "federated_lora")
+    made = {name: baseline.make_strategy(name, config) for name in baseline.NAMES}
+    for name in ("stacked-tiers", "flex-tiers"):
+        assert made[name].ranks == (2, 4, 8), name
+        assert made[name].scaling_of(2) == config["lora-alpha"] / 2
+    for name in ("het-lora", "het-lora-sorted"):
+        assert [tier.rank for tier in made[name].tiers] == [2, 4, 8], name
+    for name in ("stacked", "flex"):
+        assert made[name].ranks == (), name
+    assert not made["het-lora-sorted"].server_optimizer.keeps_coordinates
+    with pytest.raises(ValueError, match="must name some of"):
+        baseline.make_strategy("lora+", config)
 
 
 @pytest.mark.parametrize("baseline", ["maxfl.strategy"], indirect=True)

@@ -1,0 +1,1 @@
+"""Ways to average LoRA adapters, on mailing lists split by sender."""
