@@ -1,10 +1,11 @@
 """The client: one app for all methods; the server says which it needs."""
 
+from flwr.app import ArrayRecord
+
 from fair_objectives.dataset import client_data
 from fair_objectives.model import loss, make_model, mse
 from flower_ext import ClientHalf, Task, client_app
 from flower_ext.client.half import Local
-from flower_ext.client.tensors import Tensors
 from flower_ext.core.protocol import Metrics
 from flower_ext.strategies import (
     AgnosticFLClient,
@@ -27,7 +28,7 @@ class MeasuringClient(ClientHalf):
         """Measure the received model."""
         self._loss = local.mean_loss(local.train)
 
-    def records(self, local: Local) -> tuple[dict[str, Tensors], Metrics]:
+    def records(self, local: Local) -> tuple[dict[str, ArrayRecord], Metrics]:
         """Return its loss."""
         return {}, {LOSS: self._loss}
 
