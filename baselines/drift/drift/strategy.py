@@ -3,12 +3,14 @@
 from collections.abc import Hashable
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 from flwr.app import UserConfig
 
 from flower_ext import AdditiveStrategy
 from flower_ext.core.protocol import Payload, Round
 from flower_ext.core.sampling import UniformSampler
+from flower_ext.server.optimizers import FedExP
 from flower_ext.strategies import FedCurv, FedDyn, FedNova, FedProx, Scaffold
 
 
@@ -55,6 +57,13 @@ class FedCurvEpochs(Epochs, FedCurv):
     """FedCurv."""
 
 
+class FedExPEpochs(Epochs):
+    """FedAvg with FedExP on the server."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(server_optimizer=FedExP(), **options)
+
+
 KINDS: dict[str, tuple[type[Epochs], dict[str, str]]] = {
     "fedavg": (FedAvgEpochs, {}),
     "fedprox": (FedProxEpochs, {"proximal_mu": "proximal-mu"}),
@@ -62,6 +71,7 @@ KINDS: dict[str, tuple[type[Epochs], dict[str, str]]] = {
     "feddyn": (FedDynEpochs, {"alpha": "feddyn-alpha"}),
     "fednova": (FedNovaEpochs, {}),
     "fedcurv": (FedCurvEpochs, {"strength": "fedcurv-strength"}),
+    "fedexp": (FedExPEpochs, {}),
 }
 
 

@@ -1,5 +1,7 @@
 """What is shown of the comparison."""
 
+#: Before the metrics of the mean of a round's model and the one before.
+AVERAGE = "average-"
 COLUMNS = {
     "central/loss": "loss",
     "central/accuracy": "accuracy",
