@@ -54,6 +54,7 @@ OWN = {
     BoundedGroupLoss: {
         "groups": ["a", "c"],
         "upper_bound": 0.4,
+        "overlapping": True,
         "labels": ["0", "1"],
         "dual_bound": 2.0,
         "dual_learning_rate": 0.1,
