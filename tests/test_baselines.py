@@ -81,6 +81,8 @@ def test_form(name):
         assert (folder / name / f"{file}.py").is_file(), file
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     assert project["name"].replace("-", "_") == name
+    # `flwr run` takes no other.
+    assert re.fullmatch("[a-zA-Z][a-zA-Z0-9-]{0,31}", project["name"])
     assert 0 < len(project["description"]) <= 200
     readme = (folder / "README.md").read_text("utf-8")
     front = re.match(r"---\n(.*?)\n---\n", readme, re.DOTALL)[1]
