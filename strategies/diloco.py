@@ -61,6 +61,7 @@ class DiLoCoClient(ClientHalf):
 
     name = "diloco"
     post_processing = True  # sent and kept is what is trained, and how it got there
+    sends_kept = True
 
     def receive(self, local: Local, arrays: Tensors) -> Tensors:
         """Put what came into the client's own model, if only a fragment came."""

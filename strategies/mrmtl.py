@@ -54,6 +54,7 @@ class MRMTLClient(ClientHalf):
     post_processing = True  # it sends and keeps the trained model
     compares = True
     keeps = True
+    sends_kept = True
 
     def receive(self, local: Local, arrays: Tensors) -> Tensors:
         """Begin with the client's own model; evaluate it beside the received mean."""

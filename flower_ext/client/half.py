@@ -513,6 +513,9 @@ class ClientHalf:
     #: have trained and have kept nothing, as on a grid without clients' states. An
     #: object may say False where the server's options need nothing kept.
     keeps: bool = False
+    #: Whether what it sends depends on what it kept in earlier rounds. A mechanism that
+    #: counts on secret cohorts of fixed size refuses it.
+    sends_kept: ClassVar[bool] = False
 
     def planned_steps(self, local: Local) -> int | None:
         """Return the steps of all trainings of a round, where not all are as long.

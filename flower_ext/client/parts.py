@@ -45,6 +45,7 @@ class PartlyPersonalClient(ClientHalf):
 
     post_processing = True  # it sends and keeps what is trained
     keeps = True
+    sends_kept = True
 
     def receive(self, local: Local, arrays: Tensors) -> Tensors:
         """Put the client's own arrays beside the shared ones."""

@@ -203,13 +203,18 @@ class PrivateSum:
         # client, and of its own past each round is a mixture, no worse than its worst
         # part. In a cohort of fixed size others are in because the client is not, so
         # that their residuals tell of it in every later round.
-        if codec.feedback and self._fixed_size:
+        if codec.feedback:
+            self.require_no_memory("error feedback", codec)
+
+    def require_no_memory(self, name: str, value: object) -> None:
+        """Refuse what makes uploads depend on earlier rounds, see `require_upload`."""
+        if self._fixed_size:
             refuse(
-                "error feedback",
-                codec,
+                name,
+                value,
                 "left out with amplified=True and cohorts of fixed size",
-                "what others have left out tells in later rounds who was not in a "
-                "cohort; PoissonSampler(probability=...) has no such bound on others",
+                "what others have kept tells in later rounds who was not in a cohort; "
+                "PoissonSampler(probability=...) has no such bound on others",
             )
 
     def require_cohort(self, drawn: Collection[int]) -> None:

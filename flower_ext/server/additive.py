@@ -143,7 +143,11 @@ class AdditiveStrategy(RoundStrategy):
         if mechanism.hides_cohorts:
             self.sampler.take_seed()
         self._core.cohorts.sampler = copy.deepcopy(self._core.cohorts.sampler)
-        return PrivateSum(mechanism, self._core.cohorts.sampler, self.scales)
+        private = PrivateSum(mechanism, self._core.cohorts.sampler, self.scales)
+        half = self.client_half
+        if half is not None and half.sends_kept:
+            private.require_no_memory("a client half that keeps", half.__name__)
+        return private
 
     @property
     def mechanism(self) -> Mechanism | None:

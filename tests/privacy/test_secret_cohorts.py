@@ -7,6 +7,7 @@ import pickle
 import re
 import secrets
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from flower_ext.privacy import BandedToeplitz, Mechanism, PrivateSum
 from flower_ext.runs.report import main as report
 from flower_ext.server.tracking import Tracker
 from flower_ext.simulation.local import LocalGrid
-from flower_ext.strategies import FLASC
+from flower_ext.strategies import FLASC, MRMTL, DiLoCo, FedPer
 from flower_ext.wire import ErrorFeedback, TopK, ValueCode
 
 ROUNDS, CLIENTS = 6, 12
@@ -247,6 +248,22 @@ def test_error_feedback_needs_others_that_do_not_know_of_a_client(kind, strategy
         assert not grid.asked
     else:
         start(made, grid, 1)
+
+
+@amplified
+@pytest.mark.parametrize(
+    "make_strategy", [DiLoCo, partial(FedPer, personal=("w",)), MRMTL]
+)
+def test_neither_may_what_clients_keep_tell_who_was_not_there(kind, make_strategy):
+    make, needs = SAMPLERS[kind]
+    options = {"mechanism": plan(**needs), "sampler": make()}
+    if kind == "uniform":
+        with pytest.raises(
+            ValueError, match="a client half that keeps=.* must be left"
+        ):
+            make_strategy(**options)
+    else:
+        make_strategy(**options)
 
 
 def test_without_amplification_it_is_counted_and_said(grid, tmp_path, caplog):

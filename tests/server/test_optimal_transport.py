@@ -43,16 +43,6 @@ def test_it_is_the_textbooks_plan(seed, regularization):
     assert transport(*arguments) == pytest.approx(expected, abs=1e-10)
 
 
-@pytest.mark.parametrize("regularization", [0.1, 1.0])
-def test_it_is_the_plan_of_python_optimal_transport(regularization):
-    ot = pytest.importorskip("ot")
-    cost, rows, columns = problem(0)
-    options = {"stopThr": 1e-14, "numItermax": 100_000, "method": "sinkhorn_log"}
-    expected = ot.sinkhorn(rows, columns, cost, regularization, **options)
-    found = transport(cost, rows, columns, regularization)
-    assert found == pytest.approx(expected, abs=1e-9)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_a_small_entropy_is_the_linear_program(seed):
     cost, rows, columns = problem(seed)
