@@ -211,6 +211,7 @@ class FedCurvClient(FisherHalf):
     """Stays where other clients' models need it, and says where its own does."""
 
     name = "fedcurv"
+    sends_kept = True
 
     def begin(self, local: Local) -> None:
         """Read what others need."""

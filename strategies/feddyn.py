@@ -71,6 +71,7 @@ class FedDynClient(ClientHalf):
     """
 
     name = "feddyn"
+    sends_kept = True
     post_processing = True
 
     def begin(self, local: Local) -> None:

@@ -183,6 +183,7 @@ class ScaffoldClient(ClientHalf):
     """
 
     name = "scaffold"
+    sends_kept = True
     # Of option II, whose control is made of the steps; option I is refused below.
     post_processing = True
 

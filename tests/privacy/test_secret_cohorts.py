@@ -27,7 +27,15 @@ from flower_ext.privacy import BandedToeplitz, Mechanism, PrivateSum
 from flower_ext.runs.report import main as report
 from flower_ext.server.tracking import Tracker
 from flower_ext.simulation.local import LocalGrid
-from flower_ext.strategies import FLASC, MRMTL, DiLoCo, FedPer
+from flower_ext.strategies import (
+    FLASC,
+    MRMTL,
+    DiLoCo,
+    FedCurv,
+    FedDyn,
+    FedPer,
+    Scaffold,
+)
 from flower_ext.wire import ErrorFeedback, TopK, ValueCode
 
 ROUNDS, CLIENTS = 6, 12
@@ -252,7 +260,8 @@ def test_error_feedback_needs_others_that_do_not_know_of_a_client(kind, strategy
 
 @amplified
 @pytest.mark.parametrize(
-    "make_strategy", [DiLoCo, partial(FedPer, personal=("w",)), MRMTL]
+    "make_strategy",
+    [DiLoCo, FedCurv, FedDyn, partial(FedPer, personal=("w",)), MRMTL, Scaffold],
 )
 def test_neither_may_what_clients_keep_tell_who_was_not_there(kind, make_strategy):
     make, needs = SAMPLERS[kind]
