@@ -97,8 +97,8 @@ def test_a_bad_need_is_refused_at_once():
 
 
 def test_clients_share_a_gpu_by_memory():
-    found = plan([Machine("a", 16.0, [1.0, 1.0])], 3000, 11_000)
-    assert found.num_gpus == 0.3333  # 3 of 3,500 MiB
+    found = plan([Machine("a", 16.0, [1.0, 1.0])], 3000, 12_000)
+    assert found.num_gpus == 0.3333  # 3 of 3,800 MiB
     assert found.at_once == 6
     assert found.options == (
         "client-resources-num-cpus=1 client-resources-num-gpus=0.3333"
@@ -173,7 +173,7 @@ def test_gpus_of_a_cluster_are_counted_by_machine():
     ("machines", "memory", "message"),
     [
         ([Machine("a", 4.0)], 100, "Ray reports no GPU"),
-        ([Machine("a", 4.0, [1.0])], 9000, "a client takes 9000 MiB and 500 MiB for"),
+        ([Machine("a", 4.0, [1.0])], 9000, "a client takes 9000 MiB and 800 MiB for"),
         ([Machine("a", 0.5, [1.0])], 100, "client 0 needs 1 CPUs and"),
         ([Machine("a", 4.0, [1.0])], 0, "memory=0 must be a finite number > 0"),
     ],
@@ -188,7 +188,7 @@ def test_the_command_prints_the_options(cluster, capsys):
     cluster()
     assert main(["--memory", "3000", "--gpu-memory", "8000"]) == 0
     out = capsys.readouterr().out
-    assert "2 clients of 3500 MiB fit into a GPU of 8000 MiB; 4 run at once" in out
+    assert "2 clients of 3800 MiB fit into a GPU of 8000 MiB; 4 run at once" in out
     assert "client-resources-num-cpus=1 client-resources-num-gpus=1" in out
     assert "client-resources-num-gpus=0" in out
     assert main(["--memory", "9000", "--gpu-memory", "8000"]) == 1
