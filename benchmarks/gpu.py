@@ -59,7 +59,7 @@ STRATEGIES = {
     "MaxFL": MaxFL,
 }
 # Largest differences, as parts of the change that a round makes. A GPU, and a stack,
-# add in another order, and training magnifies rounding (an H100 differs by up to 1.3e-3);
+# add in another order, and training magnifies rounding (up to 1.3e-3 on an H100);
 # of two coordinates of nearly the same size FLASC's mask may hold the other (1.2e-2).
 # A wrong batch or a forgotten client is near 1.
 TOLERANCES = {"FedAvg": 5e-3, "FedFish": 5e-3, "FLASC": 5e-2, "MaxFL": 5e-3}

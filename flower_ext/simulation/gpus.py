@@ -22,7 +22,7 @@ from flower_ext.simulation.machines import (
 )
 
 #: MiB that CUDA takes in every process, beside what a model takes: its context and the
-#: workspaces of cuBLAS and cuDNN. On an H100 (torch 2.11, CUDA 13.0) they are 750 to 765.
+#: workspaces of cuBLAS and cuDNN. On an H100 (torch 2.11, CUDA 13.0) it was 750 to 765.
 CUDA_MIB = 800.0
 
 _STEPS = 10_000  # Ray counts GPUs in ten thousandths
