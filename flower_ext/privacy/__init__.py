@@ -15,6 +15,7 @@ from flower_ext.privacy.accounting.accountants import (
     RoundAccountant,
 )
 from flower_ext.privacy.accounting.calibration import epsilon_for, noise_multiplier_for
+from flower_ext.privacy.accounting.flower_events import EventAccountant
 from flower_ext.privacy.accounting.gaussian import (
     gaussian_delta,
     gaussian_epsilon,
@@ -77,6 +78,7 @@ __all__ = [
     "Comparison",
     "Clipping",
     "DenseFactorization",
+    "EventAccountant",
     "Factorization",
     "FlatClipping",
     "GaussianAccountant",
