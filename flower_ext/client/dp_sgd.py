@@ -12,53 +12,22 @@ What leaves the silo is made of such steps only, so that the server and the othe
 need not be trusted.
 """
 
-import copy
 import math
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from hashlib import sha256
-from itertools import chain
-from typing import cast, get_args
+from collections.abc import Callable, Sequence
+from typing import get_args
 
-import numpy as np
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
+from flwr.app import Context, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
-from torch import Tensor
 
-from flower_ext.client.half import ClientHalf, Local
-from flower_ext.client.noisy_steps import GradSampleMode, NoisePlan, NoisySteps, word
-from flower_ext.client.personal import PERSONAL
-from flower_ext.client.task import Batch, batches, example_losses, num_examples
-from flower_ext.client.tensors import Tensors, read_tensors
-from flower_ext.client.trainer import Session, Steps, Trainer
-from flower_ext.core.errors import refuse, whole
-from flower_ext.core.protocol import Metrics
-from flower_ext.core.several import stack
-from flower_ext.core.typing import Floats
-from flower_ext.privacy.selection import noisy_least
-from flower_ext.privacy.silo_account import SiloAccount, ledger_path
-from flower_ext.privacy.silo_budget import (
-    SiloBudgetExhausted,
-    SiloPrivacy,
-    StepLedger,
-    noise_for_steps,
-)
+from flower_ext.client.half import ClientHalf, Local, LocalSettings
+from flower_ext.client.noisy_steps import GradSampleMode, NoisePlan, NoisySteps
+from flower_ext.client.private_session import SPENT, PrivateSession
+from flower_ext.client.task import Batch, num_examples
+from flower_ext.client.trainer import Trainer
+from flower_ext.client.users import keep_per_user, user_column
+from flower_ext.core.errors import refuse
+from flower_ext.privacy.silo_budget import SiloPrivacy
 
-EXAMPLE_EPSILON = "example-epsilon"
-EXAMPLE_DELTA = "example-delta"
-USER_EPSILON = "user-epsilon"
-USER_DELTA = "user-delta"
-SPENT = (EXAMPLE_EPSILON, EXAMPLE_DELTA, USER_EPSILON, USER_DELTA)
-
-TRAIN_LOSS = "train-loss"
-#: With a client's personal state: that no other trainer has left it there.
-PRIVATE = "trained-privately"
-
-# As good as no clipping, and 0 times it is 0.
-_NO_CLIPPING = 1e30
 # Hooks of which each alone sends nothing: the one sees data, which are clipped, the
 # others add to a step after its noise. Together they could hand over what was seen.
 _SEES_BATCHES = {"objective"}
@@ -66,34 +35,6 @@ _AFTER_NOISE = {"regularizer", "after_backward"}
 _HARMLESS = _SEES_BATCHES | _AFTER_NOISE
 # Hooks that know only what the server says.
 _BEFORE_DATA = {"make_model"}
-
-
-def keep_per_user(users: Tensor, most: int) -> Tensor:
-    """Return the indices of the first ``most`` examples of every user, ascending.
-
-    Parameters
-    ----------
-    users : Tensor
-        Whose example it is, integers of shape ``(n,)``.
-    most : int
-        G, at least 1.
-
-    Examples
-    --------
-    >>> keep_per_user(torch.tensor([7, 3, 7, 7, 3]), most=2)
-    tensor([0, 1, 2, 4])
-    """
-    whole("most", most, 1)
-    if users.ndim != 1 or users.is_floating_point() or users.is_complex():
-        shown = f"{users.dtype} of shape {tuple(users.shape)}"
-        refuse("users", shown, "integers of shape (n,)")
-    order = torch.argsort(users, stable=True)
-    ordered = users[order]
-    places = torch.arange(len(users), device=users.device)
-    new = torch.ones_like(places, dtype=torch.bool)
-    new[1:] = ordered[1:] != ordered[:-1]
-    first = torch.cummax(torch.where(new, places, 0), 0).values if len(users) else new
-    return torch.sort(order[places - first < most]).values if len(users) else order
 
 
 class DPSGD(Trainer):
@@ -270,8 +211,8 @@ class DPSGD(Trainer):
         """
         if half.batches is not ClientHalf.batches:
             raise ValueError(
-                f"{half.__name__}.batches cannot be served by DPSGD: batches must be "
-                "Poisson samples of all examples, which it draws itself"
+                f"{half.__name__}.batches cannot be served by {self._name}: batches "
+                "must be Poisson samples of all examples, which it draws itself"
             )
         line = half.__mro__[: half.__mro__.index(ClientHalf)]
         vouching = [kind for kind in line if vars(kind).get("post_processing")]
@@ -285,20 +226,74 @@ class DPSGD(Trainer):
             hooks = sorted(own.keys() & seeing) or _replaced(kind, vouching)
             if hooks or "post_processing" in own:
                 raise ValueError(
-                    f"{half.__name__} cannot be served by DPSGD: {kind.__name__} "
-                    f"overrides {hooks}, which see the client's data, and what they "
-                    "say would leave without noise. If all that it sends and keeps is "
-                    "made of trained models and of what the server sent, its class "
-                    "says so: post_processing = True"
+                    f"{half.__name__} cannot be served by {self._name}: "
+                    f"{kind.__name__} overrides {hooks}, which see the client's data, "
+                    "and what they say would leave without noise. If all that it sends "
+                    "and keeps is made of trained models and of what the server sent, "
+                    "its class says so: post_processing = True"
                 )
 
-    def session(self, local: Local, half: ClientHalf) -> "PrivateSession":
+    def session(self, local: Local, half: ClientHalf) -> PrivateSession:
         """Return what trains for one message, and charges it to the silo's account."""
         self.admit(type(half))
         if hooks := sorted(vars(half).keys() & (_HOOKS | _HARMLESS)):
             cause = "an object's own would be called in the place of its class's"
             refuse(f"{type(half).__name__}'s hooks", hooks, "methods of a class", cause)
         return PrivateSession(self, local, half.num_trainings, half.planned_steps)
+
+    # What the session asks of its trainer; one that clips or draws something else than
+    # examples answers differently.
+
+    def sensitivity(self, privacy: SiloPrivacy) -> int:
+        """Return how many clipping norms a unit moves the sum of a step by, at most."""
+        return privacy.group_size
+
+    def admitted(self, data: Batch, privacy: SiloPrivacy) -> Batch:
+        """Return the data that are trained on: at most G examples of every user."""
+        if not privacy.unit:
+            return data
+        kept = keep_per_user(user_column(data, privacy.user), privacy.group_size)
+        return {name: column[kept] for name, column in data.items()}
+
+    def num_drawn(self, data: Batch, privacy: SiloPrivacy) -> int:
+        """Return the number of those that a step draws from: the examples."""
+        return num_examples(data)
+
+    def rate(self, local: Local, privacy: SiloPrivacy) -> float:
+        """Return the probability with which a step draws each of them."""
+        size = max(self.num_drawn(local.train, privacy), 1)
+        return min(1.0, local.settings.batch_size / size)
+
+    def num_releases(self, local: Local) -> int:
+        """Return the noisy sums of one training: its steps."""
+        return local.num_steps
+
+    def refuse_settings(self, settings: LocalSettings) -> None:
+        """Refuse settings that make no sense beside clipping."""
+        if settings.max_gradient_norm != math.inf:
+            refuse(
+                "max-gradient-norm",
+                settings.max_gradient_norm,
+                "left out",
+                "clipping_norm bounds the gradient of every example",
+            )
+
+    def steps(
+        self, local: Local, half: ClientHalf, plan: NoisePlan, privacy: SiloPrivacy
+    ) -> NoisySteps:
+        """Return the steps of one training."""
+        return NoisySteps(local, half, plan, self.mode)
+
+    def manner(self, data: Batch, privacy: SiloPrivacy) -> Sequence[object]:
+        """Return what else than model, data, settings and plan decides a step's sum.
+
+        With a ``seed`` the noise of one manner must not come again in another.
+        """
+        return ()
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
 
 
 _HOOKS = {
@@ -318,421 +313,6 @@ def _replaced(kind: type, vouching: Sequence[type]) -> list[str]:
         and not name.startswith("__")
         and (callable(x) or isinstance(x, property))
     )
-
-
-class PrivateSession(Session):
-    """All trainings of one client for one message, charged before the first.
-
-    Parameters
-    ----------
-    trainer : DPSGD
-        What is promised.
-    local : Local
-        The client; its training data are cut to ``max_examples_per_user``.
-    num_trainings : int
-        Models that are trained, which are charged together.
-    planned_steps : callable, optional
-        See :meth:`~flower_ext.client.half.ClientHalf.planned_steps`.
-    """
-
-    def __init__(
-        self,
-        trainer: DPSGD,
-        local: Local,
-        num_trainings: int,
-        planned_steps: Callable[[Local], int | None] = lambda local: None,
-    ) -> None:
-        self._trainer = trainer
-        self._privacy = trainer.privacy(local.context)
-        self._trainings = whole("num_trainings", num_trainings, 1)
-        local.train = self._capped(local.train)
-        self._planned = planned_steps(local)
-        # What the server may choose and the half may use, before the half has seen it.
-        self._told = b"" if self._privacy.seed is None else _digest_of_told(local)
-        # What was kept before: if that is private, what this message keeps is, too.
-        self._personal = local.personal
-        self._kept = sorted(set(local.personal) - {PRIVATE})
-        marked = local.personal.numbers(PRIVATE)
-        self._state = local.context.state
-        self._before_all = mark_of(self._state)
-        self._sound = not self._kept or marked == self._before_all
-        # The message's own, which no half can replace by that of another model.
-        path = self._privacy.ledger
-        self._account = SiloAccount(
-            None if path is None else ledger_path(path),
-            local.context.state,
-            client=local.client,
-            server_round=local.server_round,
-            run=local.run,
-        )
-        self._phase = local.phase
-        self._choices = 0
-        self._plan: NoisePlan | None = None
-        self._spent = 0.0
-        # Steps of the silo before this message, steps of it, and those still to come.
-        self._before, self._taken, self._left = 0, 0, 0
-
-    def steps(self, local: Local, half: ClientHalf) -> Steps:
-        """Refuse what cannot be private; charge all trainings before the first."""
-        if local.settings.max_gradient_norm != math.inf:
-            refuse(
-                "max-gradient-norm",
-                local.settings.max_gradient_norm,
-                "left out",
-                "clipping_norm bounds the gradient of every example",
-            )
-        local.train = self._capped(local.train)
-        count = local.num_steps
-        found: Steps
-        if self._plan is not None:
-            found = self._further(local, half, self._plan)
-        else:
-            with self._account.locked():
-                found = self._charged(local, half, self._account)
-        self._taken += count
-        self._left -= count
-        return found
-
-    def _charged(self, local: Local, half: ClientHalf, account: SiloAccount) -> Steps:
-        """Plan the message, see that it can be trained, and charge its steps."""
-        privacy, size, count = self._privacy, num_examples(local.train), local.num_steps
-        kept, ledger = self._known(account)
-        if not count:
-            self._spent = ledger.epsilon(privacy.delta)
-            return _NoSteps(local, half)
-        account.require(kept)
-        if privacy.delta >= 1 / size:
-            warnings.warn(
-                f"delta={privacy.delta} should be < 1 / examples={1 / size:.3g}: "
-                "publishing one whole example would satisfy it",
-                stacklevel=3,
-            )
-        rate = min(1.0, local.settings.batch_size / size)
-        # All models at once: a budget that ends between two of them would leave one
-        # that is trained, spent and never sent.
-        planned = self._steps_of_message(local)
-        noise_multiplier = self._calibrated(kept, planned, rate)
-        charged = ledger.add(rate, noise_multiplier, planned)
-        spent = self._affordable(local, ledger, charged)
-        plan = NoisePlan(
-            count, rate, min(privacy.clipping_norm, _NO_CLIPPING), noise_multiplier
-        )
-        self._before = ledger.total
-        found = self._noisy(local, half, plan)
-        # Charged before the first step: a training that breaks off has cost its steps.
-        account.write(self._record(charged, noise_multiplier))
-        self._plan, self._left, self._spent = plan, planned, spent
-        return found
-
-    def _steps_of_message(self, local: Local) -> int:
-        """Return the steps of all trainings that this message is charged for."""
-        # At least its own: what is taken is charged, whatever a half says.
-        count = local.num_steps
-        return max(count, self._planned or self._trainings * count)
-
-    def _known(self, account: SiloAccount) -> tuple[ConfigRecord | None, StepLedger]:
-        """Return the account, and refuse to send what was not kept privately."""
-        kept = account.read()
-        ledger = StepLedger.read(kept, self._privacy)
-        # Also where nothing is trained: a half may send what it has kept.
-        if not self._sound:
-            refuse(
-                "personal state",
-                self._kept,
-                "kept under DPSGD",
-                "what a training that was not private has left would leave the silo "
-                "with the next models",
-            )
-        return kept, ledger
-
-    def _affordable(
-        self, local: Local, ledger: StepLedger, charged: StepLedger
-    ) -> float:
-        """Return epsilon after a charge, or refuse it."""
-        privacy = self._privacy
-        spent = charged.epsilon(privacy.delta)
-        # Not "spent > limit": NaN must count as exceeding.
-        if privacy.limit is not None and not spent <= privacy.limit:
-            raise SiloBudgetExhausted(
-                f"round {local.server_round} would exceed max_epsilon={privacy.limit} "
-                f"at delta={privacy.delta}: {ledger.epsilon(privacy.delta):.6g} is "
-                f"spent, it would be {spent:.6g}; nothing was trained"
-            )
-        return spent
-
-    def _record(self, charged: StepLedger, noise_multiplier: float) -> ConfigRecord:
-        record = charged.record()
-        if target := self._target:
-            record["noise-multiplier"] = noise_multiplier
-            record["target"] = target
-        return record
-
-    def choose(self, local: Local, models: Sequence[Tensors]) -> int:
-        """Choose privately, and charge it; see ``SiloPrivacy``.
-
-        An evaluation that is withheld tells nothing of its choice, and chooses without
-        noise.
-        """
-        privacy = self._privacy
-        if self._phase == "evaluate" and not self._trainer.release_evaluation:
-            return super().choose(local, models)
-        if privacy.selection_epsilon is None or privacy.loss_cap is None:
-            refuse(
-                "selection_epsilon",
-                None,
-                "given, with loss_cap",
-                "a choice among models reads the silo's data: SiloPrivacy(..., "
-                "selection_epsilon=0.1, loss_cap=4.0)",
-            )
-        if not num_examples(local.train):
-            return 0
-        with self._account.locked():
-            self._charge_choice(local, self._account)
-        cap = privacy.loss_cap
-        scores = [_capped_sum(local, arrays, cap) for arrays in models]
-        scale = privacy.group_size * cap / privacy.selection_epsilon
-        return noisy_least(scores, scale, self._uniforms(local, models))
-
-    def _charge_choice(self, local: Local, account: SiloAccount) -> None:
-        """Charge a choice, if the training after it can be paid for, too."""
-        privacy, size = self._privacy, num_examples(local.train)
-        kept, ledger = self._known(account)
-        account.require(kept)
-        self._choices += 1
-        planned = self._steps_of_message(local)
-        rate = min(1.0, local.settings.batch_size / size)
-        assert privacy.choice_noise is not None
-        charged = ledger.add(1.0, privacy.choice_noise, 1)
-        # That of a round also where an evaluation is the first to ask for it.
-        noise_multiplier = self._calibrated(kept, planned, rate)
-        coming = planned if self._phase == "train" else 0
-        self._affordable(local, ledger, charged.add(rate, noise_multiplier, coming))
-        self._before = ledger.total
-        account.write(self._record(charged, noise_multiplier))
-
-    def _uniforms(self, local: Local, models: Sequence[Tensors]) -> Floats:
-        """Draw secret numbers in (0, 1), one a model."""
-        seed, count = self._privacy.seed, len(models)
-        if seed is None:
-            words = np.frombuffer(os.urandom(8 * count), np.uint64)
-        else:
-            digest = _digest(
-                [self._told, "choice", self._privacy, local.settings],
-                chain(stack(models).items(), sorted(local.train.items())),
-            )
-            sources = [seed, local.client, local.server_round, self._before]
-            sequence = np.random.SeedSequence([*sources, self._choices, word(digest)])
-            words = sequence.generate_state(count, np.uint64).view(np.uint64)
-        # 52 bits and a half: with one bit more, the largest would be rounded to 1.
-        return (np.asarray(words >> np.uint64(12), np.float64) + 0.5) * 2.0**-52
-
-    def _further(self, local: Local, half: ClientHalf, plan: NoisePlan) -> Steps:
-        """Return the steps of a further model, of those that are charged."""
-        count, rate = local.num_steps, plan.rate
-        own = min(1.0, local.settings.batch_size / max(num_examples(local.train), 1))
-        if count > self._left or (count and own != rate):
-            raise ValueError(
-                f"a further model of {count} steps at a sampling rate of {own:.3g} is "
-                f"not charged: {self._left} at {rate:.3g} are left of the "
-                f"num_trainings={self._trainings} that the client half says it trains; "
-                "all must have the data and the settings of the first"
-            )
-        if not count:
-            return _NoSteps(local, half)
-        return self._noisy(local, half, replace(plan, count=count))
-
-    def _noisy(self, local: Local, half: ClientHalf, plan: NoisePlan) -> Steps:
-        steps = NoisySteps(local, half, plan, self._trainer.mode)
-        return steps.seeded(self._secret_keys(local, plan))
-
-    @property
-    def _target(self) -> list[float] | None:
-        """What noise is sought for, if it is."""
-        privacy = self._privacy
-        if privacy.epsilon is None or privacy.num_rounds is None:
-            return None
-        target = [privacy.epsilon, privacy.delta, float(privacy.num_rounds)]
-        if self._choices:
-            target += [float(self._choices), cast(float, privacy.choice_noise)]
-        return target
-
-    def _calibrated(
-        self, kept: ConfigRecord | None, planned: int, rate: float
-    ) -> float:
-        """Return the noise multiplier: given, kept, or sought for the target."""
-        privacy = self._privacy
-        if privacy.noise_multiplier is not None:
-            return float(privacy.noise_multiplier)
-        if kept is not None and kept.get("target") == self._target:
-            return cast(float, kept["noise-multiplier"])
-        assert privacy.epsilon is not None and privacy.num_rounds is not None
-        choices: tuple[int, float] | tuple[()] = ()
-        if self._choices:
-            noise = cast(float, privacy.choice_noise)
-            choices = privacy.num_rounds * self._choices, noise
-        return noise_for_steps(
-            privacy.epsilon,
-            privacy.delta,
-            privacy.num_rounds * max(planned, 1),
-            rate,
-            privacy.group_size,
-            *choices,
-        )
-
-    def _secret_keys(self, local: Local, plan: NoisePlan) -> Sequence[int] | None:
-        """Return keys of batches, noise and dropout, or None without a seed.
-
-        They depend on whatever decides what the training computes. So the same noise
-        comes again in the same reply only, and never on another model or on other data,
-        where the difference of two replies would be free of it.
-        """
-        seed = self._privacy.seed
-        if seed is None:
-            return None
-        digest = _digest(
-            [self._told, plan, local.settings, local.branch],
-            chain(
-                local.model.named_parameters(),
-                local.model.named_buffers(),
-                sorted(local.train.items()),
-            ),
-        )
-        done = self._before + self._taken
-        sources = [seed, local.client, local.server_round, done, word(digest)]
-        children = np.random.SeedSequence(sources).spawn(3)
-        return [word(child.generate_state(4).tobytes()) for child in children]
-
-    def _capped(self, data: Batch) -> Batch:
-        """Return the data with at most G examples of every user."""
-        privacy = self._privacy
-        if not privacy.max_examples_per_user:
-            return data
-        if privacy.user not in data:
-            refuse("user", privacy.user, f"one of the data's columns {sorted(data)}")
-        num_examples(data)  # the columns are as long as each other
-        kept = keep_per_user(data[privacy.user], privacy.group_size)
-        return {name: column[kept] for name, column in data.items()}
-
-    def measures(self, *, tests: bool = False) -> None:
-        """Refuse to show a half a loss, but for what is withheld or of test data."""
-        if self._phase == "evaluate":
-            if self._trainer.release_evaluation and not tests:
-                refuse(
-                    "release_evaluation",
-                    True,
-                    "False with this client half",
-                    "its evaluation reads the silo's training data, and the metrics "
-                    "would tell what they say, without noise",
-                )
-        else:
-            raise ValueError(
-                "loss_of, mean_loss, measure and the gradient of all examples read the "
-                "silo's data without noise: under DPSGD a client half may not use them "
-                "in training"
-            )
-
-    def report(self, metrics: Metrics) -> Metrics:
-        """Add what is spent so far; withhold the loss, unless it was asked for."""
-        users = self._privacy.max_examples_per_user is not None
-        epsilon, delta = (
-            (USER_EPSILON, USER_DELTA) if users else (EXAMPLE_EPSILON, EXAMPLE_DELTA)
-        )
-        kept = {
-            name: value
-            for name, value in metrics.items()
-            if name != TRAIN_LOSS or self._trainer.release_train_loss
-        }
-        return {**kept, epsilon: self._spent, delta: self._privacy.delta}
-
-    def report_evaluation(self, metrics: Metrics) -> Metrics:
-        """Withhold all but the number of examples, unless it was asked for."""
-        if self._trainer.release_evaluation:
-            return metrics
-        return {"num-examples": metrics["num-examples"]}
-
-    def end(self) -> None:
-        """Note with the personal state, if there is any, that it was kept here.
-
-        Raises
-        ------
-        ValueError
-            If an evaluation has changed it.
-        """
-        # What was not private before does not become so by a message that trains
-        # nothing. An evaluation may look at losses, since it does not tell them.
-        if self._phase == "evaluate" and mark_of(self._state) != self._before_all:
-            raise ValueError(
-                "under DPSGD an evaluation may not change personal state: what it has "
-                "seen of the data would leave the silo with a later round"
-            )
-        if self._sound and set(self._personal) - {PRIVATE}:
-            self._personal.save(**{PRIVATE: mark_of(self._state)})
-
-
-def mark_of(state: RecordDict) -> dict[str, float]:
-    """Return what tells personal state from any other: a digest, in words."""
-    own = {k: x for k, x in state.items() if k.startswith(PERSONAL)}
-    own.pop(PERSONAL + PRIVATE, None)
-    hashed = sha256()
-    for key, record in sorted(own.items()):
-        if isinstance(record, ArrayRecord):
-            for name, array in record.items():
-                form = array.dtype, tuple(array.shape)
-                hashed.update(repr((key, name, form)).encode())
-                hashed.update(sha256(array.data).digest())
-        else:
-            hashed.update(repr((key, sorted(record.items()))).encode())
-    octets = hashed.digest()
-    return {f"word-{i}": word(octets[6 * i : 6 * i + 6]) for i in range(5)}
-
-
-@torch.no_grad()
-def _capped_sum(local: Local, arrays: Tensors, cap: float) -> float:
-    """Return the sum of a model's losses on the examples, each from 0 to the cap."""
-    model = copy.deepcopy(local.model)
-    model.load_state_dict(arrays)
-    model.eval()
-    total = 0.0
-    for batch in batches(local.train, 256):
-        losses = example_losses(local.task, model, batch).double()
-        # One that is not a number must not count for more than one that is bad.
-        total += float(losses.nan_to_num(nan=cap).clamp(0.0, cap).sum())
-    return total
-
-
-class _NoSteps(Steps):
-    """The steps of a client without examples."""
-
-    def batches(self) -> Iterator[Batch]:
-        return iter(())
-
-
-def _digest_of_told(local: Local) -> bytes:
-    """Return a digest of what was received and of what the client has kept."""
-    context = local.context
-    numbers = {key: {**x} for key, x in sorted(context.state.metric_records.items())}
-    groups = {
-        "": local.loaded,
-        **local.received,
-        **{key: read_tensors(x) for key, x in context.state.array_records.items()},
-    }
-    return _digest(
-        [sorted(context.run_config.items()), sorted(local.config.items()), numbers],
-        (
-            (f"{key}/{name}", tensor)
-            for key, group in groups.items()
-            for name, tensor in group.items()
-        ),
-    )
-
-
-def _digest(values: object, tensors: Iterable[tuple[str, Tensor]]) -> bytes:
-    hashed = sha256(repr(values).encode())
-    for name, tensor in tensors:
-        octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        hashed.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        hashed.update(octets.numpy().data)
-    return hashed.digest()
 
 
 def worst_silo(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:

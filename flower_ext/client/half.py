@@ -187,6 +187,9 @@ class Local:
         Which of the server's models is trained, where it has several: what an encoded
         change of one leaves out is made up for in that one. The server says it of one
         that comes alone; a half that chooses sets it.
+    epoch_size : int
+        How many an epoch goes through, ``batch-size`` of them a step, where a trainer
+        draws something else than examples, such as users; 0 is the examples.
     """
 
     task: Task
@@ -208,6 +211,7 @@ class Local:
     needs_two: bool = False
     phase: Phase = "train"
     model_number: int = 0
+    epoch_size: int = 0
 
     def __post_init__(self) -> None:
         self._branches = 0
@@ -254,7 +258,8 @@ class Local:
     @property
     def steps_per_epoch(self) -> int:
         """Batches in one pass over the training data."""
-        examples, size = num_examples(self.train), self.settings.batch_size
+        examples = self.epoch_size or num_examples(self.train)
+        size = self.settings.batch_size
         joined = self.needs_two and examples > size > 1 and examples % size == 1
         return math.ceil(examples / size) - joined
 

@@ -53,6 +53,8 @@ class NoisePlan:
         Steps, at least 1.
     rate : float
         Probability with which an example is in a batch.
+    drawn_from : int
+        Number of the examples; of users, where those are drawn.
     bound : float
         Clipping norm of an example's gradient, finite.
     noise_multiplier : float
@@ -61,6 +63,7 @@ class NoisePlan:
 
     count: int
     rate: float
+    drawn_from: int
     bound: float
     noise_multiplier: float
 
@@ -86,7 +89,7 @@ class NoisySteps(Steps):
         self.local, self.half, self.plan, self._mode = local, half, plan, mode
         # The gradient of a step is divided by it: an average must not tell how many
         # examples were drawn.
-        self._expected = plan.rate * num_examples(local.train)
+        self._expected = plan.rate * plan.drawn_from
         self._opacus = _import_opacus()
         local.model.train()
         _refuse_layers(local.model, self._opacus)

@@ -158,15 +158,14 @@ class SiloPrivacy:
         """Most examples of one privacy unit."""
         return self.max_examples_per_user or 1
 
-    @property
-    def choice_noise(self) -> float | None:
-        """Noise multiplier of a step that reveals as much as a choice; None for none.
+    def choice_noise(self, sensitivity: int) -> float:
+        """Return the noise multiplier of a step that reveals as much as a choice.
 
-        With that of a step, a unit's shift is ``group_size`` times the clipping norm.
+        That of a step by which a unit's shift is ``sensitivity`` times the clipping
+        norm.
         """
-        if self.selection_epsilon is None:
-            return None
-        return self.group_size * choice_noise_multiplier(self.selection_epsilon)
+        assert self.selection_epsilon is not None
+        return sensitivity * choice_noise_multiplier(self.selection_epsilon)
 
     @property
     def unit(self) -> str:
@@ -246,16 +245,29 @@ class StepLedger:
 
     @classmethod
     def read(
-        cls, record: ConfigRecord | None, privacy: SiloPrivacy | None = None
+        cls,
+        record: ConfigRecord | None,
+        privacy: SiloPrivacy | None = None,
+        sensitivity: int | None = None,
     ) -> "StepLedger":
         """Read what :meth:`record` wrote; without it no step has been taken.
+
+        Parameters
+        ----------
+        record : ConfigRecord, optional
+            What was written.
+        privacy : SiloPrivacy, optional
+            What is protected.
+        sensitivity : int, optional
+            Clipping norms by which a unit moves the sum of a step at most; by default
+            the group size of ``privacy``.
 
         Raises
         ------
         ValueError
             If ``privacy`` protects another unit than the steps were counted for.
         """
-        group_size = privacy.group_size if privacy else 1
+        group_size = sensitivity or (privacy.group_size if privacy else 1)
         unit = privacy.unit if privacy else ""
         if record is None:
             return cls(group_size, unit=unit)

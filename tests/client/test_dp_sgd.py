@@ -18,14 +18,16 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from flower_ext import AdditiveStrategy
-from flower_ext.client import dp_sgd, noisy_steps
+from flower_ext.client import dp_sgd, noisy_steps, users
 from flower_ext.client.app import client_app
-from flower_ext.client.dp_sgd import DPSGD, keep_per_user, worst_silo
+from flower_ext.client.dp_sgd import DPSGD, worst_silo
 from flower_ext.client.half import ClientHalf, Proximal
 from flower_ext.client.noisy_steps import NoisySteps
 from flower_ext.client.personal import Personal
+from flower_ext.client.private_session import PRIVATE, mark_of
 from flower_ext.client.task import Task
 from flower_ext.client.trainer import Plain
+from flower_ext.client.users import keep_per_user
 from flower_ext.core.arrays import to_record
 from flower_ext.privacy import SiloPrivacy, StepLedger, silo_account
 from flower_ext.simulation import LocalGrid
@@ -1174,7 +1176,8 @@ def test_no_other_message_has_its_noise_cancelled_by_a_seed(mode, other, monkeyp
         own = 0.5 if changed == "personal" else 0.0
         state, own = RecordDict(), 0.5 if changed == "personal" else 0.0
         Personal(state).save(own={"w": torch.tensor(own)})
-        Personal(state).save(**{dp_sgd.PRIVATE: dp_sgd.mark_of(state)})
+        mark = {PRIVATE: mark_of(state)}
+        Personal(state).save(**mark)
         silo.grid.states.write(0, state)
         found, _ = silo.train(arrays, batch_size=4, local_steps=1, **config)
         return np.concatenate(
@@ -1646,7 +1649,7 @@ def test_nothing_makes_personal_state_private_but_private_training(before):
     silo, config = Silo(make_task(), NOISY, Two), {"client_half": "two"}
     if before == "a private round":
         both_models(silo, batch_size=4)
-        mark = {k: x for k, x in silo.state().items() if k.endswith(dp_sgd.PRIVATE)}
+        mark = {k: x for k, x in silo.state().items() if k.endswith(PRIVATE)}
         silo = Silo(make_task(), NOISY, Two)
         silo.grid.states.write(0, RecordDict({**mark, **plain.state()}))
     else:
@@ -1897,6 +1900,7 @@ def test_the_worst_silo_counts_and_the_rest_is_averaged(reply):
     assert dict(found) == {"example-epsilon": 5.0, "user-delta": 5.0, "other": 4.0}
 
 
-def test_doctests_pass():
-    found = doctest.testmod(dp_sgd)
+@pytest.mark.parametrize("module", [dp_sgd, users])
+def test_doctests_pass(module):
+    found = doctest.testmod(module)
     assert found.attempted and not found.failed

@@ -155,7 +155,9 @@ def test_a_user_of_several_examples_is_one_unit():
         for most in (None, 3)
     )
     spent = [
-        StepLedger(p.group_size).add(1.0, p.choice_noise, 10).epsilon(DELTA)
+        StepLedger(p.group_size)
+        .add(1.0, p.choice_noise(p.group_size), 10)
+        .epsilon(DELTA)
         for p in (one, three)
     ]
     assert spent[0] == pytest.approx(spent[1])

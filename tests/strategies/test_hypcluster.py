@@ -419,7 +419,7 @@ def test_losses_are_clipped_and_the_noise_is_that_of_the_cap(silos, play, monkey
         assert np.all((uniforms > 0) & (uniforms < 1)) and len(set(uniforms)) == 2
         return noisy_least(scores, scale, uniforms)
 
-    monkeypatch.setattr("flower_ext.client.dp_sgd.noisy_least", spy)
+    monkeypatch.setattr("flower_ext.client.private_session.noisy_least", spy)
     play(HypCluster(2), silos({**LOUD, **CHOICE}), 6, NEAR, config=STEPS)
     data = population(TRUE[0], 0)
     data["y"][0] = 1e6
@@ -455,7 +455,7 @@ def test_a_choice_that_evaluations_tell_of_is_private_too(
         scales.append(scale)
         return noisy_least(scores, scale, uniforms)
 
-    monkeypatch.setattr("flower_ext.client.dp_sgd.noisy_least", spy)
+    monkeypatch.setattr("flower_ext.client.private_session.noisy_least", spy)
     task = linear_task([population(TRUE[i % 2], i) for i in range(3)], 2)
     privacy = SiloPrivacy(**LOUD, **CHOICE)
     trainer = DPSGD(privacy, release_evaluation=released)
@@ -518,7 +518,7 @@ def test_the_same_seed_chooses_the_same_and_other_data_do_not(silos, monkeypatch
         drawn.append(tuple(uniforms))
         return 0
 
-    monkeypatch.setattr("flower_ext.client.dp_sgd.noisy_least", spy)
+    monkeypatch.setattr("flower_ext.client.private_session.noisy_least", spy)
     privacy = {**LOUD, **CHOICE, "seed": 3}
     for app in (silos(privacy), silos(privacy), silos(privacy, y=np.ones(12))):
         play(HypCluster(2), app, 6, NEAR, config=STEPS)
