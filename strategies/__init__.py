@@ -1,5 +1,6 @@
 """Federated strategies, one paper a file: the server class and its client half."""
 
+from flower_ext.strategies.adadps import AdaDPS
 from flower_ext.strategies.agnostic_fl import AgnosticFL, AgnosticFLClient
 from flower_ext.strategies.bounded_group_loss import (
     BoundedGroupLoss,
@@ -44,6 +45,7 @@ __all__ = [
     "FLASC",
     "MRMTL",
     "TERM",
+    "AdaDPS",
     "AgnosticFL",
     "AgnosticFLClient",
     "BoundedGroupLoss",

@@ -43,6 +43,7 @@ from flower_ext.strategies import (
     FLASC,
     MRMTL,
     TERM,
+    AdaDPS,
     AgnosticFL,
     AgnosticFLClient,
     BoundedGroupLoss,
@@ -96,6 +97,7 @@ from flower_ext.strategies import (
     ScaffoldClient,
     TERMClient,
 )
+from flower_ext.strategies.adadps import PublicMoments, PublicStatistics
 from flower_ext.strategies.flasc import Tier
 from flower_ext.testing import Remembering, check_strategy
 from flower_ext.wire import (
@@ -251,6 +253,15 @@ def squares(model, batch):
 
 def everything(config):
     return Everything(config["width"])
+
+
+class Sizes(PublicStatistics):
+    """Moving means of the squares of a model, which is released, of any names."""
+
+    def second_moments(self, sent, before):
+        now = {n: np.square(x.astype(float)) for n, x in sent.items()}
+        now = {n: x for n, x in now.items() if is_parameter(n, sent[n])}
+        return {n: 0.5 * (before.get(n, x) + x) for n, x in now.items()}
 
 
 EVERYTHING = Task(everything, everything, squares)
@@ -478,6 +489,12 @@ METHODS = {
         },
         others=({"widths": (0.75, 0.25), "width_of": None},),
         fedavg={"widths": (1.0,), "width_of": None},
+    ),
+    "AdaDPS": Method(
+        make=AdaDPS,
+        options={"public_statistics": Sizes(), "tau": 0.5},
+        others=({"public_statistics": PublicMoments({}), "tau": 1.0},),
+        fedavg={"public_statistics": PublicMoments({})},
     ),
     "FedDyn": Method(make=FedDyn, half=FedDynClient),
     "FederatedRankLearning": Method(
