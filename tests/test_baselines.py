@@ -3,10 +3,13 @@
 import doctest
 import email
 import importlib
+import io
 import json
 import re
+import subprocess
 import sys
 import tomllib
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord
+from flwr.cli.build import build_fab_from_disk
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import QFedAvg
 
@@ -94,6 +98,30 @@ def test_form(name):
         assert word in readme, word
     for picture in re.findall(r"!\[.*?\]\((.+?)\)", readme):
         assert (folder / picture).is_file()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bundle_is_one_that_flowers_hub_takes(name):
+    folder = BASELINES / name
+    project = tomllib.loads((folder / "pyproject.toml").read_text())
+    assert project["tool"]["flwr"]["app"]["fab-format-version"] == 1
+    # Building it also checks the format: the license, Flower's version and the like.
+    bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(folder)))
+    files = {x.filename: x.file_size for x in bundle.infolist()}
+    assert {"LICENSE", "README.md", f"{name}/server_app.py"} <= files.keys()
+    assert len(files) <= 1_000
+    assert max(files.values()) <= 2**20
+    for file in files:  # the hub takes text
+        bundle.read(file).decode("utf-8")
+    assert bundle.read("LICENSE") == (BASELINES.parent / "LICENSE").read_bytes()
+
+
+@pytest.mark.slow
+def test_flwr_builds_a_bundle(tmp_path):
+    command = [Path(sys.executable).parent / "flwr", "build"]
+    command += ["--app", str(BASELINES / "drift")]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert len(list(tmp_path.glob("flower-ext.drift.*.fab"))) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
