@@ -36,6 +36,10 @@ from flower_ext.strategies.local_only import LocalOnly, LocalOnlyClient
 from flower_ext.strategies.maxfl import MaxFL, MaxFLClient
 from flower_ext.strategies.most import MosT, MosTClient
 from flower_ext.strategies.mrmtl import MRMTL, MRMTLClient
+from flower_ext.strategies.public_representations import (
+    PublicRepresentations,
+    PublicRepresentationsClient,
+)
 from flower_ext.strategies.scaffold import Scaffold, ScaffoldClient
 from flower_ext.strategies.stacked_lora import StackedLoRA, StackedLoRAClient
 from flower_ext.strategies.term import TERM, TERMClient
@@ -99,6 +103,8 @@ __all__ = [
     "MaxFLClient",
     "MosT",
     "MosTClient",
+    "PublicRepresentations",
+    "PublicRepresentationsClient",
     "Scaffold",
     "ScaffoldClient",
     "StackedLoRA",

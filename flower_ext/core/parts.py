@@ -16,7 +16,12 @@ PERSONAL_PLACES = "personal-places"
 PERSONAL_START = "personal-start"
 
 
-def require_filter(personal: Filter, argument: str = "personal") -> Filter:
+_ALL_SHARED = "where nothing stays with clients, FedAvg is the strategy"
+
+
+def require_filter(
+    personal: Filter, argument: str = "personal", cause: str = _ALL_SHARED
+) -> Filter:
     """Refuse what is no filter."""
     patterns = [personal] if isinstance(personal, str) else personal
     if patterns is None or callable(patterns):
@@ -27,7 +32,7 @@ def require_filter(personal: Filter, argument: str = "personal") -> Filter:
             argument,
             personal,
             'a pattern of names such as "head.*", several, or a function of a name',
-            "where nothing stays with clients, FedAvg is the strategy",
+            cause,
         )
     return personal
 
@@ -64,21 +69,27 @@ def personal_names(
     ['head.weight', 'head.bias']
     """
     names = list(names)
-    if callable(personal):
-        found = [name for name in names if personal(name)]
-    elif personal is None:
+    found = matching_names(names, personal, argument)
+    if len(found) == len(names):
+        refuse_all(personal, names, argument)
+    return found
+
+
+def matching_names(names: Sequence[str], chosen: Filter, argument: str) -> list[str]:
+    """Return the names that a filter matches, which may be all, but not none."""
+    if callable(chosen):
+        found = [name for name in names if chosen(name)]
+    elif chosen is None:
         layer = names[-1].rpartition(".")[0]
         found = [name for name in names if name.rpartition(".")[0] == layer]
     else:
-        patterns = [personal] if isinstance(personal, str) else personal
+        patterns = [chosen] if isinstance(chosen, str) else chosen
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 _refuse_none(argument, pattern, names)
         found = [n for n in names if any(fnmatchcase(n, p) for p in patterns)]
     if not found:
-        _refuse_none(argument, personal, names)
-    if len(found) == len(names):
-        refuse_all(personal, names, argument)
+        _refuse_none(argument, chosen, names)
     return found
 
 

@@ -93,12 +93,15 @@ from flower_ext.strategies import (
     MosT,
     MosTClient,
     MRMTLClient,
+    PublicRepresentations,
+    PublicRepresentationsClient,
     Scaffold,
     ScaffoldClient,
     TERMClient,
 )
 from flower_ext.strategies.adadps import PublicMoments, PublicStatistics
 from flower_ext.strategies.flasc import Tier
+from flower_ext.strategies.public_representations import CHECKSUM
 from flower_ext.testing import Remembering, check_strategy
 from flower_ext.wire import (
     EDEN,
@@ -199,6 +202,13 @@ def apart(model, strategy):
         }
         for j in range(strategy.num_models)
     )
+
+
+class OnAnyEncoder(PublicRepresentations):
+    """Starts from models whose encoder need not be the clients'."""
+
+    def tell(self, round):
+        return {**super().tell(round), CHECKSUM: ""}
 
 
 class OffsetNorm(nn.Module):
@@ -514,6 +524,12 @@ METHODS = {
         refuses=(({}, "effective_work=None must be given with a mechanism"),),
     ),
     "FedProx": Method(make=FedProx, half=FedProxClient, fedavg={"proximal_mu": 0.0}),
+    "PublicRepresentations": Method(
+        make=OnAnyEncoder,
+        half=PublicRepresentationsClient,
+        options={"head": "*weight"},
+        fedavg={"head": "*"},
+    ),
     "Scaffold": Method(make=Scaffold, half=ScaffoldClient, others=({"option": "I"},)),
     "AgnosticFL": Method(
         make=AgnosticFL,
