@@ -248,6 +248,14 @@ class DPSGD(Trainer):
         """Return how many clipping norms a unit moves the sum of a step by, at most."""
         return privacy.group_size
 
+    def always(self, privacy: SiloPrivacy, expected: float) -> float:
+        """Return how many clipping norms a unit moves a sum by that it is not in.
+
+        What is kept from step to step may do so; for batches of an expected size, see
+        :meth:`~flower_ext.privacy.silo_budget.StepLedger.add`.
+        """
+        return 0.0
+
     def admitted(self, data: Batch, privacy: SiloPrivacy) -> Batch:
         """Return the data that are trained on: at most G examples of every user."""
         if not privacy.unit:

@@ -5,6 +5,7 @@ says what a unit may add to a step and how steps are taken.
 """
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -135,8 +136,9 @@ class PrivateSession(Session):
         # All models at once: a budget that ends between two of them would leave one
         # that is trained, spent and never sent.
         planned = self._steps_of_message(local)
-        noise_multiplier = self._calibrated(kept, planned, rate)
-        charged = ledger.add(rate, noise_multiplier, planned)
+        always = self._always(local, rate)
+        noise_multiplier = self._calibrated(kept, planned, rate, always)
+        charged = ledger.add(rate, noise_multiplier, planned, always)
         spent = self._affordable(local, ledger, charged)
         plan = NoisePlan(
             count,
@@ -231,9 +233,11 @@ class PrivateSession(Session):
         rate = self._trainer.rate(local, privacy)
         charged = ledger.add(1.0, self._choice_noise, 1)
         # That of a round also where an evaluation is the first to ask for it.
-        noise_multiplier = self._calibrated(kept, planned, rate)
+        always = self._always(local, rate)
+        noise_multiplier = self._calibrated(kept, planned, rate, always)
         coming = planned if self._phase == "train" else 0
-        self._affordable(local, ledger, charged.add(rate, noise_multiplier, coming))
+        together = charged.add(rate, noise_multiplier, coming, always)
+        self._affordable(local, ledger, together)
         self._before = ledger.total
         account.write(self._record(charged, noise_multiplier))
 
@@ -272,6 +276,10 @@ class PrivateSession(Session):
         steps = self._trainer.steps(local, half, plan, self._privacy)
         return steps.seeded(self._secret_keys(local, plan))
 
+    def _always(self, local: Local, rate: float) -> float:
+        size = self._trainer.num_drawn(local.train, self._privacy)
+        return self._trainer.always(self._privacy, rate * size)
+
     @property
     def _target(self) -> list[float] | None:
         """What noise is sought for, if it is."""
@@ -288,7 +296,7 @@ class PrivateSession(Session):
         return self._privacy.choice_noise(self._shift)
 
     def _calibrated(
-        self, kept: ConfigRecord | None, planned: int, rate: float
+        self, kept: ConfigRecord | None, planned: int, rate: float, always: float
     ) -> float:
         """Return the noise multiplier: given, kept, or sought for the target."""
         privacy = self._privacy
@@ -297,16 +305,16 @@ class PrivateSession(Session):
         if kept is not None and kept.get("target") == self._target:
             return cast(float, kept["noise-multiplier"])
         assert privacy.epsilon is not None and privacy.num_rounds is not None
-        choices: tuple[int, float] | tuple[()] = ()
-        if self._choices:
-            choices = privacy.num_rounds * self._choices, self._choice_noise
+        choices = privacy.num_rounds * self._choices
         return noise_for_steps(
             privacy.epsilon,
             privacy.delta,
             privacy.num_rounds * max(planned, 1),
             rate,
             self._shift,
-            *choices,
+            choices,
+            self._choice_noise if choices else math.inf,
+            always,
         )
 
     def _secret_keys(self, local: Local, plan: NoisePlan) -> Sequence[int] | None:

@@ -13,11 +13,12 @@ from flower_ext.core.errors import open_unit, positive, refuse, whole
 from flower_ext.privacy.accounting.calibration import (
     INTERVAL,
     LossDistribution,
-    loss_distribution,
+    common_grid,
+    loss_on_grid,
     noise_multiplier_for,
     sampled_epsilon,
 )
-from flower_ext.privacy.accounting.gaussian import gaussian_epsilon
+from flower_ext.privacy.accounting.gaussian import gaussian_epsilon, gaussian_mu
 from flower_ext.privacy.selection import MOST_EPSILON, choice_noise_multiplier
 from flower_ext.privacy.silo_account import ledger_path, load_record, save_record
 
@@ -25,6 +26,9 @@ from flower_ext.privacy.silo_account import ledger_path, load_record, save_recor
 _LEAST_NOISE = 0.1
 # Squares of smaller numbers vanish in float64.
 _LEAST_CLIPPING = 1e-100
+# Of what is released without sampling: above, epsilon is in the hundreds, and what
+# sampling saves in the rest is not sought.
+_MOST_MU = 25.0
 
 
 class SiloBudgetExhausted(RuntimeError):
@@ -210,10 +214,37 @@ class StepLedger:
         """Number of steps."""
         return sum(self.steps.values())
 
-    def add(self, rate: float, noise_multiplier: float, count: int) -> "StepLedger":
-        """Return the ledger after ``count`` more steps."""
+    def add(
+        self, rate: float, noise_multiplier: float, count: int, shift: float = 0.0
+    ) -> "StepLedger":
+        r"""Return the ledger after ``count`` more steps.
+
+        Parameters
+        ----------
+        rate : float
+            Probability with which an example is in a batch.
+        noise_multiplier : float
+            :math:`\sigma`, by the clipping norm.
+        count : int
+            Steps.
+        shift : float (default: 0)
+            S, by the clipping norm: how far a unit may move a sum even in a step whose
+            batch it is not in. Such a step counts as two, one that is sampled and one
+            of the shift that is not, between which the variance is split: the sum of
+            their releases is the step's.
+        """
         if not count:
             return self
+        if shift:
+            size, variance = self.group_size, noise_multiplier**2
+            # Optimal without sampling, and but for little noise with it as well.
+            part = rate * size / (rate * size + shift)
+            if variance:
+                part = max(part, min(0.5, size**2 / variance))
+            unsampled = size * math.sqrt((1 - part) * variance) / shift
+            return self.add(1.0, unsampled, count).add(
+                rate, math.sqrt(part * variance), count
+            )
         key = (rate, noise_multiplier)
         return replace(self, steps={**self.steps, key: self.steps.get(key, 0) + count})
 
@@ -307,14 +338,17 @@ def _spent(
     mu = math.sqrt(sum(squares))
     if len(squares) == len(steps):
         return gaussian_epsilon(mu, delta)
+    if mu > _MOST_MU:  # a sampled release tells no more than one without sampling
+        all_squares = [n * (group_size / noise) ** 2 for (_, noise), n in steps]
+        return gaussian_epsilon(math.sqrt(sum(all_squares)), delta)
     # Rates and noises may change from round to round; loss distributions compose.
-    composed: _Composable | None = None
+    kinds = [(z, q, group_size, n) for (q, z), n in steps if q < 1]
     if mu:
-        composed = cast(_Composable, loss_distribution(1 / mu, 1.0, 1, INTERVAL))
-    for (rate, noise), count in steps:
-        if rate == 1:
-            continue
-        loss = loss_distribution(noise, rate, group_size, INTERVAL).self_compose(count)
+        kinds.append((1 / mu, 1.0, 1, 1))
+    interval = common_grid([kind[:3] for kind in kinds], INTERVAL)
+    composed: _Composable | None = None
+    for *kind, count in kinds:
+        loss = loss_on_grid(*kind, interval).self_compose(count)
         composed = cast(
             _Composable, loss if composed is None else composed.compose(loss)
         )
@@ -331,10 +365,12 @@ def noise_for_steps(
     group_size: int,
     choices: int = 0,
     choice_noise: float = math.inf,
+    shift: float = 0.0,
 ) -> float:
     """Return the least noise multiplier for a target after so many steps.
 
-    Private choices, each as much as a step of ``choice_noise``, are part of the target.
+    Private choices, each as much as a step of ``choice_noise``, are part of the target;
+    for ``shift`` see :meth:`StepLedger.add`.
     """
     found = noise_multiplier_for(
         epsilon,
@@ -343,8 +379,10 @@ def noise_for_steps(
         sampling_probability=rate,
         group_size=group_size,
     )
-    found = max(found, _LEAST_NOISE)
-    if not choices:
+    # The shift alone, which is not sampled, needs as much.
+    least = shift * math.sqrt(steps) / gaussian_mu(epsilon, delta)
+    found = max(found, _LEAST_NOISE, least)
+    if not choices and not shift:
         return found
     others = StepLedger(group_size).add(1.0, choice_noise, choices)
     spent = others.epsilon(delta)
@@ -357,13 +395,15 @@ def noise_for_steps(
         )
 
     def fits(noise: float) -> bool:
-        return others.add(rate, noise, steps).epsilon(delta) <= epsilon
+        return others.add(rate, noise, steps, shift).epsilon(delta) <= epsilon
 
     low, high = found, 2 * found
     while not fits(high):
         low, high = high, 2 * high
-        if high > 1e6:
+        if high > 1e9 and spent:
             refuse("selection_epsilon", spent, f"well below epsilon={epsilon} together")
+        if high > 1e9:
+            refuse("epsilon", epsilon, "one that some noise meets")
     while high / low > 1.001:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if fits(middle) else (middle, high)

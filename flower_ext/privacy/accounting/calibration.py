@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from types import ModuleType
 from typing import Protocol, cast
@@ -62,19 +62,45 @@ def grid(
     standard deviations away. There the grid is coarser than ``interval`` to stay in
     memory, and a little more is counted.
     """
-    ratio = group_size / noise_multiplier
-    spread = rate * math.sqrt(math.expm1(min(ratio**2, 50.0)))
-    largest = math.log1p(rate * math.expm1(min(_TAIL * ratio + ratio**2 / 2, 700.0)))
-    return max(min(interval, spread / _POINTS), largest / _MOST_POINTS)
+    return common_grid([(noise_multiplier, rate, group_size)], interval)
 
 
-@lru_cache(maxsize=64)
+def common_grid(rounds: Iterable[tuple[float, float, int]], interval: float) -> float:
+    """Return the interval of the grid that rounds of several kinds need together.
+
+    Losses compose on the same grid only.
+
+    Parameters
+    ----------
+    rounds : iterable of (float, float, int)
+        Noise multiplier, rate and group size of each kind.
+    interval : float
+        At most, where memory allows.
+    """
+    fine, coarse = interval, 0.0
+    for noise_multiplier, rate, group_size in rounds:
+        ratio = group_size / noise_multiplier
+        spread = rate * math.sqrt(math.expm1(min(ratio**2, 50.0)))
+        exponent = min(_TAIL * ratio + ratio**2 / 2, 700.0)
+        largest = math.log1p(rate * math.expm1(exponent))
+        fine, coarse = min(fine, spread / _POINTS), max(coarse, largest / _MOST_POINTS)
+    return max(fine, coarse)
+
+
 def loss_distribution(
     noise_multiplier: float, rate: float, group_size: int, interval: float
 ) -> LossDistribution:
     """Return the privacy loss of one round, always rounded up, on a fitting grid."""
-    pld = _dp_accounting().pld.privacy_loss_distribution
     interval = grid(noise_multiplier, rate, group_size, interval)
+    return loss_on_grid(noise_multiplier, rate, group_size, interval)
+
+
+@lru_cache(maxsize=64)
+def loss_on_grid(
+    noise_multiplier: float, rate: float, group_size: int, interval: float
+) -> LossDistribution:
+    """Return the privacy loss of one round, always rounded up, on a grid."""
+    pld = _dp_accounting().pld.privacy_loss_distribution
     # With rate 1 all G examples of a user are there: one Gaussian of G times the shift.
     if group_size == 1 or rate == 1:
         loss = pld.from_gaussian_mechanism(
