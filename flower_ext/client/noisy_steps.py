@@ -171,10 +171,9 @@ class NoisySteps(Steps):
 
         Algorithm 1 of Abadi et al. (2016), divided by the expected size of a batch.
         """
-        model, size = self.local.model, num_examples(batch)
-        total, parts = self._backward(batch) if size else (0.0, [])
+        model = self.local.model
+        total, clipped = self.summed(batch)
         bound, multiplier = self.plan.bound, self.plan.noise_multiplier
-        clipped = clipped_sum(parts, size, bound)
         # "and": 0 noise of infinite scale is no noise.
         drawn = self._noise.next(multiplier and multiplier * bound)
         # No hook after this one sees a gradient that is not noisy.
@@ -191,6 +190,12 @@ class NoisySteps(Steps):
         self.half.after_backward(model)
         self.optimizer.step()
         return total / self._expected + extra
+
+    def summed(self, batch: Batch) -> tuple[float, Gradients]:
+        """Return the summed objective, and what noise is added to, in float64."""
+        size = num_examples(batch)
+        total, parts = self._backward(batch) if size else (0.0, [])
+        return total, clipped_sum(parts, size, self.plan.bound)
 
     def _add_gradient(self, extra: Tensor | None) -> float:
         """Add the gradient of a term that knows no data."""
