@@ -47,8 +47,11 @@ RESULTS ?= results
 report: $(INSTALLED)  ## one HTML page of all results, or of those in RESULTS=
 	$(PY) -m flower_ext.runs.report $(RESULTS)
 
-docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+# The same pages and settings for both; either builds the site.
+DOCS ?= mkdocs
+docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors; DOCS=zensical
+	$(PY) tools/docs_source.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/$(DOCS) build $(if $(filter mkdocs,$(DOCS)),--quiet,--config-file mkdocs.yml)
 	@echo site/index.html
 
 new-strategy: $(INSTALLED)  ## start a strategy from the template: make new-strategy NAME=my_idea

@@ -1,84 +1,41 @@
 """What the documentation needs beyond Markdown.
 
-A mkdocs hook that adds the pages that lie outside ``docs``, and turns equations into
-MathML when the site is built, so that its pages fetch and compute nothing; and a Griffe
-extension that turns the reStructuredText of docstrings into Markdown.
+Equations as MathML, so that pages fetch and compute nothing; and a Griffe extension
+that turns the reStructuredText of docstrings into Markdown.
 """
 
-import posixpath
 import re
-from html import escape, unescape
-from pathlib import Path
+from html import escape
 
 import griffe
 from latex2mathml.converter import convert
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).parents[1]
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "baselines/*/README.md")
-
-_LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
-_MATH = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>',
-    re.DOTALL,
-)
 _ROLE = re.compile(r":(\w+):`~?([^`]+)`")
 _DIRECTIVE = re.compile(
     r"^\.\. math::(.*\n(?:[ \t]*\n|[ \t]+.*(?:\n|$))*)", re.MULTILINE
 )
 _TABLE = re.compile(r"^(=+ +=+[= ]*\n(?:.*\n)*?=+ +=+[= ]*)$", re.MULTILINE)
-
-
-# Pages ------------------------------------------------------------------------------
-
-
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add pages of the repository, with their pictures."""
-    found = [path for pattern in OUTSIDE for path in ROOT.glob(pattern)]
-    pictures = [p for path in found[2:] for p in path.parent.glob("_static/*.png")]
-    for path in [*found, *pictures]:
-        name = path.relative_to(ROOT).as_posix()
-        files.append(File.generated(config, name, abs_src_path=str(path)))
-    return files
-
-
-def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Make links between files of the repository those between pages of the site."""
-    here = page.file.src_uri
-    folder = posixpath.dirname(here if _is_outside(here) else f"docs/{here}")
-
-    def link(found: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(folder, found[1]))
-        if not _is_outside(target) and not target.startswith("docs/"):
-            return found[0]
-        site = target.removeprefix("docs/")
-        return posixpath.relpath(site, posixpath.dirname(here))
-
-    return _LINK.sub(link, markdown)
-
-
-def _is_outside(path: str) -> bool:
-    return path in OUTSIDE or path.startswith("baselines/")
+_MARKUP = re.compile(r"[*_`\[\]\\|]")  # of Markdown, between the tags of an equation
 
 
 # Equations --------------------------------------------------------------------------
 
 
-def on_page_content(html: str, **_: object) -> str:
-    """Write every equation of a page as MathML."""
+def inline_equation(tex: str) -> str:
+    """Return an equation within a line."""
+    # Within a span: a line that begins with <math> would be a block of its own.
+    return f'<span class="math">{_mathml(tex, "inline")}</span>'
 
-    def mathml(found: re.Match[str]) -> str:
-        display = "block" if found["tag"] == "div" else "inline"
-        tex = (
-            unescape(found["tex"])
-            .strip()
-            .replace(r"\arg\min", r"\operatorname{argmin}")
-        )
-        return str(convert(tex, display=display))
 
-    return _MATH.sub(mathml, html)
+def block_equation(tex: str) -> str:
+    """Return an equation between paragraphs."""
+    return f'\n<div class="math">{_mathml(tex, "block")}</div>\n'
+
+
+def _mathml(tex: str, display: str) -> str:
+    tex = " ".join(tex.split()).replace(r"\arg\min", r"\operatorname{argmin}")
+    found = str(convert(tex, display=display))
+    return _MARKUP.sub(lambda x: f"&#{ord(x[0])};", found)
 
 
 # Docstrings -------------------------------------------------------------------------
@@ -105,7 +62,7 @@ def to_markdown(text: str, scope: griffe.Object) -> str:
     def role(found: re.Match[str]) -> str:
         kind, target = found.groups()
         if kind == "math":
-            return f"\\({' '.join(target.split())}\\)"
+            return inline_equation(target)
         try:
             path = scope.resolve(target)
         except griffe.NameResolutionError:
@@ -114,7 +71,7 @@ def to_markdown(text: str, scope: griffe.Object) -> str:
         return f'<autoref optional identifier="{path}"><code>{name}</code></autoref>'
 
     def equation(found: re.Match[str]) -> str:
-        return f"\n\\[{' '.join(found[1].split())}\\]\n\n"
+        return block_equation(found[1]) + "\n"
 
     text = _DIRECTIVE.sub(equation, text + "\n")
     text = _TABLE.sub(r"```text\n\1\n```", text)
