@@ -247,7 +247,7 @@ def test_site_builds_without_a_warning_and_fetches_nothing(tmp_path, generator):
     # In a copy: Zensical writes beside its settings.
     for name in ("docs", "tools", "baselines", "flower_ext", "strategies"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md"):
+    for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"):
         shutil.copy(ROOT / name, tmp_path)
     source = [sys.executable, "tools/docs_source.py", "build/docs"]
     subprocess.run(source, cwd=tmp_path, check=True)

@@ -53,6 +53,8 @@ def test_typing_marker_is_shipped():
 def test_version_is_from_one_place_and_in_the_changelog():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert flower_ext.__version__ == declared["version"]
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {declared['version']}\n" in citation
     changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
     first, *released = re.findall(r"^## (.+)$", changes, re.MULTILINE)
     assert first == "[Unreleased]" or first.startswith(f"[{declared['version']}] - ")

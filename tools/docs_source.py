@@ -16,7 +16,7 @@ from docs_markup import block_equation, inline_equation
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "build" / "docs"
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "baselines/*/README.md")
+OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "baselines/*/README.md")
 
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 # What is code stays as it is: fences, indented blocks, spans.
@@ -34,7 +34,7 @@ def pages() -> dict[str, Path]:
     docs = ROOT / "docs"
     inside = {p.relative_to(docs).as_posix(): p for p in docs.rglob("*") if p.is_file()}
     found = [path for pattern in OUTSIDE for path in ROOT.glob(pattern)]
-    pictures = [p for path in found[2:] for p in path.parent.glob("_static/*.png")]
+    pictures = [p for path in found for p in path.parent.glob("_static/*.png")]
     return inside | {p.relative_to(ROOT).as_posix(): p for p in [*found, *pictures]}
 
 
