@@ -8,6 +8,7 @@ from flower_ext.strategies.bounded_group_loss import (
 )
 from flower_ext.strategies.diloco import DiLoCo, DiLoCoClient
 from flower_ext.strategies.ditto import Ditto, DittoClient
+from flower_ext.strategies.dp2 import DP2
 from flower_ext.strategies.dpftrl import DPFTRL
 from flower_ext.strategies.ensemble import Ensemble, EnsembleClient
 from flower_ext.strategies.fedbabu import FedBABU, FedBABUClient
@@ -45,6 +46,7 @@ from flower_ext.strategies.stacked_lora import StackedLoRA, StackedLoRAClient
 from flower_ext.strategies.term import TERM, TERMClient
 
 __all__ = [
+    "DP2",
     "DPFTRL",
     "FLASC",
     "MRMTL",

@@ -39,6 +39,7 @@ from flower_ext.server.personal import PersonalStrategy
 from flower_ext.server.tracking import read_metrics
 from flower_ext.simulation import Asynchronous, LocalGrid, PackedGrid, VirtualClock
 from flower_ext.strategies import (
+    DP2,
     DPFTRL,
     FLASC,
     MRMTL,
@@ -505,6 +506,12 @@ METHODS = {
         options={"public_statistics": Sizes(), "tau": 0.5},
         others=({"public_statistics": PublicMoments({}), "tau": 1.0},),
         fedavg={"public_statistics": PublicMoments({})},
+    ),
+    "DP2": Method(
+        make=DP2,
+        options={"plain_rounds": 1, "adaptive_rounds": 2, "adaptive_rate": 0.1},
+        others=({"moments": "adagrad", "plain_rounds": 2, "tau": 1.0},),
+        fedavg={"plain_rounds": 3},
     ),
     "FedDyn": Method(make=FedDyn, half=FedDynClient),
     "FederatedRankLearning": Method(
