@@ -12,6 +12,7 @@ For privacy accounting a sampler states what it guarantees of every client, see
 :class:`Guarantee`. What it states, it enforces.
 """
 
+import hashlib
 import math
 import secrets
 from abc import ABC, abstractmethod
@@ -38,7 +39,13 @@ from flower_ext.core.participation import gain
 Purpose = Literal["train", "evaluate"]
 WhenShort = Literal["smaller", "wait", "stop"]
 SamplingKind = Literal[
-    "fixed-size", "poisson", "cyclic-poisson", "limited", "all", "unstated"
+    "fixed-size",
+    "poisson",
+    "cyclic-poisson",
+    "balls-in-bins",
+    "limited",
+    "all",
+    "unstated",
 ]
 _STREAM: dict[Purpose, int] = {"train": 0, "evaluate": 1}
 _SECRET_BITS = 128
@@ -63,8 +70,10 @@ class Guarantee:
         ``fixed-size``: exactly as many as asked for, uniformly without replacement from
         all clients. ``poisson``: each client on its own with ``probability``.
         ``cyclic-poisson``: the same, for the one of ``min_separation`` fixed groups
-        whose turn it is. ``limited``: any draw within the limits below. ``all``: every
-        client in every round. ``unstated``: any draw at all.
+        whose turn it is. ``balls-in-bins``: each client in one of ``min_separation``
+        bins, drawn once, independently and uniformly, and in all rounds of its bin,
+        which take turns; in no other. ``limited``: any draw within the limits below.
+        ``all``: every client in every round. ``unstated``: any draw at all.
     probability : float, optional
         In (0, 1], of a client in one round (of its turn); None where it is not fixed.
     min_separation : int (default: 1)
@@ -72,8 +81,8 @@ class Guarantee:
     max_participations : int, optional
         Most rounds of one client; None is every round that the separation allows.
     can_be_secret : bool (default: False)
-        Whether all chance comes from :meth:`Sampler.generator`, so that nobody without
-        the seed knows who is drawn. Amplification needs it.
+        Whether all chance comes from the seed, as :meth:`Sampler.generator` has it, so
+        that nobody without it knows who is drawn. Amplification needs it.
     """
 
     kind: SamplingKind = "unstated"
@@ -94,7 +103,7 @@ class Guarantee:
         if self.max_participations is not None:
             whole("max_participations", self.max_participations, 1)
         is_limited = self.min_separation > 1 or self.max_participations is not None
-        if is_limited and kind not in ("limited", "cyclic-poisson"):
+        if is_limited and kind not in ("limited", "cyclic-poisson", "balls-in-bins"):
             refuse("kind", kind, "'limited' where participation is")
 
 
@@ -232,12 +241,16 @@ class Sampler(ABC):
 
     def generator(self, server_round: int, purpose: Purpose) -> np.random.Generator:
         """Return the random stream of one round and purpose."""
-        if self.seed is None:
-            self.seed = secrets.randbits(_SECRET_BITS)
         # From the round itself and not from the last draw: a resumed run draws the
         # same.
         stream = 0 if self.same_for_evaluation else _STREAM[purpose]
-        return np.random.default_rng([self.seed, server_round, stream])
+        return np.random.default_rng([self._own_seed(), server_round, stream])
+
+    def _own_seed(self) -> int:
+        """Return the seed; a secret one is drawn when it is first needed."""
+        if self.seed is None:
+            self.seed = secrets.randbits(_SECRET_BITS)
+        return self.seed
 
     def settings(self) -> dict[str, str | int | float]:
         """Return what a resumed run must have in common with the saved one."""
@@ -488,6 +501,85 @@ class CyclicPoissonSampler(_Recognising):
             "probability": self.probability,
             "cycle": self.cycle,
         }
+
+
+class BallsInBinsSampler(_Recognising):
+    """Each client is put into a bin once and for all; the bins take turns.
+
+    A client's bin is one of ``num_bins``, uniformly at random and whatever those of
+    others are; round t trains all clients of bin t mod ``num_bins``. A client waits
+    exactly ``num_bins`` rounds, as noise that is correlated over rounds likes it, and
+    its bin is secret, which amplifies (Choquette-Choo et al. 2024, arXiv 2410.06266,
+    "balls-in-bins batching"; Chua et al. 2024, arXiv 2412.16802).
+
+    Parameters
+    ----------
+    num_bins : int
+        At least 1, which trains everybody in every round. A round has population /
+        ``num_bins`` clients on average, whatever number is asked for.
+    seed, same_for_evaluation
+        See :class:`Sampler`; evaluation draws from all clients unless it is the same.
+
+    Notes
+    -----
+    A bin is a keyed hash (BLAKE2b, the key is the seed) of the number in which a client
+    was first seen, so that those who connect later have theirs from the start, too. To
+    whoever does not know the seed, bins are then as good as drawn independently; that
+    the hash is pseudorandom is the only assumption. Numbers are in the checkpoint, as
+    for :class:`CyclicPoissonSampler`: a client that comes back under a new id has a
+    second bin.
+
+    Examples
+    --------
+    >>> sampler = BallsInBinsSampler(num_bins=3, seed=1)
+    >>> rounds = [sampler.sample(range(6), 2, t, "train") for t in range(6)]
+    >>> rounds[:3] == rounds[3:], sorted(sum(rounds[:3], []))
+    (True, [0, 1, 2, 3, 4, 5])
+    """
+
+    def __init__(
+        self,
+        num_bins: int,
+        seed: int | None = None,
+        *,
+        same_for_evaluation: bool = False,
+    ) -> None:
+        super().__init__(seed, same_for_evaluation=same_for_evaluation)
+        self.num_bins = whole("num_bins", num_bins, 1)
+
+    def sample(
+        self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
+    ) -> list[int]:
+        """Return the clients in the bin whose turn it is."""
+        numbers = self._registry.number(clients)
+        if purpose == "evaluate" and not self.same_for_evaluation:
+            draws = self.generator(server_round, purpose).random(len(clients))
+            chosen = (draws * len(clients) < size).tolist()
+        else:
+            turn = server_round % self.num_bins
+            chosen = [self._bin(numbers[client]) == turn for client in clients]
+        return [client for client, take in zip(clients, chosen, strict=True) if take]
+
+    def _bin(self, number: int) -> int:
+        """Return the bin of the client with a number."""
+        # The key of BLAKE2b is at most 64 bytes; seeds of any size are hashed to it.
+        key = hashlib.blake2b(str(self._own_seed()).encode()).digest()
+        digest = hashlib.blake2b(str(number).encode(), key=key, digest_size=16)
+        return int.from_bytes(digest.digest(), "big") % self.num_bins
+
+    def guarantee(self) -> Guarantee:
+        """Return that bins are drawn once, and how rare turns are."""
+        return Guarantee(
+            kind="balls-in-bins", min_separation=self.num_bins, can_be_secret=True
+        )
+
+    def expected_size(self, size: int, population: int) -> float:
+        """Return a bin's share of the population."""
+        return population / self.num_bins
+
+    def settings(self) -> dict[str, str | int | float]:
+        """Add the number of bins."""
+        return {**super().settings(), "num-bins": self.num_bins}
 
 
 class AllClients(Sampler):

@@ -14,6 +14,10 @@ from flower_ext.privacy.accounting.accountants import (
     GaussianAccountant,
     RoundAccountant,
 )
+from flower_ext.privacy.accounting.balls_in_bins import (
+    BallsInBinsAccountant,
+    noise_multiplier_in_bins,
+)
 from flower_ext.privacy.accounting.calibration import epsilon_for, noise_multiplier_for
 from flower_ext.privacy.accounting.flower_events import EventAccountant
 from flower_ext.privacy.accounting.gaussian import (
@@ -72,6 +76,7 @@ __all__ = [
     *_HOME,
     "AdaptiveClipping",
     "BISR",
+    "BallsInBinsAccountant",
     "BandedToeplitz",
     "BufferedToeplitz",
     "Choice",
@@ -99,6 +104,7 @@ __all__ = [
     "gaussian_epsilon",
     "gaussian_mu",
     "noise_multiplier_for",
+    "noise_multiplier_in_bins",
     "split_clipping_norm",
     "split_noise_multiplier",
     "update_clipping_norm",

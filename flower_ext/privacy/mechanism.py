@@ -17,6 +17,10 @@ from flower_ext.privacy.accounting.accountants import (
     GaussianAccountant,
     RoundAccountant,
 )
+from flower_ext.privacy.accounting.balls_in_bins import (
+    BallsInBinsAccountant,
+    noise_multiplier_in_bins,
+)
 from flower_ext.privacy.accounting.calibration import (
     noise_multiplier_for,
     noise_multiplier_without_replacement,
@@ -95,7 +99,8 @@ class Mechanism:
         :class:`~flower_ext.core.sampling.PoissonSampler` with a probability or a
         :class:`~flower_ext.core.sampling.UniformSampler` (then all clients must be
         connected in every round), or a banded mechanism and a
-        :class:`~flower_ext.core.sampling.CyclicPoissonSampler`; without a seed, which
+        :class:`~flower_ext.core.sampling.CyclicPoissonSampler`, or any but trees and a
+        :class:`~flower_ext.core.sampling.BallsInBinsSampler`; without a seed, which
         then comes from the operating system. See :attr:`hides_cohorts`.
     simulated_cohort : int, optional
         For research: clients really drawn in a round, fewer than planned. The noise of
@@ -313,7 +318,7 @@ class Mechanism:
         draws = self.keeps_in_simulation(sampler)
         cohort = self.cohort if draws else self.num_sampled_clients
         expected = sampler.expected_size(cohort, population)
-        if guarantee.kind in ("poisson", "cyclic-poisson"):
+        if guarantee.kind in ("poisson", "cyclic-poisson", "balls-in-bins"):
             # Cohorts vary: half the plan on average is no mistake, only more noise.
             expected *= 2
         if expected < cohort:
@@ -352,8 +357,9 @@ class Mechanism:
         """Return the factorization for what a sampler promises."""
         chosen, (separation, most) = self.factorization, self.participation(sampler)
         # Bands beyond the separation overlap for one client: the sensitivity is then a
-        # coarse bound, or the amplification wrong.
-        widest = separation if most > 1 else self.num_rounds
+        # coarse bound, or the amplification wrong. Of bins all overlaps are counted.
+        in_bins = self.amplified and sampler.guarantee().kind == "balls-in-bins"
+        widest = separation if most > 1 and not in_bins else self.num_rounds
         if isinstance(chosen, BandedToeplitz) and chosen.bands > widest:
             refuse(
                 "factorization",
@@ -367,8 +373,9 @@ class Mechanism:
         if chosen == "tree":
             return TreeAggregation(self.num_rounds)
         # Without noise nothing is correlated, and secret cohorts amplify every round's
-        # noise alone.
-        if chosen == "identity" or self.amplified or not self.is_private:
+        # noise alone, but for bins, which are drawn once for all rounds.
+        alone = not self.is_private or (self.amplified and not in_bins)
+        if chosen == "identity" or alone:
             return Identity(self.num_rounds)
         best = _best(self.num_rounds, separation, most, self.memory)
         log(INFO, "Mechanism chosen: %s", best.reason)
@@ -407,6 +414,8 @@ class Mechanism:
         self, factorization: Factorization, sampler: Sampler
     ) -> RoundAccountant:
         guarantee = sampler.guarantee()
+        if guarantee.kind == "balls-in-bins" and guarantee.can_be_secret:
+            return self._in_bins(factorization, guarantee.min_separation)
         # Correlated noise spans rounds, and amplification needs rounds that are drawn
         # anew for a client; bands no wider than its turns are apart have both.
         cyclic = guarantee.kind == "cyclic-poisson"
@@ -420,8 +429,20 @@ class Mechanism:
         raise ValueError(
             "amplified=True needs a sampler whose guarantee() says how it draws, not "
             f"{type(sampler).__name__}: PoissonSampler(probability=...), "
-            "UniformSampler or CyclicPoissonSampler"
+            "UniformSampler, CyclicPoissonSampler or BallsInBinsSampler"
         )
+
+    def _in_bins(self, factorization: Factorization, num_bins: int) -> RoundAccountant:
+        noise = self._noise(
+            partial(
+                noise_multiplier_in_bins,
+                factorization=factorization,
+                num_bins=num_bins,
+            )
+        )
+        # Flower has no word for it: no round is sampled by itself.
+        config = self._config(SamplingMethod.NO_AMPLIFICATION)
+        return BallsInBinsAccountant(factorization, noise, num_bins, config)
 
     def _poisson(
         self, factorization: Factorization, guarantee: Guarantee, probability: float
@@ -489,5 +510,6 @@ def _best(rounds: int, separation: int, most: int, memory: int) -> Choice:
 
 
 _CYCLIC = (
-    "with amplified=True noise is independent, or banded under a CyclicPoissonSampler"
+    "with amplified=True noise is independent, or banded under a CyclicPoissonSampler, "
+    "or of any bands under a BallsInBinsSampler"
 )

@@ -503,6 +503,8 @@ class PrivateSum:
             f"epsilon {epsilon:.4g} at delta {plan.target_delta:g} after all rounds, "
             f"for {whose}"
         )
+        if accountant.caveat:
+            privacy += f"; {accountant.caveat}"
         if plan.has_weak_seed:
             privacy += (
                 "; none against whoever tries seeds: that of the noise is for research"

@@ -46,7 +46,7 @@ _TERMS_AT_A_TIME = 16
 _FLOWERS = {"train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"}
 
 # What samplers guarantee of rounds, and cannot where places are filled one by one.
-_OF_ROUNDS = {"poisson", "cyclic-poisson", "limited", "all"}
+_OF_ROUNDS = {"poisson", "cyclic-poisson", "balls-in-bins", "limited", "all"}
 
 
 class AdditiveStrategy(RoundStrategy):

@@ -12,6 +12,7 @@ from pytest import MonkeyPatch
 
 from flower_ext.core import nodes
 from flower_ext.core.sampling import (
+    BallsInBinsSampler,
     CyclicPoissonSampler,
     MinSeparationSampler,
     PoissonSampler,
@@ -93,6 +94,7 @@ def test_a_short_round_is_smaller_or_not_at_all():
     [
         lambda: MinSeparationSampler(3, 2, seed=4),
         lambda: CyclicPoissonSampler(0.6, 3, seed=4),
+        lambda: BallsInBinsSampler(3, seed=4),
     ],
 )
 def test_a_resumed_sampler_remembers(make):
@@ -140,7 +142,12 @@ def test_nodes_that_return_under_other_ids_break_no_limit_unsaid(
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: MinSeparationSampler(2), lambda: CyclicPoissonSampler(0.9, 2)]
+    "make",
+    [
+        lambda: MinSeparationSampler(2),
+        lambda: CyclicPoissonSampler(0.9, 2),
+        lambda: BallsInBinsSampler(2),
+    ],
 )
 def test_a_resumed_sampler_refuses_nodes_that_it_cannot_tell(make):
     first, second = make(), make()
@@ -194,6 +201,7 @@ def test_a_fixed_probability_does_not_look_at_the_size():
         (lambda: PoissonSampler(probability=0.0), "probability=0.0"),
         (lambda: CyclicPoissonSampler(1.5, 2), "probability=1.5"),
         (lambda: CyclicPoissonSampler(0.5, 0), "cycle=0"),
+        (lambda: BallsInBinsSampler(0), "num_bins=0"),
     ],
 )
 def test_bad_limits_are_refused(make, message):

@@ -8,6 +8,7 @@ import pytest
 
 from flower_ext.core.sampling import (
     AllClients,
+    BallsInBinsSampler,
     CyclicPoissonSampler,
     Guarantee,
     HeldOutSampler,
@@ -23,6 +24,7 @@ SAMPLERS = {
     "fixed-size": lambda: UniformSampler(3),
     "poisson": lambda: PoissonSampler(3, probability=0.25),
     "cyclic-poisson": lambda: CyclicPoissonSampler(0.75, 3, seed=3),
+    "balls-in-bins": lambda: BallsInBinsSampler(3, seed=3),
     "limited": lambda: MinSeparationSampler(3, 50, seed=3),
     "all": AllClients,
     "unstated": lambda: HeldOutSampler(3, num_training_clients=12),
@@ -105,6 +107,8 @@ def test_cohorts_are_as_guaranteed(kind):
         assert len(rounds) <= (guarantee.max_participations or ROUNDS)
         gaps = [later - earlier for earlier, later in pairwise(rounds)]
         assert min(gaps) >= guarantee.min_separation
+    if kind == "balls-in-bins":  # as few gaps as bins allow, and no other
+        assert all(b - a == 3 for r in taken.values() for a, b in pairwise(r))
     if kind == "fixed-size":
         assert set(sizes) == {COHORT}
     if kind == "all":
@@ -117,6 +121,50 @@ def test_cohorts_are_as_guaranteed(kind):
     # Amplification is for who may be drawn in every round, from all clients.
     if guarantee.can_be_secret:
         assert len(taken) == CLIENTS
+
+
+def bins_of(sampler, clients):
+    """Return the bin of every client: the round, modulo 3, that it is in."""
+    found = {}
+    for server_round in (3, 4, 5):
+        for client in sampler.sample(clients, 1, server_round, "train"):
+            assert client not in found
+            found[client] = server_round % 3
+    return found
+
+
+def test_bins_are_drawn_uniformly_and_independently():
+    found = bins_of(BallsInBinsSampler(3, seed=2**100), range(9000))
+    bins = np.array([found[client] for client in range(9000)])
+    counts = np.bincount(bins, minlength=3)
+    pairs = np.bincount(3 * bins[:-1] + bins[1:], minlength=9)
+    # 3,000 each and 1,000 of each pair; standard deviations 45 and 30.
+    assert abs(counts - 3000).max() < 200 and abs(pairs - 1000).max() < 140
+    other = bins_of(BallsInBinsSampler(3, seed=2**100 + 1), range(9000))
+    same = sum(found[client] == other[client] for client in range(9000))
+    assert abs(same - 3000) < 200
+
+
+def test_a_bin_does_not_depend_on_who_else_is_there_or_when():
+    all_at_once = bins_of(BallsInBinsSampler(3, seed=5), list(range(40)))
+    sampler = BallsInBinsSampler(3, seed=5)
+    early = bins_of(sampler, list(range(10)))
+    late = bins_of(sampler, list(range(5, 40)))
+    assert {**early, **late} == all_at_once
+    assert all(late[client] == early[client] for client in range(5, 10))
+
+
+def test_evaluation_tells_no_bins_unless_it_is_the_same():
+    sampler = BallsInBinsSampler(3, seed=5)
+    drawn = {tuple(sampler.sample(range(40), 20, r, "evaluate")) for r in range(6)}
+    assert len(drawn) == 6
+    same = BallsInBinsSampler(3, seed=5, same_for_evaluation=True)
+    for server_round in range(3):
+        train, evaluate = (
+            same.sample(range(40), 20, server_round, purpose)
+            for purpose in ("train", "evaluate")
+        )
+        assert train == evaluate == sampler.sample(range(40), 1, server_round, "train")
 
 
 @pytest.mark.parametrize("kind", [Own, Quiet, Mixed])
@@ -169,7 +217,7 @@ def test_a_simulation_keeps_samplers_that_have_no_limits():
 
     assert drawn(Own()) is Own
     assert drawn(HeldOutSampler(num_training_clients=6)) is HeldOutSampler
-    for kind in ("poisson", "cyclic-poisson", "limited", "all"):
+    for kind in ("poisson", "cyclic-poisson", "balls-in-bins", "limited", "all"):
         assert drawn(SAMPLERS[kind]()) is UniformSampler
 
 

@@ -21,6 +21,7 @@ from flower_ext import AdditiveStrategy
 from flower_ext._flower import PrivacyBudgetExhausted
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.sampling import (
+    BallsInBinsSampler,
     CyclicPoissonSampler,
     MinSeparationSampler,
     PoissonSampler,
@@ -96,6 +97,7 @@ SAMPLERS = {
         lambda: CyclicPoissonSampler(1.0, 3, 5),
         {"factorization": BANDS, "num_sampled_clients": 4},
     ),
+    "bins": (lambda: BallsInBinsSampler(3), {"amplified": True}),
     "apart": (lambda: MinSeparationSampler(4, 2), {}),
 }
 

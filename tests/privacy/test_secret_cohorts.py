@@ -18,6 +18,7 @@ from flower_ext import AdditiveStrategy
 from flower_ext._flower import log
 from flower_ext.core.arrays import from_record, to_record
 from flower_ext.core.sampling import (
+    BallsInBinsSampler,
     CyclicPoissonSampler,
     MinSeparationSampler,
     PoissonSampler,
@@ -49,6 +50,7 @@ SAMPLERS = {
         lambda *seed: CyclicPoissonSampler(1.0, 2, *seed),
         {"factorization": BANDS},
     ),
+    "bins": (lambda *seed: BallsInBinsSampler(2, *seed), {}),
 }
 amplified = pytest.mark.parametrize("kind", SAMPLERS)
 
@@ -327,7 +329,7 @@ def test_the_seed_comes_from_the_operating_system(kind, grid, monkeypatch):
     assert (one.sampler.seed, other.sampler.seed) == (SECRET + 1, SECRET + 2)
 
 
-@pytest.mark.parametrize("kind", ["poisson", "uniform"])
+@pytest.mark.parametrize("kind", ["poisson", "uniform", "bins"])
 def test_two_runs_draw_other_cohorts(kind, grid):
     make, needs = SAMPLERS[kind]
     shared = make()

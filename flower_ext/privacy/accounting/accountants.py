@@ -68,6 +68,11 @@ class RoundAccountant(ABC):
             )
 
     @property
+    def caveat(self) -> str:
+        """What is said beside an epsilon that does not hold for certain."""
+        return ""
+
+    @property
     @abstractmethod
     def noise_std(self) -> float:
         """Standard deviation of Z in units of the clipping norm."""

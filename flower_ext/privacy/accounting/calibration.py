@@ -225,15 +225,19 @@ def noise_multiplier_for(
             count, delta, noise, sampling_probability, group_size, interval
         )
 
-    return _least_noise_below(high, spent, epsilon, _LEAST_NOISE)
+    return least_noise_below(high, spent, epsilon, _LEAST_NOISE)
 
 
-def _least_noise_below(
-    high: float, spent: Callable[[float], float], epsilon: float, least: float
+def least_noise_below(
+    high: float,
+    spent: Callable[[float], float],
+    epsilon: float,
+    least: float,
+    tolerance: float = 1e-4,
 ) -> float:
     """Return the least noise that meets a target, from one that meets it, or almost.
 
-    Once one below ``least`` does, no smaller one is sought.
+    Once one below ``least`` does, no smaller one is sought. See `least_noise`.
     """
     while (cost := spent(high)) > epsilon:  # a coarse grid may cost more than none
         high *= 1.1
@@ -249,7 +253,7 @@ def _least_noise_below(
         low, high, cost = low / 2, low, less
         if high < least:  # sampling alone may meet a large delta
             return high
-    return least_noise(spent, epsilon, (low, high), (less, cost))
+    return least_noise(spent, epsilon, (low, high), (less, cost), tolerance)
 
 
 def least_noise(
@@ -384,4 +388,4 @@ def noise_multiplier_without_replacement(
     def spent(noise: float) -> float:
         return fixed_cohort_epsilon(rounds, delta, noise, population, cohort)
 
-    return _least_noise_below(high, spent, epsilon, 2 * _LEAST_NOISE)
+    return least_noise_below(high, spent, epsilon, 2 * _LEAST_NOISE)

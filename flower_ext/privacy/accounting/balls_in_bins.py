@@ -1,0 +1,330 @@
+r"""Accounting of rounds that take turns, when nobody knows whose turn is when.
+
+Each client is put into one of b bins, uniformly, independently of all others, and in
+secret; round t is of bin t mod b. For a client in bin i the release C X + Z is shifted
+by what it sends in the rounds of that bin, and without the client by nothing.
+
+**The worst client sends the same in every round.** With contributions of norm at most 1
+the pair that dominates is the mixture, over bins, of Gaussians around
+
+.. math:: m_i = \sum_{t \in bin\ i} |C_{:, t}|,
+
+against the Gaussian around 0 (for C >= 0 Choquette-Choo et al. 2024, who call them
+modes). It holds for contributions that depend on what was released before, by induction
+from the last round: given the past, a round multiplies the likelihood ratio of each bin
+by a log-normal factor, the divergence to come is a function of these ratios whose mixed
+second derivatives are all >= 0, and such a mean grows with each covariance of the
+Gaussians (Kahane 1986, "Une inegalite du type de Slepian et Gordon"). Covariances are
+at most the products of the norms :math:`\|\sum_t C_{st} x_t\| \le m_i[s]`. For C >= 0
+the bound is attained. It also grows with the number of rounds.
+
+A client that keeps something between rounds is covered: only rounds of its own bin
+change it, and what it sends in these counts in no other bin.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flower_ext.core.errors import at_least, open_unit, positive, refuse, whole
+from flower_ext.core.typing import Floats
+from flower_ext.privacy.accounting.accountants import RoundAccountant
+from flower_ext.privacy.accounting.calibration import least_noise_below
+from flower_ext.privacy.accounting.gaussian import gaussian_mu
+from flower_ext.privacy.accounting.mixtures import GaussianMixtureLoss
+from flower_ext.privacy.factorizations.factorization import Factorization
+
+if TYPE_CHECKING:
+    from flwr.serverapp import PrivacyConfig
+
+# Dense matrices beyond would take gigabytes.
+_MOST_ROUNDS = 4096
+# Share of delta that pays for draws that mislead.
+_SHARE = 0.01
+# A noise that was found is tried with draws of its own, and raised if they refute it.
+_TRIES, _STEP = 16, 1.005
+_SEARCH, _ACCOUNT = 1, 0
+
+
+def bin_shifts(factorization: Factorization, num_bins: int) -> tuple[Floats, Floats]:
+    """Return the Gram matrix of the shifts m_i, and the probabilities of the bins.
+
+    Parameters
+    ----------
+    factorization : Factorization
+        With a square, lower-triangular C of at most 4096 rounds.
+    num_bins : int
+        b. Bins whose turn is after the last round are one entry, of no shift.
+
+    Returns
+    -------
+    tuple of NDArray
+        K in units of the squared clipping norm, shape ``(bins, bins)``, and p.
+
+    Raises
+    ------
+    ValueError
+        If C is of another form, or too large.
+
+    Examples
+    --------
+    >>> from flower_ext.privacy import Identity
+    >>> gram, shares = bin_shifts(Identity(3), num_bins=2)
+    >>> gram.tolist(), shares.tolist()
+    ([[2.0, 0.0], [0.0, 1.0]], [0.5, 0.5])
+    """
+    rounds = factorization.rounds
+    if rounds > _MOST_ROUNDS:
+        refuse(
+            "rounds",
+            rounds,
+            f"<= {_MOST_ROUNDS} for balls in bins",
+            "the shifts of all bins are computed from a dense matrix",
+        )
+    matrix = np.abs(factorization.strategy_matrix())
+    if matrix.shape != (rounds, rounds) or np.triu(matrix, 1).any():
+        refuse(
+            "factorization",
+            factorization,
+            "one whose C is square and lower-triangular",
+            "bins are accounted for from its columns, which those of trees are not",
+        )
+    present = min(whole("num_bins", num_bins, 1), rounds)
+    shifts = [matrix[:, turn::num_bins].sum(axis=1) for turn in range(present)]
+    if num_bins > present:
+        shifts.append(np.zeros(rounds))
+    stacked = np.array(shifts)
+    shares = np.full(len(shifts), 1 / num_bins)
+    shares[-1] = 1 - (len(shifts) - 1) / num_bins
+    return stacked @ stacked.T, shares
+
+
+class BallsInBinsAccountant(RoundAccountant):
+    """Privacy amplified by balls in bins, by Monte Carlo with a stated confidence.
+
+    Epsilon counts whole passes of the bins: in a pass it is that of its end. It is an
+    upper bound with probability ``confidence``, over the draws of the accounting, for
+    all epsilons of a run and the search for its noise together. The rest,
+    1 - ``confidence``, is within delta: draws prove (epsilon, delta - (1 -
+    ``confidence``)), so that accounting and run together are (epsilon, delta)-private.
+    Draws come from a fixed seed: the same plan has the same epsilon, everywhere.
+
+    Parameters
+    ----------
+    factorization : Factorization
+        The mechanism, with a square, lower-triangular C of at most 4096 rounds. Its
+        bands may be more than there are bins.
+    noise_multiplier : float
+        Standard deviation of the noise over (clipping norm x largest column norm of C),
+        > 0.
+    num_bins : int
+        b, at least 1; with 1 it is exact, a Gaussian release of everybody's rounds.
+    config : flwr.serverapp.PrivacyConfig
+        With sampling method ``no-amplification``: Flower has no word for this one, in
+        which no round is sampled by itself.
+    confidence : float, optional
+        In (0, 1); by default 1 - ``target_delta`` / 100.
+
+    References
+    ----------
+    Choquette-Choo, Ganesh, Haque, Steinke, Thakurta 2024, "Near Exact Privacy
+    Amplification for Matrix Mechanisms", arXiv 2410.06266; Chua et al. 2024,
+    "Balls-and-Bins Sampling for DP-SGD", arXiv 2412.16802. Both draw from P and Q
+    themselves; the importance sampling, and dominance for C of any sign, are ours: see
+    `flower_ext.privacy.accounting.mixtures` and above.
+    """
+
+    _sampling = "no-amplification"
+
+    def __init__(
+        self,
+        factorization: Factorization,
+        noise_multiplier: float,
+        num_bins: int,
+        config: PrivacyConfig,
+        *,
+        confidence: float | None = None,
+    ) -> None:
+        super().__init__(config, factorization.rounds)
+        self.factorization = factorization
+        self.noise_multiplier = positive(
+            "noise_multiplier", noise_multiplier, "a run without noise has no privacy"
+        )
+        self.num_bins = whole("num_bins", num_bins, 1)
+        self.confidence = _confidence(confidence, config.target_delta)
+        self._column_norm = factorization.sensitivity(1, 1).value
+        self._plan = _Plan(factorization, num_bins, self.confidence)
+        _shifts(self._plan)  # refuses what cannot be accounted for
+        self._method = f"monte-carlo, confidence {self._stated}"
+
+    @property
+    def _stated(self) -> str:
+        return f"1 - {1 - self.confidence:.3g}"
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of Z in units of the clipping norm."""
+        return self.noise_multiplier * self._column_norm
+
+    @property
+    def caveat(self) -> str:
+        """How sure it is."""
+        return f"by Monte Carlo, confidence {self._stated}"
+
+    def epsilon_after(self, rounds: int, delta: float) -> float:
+        """Return an upper bound of epsilon of the first ``rounds`` rounds.
+
+        Raises
+        ------
+        ValueError
+            If ``delta`` is not above 1 - ``confidence``.
+        """
+        proved = _proved(delta, self.confidence)
+        if not (rounds := self._whole_passes(rounds)):
+            return 0.0
+        return _epsilon(self._plan.first(rounds), self.noise_std, proved)
+
+    def delta_after(self, rounds: int, epsilon: float) -> float:
+        """Return an upper bound of delta of the first ``rounds`` rounds."""
+        at_least("epsilon", epsilon, 0)
+        if not (rounds := self._whole_passes(rounds)):
+            return 0.0
+        loss = _loss(self._plan.first(rounds), self.noise_std)
+        return min(1.0, loss.delta(epsilon) + 1 - self.confidence)
+
+    def _whole_passes(self, rounds: int) -> int:
+        """Return the end of the pass, of which a bin may have been the first."""
+        passes = -(-self._check_rounds(rounds) // self.num_bins)
+        return min(self.rounds, passes * self.num_bins)
+
+    def _mechanism(self) -> dict[str, str | int | float]:
+        return {
+            "factorization": self.factorization.fingerprint(),
+            "noise-multiplier": self.noise_multiplier,
+            "num-bins": self.num_bins,
+            "confidence": self.confidence,
+        }
+
+
+def noise_multiplier_in_bins(
+    epsilon: float,
+    delta: float,
+    *,
+    factorization: Factorization,
+    num_bins: int,
+    confidence: float | None = None,
+) -> float:
+    """Return a noise multiplier that meets a target, within about 1% above the least.
+
+    It is sought with an eighth of the draws, and what is found is bounded anew with
+    independent draws, as a `BallsInBinsAccountant` of it does, and raised by 0.5% until
+    that meets the target, at most 16 times. The confidence covers all of them.
+
+    Parameters
+    ----------
+    epsilon, delta : float
+        The target.
+    factorization, num_bins, confidence
+        See `BallsInBinsAccountant`; ``delta`` is its target.
+
+    Examples
+    --------
+    >>> from flower_ext.privacy import Identity
+    >>> noise = noise_multiplier_in_bins(
+    ...     2.0, 1e-5, factorization=Identity(20), num_bins=20
+    ... )
+    >>> round(noise, 1)
+    0.9
+    """
+    positive("epsilon", epsilon)
+    confidence = _confidence(confidence, open_unit("delta", delta))
+    proved = _proved(delta, confidence)
+    plan = _Plan(factorization, num_bins, confidence)
+    column_norm = factorization.sensitivity(1, 1).value
+    gram, shares = _shifts(plan)
+    strongest = math.sqrt(float(np.diagonal(gram).max())) / column_norm
+    # As if bins were known; a hair more so that rounding cannot break the promise.
+    high = strongest / gaussian_mu(epsilon, proved) * (1 + 1e-9)
+    if len(shares) == 1:
+        return high
+
+    def spent(noise: float, stream: int = _ACCOUNT, fewer: int = 1) -> float:
+        return _epsilon(plan, noise * column_norm, proved, stream, fewer)
+
+    found = least_noise_below(
+        high, lambda noise: spent(noise, _SEARCH, 8), epsilon, 0.0, tolerance=2e-3
+    )
+    for tried in range(_TRIES):
+        noise = found * _STEP**tried
+        if noise < high and spent(noise) <= epsilon:
+            return noise
+    return high
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What epsilon depends on beside the noise: equal plans share what was drawn."""
+
+    factorization: Factorization = field(compare=False)
+    num_bins: int
+    confidence: float
+    planned: int = 0
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fingerprint", self.factorization.fingerprint())
+        object.__setattr__(self, "planned", self.planned or self.factorization.rounds)
+
+    def first(self, rounds: int) -> _Plan:
+        """Return the same for what the first rounds released."""
+        part = self.factorization.first(rounds)
+        return _Plan(part, self.num_bins, self.confidence, self.planned)
+
+    @property
+    def failure(self) -> float:
+        """Failure probability of one bound, of those of all passes and tries."""
+        return (1 - self.confidence) / (-(-self.planned // self.num_bins) + _TRIES)
+
+
+@lru_cache(maxsize=4)
+def _shifts(plan: _Plan) -> tuple[Floats, Floats]:
+    return bin_shifts(plan.factorization, plan.num_bins)
+
+
+def _loss(
+    plan: _Plan, deviation: float, stream: int = _ACCOUNT, fewer: int = 1
+) -> GaussianMixtureLoss:
+    gram, shares = _shifts(plan)
+    return GaussianMixtureLoss(
+        gram / deviation**2, shares, failure=plan.failure, stream=stream, fewer=fewer
+    )
+
+
+@lru_cache(maxsize=256)
+def _epsilon(
+    plan: _Plan, deviation: float, delta: float, stream: int = _ACCOUNT, fewer: int = 1
+) -> float:
+    return _loss(plan, deviation, stream, fewer).epsilon(delta)
+
+
+def _confidence(confidence: float | None, delta: float) -> float:
+    if confidence is None:
+        return 1 - _SHARE * delta
+    return open_unit("confidence", confidence)
+
+
+def _proved(delta: float, confidence: float) -> float:
+    """Return the delta that draws must prove."""
+    if not open_unit("delta", delta) > 1 - confidence:
+        refuse(
+            "delta",
+            delta,
+            f"> 1 - confidence = {1 - confidence:.3g}",
+            "draws that mislead are part of it: a higher confidence",
+        )
+    return delta - (1 - confidence)
