@@ -10,6 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from flower_ext.core.errors import at_least, open_unit, positive, refuse
 
 # What is clipped is scaled a hair further down, so that rounding in a float64 sum of
@@ -78,7 +81,9 @@ class PerLayerClipping(Clipping):
     """Scale every array and scalar to a bound of its own.
 
     The squares of the bounds add up to the square of ``clipping_norm``, which is what
-    the noise is for.
+    the noise is for: epsilon is that of flat clipping, and with one array it is flat
+    clipping. By default bounds are equal; :meth:`by_size` has larger ones for larger
+    arrays.
 
     Parameters
     ----------
@@ -91,6 +96,49 @@ class PerLayerClipping(Clipping):
 
     clipping_norm: float
     weights: Mapping[str, float] | None = None
+
+    @classmethod
+    def by_size(
+        cls,
+        clipping_norm: float,
+        arrays: Mapping[str, npt.NDArray[np.generic]],
+        part: str = "delta",
+    ) -> "PerLayerClipping":
+        r"""Split the bound by the arrays' sizes: :math:`C \sqrt{d_l / d}` for each.
+
+        With noise of one size in all coordinates the ratio of bound and noise is then
+        the same in every array.
+
+        Parameters
+        ----------
+        clipping_norm : float
+            :math:`C`, of the whole contribution.
+        arrays : dict[str, ndarray]
+            The model, or its shapes: :math:`d_l` is the number of entries. Arrays of
+            integers are not clipped, and left out.
+        part : str
+            Part of the contribution that has them; by default the change.
+
+        References
+        ----------
+        Pelikan et al. 2023, "Enabling Differentially Private Federated Learning for
+        Speech Recognition", arXiv 2310.00098, which calls this split "dim" and equal
+        bounds "uniform".
+
+        Examples
+        --------
+        >>> model = {"w": np.ones((4, 4)), "b": np.ones(9)}
+        >>> rule = PerLayerClipping.by_size(5.0, model)
+        >>> factors = rule.factors({"delta/w": 8.0, "delta/b": 1.0}, 5.0)
+        >>> round(factors["delta/w"], 6), factors["delta/b"]
+        (0.5, 1.0)
+        """
+        sizes = {
+            f"{part}/{n}": x.size for n, x in arrays.items() if x.dtype.kind == "f"
+        }
+        if not sizes or not all(sizes.values()):
+            refuse("arrays", sizes, "arrays of real numbers, each with an entry")
+        return cls(clipping_norm, {key: math.sqrt(d) for key, d in sizes.items()})
 
     def factors(
         self, norms: Mapping[str, float], clipping_norm: float

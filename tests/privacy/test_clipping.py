@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flower_ext.core.contribution import Contribution
+from flower_ext.core.contribution import Contribution, Total
 from flower_ext.core.sampling import AllClients
 from flower_ext.privacy import (
     AdaptiveClipping,
@@ -58,6 +58,57 @@ def test_every_layer_has_its_bound(norms, bound):
 def test_layers_are_equal_unless_weighed():
     factors = PerLayerClipping(1.0).factors({"a": 10.0, "b": 0.1}, 1.0)
     assert factors == {"a": pytest.approx(math.sqrt(0.5) / 10), "b": 1.0}
+
+
+LAYERS = {"w": np.zeros((3, 4), np.float32), "b": np.zeros(3), "n": np.zeros(1, int)}
+
+
+def test_layers_by_size_by_hand():
+    rule = PerLayerClipping.by_size(2.0, LAYERS)
+    assert set(rule.weights) == {"delta/w", "delta/b"}
+    factors = rule.factors({"delta/w": 10.0, "delta/b": 10.0}, 2.0)
+    assert factors["delta/w"] == pytest.approx(2.0 * math.sqrt(12 / 15) / 10)
+    assert factors["delta/b"] == pytest.approx(2.0 * math.sqrt(3 / 15) / 10)
+    alike = {"w": np.zeros(4), "b": np.zeros((2, 2))}
+    norms = {"delta/w": 7.0, "delta/b": 0.1}
+    expected = PerLayerClipping(2.0).factors(norms, 2.0)
+    assert PerLayerClipping.by_size(2.0, alike).factors(norms, 2.0) == expected
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(w=st.floats(0, 1e30), b=st.floats(0, 1e30), bound=st.floats(1e-3, 1e3))
+def test_layers_by_size_never_exceed_the_norm(w, b, bound):
+    norms = {"delta/w": w, "delta/b": b}
+    factors = PerLayerClipping.by_size(bound, LAYERS).factors(norms, bound)
+    clipped = [norm * factors[name] for name, norm in norms.items()]
+    assert math.hypot(*clipped) <= bound * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.5, 1.3, 1e6])
+def test_of_one_layer_all_rules_are_flat(norm):
+    one, norms = {"w": np.zeros(7)}, {"delta/w": norm}
+    flat = FlatClipping(1.3).factors(norms, 1.3)
+    assert PerLayerClipping(1.3).factors(norms, 1.3) == flat
+    assert PerLayerClipping.by_size(1.3, one).factors(norms, 1.3) == flat
+
+
+def test_epsilon_and_noise_are_those_of_flat_clipping():
+    found = []
+    for rule in (2.0, PerLayerClipping(2.0), PerLayerClipping.by_size(2.0, LAYERS)):
+        private = private_sum(rule, noise_multiplier=1.5)
+        private.open(Contribution({"delta": LAYERS}))
+        released = private.release(Total())
+        found.append((private.metrics(), released.arrays["delta"]["w"].tobytes()))
+    assert found[0] == found[1] == found[2]
+    assert found[0][0]["epsilon"] > 0
+
+
+def test_arrays_without_sizes_are_refused():
+    for arrays in ({}, {"n": LAYERS["n"]}, {"w": np.zeros((0, 2))}):
+        with pytest.raises(
+            ValueError, match="arrays=.* must be arrays of real numbers"
+        ):
+            PerLayerClipping.by_size(1.0, arrays)
 
 
 def test_a_layer_without_a_bound_is_refused():
@@ -139,13 +190,14 @@ def test_noise_split_adds_up():
 # In a contribution ----------------------------------------------------------------
 
 
-def private_sum(clipping):
+def private_sum(clipping, noise_multiplier=0):
     mechanism = Mechanism(
         num_rounds=1,
         num_sampled_clients=1,
         population_size=1,
         clipping=clipping,
-        noise_multiplier=0,
+        noise_multiplier=noise_multiplier,
+        seed=5,
     )
     return PrivateSum(mechanism, AllClients(), {})
 

@@ -6,7 +6,12 @@ from math import inf, nan
 import numpy as np
 import pytest
 import torch
+from private_runs import KINDS, private
+from private_runs import run as run_rounds
 
+from flower_ext import AdditiveStrategy, client_app
+from flower_ext.core.arrays import from_record
+from flower_ext.privacy import PerLayerClipping
 from flower_ext.server.optimizers import LAMB, Adam, TorchOptimizer
 
 ROUNDS = 6
@@ -94,6 +99,25 @@ def test_a_layer_moves_by_a_share_of_its_norm_whatever_the_change_s_size():
         for name, array in sent.items():
             length = np.linalg.norm(new[name] - array)
             assert length == pytest.approx(0.01 * np.linalg.norm(array), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_layers_clipped_ratios_of_one_are_adam_in_private_runs(
+    kind, task, initial
+):
+    """The recipe's two halves, under noise of every kind: the same epsilon, too."""
+    adam = Adam(0.01, 0.9, 0.99, 1e-30, initial_accumulator=0, bias_correction=True)
+    start, found = from_record(initial), []
+    rule = PerLayerClipping.by_size(0.5, start)
+    for optimizer in (LAMB(0.01, 0.9, 0.99, 1e-30, trust_ratio=(1, 1)), adam):
+        make = functools.partial(AdditiveStrategy, server_optimizer=optimizer)
+        strategy = private(make, kind, clipping=rule)
+        found.append(run_rounds(strategy, client_app(task), start))
+    assert found[0][1] == found[1][1]
+    for name, array in found[1][0].items():
+        np.testing.assert_allclose(found[0][0][name], array, rtol=1e-4, atol=1e-6)
+    flat = private(AdditiveStrategy, kind, clipping=0.5)
+    assert run_rounds(flat, client_app(task), start)[1] == found[0][1]
 
 
 def test_the_first_step_by_hand():
