@@ -4,14 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flower_ext.client.dp_sgd import DPSGD as DPSGD
     from flower_ext.client.grass import Grass as Grass
     from flower_ext.client.muon import MuonAdamW as MuonAdamW
     from flower_ext.client.optimizer_state import OptimizerState as OptimizerState
+    from flower_ext.client.user_level import ELS as ELS
+    from flower_ext.client.user_level import ULS as ULS
+    from flower_ext.client.user_level import UserUpdates as UserUpdates
 
 _HOME = {
+    "DPSGD": "dp_sgd",
+    "ELS": "user_level",
     "Grass": "grass",
     "MuonAdamW": "muon",
     "OptimizerState": "optimizer_state",
+    "ULS": "user_level",
+    "UserUpdates": "user_level",
 }
 
 __all__ = [*_HOME]

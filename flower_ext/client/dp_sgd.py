@@ -20,7 +20,12 @@ from flwr.app import Context, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from flower_ext.client.half import ClientHalf, Local, LocalSettings
-from flower_ext.client.noisy_steps import GradSampleMode, NoisePlan, NoisySteps
+from flower_ext.client.noisy_steps import (
+    GradSampleMode,
+    NoisePlan,
+    NoisySteps,
+    PrivateSteps,
+)
 from flower_ext.client.private_session import SPENT, PrivateSession
 from flower_ext.client.task import Batch, num_examples
 from flower_ext.client.trainer import Trainer
@@ -239,7 +244,7 @@ class DPSGD(Trainer):
         if hooks := sorted(vars(half).keys() & (_HOOKS | _HARMLESS)):
             cause = "an object's own would be called in the place of its class's"
             refuse(f"{type(half).__name__}'s hooks", hooks, "methods of a class", cause)
-        return PrivateSession(self, local, half.num_trainings, half.planned_steps)
+        return PrivateSession(self, local, half.num_trainings, self.planned_steps(half))
 
     # What the session asks of its trainer; one that clips or draws something else than
     # examples answers differently.
@@ -272,6 +277,10 @@ class DPSGD(Trainer):
         size = max(self.num_drawn(local.train, privacy), 1)
         return min(1.0, local.settings.batch_size / size)
 
+    def planned_steps(self, half: ClientHalf) -> Callable[[Local], int | None]:
+        """Return what a half says of the steps of all trainings of a message."""
+        return half.planned_steps
+
     def num_releases(self, local: Local) -> int:
         """Return the noisy sums of one training: its steps."""
         return local.num_steps
@@ -288,7 +297,7 @@ class DPSGD(Trainer):
 
     def steps(
         self, local: Local, half: ClientHalf, plan: NoisePlan, privacy: SiloPrivacy
-    ) -> NoisySteps:
+    ) -> PrivateSteps:
         """Return the steps of one training."""
         return NoisySteps(local, half, plan, self.mode)
 

@@ -25,14 +25,15 @@ from flower_ext.client.half import ClientHalf, Local, trainable
 from flower_ext.client.seeds import seed_torch
 from flower_ext.client.task import Batch, example_losses, num_examples, per_example
 from flower_ext.client.trainer import Steps
+from flower_ext.core.arrays import Arrays
 from flower_ext.core.errors import refuse
 from flower_ext.privacy.example_gradients import (
     Call,
-    Explicit,
     Gradients,
     Part,
     Sampler,
     clipped_sum,
+    explicit,
     parts_of_calls,
 )
 from flower_ext.privacy.factorizations.factorization import Identity
@@ -68,7 +69,61 @@ class NoisePlan:
     noise_multiplier: float
 
 
-class NoisySteps(Steps):
+class PrivateSteps(Steps):
+    """Steps whose batches and noise are drawn from keys, or from the system.
+
+    Attributes
+    ----------
+    plan : NoisePlan
+        Steps, batches and noise.
+    """
+
+    plan: NoisePlan
+    _keys: Sequence[int] | None = None
+
+    def seeded(self, keys: Sequence[int] | None) -> "PrivateSteps":
+        """Draw batches, noise and dropout from keys, or from the operating system."""
+        self._keys = keys
+        self._noise = NoiseStream(
+            Identity(self.plan.count),
+            {n: tuple(p.shape) for n, p in trainable(self.local.model).items()},
+            seed=None if keys is None else keys[1],
+            secure=keys is None,
+            dtype="float64",
+        )
+        return self
+
+    def next_noise(self) -> Arrays:
+        """Return the noise on the next sum."""
+        bound, multiplier = self.plan.bound, self.plan.noise_multiplier
+        # "and": 0 noise of infinite scale is no noise.
+        return self._noise.next(multiplier and multiplier * bound)
+
+    def draws(self) -> Iterator[Tensor]:
+        """Draw for every step whom it is of: each independently, maybe none."""
+        plan, keys = self.plan, self._keys
+        coins = None if keys is None else np.random.Generator(np.random.SFC64(keys[0]))
+        for _ in range(plan.count):
+            yield torch.from_numpy(_poisson(plan.drawn_from, plan.rate, coins))
+
+    def own_optimizer(self) -> torch.optim.Optimizer:
+        """Return the half's optimizer, if it steps what is trained and no more."""
+        found = self.half.optimizer(self.local)
+        stepped = {p for group in found.param_groups for p in group["params"]}
+        if stepped != set(trainable(self.local.model).values()):
+            raise ValueError(
+                "Task.optimizer must train the parameters that it is given and no "
+                "other: those have gradients that are not private"
+            )
+        return found
+
+    def dropout_seed(self) -> int:
+        """Return a seed of torch's generator."""
+        # With a public seed the server would know which example had which mask.
+        return word(os.urandom(8)) if self._keys is None else self._keys[2] % 2**63
+
+
+class NoisySteps(PrivateSteps):
     """The steps of one training by DP-SGD.
 
     Making them sees that the model can be trained so, and draws nothing.
@@ -106,14 +161,12 @@ class NoisySteps(Steps):
                     "grows in rounding; freeze it, or train it in float32",
                 )
         self._buffers = {n: b.clone() for n, b in local.model.named_buffers()}
-        self._keys: Sequence[int] | None = None
         with self._explained(tells=True):
             self._wrapped = self._opacus.wrap[mode](local.model, loss_reduction="sum")
         try:
             with self._explained(tells=False):
                 self._probe()
-            self.optimizer = half.optimizer(local)
-            self._require_own_parameters()
+            self.optimizer = self.own_optimizer()
         except BaseException:
             self.end()
             raise
@@ -133,38 +186,22 @@ class NoisySteps(Steps):
                 f"{type(error).__name__}: {said}"
             ) from (error if tells else None)
 
-    def _require_own_parameters(self) -> None:
-        groups = self.optimizer.param_groups
-        stepped = [p for group in groups for p in group["params"]]
-        if set(stepped) != set(self._trained.values()):
-            raise ValueError(
-                "Task.optimizer must train the parameters that it is given and no "
-                "other: those have gradients that are not private"
-            )
-
-    def seeded(self, keys: Sequence[int] | None) -> "NoisySteps":
-        """Draw batches, noise and dropout from keys, or from the operating system."""
-        self._keys = keys
-        self._noise = NoiseStream(
-            Identity(self.plan.count),
-            {name: tuple(p.shape) for name, p in self._trained.items()},
-            seed=None if keys is None else keys[1],
-            secure=keys is None,
-            dtype="float64",
-        )
-        return self
-
     def batches(self) -> Iterator[Batch]:
         """Draw every step's batch: each example independently, maybe none."""
-        data, keys = self.local.train, self._keys
-        size = num_examples(data)
-        coins = None if keys is None else np.random.Generator(np.random.SFC64(keys[0]))
-        # With a public seed the server would know which example had which mask.
-        seed_torch(word(os.urandom(8)) if keys is None else keys[2] % 2**63)
-        for _ in range(self.plan.count):
-            chosen = torch.from_numpy(_poisson(size, self.plan.rate, coins))
-            yield {k: column[chosen] for k, column in data.items()}
+        data = self.local.train
+        seed_torch(self.dropout_seed())
+        for chosen in self.draws():
+            rows = self.rows_of(chosen)
+            yield {k: column[rows] for k, column in data.items()}
         self._keep_buffers()
+
+    def rows_of(self, chosen: Tensor) -> Tensor:
+        """Return the examples of those that were drawn: themselves."""
+        return chosen
+
+    def counts(self, batch: Batch) -> Tensor | None:
+        """Return the examples of each that is clipped; None where it is one."""
+        return None
 
     def take(self, batch: Batch) -> float:
         """Clip, add up, add noise and step; return the summed objective over q n.
@@ -173,9 +210,7 @@ class NoisySteps(Steps):
         """
         model = self.local.model
         total, clipped = self.summed(batch)
-        bound, multiplier = self.plan.bound, self.plan.noise_multiplier
-        # "and": 0 noise of infinite scale is no noise.
-        drawn = self._noise.next(multiplier and multiplier * bound)
+        drawn = self.next_noise()
         # No hook after this one sees a gradient that is not noisy.
         self._wrapped.zero_grad(set_to_none=True)
         for name, p in self._trained.items():
@@ -297,26 +332,28 @@ class NoisySteps(Steps):
     def _backward(self, batch: Batch) -> tuple[float, list[Part]]:
         """Return the summed objective and the gradients of the examples."""
         self._wrapped.zero_grad(set_to_none=True)
-        losses = self._objective(batch)
+        losses, counts = self._objective(batch), self.counts(batch)
+        if counts is not None:  # of each user the mean
+            losses = losses / counts.repeat_interleave(counts)
         with _quiet():
             losses.sum().backward()  # type: ignore[no-untyped-call]
-        return float(losses.detach().sum()), self._parts(len(losses))
+        return float(losses.detach().sum()), self._parts(len(losses), counts)
 
-    def _parts(self, size: int) -> list[Part]:
+    def _parts(self, size: int, counts: Tensor | None) -> list[Part]:
         """Return the gradients that the backward pass has left."""
         if self._mode == "ghost":
             calls = self._wrapped.calls
             for call in calls:
                 for value in (call.backprops, *call.inputs):
                     self._require_batch(call.module.parameters(), value, size)
-            return parts_of_calls(calls, self._opacus.sampler)
+            return parts_of_calls(calls, self._opacus.sampler, counts)
         parts: list[Part] = []
         for p in self._trained.values():
             found = p.grad_sample  # type: ignore[attr-defined]
             if found is not None:
                 self._require_batch([p], found, size)
                 of = partial(_rows_of, p, found)
-                parts.append(Explicit([p], size, of, kept=True))
+                parts.append(explicit([p], size, of, counts, kept=True))
         return parts
 
     def _require_batch(

@@ -35,6 +35,50 @@ def keep_per_user(users: Tensor, most: int) -> Tensor:
     return torch.sort(order[places - first < most]).values if len(users) else order
 
 
+def side_by_side(users: Tensor) -> Tensor:
+    """Return an order in which each user's examples are next to each other.
+
+    Users come in the order of their first examples, and so do the examples of each.
+
+    Parameters
+    ----------
+    users : Tensor
+        Whose example it is, integers of shape ``(n,)``.
+
+    Examples
+    --------
+    >>> side_by_side(torch.tensor([7, 3, 7, 7, 3]))
+    tensor([0, 2, 3, 1, 4])
+    """
+    _, places = torch.unique(users, return_inverse=True)
+    first = torch.full_like(users, len(users), dtype=torch.long)
+    order = torch.arange(len(users), device=users.device)
+    first.scatter_reduce_(0, places, order, "amin")
+    return torch.argsort(first[places], stable=True)
+
+
+def runs_of(users: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each example's user, counted from 0, and how many examples each one has.
+
+    Parameters
+    ----------
+    users : Tensor
+        As :func:`side_by_side` orders them.
+
+    Raises
+    ------
+    ValueError
+        If a user's examples are apart: each part would be clipped by itself.
+    """
+    values, places, counts = torch.unique_consecutive(
+        users, return_inverse=True, return_counts=True
+    )
+    if len(torch.unique(values)) != len(values):
+        # Without the values: they are of the silo's data.
+        raise ValueError("the examples of a user must be side by side in the data")
+    return places, counts
+
+
 def num_users(data: Batch, user: str) -> int:
     """Return the number of users in the data, by the column that names them."""
     return len(torch.unique(user_column(data, user)))

@@ -11,6 +11,7 @@ keep an example from moving a sum by more than the clipping norm even so:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,7 +30,10 @@ _IN_CACHE = 2**17
 
 
 class Part(Protocol):
-    """The gradients of a batch's examples, by some parameters of a model."""
+    """The gradients of a batch's examples, by some parameters of a model.
+
+    Where users are clipped and not examples, those of its users.
+    """
 
     def norms(self) -> Gradients:
         """Return each parameter's gradient norms, float64 of shape ``(batch,)``."""
@@ -52,6 +56,8 @@ class Explicit:
     kept : bool (default: False)
         Whether ``of`` gives the same numbers again. What it computes anew may round
         differently, and counts with the larger norm.
+    most : int (default: 1)
+        Gradients that ``of`` needs for one of those that it gives.
     """
 
     def __init__(
@@ -61,9 +67,10 @@ class Explicit:
         of: Callable[[slice], Gradients],
         *,
         kept: bool = False,
+        most: int = 1,
     ) -> None:
         self._parameters, self._size = parameters, size
-        self._of, self._kept = of, kept
+        self._of, self._kept, self._most = of, kept, most
         self._norms: Gradients = {
             p: torch.zeros(size, dtype=torch.float64, device=p.device)
             for p in parameters
@@ -73,7 +80,7 @@ class Explicit:
                 self._norms[p][rows] = _norms(flat)
 
     def _pieces(self) -> Iterator[tuple[slice, Gradients]]:
-        numbers = sum(p.numel() for p in self._parameters)
+        numbers = self._most * sum(p.numel() for p in self._parameters)
         step = max(1, _AT_A_TIME // max(1, numbers))
         for low in range(0, self._size, step):
             rows = slice(low, min(low + step, self._size))
@@ -99,6 +106,40 @@ class Explicit:
                     used = torch.where(now.isfinite(), used, 0.0)
                 total[p] += _weighted_sum(used, flat).view_as(p)
         return total
+
+
+def explicit(
+    parameters: Sequence[nn.Parameter],
+    size: int,
+    of: Callable[[slice], Gradients],
+    counts: Tensor | None = None,
+    *,
+    kept: bool = False,
+) -> Explicit:
+    """Return gradients per example, or their sums over the examples of each user.
+
+    Parameters
+    ----------
+    parameters, size, of, kept
+        See :class:`Explicit`.
+    counts : Tensor, optional
+        Examples of each user, side by side, shape ``(users,)``; each at least 1.
+    """
+    if counts is None:
+        return Explicit(parameters, size, of, kept=kept)
+    ends = [0, *accumulate(counts.tolist())]
+
+    def of_users(rows: slice) -> Gradients:
+        found = of(slice(ends[rows.start], ends[rows.stop]))
+        return {
+            # The sum first, then its norm: examples that cancel may add up to little.
+            p: torch.segment_reduce(
+                g.reshape(len(g), p.numel()).double(), "sum", lengths=counts[rows]
+            )
+            for p, g in found.items()
+        }
+
+    return Explicit(parameters, len(counts), of_users, most=int(counts.max()))
 
 
 def _blocks(flat: Tensor) -> Iterator[Tensor]:
@@ -158,13 +199,23 @@ class OuterProducts:
 class Rows:
     """Gradients of an Embedding: sums over an example's tokens of one kind, kept."""
 
-    def __init__(self, layer: nn.Embedding, tokens: Tensor, backprops: Tensor) -> None:
-        self._weight, self._size = layer.weight, len(tokens)
-        tokens = tokens.reshape(self._size, -1)
-        owners = torch.arange(self._size, device=tokens.device)[:, None]
-        pairs = torch.stack([owners.expand_as(tokens), tokens], dim=-1).view(-1, 2)
-        # One row for each token of each example: a token that an example has twice adds
-        # up before the norm is taken.
+    def __init__(
+        self,
+        layer: nn.Embedding,
+        tokens: Tensor,
+        backprops: Tensor,
+        counts: Tensor | None = None,
+    ) -> None:
+        self._weight = layer.weight
+        tokens = tokens.reshape(len(tokens), -1)
+        owners = torch.arange(len(tokens), device=tokens.device)
+        if counts is not None:
+            owners = owners[: len(counts)].repeat_interleave(counts)
+        self._size = len(tokens) if counts is None else len(counts)
+        owners = owners[:, None].expand_as(tokens)
+        pairs = torch.stack([owners, tokens], dim=-1).view(-1, 2)
+        # One row for each token of each example, or user: a token that one has twice
+        # adds up before the norm is taken.
         (self._pairs, places) = torch.unique(pairs, dim=0, return_inverse=True)
         width = backprops.shape[-1]
         self._sums = backprops.new_zeros(
@@ -205,14 +256,18 @@ def clipped_sum(parts: Iterable[Part], size: int, clipping_norm: float) -> Gradi
         return {}
     device = norms[0].device
     total = torch.stack([norm.to(device) for norm in norms]).norm(dim=0)
-    # A norm of 0 gives infinity, which is 1 after clamping. Examples whose gradient is
-    # not finite are left out.
-    weights = (clipping_norm * (1 - _SLACK) / total).clamp(max=1.0)
-    weights = torch.where(total.isfinite(), weights, 0.0)
+    weights = clipping_weights(total, clipping_norm)
     found: Gradients = {}
     for part in parts:
         found |= part.weighted_sum(weights)
     return found
+
+
+def clipping_weights(norms: Tensor, clipping_norm: float) -> Tensor:
+    """Return what to multiply by, for each float64 norm; 0 where it is not finite."""
+    # A norm of 0 gives infinity, which is 1 after clamping.
+    weights = (clipping_norm * (1 - _SLACK) / norms).clamp(max=1.0)
+    return torch.where(norms.isfinite(), weights, 0.0)
 
 
 class Call(NamedTuple):
@@ -225,7 +280,9 @@ class Call(NamedTuple):
 
 @torch.no_grad()
 def parts_of_calls(
-    calls: Iterable[Call], sampler: Callable[[nn.Module], Sampler]
+    calls: Iterable[Call],
+    sampler: Callable[[nn.Module], Sampler],
+    counts: Tensor | None = None,
 ) -> list[Part]:
     """Return the gradients of a backward pass, from what its layers have seen.
 
@@ -236,6 +293,8 @@ def parts_of_calls(
         weights, a layer that is used twice) an example's gradient is their sum.
     sampler : callable
         What computes a layer's gradients per example, as Opacus has it.
+    counts : Tensor, optional
+        See :func:`explicit`.
     """
     groups: list[tuple[dict[nn.Parameter, None], list[Call]]] = []
     for call in calls:
@@ -249,19 +308,21 @@ def parts_of_calls(
             else:
                 others.append(group)
         groups = [*others, (own, members)]
-    return [_part(list(own), members, sampler) for own, members in groups]
+    return [_part(list(own), members, sampler, counts) for own, members in groups]
 
 
 def _part(
     parameters: Sequence[nn.Parameter],
     calls: Sequence[Call],
     sampler: Callable[[nn.Module], Sampler],
+    counts: Tensor | None,
 ) -> Part:
     module, inputs, backprops = calls[0]
     # The short cuts hold for a layer that is used once, and for one vector an example.
     if len(calls) == 1 and isinstance(module, nn.Embedding):
-        return Rows(module, inputs[0], backprops)
-    if len(calls) == 1 and isinstance(module, nn.Linear) and inputs[0].ndim == 2:
+        return Rows(module, inputs[0], backprops, counts)
+    one = len(calls) == 1 and counts is None
+    if one and isinstance(module, nn.Linear) and inputs[0].ndim == 2:
         return OuterProducts(module, inputs[0], backprops)
 
     def of(rows: slice) -> Gradients:
@@ -274,4 +335,4 @@ def _part(
                     total[p] = total[p] + gradients if p in total else gradients
         return total
 
-    return Explicit(parameters, len(backprops), of)
+    return explicit(parameters, len(backprops), of, counts)
