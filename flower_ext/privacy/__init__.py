@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from flower_ext.privacy.accounting.accountants import (
+    Evaluations,
     GaussianAccountant,
     RoundAccountant,
 )
@@ -56,6 +57,9 @@ from flower_ext.privacy.noise import NoiseStream
 
 if TYPE_CHECKING:
     from flower_ext.privacy.mechanism import Mechanism as Mechanism
+    from flower_ext.privacy.private_evaluation import (
+        PrivateEvaluation as PrivateEvaluation,
+    )
     from flower_ext.privacy.private_sum import PrivateSum as PrivateSum
     from flower_ext.privacy.silo_budget import (
         SiloBudgetExhausted as SiloBudgetExhausted,
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
 # They need torch or Flower, the numbers above do not: imported when first used.
 _HOME = {
     "Mechanism": "mechanism",
+    "PrivateEvaluation": "private_evaluation",
     "PrivateSum": "private_sum",
     "SiloBudgetExhausted": "silo_budget",
     "SiloPrivacy": "silo_budget",
@@ -83,6 +88,7 @@ __all__ = [
     "Comparison",
     "Clipping",
     "DenseFactorization",
+    "Evaluations",
     "EventAccountant",
     "Factorization",
     "FlatClipping",

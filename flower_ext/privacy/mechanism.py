@@ -14,6 +14,7 @@ from flower_ext._flower import log
 from flower_ext.core.errors import at_least, one_of, open_unit, positive, refuse, whole
 from flower_ext.core.sampling import LEAST_SECRET, Guarantee, Sampler
 from flower_ext.privacy.accounting.accountants import (
+    Evaluations,
     GaussianAccountant,
     RoundAccountant,
 )
@@ -22,9 +23,11 @@ from flower_ext.privacy.accounting.balls_in_bins import (
     noise_multiplier_in_bins,
 )
 from flower_ext.privacy.accounting.calibration import (
+    epsilon_for,
     noise_multiplier_for,
     noise_multiplier_without_replacement,
 )
+from flower_ext.privacy.accounting.gaussian import gaussian_mu
 from flower_ext.privacy.accounting.sampled import (
     SampledGaussianAccountant,
     WithoutReplacementAccountant,
@@ -34,6 +37,7 @@ from flower_ext.privacy.factorizations.banded import BandedToeplitz
 from flower_ext.privacy.factorizations.factorization import Factorization, Identity
 from flower_ext.privacy.factorizations.selection import Choice, best_mechanism
 from flower_ext.privacy.factorizations.trees import TreeAggregation
+from flower_ext.privacy.private_evaluation import EvaluationSum, PrivateEvaluation
 
 FactorizationName = Literal["best", "identity", "tree"]
 
@@ -54,6 +58,7 @@ class MechanismOptions(TypedDict, total=False):
     simulated_cohort: int | None
     scales: Mapping[str, float] | None
     unprotected_metrics: bool
+    evaluation: PrivateEvaluation | None
     seed: int | None
 
 
@@ -121,6 +126,10 @@ class Mechanism:
         without noise and no epsilon covers them; otherwise they are withheld, and
         clients are not asked to evaluate. Refused where cohorts must be secret: an
         average tells who is in it.
+    evaluation : PrivateEvaluation, optional
+        Clients' own metrics of evaluations, clipped and with noise, within the same
+        epsilon: ``noise_multiplier`` and ``max_epsilon`` are those of models and
+        evaluations together. With ``amplified`` for Poisson sampling only.
     seed : int, optional
         Secret seed of reproducible noise, for one run; by default noise comes from the
         operating system's cryptographic generator. Any other run with it, be it the
@@ -133,7 +142,8 @@ class Mechanism:
     Guarantee. Unit: one client (node) with everything it ever sends. Relation: its
     contributions become zero, ``add-or-remove-one`` in Flower's vocabulary
     (``replace-one`` for amplification by cohorts of fixed size). The released values
-    are the models and the strategy's metrics after every round. Error replies, replies
+    are the models and the strategy's metrics after every round, and the means of
+    ``evaluation``. Error replies, replies
     that are dropped and empty cohorts only remove contributions from the sum: noise
     and divisor stay, so the guarantee does.
 
@@ -190,6 +200,7 @@ class Mechanism:
         simulated_cohort: int | None = None,
         scales: Mapping[str, float] | None = None,
         unprotected_metrics: bool = False,
+        evaluation: PrivateEvaluation | None = None,
         seed: int | None = None,
     ) -> None:
         self.num_rounds = whole("num_rounds", num_rounds, 1)
@@ -245,6 +256,14 @@ class Mechanism:
             )
         self.amplified = amplified
         self.unprotected_metrics = unprotected_metrics
+        if not isinstance(evaluation, PrivateEvaluation | None):
+            refuse("evaluation", evaluation, "a PrivateEvaluation, or None")
+        if evaluation is not None:
+            evaluation.fit(num_rounds, num_sampled_clients, population_size)
+            if unprotected_metrics:
+                cause = "raw averages beside noisy ones"
+                refuse("unprotected_metrics", True, "False with evaluation", cause)
+        self.evaluation = evaluation
         if simulated_cohort is not None:
             whole("simulated_cohort", simulated_cohort, 1)
             if simulated_cohort > num_sampled_clients:
@@ -402,18 +421,50 @@ class Mechanism:
             return None
         if self.amplified:
             return self._amplified(factorization, sampler)
+        noise, evaluations = self._noise(noise_multiplier_for), None
+        if self.evaluation:
+            noise, evaluations = self.evaluation.split(noise, self.num_rounds)
         # Any cohort will do: the noise is for the worst one within the limits.
         return GaussianAccountant(
             factorization,
-            self._noise(noise_multiplier_for),
+            noise,
             *self.participation(sampler),
             self._config(SamplingMethod.NO_AMPLIFICATION),
+            evaluations,
+        )
+
+    def evaluates(self, accountant: RoundAccountant | None) -> EvaluationSum | None:
+        """Return what releases the evaluations of a run, if there are any."""
+        if self.evaluation is None:
+            return None
+        planned = self.evaluation.num_sampled_clients or self.num_sampled_clients
+        noise = 0.0
+        if accountant is not None:
+            if accountant.evaluations is None:  # without this they had no noise
+                raise ValueError("evaluation needs an accountant that counts it")
+            noise = accountant.evaluations.noise_multiplier
+        return EvaluationSum(
+            self.evaluation,
+            planned=planned,
+            cohort=max(1, round(planned * self.shrink)),
+            noise_multiplier=noise,
+            seed=self.seed,
         )
 
     def _amplified(
         self, factorization: Factorization, sampler: Sampler
     ) -> RoundAccountant:
         guarantee = sampler.guarantee()
+        # In cohorts of fixed size, who trains because a client does not could tell of
+        # it by what it has kept and now measures.
+        if self.evaluation and guarantee.kind not in ("poisson", "cyclic-poisson"):
+            refuse(
+                "evaluation",
+                self.evaluation,
+                f"left out with amplified=True and {type(sampler).__name__}",
+                "it is proved for PoissonSampler(probability=...) and "
+                "CyclicPoissonSampler",
+            )
         if guarantee.kind == "balls-in-bins" and guarantee.can_be_secret:
             return self._in_bins(factorization, guarantee.min_separation)
         # Correlated noise spans rounds, and amplification needs rounds that are drawn
@@ -448,24 +499,43 @@ class Mechanism:
         self, factorization: Factorization, guarantee: Guarantee, probability: float
     ) -> RoundAccountant:
         cycle = guarantee.min_separation
-        noise = self._noise(
-            partial(
-                noise_multiplier_for,
-                rounds=self.num_rounds,
-                sampling_probability=probability,
-                cycle=cycle,
-            )
-        )
+        noise, evaluations = self._sampled(probability, cycle)
         config = self._config(SamplingMethod.POISSON)
         if not isinstance(factorization, BandedToeplitz):
             return SampledGaussianAccountant(
-                noise, self.num_rounds, probability, config
+                noise, self.num_rounds, probability, config, evaluations=evaluations
             )
         # Mean of a round in the smallest group.
         cohort = probability * (self.population_size // cycle)
         return SampledGaussianAccountant.cyclic(
-            factorization, noise, cohort, config, cycle=cycle
+            factorization, noise, cohort, config, cycle=cycle, evaluations=evaluations
         )
+
+    def _sampled(
+        self, probability: float, cycle: int
+    ) -> tuple[float, Evaluations | None]:
+        """Return the noise multiplier under Poisson sampling, and the evaluations."""
+        rounds = self.num_rounds
+        calibrate = partial(
+            noise_multiplier_for,
+            rounds=rounds,
+            sampling_probability=probability,
+            cycle=cycle,
+        )
+        if self.evaluation is None:
+            return self._noise(calibrate), None
+        epsilon, z, delta = self.max_epsilon, self.noise_multiplier, self.target_delta
+        if z is not None:
+            epsilon = epsilon_for(
+                z, delta, rounds=rounds, sampling_probability=probability, cycle=cycle
+            )
+        assert epsilon is not None
+        if not 0 < epsilon < math.inf:
+            cause = f"its epsilon={epsilon} at target_delta={delta} cannot be shared"
+            refuse("noise_multiplier", z, "another one with evaluation", cause)
+        mu = math.sqrt(self.evaluation.share) * gaussian_mu(epsilon, delta)
+        evaluations = self.evaluation.beside(mu, rounds)
+        return calibrate(epsilon, delta, beside=mu), evaluations
 
     def _without_replacement(self) -> RoundAccountant:
         noise = self._noise(

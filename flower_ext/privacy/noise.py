@@ -210,6 +210,29 @@ class NoiseStream:
         self._buffers = buffers.copy()
 
 
+# The index of a generator that no recurrence asks for.
+_ALONE = 2**32 - 1
+
+
+def noise_of_step(size: int, seed: int | None, step: int) -> Floats:
+    """Return standard normals beside a stream's, for one release that needs few.
+
+    Parameters
+    ----------
+    size : int
+        How many.
+    seed : int or None
+        As of :class:`NoiseStream`: no stream with it has these. None draws from the
+        operating system.
+    step : int
+        Number of the release; of one seed each is used once.
+    """
+    noise = np.empty(size)
+    source = _Secure() if seed is None else _Seeded(seed, step, _ALONE)
+    source.fill(noise)
+    return noise
+
+
 class _Seeded:
     """Standard normals of one round, in order."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +20,7 @@ from flower_ext.core.contribution import (
     Total,
 )
 from flower_ext.core.errors import refuse
-from flower_ext.core.protocol import Metrics
+from flower_ext.core.protocol import Metrics, Phase
 from flower_ext.core.replies import MalformedReply
 from flower_ext.core.sampling import Sampler, UniformSampler
 from flower_ext.core.typing import Floats
@@ -66,6 +66,7 @@ class PrivateSum:
         self.mechanism = mechanism
         self.factorization = mechanism.choose(sampler)
         self.accountant = mechanism.account(self.factorization, sampler)
+        self.evaluation = mechanism.evaluates(self.accountant)
         mechanism.require_clients(sampler)
         # Last, so that a plan that was refused has not used up the seed.
         mechanism.take_seed()
@@ -344,7 +345,7 @@ class PrivateSum:
         bare.mechanism = copy.copy(self.mechanism)
         bare.mechanism.seed = None
         bare.sampler = UniformSampler()
-        bare.accountant = bare._stream = bare._saved = None
+        bare.accountant = bare._stream = bare._saved = bare.evaluation = None
         return bare
 
     def release(self, total: Total) -> Total:
@@ -372,6 +373,33 @@ class PrivateSum:
         if self._adaptive:
             self._adapt(self._adaptive, float(total.scalars.pop(_BIT)))
         return total
+
+    def releases(self, phase: Phase) -> bool:
+        """Return whether what comes of a phase is released with noise."""
+        planned = phase == "train" or self.evaluation is not None
+        return planned and self.accountant is not None
+
+    def evaluates(self, server_round: int) -> bool:
+        """Return whether clients are to evaluate the model of a round: each once."""
+        number = self._released_in(server_round)
+        return self.evaluation is not None and self.evaluation.is_due(number)
+
+    def release_evaluation(
+        self, server_round: int, metrics: Iterable[Mapping[str, float]]
+    ) -> Metrics:
+        """Return noisy means of what clients measured of the model of a round.
+
+        Raises
+        ------
+        ValueError
+            If no evaluation is planned there, or it is released already.
+        """
+        assert self.evaluation is not None
+        return self.evaluation.release(self._released_in(server_round), metrics)
+
+    def _released_in(self, server_round: int) -> int:
+        """Return the number of the release that a round has made."""
+        return self._done if self.accountant else server_round
 
     def metrics(self) -> Metrics:
         """Return what the last release may tell of itself; none of it is raw data.
@@ -477,6 +505,10 @@ class PrivateSum:
                 "rounds cannot be correlated with what was released"
             )
         self._run, self._done = saved["run"], saved["done"]
+        if self.evaluation:
+            # A round is saved before it is evaluated, and whether it has been is not
+            # known: its means may have been seen.
+            self.evaluation.skip(self._done)
         self.clipping_norm = saved["clipping-norm"]
         self._next_norm = saved["next-clipping-norm"]
         self._saved, self._stream = saved["noise"], None
@@ -495,6 +527,8 @@ class PrivateSum:
             "Mechanism": f"{self.factorization.name}, {cohort}",
             "Clipping": plan.clipping,
         }
+        if self.evaluation:
+            described["Evaluation"] = self.evaluation.described()
         if accountant is None:
             return {**described, "Privacy": "none, there is no noise"}
         epsilon = accountant.epsilon_after(accountant.rounds, plan.target_delta)

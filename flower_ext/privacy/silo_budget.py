@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Protocol, cast
+from typing import cast
 
 from flwr.app import ConfigRecord
 
@@ -177,11 +177,6 @@ class SiloPrivacy:
         return self.user if self.max_examples_per_user else ""
 
 
-class _Composable(LossDistribution, Protocol):
-    def compose(self, other: LossDistribution, /) -> "_Composable":
-        """Return the distribution of both."""
-
-
 @dataclass(frozen=True)
 class StepLedger:
     r"""Noisy steps that a silo has taken, by sampling rate and noise multiplier.
@@ -346,12 +341,10 @@ def _spent(
     if mu:
         kinds.append((1 / mu, 1.0, 1, 1))
     interval = common_grid([kind[:3] for kind in kinds], INTERVAL)
-    composed: _Composable | None = None
+    composed: LossDistribution | None = None
     for *kind, count in kinds:
         loss = loss_on_grid(*kind, interval).self_compose(count)
-        composed = cast(
-            _Composable, loss if composed is None else composed.compose(loss)
-        )
+        composed = loss if composed is None else composed.compose(loss)
     assert composed is not None
     return float(composed.get_epsilon_for_delta(delta))
 

@@ -30,6 +30,7 @@ from flower_ext.core.replies import MalformedReply
 from flower_ext.core.spread import Spread, take_spread, with_squares
 from flower_ext.core.ties import Ties, equal_in_model
 from flower_ext.privacy.mechanism import Mechanism
+from flower_ext.privacy.private_evaluation import PrivateEvaluation
 from flower_ext.privacy.private_sum import PrivateSum
 from flower_ext.server.cohorts import Seats
 from flower_ext.server.options import RoundOptions
@@ -138,6 +139,8 @@ class AdditiveStrategy(RoundStrategy):
                 "1 with a mechanism",
                 "whether a round is released must not depend on the replies",
             )
+        if mechanism.evaluation:
+            self._require_gate(mechanism.evaluation, options)
         # The user may give the same sampler to another strategy; each run has its own
         # memory of who took part.
         if mechanism.hides_cohorts:
@@ -148,6 +151,22 @@ class AdditiveStrategy(RoundStrategy):
         if half is not None and half.sends_kept:
             private.require_no_memory("a client half that keeps", half.__name__)
         return private
+
+    def _require_gate(
+        self, evaluation: PrivateEvaluation, options: RoundOptions
+    ) -> None:
+        """Refuse what would pass a private evaluation by, or not be heard."""
+        for name in ("fraction_evaluate", "evaluate_metrics_aggr_fn"):
+            if name in options:
+                cause = "means are over its num_sampled_clients, all of equal weight"
+                refuse(name, options[name], "left out with PrivateEvaluation", cause)
+        if type(self).aggregate_evaluate is not RoundStrategy.aggregate_evaluate:
+            refuse(
+                "evaluation",
+                evaluation,
+                f"left out with {type(self).__name__}",
+                "its own aggregate_evaluate reads what clients measured without noise",
+            )
 
     @property
     def mechanism(self) -> Mechanism | None:

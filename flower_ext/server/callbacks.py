@@ -209,6 +209,10 @@ class _Watch(Callback):
         if self.metric.startswith("central/") and not run.evaluates:
             cause = "the run has no evaluate_fn, which measures centrally"
             refuse("metric", self.metric, "one of train/ or evaluate/", cause)
+        names = [f"evaluate/{name}" for name in run.noised]
+        if names and self.metric.startswith("evaluate/") and self.metric not in names:
+            cause = "the mechanism's PrivateEvaluation has no bounds for others"
+            refuse("metric", self.metric, f"one of {names}", cause)
         if not run.restored:
             self.value = None
         # A saved run has had the metric, though the first round of its continuation,
@@ -238,12 +242,14 @@ class _Watch(Callback):
     def _may_come(self, this: FinishedRound) -> bool:
         """Whether a later round may have what this one has not.
 
-        ``evaluate_fn`` may measure in some rounds only, and a round without usable
-        replies has no metrics of clients.
+        ``evaluate_fn`` and clients under a mechanism may measure in some rounds only,
+        and a round without usable replies has no metrics of clients.
         """
         phase = self.metric.partition("/")[0]
         if phase == "central":
             return not this.central
+        if phase == "evaluate" and self._run.noised:
+            return not this.evaluate
         if phase == "train" and not self._run.private:
             return this.train is not None and this.train.keys() <= _COUNTS
         return False

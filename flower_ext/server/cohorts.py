@@ -145,6 +145,8 @@ class Cohorts:
             if private and phase == "train":
                 private.require_nodes(len(nodes))
                 size = private.mechanism.cohort
+            elif private and private.evaluation:
+                size = private.evaluation.cohort
             try:
                 chosen = sampler.sample(names, size, number, phase)
             except TooFewClients as problem:
@@ -161,7 +163,7 @@ class Cohorts:
         if phase == "train" and self.seats is not None:
             self.seats.require_room(len(chosen))
         elif private is None or not private.mechanism.hides_cohorts:
-            planned = size if private and private.accountant else 0
+            planned = size if private and private.releases(phase) else 0
             _tell(phase, server_round, len(chosen), len(nodes), planned)
         asked = [nodes[i] for i in chosen] if by_place else chosen
         self.drawn[phase] = server_round
@@ -227,12 +229,12 @@ class Cohorts:
 
 
 def _tell(phase: Phase, server_round: int, size: int, nodes: int, planned: int) -> None:
-    if phase == "train" and 2 * size < planned:
+    if 2 * size < planned:
         log(
             WARNING,
-            "round %s has %s of its %s planned clients: %s are connected, and some may "
+            "%s has %s of its %s planned clients: %s are connected, and some may "
             "have to wait. The rest is noise",
-            server_round,
+            f"round {server_round}" + ", evaluation," * (phase == "evaluate"),
             size,
             planned,
             nodes,

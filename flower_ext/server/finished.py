@@ -216,6 +216,9 @@ class RunInfo:
         Whether the run is under a mechanism.
     withheld : bool
         Whether the clients' own metrics are withheld, as a mechanism does.
+    noised : tuple of str
+        Metrics of their evaluations that are released nevertheless, with noise and
+        perhaps not in every round.
     hidden : bool
         Whether cohorts are secret, so that seconds and bytes are withheld as well.
     restored : bool
@@ -229,5 +232,6 @@ class RunInfo:
     evaluates: bool = True
     private: bool = False
     withheld: bool = False
+    noised: tuple[str, ...] = ()
     hidden: bool = False
     restored: bool = False

@@ -304,6 +304,7 @@ class _Run:
             evaluates=self.evaluate_fn is not None,
             private=mechanism is not None,
             withheld=mechanism is not None and not mechanism.unprotected_metrics,
+            noised=_noised(strategy),
             hidden=self.hidden,
         )
 
@@ -519,6 +520,11 @@ class _Run:
     def _discretion(self) -> AbstractContextManager[None]:
         """Return what keeps a secret cohort out of the log."""
         return _silence() if self.hidden else nullcontext()
+
+
+def _noised(strategy: object) -> tuple[str, ...]:
+    private = getattr(strategy, "private_sum", None)
+    return private.evaluation.names if private and private.evaluation else ()
 
 
 def _require_types(

@@ -374,7 +374,8 @@ class RoundStrategy(FedAvg):
 
         Nobody is asked where the answers would be withheld.
         """
-        if not self._evaluates:
+        noisy = self._noisy_evaluation
+        if not self._evaluates or (noisy and not noisy.evaluates(server_round)):
             return []
         sent = from_record(arrays)
         return self._send(server_round, arrays, sent, config, grid, "evaluate")
@@ -740,12 +741,22 @@ class RoundStrategy(FedAvg):
     def _evaluates(self) -> bool:
         """Whether clients are asked to evaluate: if anybody is to read the answers."""
         own = type(self).aggregate_evaluate is not RoundStrategy.aggregate_evaluate
-        return self.fraction_evaluate > 0 and (self._tells_metrics or own)
+        told = self._tells_metrics or own or self._noisy_evaluation is not None
+        return self.fraction_evaluate > 0 and told
+
+    @property
+    def _noisy_evaluation(self) -> PrivateSum | None:
+        """What releases means of the clients' metrics with noise, if it is to."""
+        private = self._core.private
+        return private if private and private.evaluation else None
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Average the metrics of the clients that evaluated."""
+        noisy = self._noisy_evaluation
+        if noisy and not noisy.evaluates(server_round):
+            return None
         quiet = self._hides_cohorts
         sorted_ = sort_replies(
             replies, self._core.cohorts.asked["evaluate"], quiet=quiet
@@ -762,6 +773,11 @@ class RoundStrategy(FedAvg):
                 used.append(reply)
         if not quiet:
             log_dropped(sorted_.dropped, server_round)
+        if noisy:  # also if nobody has replied, which must not show
+            told = [reply.numbers() for reply in used if reply.num_examples > 0]
+            if not quiet:
+                _warn_of_unknown(noisy, told)
+            return MetricRecord(noisy.release_evaluation(server_round, told))
         if not used or not self._tells_metrics:
             return None
         metrics = aggregate_metrics(
@@ -887,6 +903,20 @@ class RoundStrategy(FedAvg):
             "Minimum replies": self.min_replies,
             **{name: codec for name, codec in codecs.items() if codec is not None},
         }
+
+
+def _warn_of_unknown(noisy: PrivateSum, told: Sequence[Mapping[str, float]]) -> None:
+    """Say which metrics are noise alone, since no client knows them by that name."""
+    known = {name for metrics in told for name in metrics}
+    for name in noisy.mechanism.evaluation.bounds if noisy.mechanism.evaluation else ():
+        if told and name not in known:
+            log(
+                WARNING,
+                "no client reports a number %r, only %s: the mean is noise about the "
+                "middle of its bounds",
+                name,
+                sorted(known),
+            )
 
 
 def _needs_began(codec: Codec) -> bool:

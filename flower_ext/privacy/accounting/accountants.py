@@ -15,8 +15,10 @@ neither the noise stream nor the clock of the minimum separation may move.
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flower_ext.core.errors import positive, whole
@@ -30,6 +32,38 @@ if TYPE_CHECKING:
 _SCHEMA = 1
 
 
+@dataclass(frozen=True)
+class Evaluations:
+    """Evaluations after some of the rounds: Gaussian releases beside the models.
+
+    Parameters
+    ----------
+    every : int
+        Rounds from one to the next; the first follows the round of that number.
+    noise_multiplier : float
+        Standard deviation of the noise over the l2 norm by which a client moves one.
+        Each client may be in all of them.
+    """
+
+    every: int
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        whole("every", self.every, 1)
+        positive("noise_multiplier", self.noise_multiplier)
+
+    def mu_after(self, rounds: int) -> float:
+        """Return mu of all that follow the first ``rounds`` rounds."""
+        return math.sqrt(rounds // self.every) / self.noise_multiplier
+
+    def described(self) -> dict[str, str | int | float]:
+        """Return what a checkpoint must agree with."""
+        return {
+            "evaluated-every": self.every,
+            "evaluation-noise-multiplier": self.noise_multiplier,
+        }
+
+
 class RoundAccountant(ABC):
     """Privacy spent by the first rounds of one planned mechanism.
 
@@ -39,6 +73,8 @@ class RoundAccountant(ABC):
         Target delta, population, sampling method, optional largest epsilon.
     rounds : int
         Planned rounds.
+    evaluations : Evaluations, optional
+        Private evaluations, each of which is counted with the round that it follows.
 
     Warns
     -----
@@ -49,7 +85,13 @@ class RoundAccountant(ABC):
     _method = ""
     _sampling = ""
 
-    def __init__(self, config: PrivacyConfig, rounds: int) -> None:
+    def __init__(
+        self,
+        config: PrivacyConfig,
+        rounds: int,
+        evaluations: Evaluations | None = None,
+    ) -> None:
+        self.evaluations = evaluations
         self._config = config
         self._rounds = whole("rounds", rounds, 1)
         self._done = 0
@@ -88,6 +130,10 @@ class RoundAccountant(ABC):
     @abstractmethod
     def _mechanism(self) -> dict[str, str | int | float]:
         """Return what a checkpoint must agree with."""
+
+    def _evaluated(self, rounds: int) -> float:
+        """Return mu of the evaluations in the first ``rounds`` rounds."""
+        return self.evaluations.mu_after(rounds) if self.evaluations else 0.0
 
     @property
     def config(self) -> PrivacyConfig:
@@ -157,7 +203,8 @@ class RoundAccountant(ABC):
         return {
             "schema": _SCHEMA,
             "accountant": type(self).__name__,
-            "mechanism": self._mechanism(),
+            "mechanism": self._mechanism()
+            | (self.evaluations.described() if self.evaluations else {}),
             "target-delta": self._config.target_delta,
             "population-size": self._config.population_size,
             "rounds": self._rounds,
@@ -201,8 +248,9 @@ class GaussianAccountant(RoundAccountant):
 
         mu_t = sensitivity(first t rows of C) / (noise_multiplier * sensitivity(C)),
 
-    at most mu = 1 / noise_multiplier at the end. Epsilon is exact where the sensitivity
-    is (``sensitivity.exact``), else, for trees among others, an upper bound. Valid for
+    at most mu = 1 / noise_multiplier at the end. Evaluations are further rows of the
+    same release, and their mu^2 is added. Epsilon is exact where the sensitivity is
+    (``sensitivity.exact``), else, for trees among others, an upper bound. Valid for
     adaptively chosen contributions, because C is lower-triangular.
 
     Parameters
@@ -217,6 +265,8 @@ class GaussianAccountant(RoundAccountant):
         What the sampler enforces for every client.
     config : flwr.serverapp.PrivacyConfig
         With sampling method ``no-amplification``.
+    evaluations : Evaluations, optional
+        See :class:`RoundAccountant`.
 
     References
     ----------
@@ -232,8 +282,9 @@ class GaussianAccountant(RoundAccountant):
         min_separation: int,
         max_participations: int,
         config: PrivacyConfig,
+        evaluations: Evaluations | None = None,
     ) -> None:
-        super().__init__(config, factorization.rounds)
+        super().__init__(config, factorization.rounds, evaluations)
         self.factorization = factorization
         self.noise_multiplier = positive(
             "noise_multiplier", noise_multiplier, "a run without noise has no privacy"
@@ -256,6 +307,10 @@ class GaussianAccountant(RoundAccountant):
     def mu_after(self, rounds: int) -> float:
         """Return mu of the first ``rounds`` rounds."""
         rounds = self._check_rounds(rounds)
+        return math.hypot(self._trained(rounds), self._evaluated(rounds))
+
+    def _trained(self, rounds: int) -> float:
+        """Return mu of the models of the first ``rounds`` rounds."""
         if rounds not in self._mu:
             part = self.factorization.first(rounds).sensitivity(
                 self.min_separation, self.max_participations

@@ -10,7 +10,14 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from flower_ext.core.errors import open_unit, positive, probability, whole
+from flower_ext.core.errors import (
+    at_least,
+    open_unit,
+    positive,
+    probability,
+    refuse,
+    whole,
+)
 from flower_ext.core.typing import Floats
 from flower_ext.privacy.accounting.gaussian import gaussian_epsilon, gaussian_mu
 
@@ -30,6 +37,9 @@ class LossDistribution(Protocol):
 
     def self_compose(self, num_times: int, /) -> LossDistribution:
         """Return the distribution of independent repetitions."""
+
+    def compose(self, other: LossDistribution, /) -> LossDistribution:
+        """Return the distribution of both; their grids must be the same."""
 
     def get_epsilon_for_delta(self, delta: float, /) -> float:
         """Return epsilon."""
@@ -126,6 +136,26 @@ def loss_on_grid(
     return cast("LossDistribution", loss)
 
 
+def sampled_loss(
+    count: int,
+    noise_multiplier: float,
+    rate: float,
+    group_size: int,
+    interval: float,
+    beside: float = 0.0,
+) -> LossDistribution:
+    """Return the privacy loss of ``count`` releases, and of one Gaussian beside them.
+
+    ``beside`` is mu of the latter, 0 for none.
+    """
+    kinds = [(noise_multiplier, rate, group_size)]
+    if beside:
+        kinds.append((1 / beside, 1.0, 1))
+    interval = common_grid(kinds, interval)
+    found = loss_on_grid(*kinds[0], interval).self_compose(count)
+    return found.compose(loss_on_grid(*kinds[1], interval)) if beside else found
+
+
 @lru_cache(maxsize=256)
 def sampled_epsilon(
     count: int,
@@ -134,13 +164,17 @@ def sampled_epsilon(
     rate: float,
     group_size: int,
     interval: float,
+    beside: float = 0.0,
 ) -> float:
-    """Return epsilon of ``count`` releases: exact, or with sampling an upper bound."""
+    """Return epsilon of ``count`` releases: exact, or with sampling an upper bound.
+
+    ``beside`` is mu of a Gaussian release beside them, 0 for none.
+    """
     if rate == 1:  # Gaussian releases compose exactly: their mu^2 add up
         mu = math.sqrt(count) * group_size / noise_multiplier
-        return gaussian_epsilon(mu, delta)
-    loss = loss_distribution(noise_multiplier, rate, group_size, interval)
-    return float(loss.self_compose(count).get_epsilon_for_delta(delta))
+        return gaussian_epsilon(math.hypot(mu, beside), delta)
+    loss = sampled_loss(count, noise_multiplier, rate, group_size, interval, beside)
+    return float(loss.get_epsilon_for_delta(delta))
 
 
 def epsilon_for(
@@ -192,6 +226,7 @@ def noise_multiplier_for(
     group_size: int = 1,
     cycle: int = 1,
     interval: float = INTERVAL,
+    beside: float = 0.0,
 ) -> float:
     """Return the smallest noise multiplier that meets a target, rounded up.
 
@@ -204,6 +239,8 @@ def noise_multiplier_for(
         The target; ``epsilon_for`` of the result is never above it.
     rounds, sampling_probability, group_size, cycle, interval
         See `epsilon_for`.
+    beside : float
+        mu of a Gaussian release that the target covers as well; 0 for none.
 
     Examples
     --------
@@ -215,17 +252,34 @@ def noise_multiplier_for(
     probability("sampling_probability", sampling_probability)
     whole("group_size", group_size, 1)
     mu = gaussian_mu(epsilon, delta)
-    # Sampling can only help; a hair more so that rounding cannot break the promise.
-    high = math.sqrt(count) * group_size / mu * (1 + 1e-12)
+    if at_least("beside", beside, 0):
+        if beside >= mu:
+            refuse("beside", beside, f"< {mu:.6g}", "that is all of epsilon")
+        mu = math.sqrt(mu**2 - beside**2)
+    # Sampling can only help.
+    most = math.sqrt(count) * group_size
+    high = most / mu * (1 + 1e-12)
     if sampling_probability == 1:
-        return high
+        return _gaussian_noise(high, most, beside, epsilon, delta)
 
     def spent(noise: float) -> float:
         return sampled_epsilon(
-            count, delta, noise, sampling_probability, group_size, interval
+            count, delta, noise, sampling_probability, group_size, interval, beside
         )
 
     return least_noise_below(high, spent, epsilon, _LEAST_NOISE)
+
+
+def _gaussian_noise(
+    noise: float, shift: float, beside: float, epsilon: float, delta: float
+) -> float:
+    """Return a noise that keeps a promise to the last digit, from one that nearly does.
+
+    The release moves by ``shift``; ``beside`` is as in `sampled_epsilon`.
+    """
+    while gaussian_epsilon(math.hypot(shift / noise, beside), delta) > epsilon:
+        noise *= 1 + 1e-12
+    return noise
 
 
 def least_noise_below(
@@ -381,9 +435,10 @@ def noise_multiplier_without_replacement(
     ``population``, and the relation replace-one; never sought below 0.5.
     """
     mu = gaussian_mu(positive("epsilon", epsilon), open_unit("delta", delta))
-    high = 2 * math.sqrt(rounds) / mu * (1 + 1e-12)
+    most = 2 * math.sqrt(rounds)
+    high = most / mu * (1 + 1e-12)
     if cohort == population:
-        return high
+        return _gaussian_noise(high, most, 0.0, epsilon, delta)
 
     def spent(noise: float) -> float:
         return fixed_cohort_epsilon(rounds, delta, noise, population, cohort)

@@ -45,7 +45,7 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return the smallest epsilon of a Gaussian release, rounded up at 1e-12.
+    """Return the smallest epsilon of a Gaussian release, rounded up by 1e-13 of it.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     low, high = 0.0, 1.0
     while gaussian_delta(mu, high) > delta:
         low, high = high, 2 * high
-    while high - low > 1e-12 * max(1.0, high):
+    while high - low > 1e-13 * high:
         middle = (low + high) / 2
         if not low < middle < high:  # neighbouring floats
             break

@@ -12,13 +12,13 @@ from flower_ext.core.errors import (
     refuse,
     whole,
 )
-from flower_ext.privacy.accounting.accountants import RoundAccountant
+from flower_ext.privacy.accounting.accountants import Evaluations, RoundAccountant
 from flower_ext.privacy.accounting.calibration import (
     INTERVAL,
     fixed_cohort_epsilon,
     fixed_cohort_loss,
-    loss_distribution,
     sampled_epsilon,
+    sampled_loss,
 )
 from flower_ext.privacy.factorizations.banded import BandedToeplitz
 
@@ -60,6 +60,11 @@ class SampledGaussianAccountant(RoundAccountant):
     interval : float
         Coarsest grid of the privacy loss; smaller is tighter and slower, up to 100,000
         points a round.
+    evaluations : Evaluations, optional
+        See :class:`RoundAccountant`. They are not amplified, whoever evaluates: given
+        what was released before, and the coins of all others, an evaluation with the
+        client in it, or a mixture of that and one without, is no further from one
+        without than the Gaussian that it is charged as.
 
     References
     ----------
@@ -80,8 +85,9 @@ class SampledGaussianAccountant(RoundAccountant):
         group_size: int = 1,
         cycle: int = 1,
         interval: float = INTERVAL,
+        evaluations: Evaluations | None = None,
     ) -> None:
-        super().__init__(config, rounds)
+        super().__init__(config, rounds, evaluations)
         self.noise_multiplier = positive("noise_multiplier", noise_multiplier)
         self.sampling_probability = probability(
             "sampling_probability", sampling_probability, "cohort / population"
@@ -107,6 +113,7 @@ class SampledGaussianAccountant(RoundAccountant):
         *,
         cycle: int | None = None,
         interval: float = INTERVAL,
+        evaluations: Evaluations | None = None,
     ) -> Self:
         """Account for a banded mechanism with cyclic Poisson sampling.
 
@@ -130,6 +137,8 @@ class SampledGaussianAccountant(RoundAccountant):
             The number of bands unless given.
         interval : float
             Coarsest grid of the privacy loss.
+        evaluations : Evaluations, optional
+            See :class:`SampledGaussianAccountant`.
         """
         cycle = factorization.bands if cycle is None else whole("cycle", cycle, 1)
         if cycle < factorization.bands:
@@ -153,6 +162,7 @@ class SampledGaussianAccountant(RoundAccountant):
             config,
             cycle=cycle,
             interval=interval,
+            evaluations=evaluations,
         )
         # One turn moves the release by a column of C, at most the largest.
         accountant._column_norm = factorization.sensitivity(1, 1).value
@@ -164,7 +174,10 @@ class SampledGaussianAccountant(RoundAccountant):
         open_unit("delta", delta)
         # Turns of the client that had the most.
         count = -(-self._check_rounds(rounds) // self.cycle)
-        return sampled_epsilon(count, delta, *self._setting()) if count else 0.0
+        if not count:
+            return 0.0
+        beside = self._evaluated(rounds)
+        return sampled_epsilon(count, delta, *self._setting(), beside)
 
     def delta_after(self, rounds: int, epsilon: float) -> float:
         """Return an upper bound of delta of the first ``rounds`` rounds."""
@@ -172,7 +185,7 @@ class SampledGaussianAccountant(RoundAccountant):
         count = -(-self._check_rounds(rounds) // self.cycle)
         if not count:
             return 0.0
-        loss = loss_distribution(*self._setting()).self_compose(count)
+        loss = sampled_loss(count, *self._setting(), self._evaluated(rounds))
         return float(loss.get_delta_for_epsilon(epsilon))
 
     def _setting(self) -> tuple[float, float, int, float]:
