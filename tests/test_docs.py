@@ -7,6 +7,7 @@ named ``test_...`` are called after that. A block that cannot run says why, in a
 """
 
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -239,6 +240,24 @@ def test_every_public_name_is_in_the_reference():
         m.name for m in pkgutil.walk_packages(flower_ext.__path__, "flower_ext.")
     } | {"flower_ext"}
     assert listed <= known
+
+
+@pytest.mark.slow
+def test_notebook_runs(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads((ROOT / "docs" / "first_steps.ipynb").read_text("utf-8"))[
+        "cells"
+    ]
+    found = {}
+    for number, cell in enumerate(cells):
+        assert not cell.get("outputs"), "a notebook is committed without outputs"
+        if cell["cell_type"] == "code":
+            lines = [line for line in cell["source"] if not line.startswith("%")]
+            exec(compile("".join(lines), f"cell {number}", "exec"), found)
+    # What its text says: own models are ahead of the shared one, less noise of more.
+    ahead = zip(found["own"], found["shared"], strict=True)
+    assert all(own > shared for own, shared in ahead)
+    assert found["found"][0][1] < found["found"][-1][1]
 
 
 @pytest.mark.slow
