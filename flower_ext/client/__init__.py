@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from flower_ext.client.dp_sgd import DPSGD as DPSGD
     from flower_ext.client.grass import Grass as Grass
     from flower_ext.client.muon import MuonAdamW as MuonAdamW
+    from flower_ext.client.one_pass import OnePassClipping as OnePassClipping
     from flower_ext.client.optimizer_state import OptimizerState as OptimizerState
     from flower_ext.client.user_level import ELS as ELS
     from flower_ext.client.user_level import ULS as ULS
@@ -17,6 +18,7 @@ _HOME = {
     "ELS": "user_level",
     "Grass": "grass",
     "MuonAdamW": "muon",
+    "OnePassClipping": "one_pass",
     "OptimizerState": "optimizer_state",
     "ULS": "user_level",
     "UserUpdates": "user_level",

@@ -7,7 +7,7 @@ are ours.
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -335,9 +335,13 @@ class NoisySteps(PrivateSteps):
         losses, counts = self._objective(batch), self.counts(batch)
         if counts is not None:  # of each user the mean
             losses = losses / counts.repeat_interleave(counts)
+        self.backward(losses)
+        return float(losses.detach().sum()), self._parts(len(losses), counts)
+
+    def backward(self, losses: Tensor) -> None:
+        """Go back through the model."""
         with _quiet():
             losses.sum().backward()  # type: ignore[no-untyped-call]
-        return float(losses.detach().sum()), self._parts(len(losses), counts)
 
     def _parts(self, size: int, counts: Tensor | None) -> list[Part]:
         """Return the gradients that the backward pass has left."""
@@ -413,6 +417,14 @@ def _rows_of(p: Tensor, gradients: Tensor, rows: slice) -> Gradients:
     return {p: gradients[rows]}
 
 
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    return module.parameters(recurse=False)
+
+
+def _is_trained(p: Tensor) -> bool:
+    return p.requires_grad
+
+
 def word(octets: bytes) -> int:
     """Return the integer that octets are."""
     return int.from_bytes(octets, "little")
@@ -445,6 +457,22 @@ def _import_opacus() -> SimpleNamespace:
         def __init__(self, model: nn.Module, *, loss_reduction: str) -> None:
             super().__init__(model, loss_reduction=loss_reduction)
             self.calls: list[Call] = []
+            self._taker: Callable[[Call], None] | None = None
+            self._trained: set[nn.Module] = set()
+
+        @contextmanager
+        def handing_over(self, taker: Callable[[Call], None]) -> Iterator[None]:
+            """Hand over what layers have seen, as the backward pass leaves them.
+
+            Also of layers whose parameters have no gradients within.
+            """
+            every = self._module.modules()
+            self._taker = taker
+            self._trained = {x for x in every if any(map(_is_trained, _own(x)))}
+            try:
+                yield
+            finally:
+                self._taker = None
 
         def zero_grad(self, set_to_none: bool = False) -> None:
             super().zero_grad(set_to_none)
@@ -464,7 +492,23 @@ def _import_opacus() -> SimpleNamespace:
                 loss_reduction=loss_reduction,
                 batch_first=batch_first,
             )
-            self.calls.append(Call(module, inputs, backprops))
+            call = Call(module, inputs, backprops)
+            (self._taker or self.calls.append)(call)
+
+        def capture_activations_hook(
+            self, module: nn.Module, forward_input: Sequence[Tensor], output: Tensor
+        ) -> Tensor | None:
+            if self._taker is None:
+                super().capture_activations_hook(module, forward_input, output)
+                return None
+            awaited = module.training and torch.is_grad_enabled()
+            if not (awaited and module in self._trained):
+                return None
+            cast("list[object]", module.activations).append(
+                [x.detach() for x in forward_input]
+            )
+            # Else the pass would not come to a layer whose input needs no gradient.
+            return output if output.requires_grad else output.requires_grad_()
 
     def sampler(module: nn.Module) -> Sampler:
         known = GradSampleModule.GRAD_SAMPLERS

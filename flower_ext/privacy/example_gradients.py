@@ -11,6 +11,7 @@ keep an example from moving a sum by more than the clipping norm even so:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 Gradients = dict[Tensor, Tensor]
 Sampler = Callable[[nn.Module, list[Tensor], Tensor], Gradients]
 
-# Of the clipping norm, left for the rounding of a float64 sum of 100,000 examples.
-_SLACK = 1e-6
+#: Of the clipping norm, left for the rounding of a float64 sum of 100,000 examples.
+SLACK = 1e-6
 # Numbers of a layer's gradients per example that are computed at a time: 16 MB.
 _AT_A_TIME = 2**22
 # Of those, numbers that are float64 at a time: what a processor's cache holds.
@@ -266,7 +267,7 @@ def clipped_sum(parts: Iterable[Part], size: int, clipping_norm: float) -> Gradi
 def clipping_weights(norms: Tensor, clipping_norm: float) -> Tensor:
     """Return what to multiply by, for each float64 norm; 0 where it is not finite."""
     # A norm of 0 gives infinity, which is 1 after clamping.
-    weights = (clipping_norm * (1 - _SLACK) / norms).clamp(max=1.0)
+    weights = (clipping_norm * (1 - SLACK) / norms).clamp(max=1.0)
     return torch.where(norms.isfinite(), weights, 0.0)
 
 
@@ -325,14 +326,19 @@ def _part(
     if one and isinstance(module, nn.Linear) and inputs[0].ndim == 2:
         return OuterProducts(module, inputs[0], backprops)
 
-    def of(rows: slice) -> Gradients:
-        total: Gradients = {}
-        for module, inputs, backprops in calls:
-            piece = [value[rows] for value in inputs]
-            found = sampler(module)(module, piece, backprops[rows])
-            for p, gradients in found.items():
-                if p.requires_grad:
-                    total[p] = total[p] + gradients if p in total else gradients
-        return total
-
+    of = partial(gradients_of_calls, calls, sampler)
     return explicit(parameters, len(backprops), of, counts)
+
+
+def gradients_of_calls(
+    calls: Sequence[Call], sampler: Callable[[nn.Module], Sampler], rows: slice
+) -> Gradients:
+    """Return the gradients of some examples, formed, over all uses of layers."""
+    total: Gradients = {}
+    for module, inputs, backprops in calls:
+        piece = [value[rows] for value in inputs]
+        found = sampler(module)(module, piece, backprops[rows])
+        for p, gradients in found.items():
+            if p.requires_grad:
+                total[p] = total[p] + gradients if p in total else gradients
+    return total
