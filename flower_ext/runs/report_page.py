@@ -8,11 +8,12 @@ import base64
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
-from itertools import groupby
 from pathlib import Path
+from statistics import fmean, stdev
 
+from flower_ext.runs.report_chart import Curve, chart, look
 from flower_ext.server.tracking import METRICS_FILE, RUN_FILE, points, read_metrics
 
 SUMMARY_FILE = "summary.json"
@@ -21,7 +22,8 @@ Row = dict[str, object]
 
 # Columns worth a plot of their own; the others are in the table of the rounds.
 _DRAWN = ("loss", "accuracy", "acc", "epsilon", "gm-appeal", "barrier")
-_COLOURS = 8
+# Quantiles over clients, of metrics that have them.
+_MEDIAN, _TENTHS = "-p50", ("-p10", "-p90")
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }
@@ -43,6 +45,7 @@ figure { margin: 0; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; }
 svg text { fill: currentColor; } svg .grid { stroke: var(--line); }
 svg polyline { fill: none; stroke: currentColor; stroke-width: 1.8; }
+svg polygon { fill: currentColor; stroke: none; opacity: .15; }
 svg circle { fill: currentColor; } svg path { stroke: currentColor; }
 ul.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none;
   padding: 0; } ul.legend svg { width: 1.5em; vertical-align: middle; }
@@ -57,11 +60,24 @@ polyline.dashed { stroke-dasharray: 5 3; }
 
 @dataclass
 class Run:
-    """What one run left in its folder."""
+    """What one run left in its folder, or the mean of its seeds.
+
+    Attributes
+    ----------
+    name : str
+        Its folder's.
+    rows : list of dict
+        Of ``metrics.jsonl``, or means of these.
+    about : Mapping
+        Of ``run.json``; of a mean nothing.
+    bands : dict
+        Of a mean, by column: round, and the mean minus and plus the standard deviation.
+    """
 
     name: str
     rows: list[Row]
     about: Mapping[str, object]
+    bands: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -95,7 +111,56 @@ def find(folders: Iterable[Path]) -> list[Comparison]:
             f"no {METRICS_FILE} in {', '.join(map(str, folders))}: "
             "has a run with Tracker(folder) finished a round?"
         )
-    return [_comparison(folder, runs[folder]) for folder in sorted(runs)]
+    found = [_comparison(folder, runs[folder]) for folder in sorted(runs)]
+    return [*_over_seeds(found), *found]
+
+
+def _over_seeds(found: Sequence[Comparison]) -> Iterator[Comparison]:
+    """Return the means of comparisons that were run with several seeds."""
+    seeds: dict[Path, list[Comparison]] = {}
+    for comparison in found:
+        seeds.setdefault(comparison.folder.parent, []).append(comparison)
+    for folder, each in seeds.items():
+        summary = _read(folder / SUMMARY_FILE)
+        if len(each) < 2 or summary.get("num-seeds") != len(each):
+            continue
+        runs = [
+            _mean(
+                [
+                    run
+                    for comparison in each
+                    for run in comparison.runs
+                    if run.name == name
+                ]
+            )
+            for name in _table(summary, "runs")
+        ]
+        config = {k: x for k, x in _table(summary, "config").items() if k != "seed"}
+        shown = [run for run in runs if run.rows]
+        yield Comparison(folder, shown, {**summary, "config": config})
+
+
+def _mean(runs: Sequence[Run]) -> Run:
+    """Return the mean of a run's seeds, in the rounds and columns that all have."""
+    if not runs:
+        return Run("", [], {})
+    rows: list[Row] = []
+    bands: dict[str, list[tuple[float, float, float]]] = {}
+    for each in zip(*(run.rows for run in runs), strict=False):
+        row: Row = {"round": each[0].get("round")}
+        for column in each[0]:
+            values = [
+                x for one in each if isinstance(x := one.get(column), int | float)
+            ]
+            if column == "round" or len(values) < len(each):
+                continue
+            row[column] = mean = fmean(values)
+            if len(values) > 1 and math.isfinite(mean):
+                spread = stdev(values)
+                corner = (float(str(row["round"])), mean - spread, mean + spread)
+                bands.setdefault(column, []).append(corner)
+        rows.append(row)
+    return Run(runs[0].name, rows, {}, bands)
 
 
 def _comparison(folder: Path, runs: Iterable[Path]) -> Comparison:
@@ -172,21 +237,27 @@ def _section(comparison: Comparison) -> str:
 def _means(summary: Mapping[str, object]) -> Iterator[str]:
     columns, runs = _table(summary, "columns"), _table(summary, "runs")
     if columns and runs:
-        last = escape(str(summary.get("rounds-averaged", "")))
-        yield f"<h3>Means of the last {last} rounds</h3>"
+        last = str(summary.get("rounds-averaged", ""))
+        title = f"Means of the last {last} rounds"
+        if "num-seeds" in summary:
+            title += f" and {summary['num-seeds']} seeds, ± standard deviation"
+        yield f"<h3>{escape(title)}</h3>"
         yield _html_table(
             ["", *map(str, columns.values())],
             [
                 [
                     name,
-                    *(
-                        _cell(column, _table(runs, name).get(column))
-                        for column in columns
-                    ),
+                    *(_with_spread(summary, name, column) for column in columns),
                 ]
                 for name in runs
             ],
         )
+
+
+def _with_spread(summary: Mapping[str, object], name: str, column: str) -> str:
+    value = _cell(column, _table(_table(summary, "runs"), name).get(column))
+    spread = _table(_table(summary, "spread"), name).get(column)
+    return value if spread is None else f"{value} ± {_cell(column, spread)}"
 
 
 def _spent(runs: Sequence[Run]) -> str:
@@ -301,107 +372,40 @@ def _plots(comparison: Comparison) -> str:
     runs = comparison.runs
     asked = [c for c in _table(comparison.summary, "columns") if "bytes/" not in c]
     drawn = [c for c in _columns(runs) if c.rpartition("/")[2].endswith(_DRAWN)]
-    panels = [(column, "round") for column in dict.fromkeys([*asked, *drawn])]
+    spread = [c for c in _columns(runs) if c.endswith(_MEDIAN)]
+    panels = [(column, "round") for column in dict.fromkeys([*asked, *drawn, *spread])]
     if panels:  # what a byte buys is the question of half of the strategies
         panels.insert(1, (panels[0][0], "bytes/up"))
     charts = [_chart(runs, column, x) for column, x in panels]
     names = "".join(
-        f'<li><svg viewBox="0 0 24 8"><polyline class="{_look(i)}" '
+        f'<li><svg viewBox="0 0 24 8"><polyline class="{look(i)}" '
         f'points="0,4 24,4"/></svg> {escape(run.name)}</li>'
         for i, run in enumerate(runs)
     )
     return f'<ul class="legend">{names}</ul><div class="plots">{"".join(charts)}</div>'
 
 
-def _look(line: int) -> str:
-    return f"s{line % _COLOURS}" + (" dashed" if line // _COLOURS % 2 else "")
-
-
 def _chart(runs: Sequence[Run], column: str, x: str) -> str:
-    """Draw a column of all runs; ``""`` if none has a number in it.
-
-    A curve is broken where its number is not finite; a cross at the upper edge says so.
-    """
+    """Draw a column of all runs, with its band; ``""`` if none has a number in it."""
     mega = 1e6 if "bytes/" in x else 1.0
-    lines = {
-        i: [(a / mega, b) for a, b in points(run.rows, x, column) if math.isfinite(a)]
-        for i, run in enumerate(runs)
-    }
-    every = [point for line in lines.values() for point in line]
-    if not every:
-        return ""
-    finite = [b for _, b in every if math.isfinite(b)] or [0.0, 1.0]
-    across = _ticks([a for a, _ in every], least=1.0 if x == "round" else 0.0)
-    along = _ticks(finite)
-    left, right, top, bottom = 48, 344, 8, 170  # of 360 x 200; the rest is for text
-
-    def place(a: float, b: float) -> tuple[float, float]:
-        share_a = (a - across[0]) / (across[-1] - across[0])
-        share_b = (b - along[0]) / (along[-1] - along[0])
-        return left + share_a * (right - left), bottom - share_b * (bottom - top)
-
-    drawn = []
-    for tick in along:
-        _, y = place(across[0], tick)
-        drawn.append(
-            f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{tick:.5g}</text>'
-        )
-    for tick in across:
-        where, _ = place(tick, along[0])
-        drawn.append(
-            f'<text x="{where:.1f}" y="{bottom + 15}" text-anchor="middle">{tick:.5g}'
-            "</text>"
-        )
-    for i, line in lines.items():
-        size = 2 if len(line) <= 40 else 1.2
-        for is_finite, group in groupby(line, lambda point: math.isfinite(point[1])):
-            part = list(group)
-            placed = [place(a, b if is_finite else along[-1]) for a, b in part]
-            if is_finite:
-                corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
-                drawn.append(f'<polyline class="{_look(i)}" points="{corners}"/>')
-            for (a, b), (at_x, at_y) in zip(part, placed, strict=True):
-                said = f"<title>{escape(f'{runs[i].name}: {b:.5g} at {a:.5g}')}</title>"
-                drawn.append(
-                    f'<circle class="{_look(i)}" r="{size}" cx="{at_x:.1f}" '
-                    f'cy="{at_y:.1f}">{said}</circle>'
-                    if is_finite
-                    else f'<path class="{_look(i)}" d="M{at_x - 3:.1f} {at_y - 3:.1f}'
-                    f'l6 6m0 -6l-6 6">{said}</path>'
-                )
+    curves = []
+    for run in runs:
+        found = [(a / mega, b) for a, b in points(run.rows, x, column)]
+        line = [point for point in found if math.isfinite(point[0])]
+        curves.append(Curve(run.name, line, _band(run, column) if mega == 1 else []))
     unit = "MB up" if mega > 1 else x
     title = column + (f" against {unit}" if mega > 1 else "")
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<svg viewBox="0 0 360 200" role="img" aria-label="{escape(title)}">'
-        f'{"".join(drawn)}<text x="200" y="198" text-anchor="middle">{escape(unit)}'
-        "</text></svg></figure>"
-    )
+    if column.endswith(_MEDIAN):
+        title = f"{column.removesuffix(_MEDIAN)}: clients, median, p10 to p90"
+    return chart(curves, title, unit, least=1.0 if x == "round" else 0.0)
 
 
-def _ticks(values: Sequence[float], least: float = 0.0) -> list[float]:
-    """Return round numbers from below all values to above, ``least`` or more apart.
-
-    Examples
-    --------
-    >>> _ticks([1, 10])
-    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
-    >>> _ticks([2.5, 2.5])
-    [2.0, 2.2, 2.4, 2.6, 2.8, 3.0]
-    >>> _ticks([1, 2], least=1.0)
-    [1.0, 2.0]
-    """
-    low, high = min(values), max(values)
-    # Of one value some room around it, so that the curve has a height.
-    if low == high:
-        low, high = low - (abs(low) or 1) / 5, high + (abs(high) or 1) / 5
-    rough = (high - low) / 5
-    # About five steps, of 1, 2 or 5 times a power of ten. A step that is too small by a
-    # rounding error alone is taken.
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    step = max(step, least)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    # Multiples of the step, since adding it up would show as 0.30000000000000004.
-    return [round(i * step, 12) for i in range(first, last + 1)]
+def _band(run: Run, column: str) -> list[tuple[float, float, float]]:
+    """Return the spread over clients of a median, that over seeds of all else."""
+    if not column.endswith(_MEDIAN):
+        return run.bands.get(column, [])
+    whole = column.removesuffix(_MEDIAN)
+    ends = [dict(points(run.rows, "round", whole + end)) for end in _TENTHS]
+    both = sorted(ends[0].keys() & ends[1].keys())
+    found = [(x, ends[0][x], ends[1][x]) for x in both]
+    return [corner for corner in found if all(map(math.isfinite, corner))]

@@ -292,6 +292,57 @@ def test_page_is_alone_and_its_names_are_text(page):
     assert ("meta", "viewport") in [(t, a.get("name")) for t, a in page.tags]
 
 
+SEEDS = {1: [2.0, 1.0], 2: [2.0, 3.0], 3: [5.0, math.nan]}
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    """Results of one run with three seeds, the last of which diverged."""
+    folder = tmp_path_factory.mktemp("seeds")
+    for seed, losses in SEEDS.items():
+        tracker = Tracker(folder / f"seed-{seed}" / "ours", tensorboard=False)
+        tracker.begin(RunInfo(2))
+        for number, loss in enumerate(losses, 1):
+            quantiles = {f"accuracy-p{p}": p / 100 - loss / 50 for p in (10, 50, 90)}
+            told = MetricRecord({"loss": loss} | quantiles)
+            tracker.round(FinishedRound(number, central=told))
+        columns = {"central/loss": "loss"}
+        config = {"seed": seed, "rate": 0.1}
+        write_summary(folder / f"seed-{seed}", ["ours"], columns, config=config, last=1)
+    pool([folder / f"seed-{seed}" for seed in SEEDS], folder)
+    return folder
+
+
+def bands(source, title):
+    """Return the bands of a chart, as (x, y) of their corners."""
+    chart = re.search(f'aria-label="{re.escape(title)}">(.*?)</svg>', source)[1]
+    found = re.findall(r'<polygon class="s0" points="([^"]+)"', chart)
+    return [[tuple(map(float, c.split(","))) for c in x.split()] for x in found]
+
+
+def test_page_shows_the_spread_over_seeds(seeds):
+    source = Page(write_page([seeds], seeds / "report.html")).source
+    assert "Means of the last 1 rounds and 3 seeds" in source
+    assert source.index(f"<h2>{seeds.name}</h2>") < source.index("<h2>seed-1</h2>")
+    assert "<td>rate</td>" in source.split("<h2>seed-1</h2>")[0]
+    assert "<td>seed</td>" not in source.split("<h2>seed-1</h2>")[0]
+    # Only round 1 has a finite mean: 3, and a standard deviation of sqrt(3). The scale
+    # goes from 1 to 5, from 170 up to 8.
+    [corners] = bands(source, "central/loss")
+    heights = sorted(5 - (y - 8) / (170 - 8) * 4 for _, y in corners)
+    assert heights == pytest.approx([3 - 3**0.5, 3 + 3**0.5], abs=0.01)
+
+
+def test_page_shows_the_spread_over_clients(seeds):
+    source = Page(write_page([seeds / "seed-1"], seeds / "one.html")).source
+    [corners] = bands(source, "central/accuracy: clients, median, p10 to p90")
+    upper, lower = corners[:2], corners[:1:-1]
+    assert [x for x, _ in upper] == [x for x, _ in lower]
+    # 0.8 of the scale, which goes from 0 to 1.
+    gaps = [below - above for (_, above), (_, below) in zip(upper, lower, strict=True)]
+    assert gaps == pytest.approx([0.8 * (170 - 8)] * 2, abs=0.2)
+
+
 def test_page_takes_what_is_there(tmp_path, capsys):
     with pytest.raises(ValueError, match="no metrics.jsonl"):
         write_page([tmp_path], tmp_path / "page.html")
