@@ -9,7 +9,9 @@ jax_privacy is compared where an environment of its own has it:
 
     python benchmarks/privacy.py --jax-python PATH/TO/ENVIRONMENT/bin/python
 
-The default run takes about two minutes; jax_privacy adds three, ``--dense`` some more.
+``--part workloads`` prints what noise gains that is chosen for the server's momentum,
+in half a minute. The default run takes about two and a half; jax_privacy adds three,
+``--dense`` some more.
 On a busy machine set OPENBLAS_NUM_THREADS=1: threads of a BLAS that wait for a core
 would be most of what is measured in the search for BLT parameters.
 """
@@ -26,7 +28,9 @@ import numpy as np
 import psutil
 from _timing import Peak, medians, report
 
+from flower_ext.core.schedules import Cosine
 from flower_ext.privacy import (
+    BISR,
     BandedToeplitz,
     BufferedToeplitz,
     DenseFactorization,
@@ -35,9 +39,12 @@ from flower_ext.privacy import (
     NoiseStream,
     SquareRootToeplitz,
     TreeAggregation,
+    Workload,
+    best_mechanism,
 )
 
 PATTERNS = ((1, 1), (512, 4))  # (min_separation, max_participations) of 2,048 rounds
+LONG = ((2048, 512, 4), (10_000, 500, 20))
 SLICE = 16_384  # parameters that a stream handles at a time
 JAX_SCRIPT = """
 import json, sys, time
@@ -214,8 +221,45 @@ def table(rounds: int, separation: int, participations: int, dense: bool) -> Non
         )
 
 
+def workloads() -> None:
+    """Print what noise for plain averaging costs under another server's SGD."""
+    print("Root-mean-square noise in the models at mu = 1, tuned for")
+    print("momentum 0.9                      prefix sums  the server  costs more")
+    for rounds, separation, participations in ((64, 16, 4), (512, 128, 4), *LONG):
+        problem = (rounds, separation, participations)
+        print(f"n={rounds:,}, b={separation}, k={participations}")
+        heavy_ball = Workload(momentum=0.9)
+        cooldown = Workload(0.9, learning_rates=Cosine(1.0, rounds=rounds))
+        plans: dict[str, tuple[Workload, Callable[[Workload], Factorization]]] = {
+            "best of 4 buffers": (heavy_ball, partial(best_of, problem)),
+            "best of 4 buffers, cosine": (cooldown, partial(best_of, problem)),
+            "BISR of 32 bands": (
+                heavy_ball,
+                lambda w, p=problem: BISR.optimize(p[0], 32, *p[1:], workload=w),
+            ),
+        }
+        if rounds <= 64:
+            plans["dense"] = (
+                heavy_ball,
+                lambda w, p=problem: DenseFactorization.optimize(*p, workload=w),
+            )
+        for name, (workload, plan) in plans.items():
+            pattern = (separation, participations, workload)
+            before = plan(Workload()).rms_loss(*pattern)
+            after = plan(workload).rms_loss(*pattern)
+            print(
+                f"  {name:30}{before:13.4g}{after:12.4g}{before / after - 1:12.1%}",
+                flush=True,
+            )
+
+
+def best_of(problem: tuple[int, int, int], workload: Workload) -> Factorization:
+    """Return the mechanism that is chosen for a server."""
+    return best_mechanism(*problem, workload=workload).factorization
+
+
 def main() -> None:
-    """Run the three parts."""
+    """Run the parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--jax-python", help="a Python interpreter that can import jax_privacy"
@@ -223,15 +267,27 @@ def main() -> None:
     parser.add_argument(
         "--dense", action="store_true", help="also plan dense(512): minutes each"
     )
+    parser.add_argument("--part", choices=("noise", "search", "workloads", "table"))
     options = parser.parse_args()
-    noise()
-    optimisation(options.jax_python)
     BandedToeplitz.optimize(8, 2)  # imports what it needs
+    parts = {
+        "noise": noise,
+        "search": partial(optimisation, options.jax_python),
+        "workloads": workloads,
+        "table": partial(tables, options.dense),
+    }
+    for name, part in parts.items():
+        if options.part in (None, name):
+            part()
+
+
+def tables(dense: bool) -> None:
+    """Print the tables of all mechanisms."""
     print("\nMemory: model-sized buffers. Sensitivity: < marks an upper bound.")
     print("Noise: time of a round, in drawings of one model of Gaussians.")
     for rounds in (512, 2048):
-        table(rounds, 1, 1, options.dense)
-        table(rounds, rounds // 4, 4, options.dense)
+        table(rounds, 1, 1, dense)
+        table(rounds, rounds // 4, 4, dense)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Unpack, cast
 from flower_ext.core.errors import refuse
 from flower_ext.core.sampling import MinSeparationSampler, Sampler
 from flower_ext.privacy.factorizations.trees import TreeAggregation
+from flower_ext.privacy.factorizations.workload import Workload
 from flower_ext.privacy.mechanism import Mechanism, MechanismOptions
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.drop_in import DropIn
@@ -55,7 +56,8 @@ class DPFTRL(AdditiveStrategy):
         In place of the default, ``MinSeparationSampler(min_separation,
         max_participations)``, for other seeds or for what to do with too few clients.
     server_optimizer : ServerOptimizer, optional
-        By default ``SGD(1.0, momentum=0.9)``.
+        By default ``SGD(1.0, momentum=0.9)``. Noise is chosen for the momentum of an
+        SGD, unless ``workload`` says otherwise.
     **options
         Those of :class:`~flower_ext.privacy.Mechanism`, of which ``noise_multiplier``
         or ``max_epsilon`` must be given, and Flower's own, see
@@ -124,11 +126,15 @@ class DPFTRL(AdditiveStrategy):
             # A new tree changes the noise alone: the server's momentum goes on.
             tree = TreeAggregation(num_rounds, restart_every=restart_every)
             options = {**options, "factorization": tree}
+        server_optimizer = server_optimizer or SGD(1.0, momentum=0.9)
+        if isinstance(server_optimizer, SGD):
+            steps = Workload(server_optimizer.momentum, server_optimizer.nesterov)
+            options = {"workload": steps, **options}
         known = MechanismOptions.__annotations__
         private = {name: x for name, x in options.items() if name in known}
         others = {name: x for name, x in options.items() if name not in known}
         super().__init__(
-            server_optimizer=server_optimizer or SGD(1.0, momentum=0.9),
+            server_optimizer=server_optimizer,
             sampler=sampler,
             mechanism=Mechanism(
                 num_rounds=num_rounds,

@@ -53,6 +53,7 @@ from flower_ext.privacy.factorizations.selection import (
 )
 from flower_ext.privacy.factorizations.toeplitz import SquareRootToeplitz, Toeplitz
 from flower_ext.privacy.factorizations.trees import TreeAggregation
+from flower_ext.privacy.factorizations.workload import Workload
 from flower_ext.privacy.noise import NoiseStream
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ __all__ = [
     "Toeplitz",
     "TreeAggregation",
     "WithoutReplacementAccountant",
+    "Workload",
     "best_mechanism",
     "clipping_factor",
     "epsilon_for",

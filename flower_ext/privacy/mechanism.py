@@ -37,6 +37,7 @@ from flower_ext.privacy.factorizations.banded import BandedToeplitz
 from flower_ext.privacy.factorizations.factorization import Factorization, Identity
 from flower_ext.privacy.factorizations.selection import Choice, best_mechanism
 from flower_ext.privacy.factorizations.trees import TreeAggregation
+from flower_ext.privacy.factorizations.workload import PREFIX_SUMS, Workload
 from flower_ext.privacy.private_evaluation import EvaluationSum, PrivateEvaluation
 
 FactorizationName = Literal["best", "identity", "tree"]
@@ -54,6 +55,7 @@ class MechanismOptions(TypedDict, total=False):
     target_delta: float
     factorization: Factorization | FactorizationName
     memory: int
+    workload: Workload
     amplified: bool
     simulated_cohort: int | None
     scales: Mapping[str, float] | None
@@ -99,6 +101,9 @@ class Mechanism:
         independent noise, plain DP-FedAvg; ``tree`` is Honaker's tree estimator.
     memory : int (default: 4)
         Model-sized buffers that the server can spare, for ``best``.
+    workload : Workload (default: plain averaging)
+        The server's momentum and learning rates, for ``best``: noise is chosen so that
+        there is least in its models. It has no part in what a client may learn.
     amplified : bool (default: False)
         Count on the cohorts being secret. Needs independent noise and a
         :class:`~flower_ext.core.sampling.PoissonSampler` with a probability or a
@@ -196,6 +201,7 @@ class Mechanism:
         target_delta: float = 1e-6,
         factorization: Factorization | FactorizationName = "best",
         memory: int = 4,
+        workload: Workload = PREFIX_SUMS,
         amplified: bool = False,
         simulated_cohort: int | None = None,
         scales: Mapping[str, float] | None = None,
@@ -231,6 +237,9 @@ class Mechanism:
         self.max_epsilon = max_epsilon
         self.target_delta = open_unit("target_delta", target_delta)
         self.memory = whole("memory", memory, 0)
+        if not isinstance(workload, Workload):
+            refuse("workload", workload, "a Workload(momentum=..., learning_rates=...)")
+        self.workload = workload.over(self.num_rounds)
         self.factorization = factorization
         if isinstance(factorization, Factorization):
             if factorization.rounds != num_rounds:
@@ -396,7 +405,8 @@ class Mechanism:
         alone = not self.is_private or (self.amplified and not in_bins)
         if chosen == "identity" or alone:
             return Identity(self.num_rounds)
-        best = _best(self.num_rounds, separation, most, self.memory)
+        problem = (self.num_rounds, separation, most, self.memory)
+        best = _best(*problem, self.workload)
         log(INFO, "Mechanism chosen: %s", best.reason)
         return best.factorization
 
@@ -574,9 +584,11 @@ class Mechanism:
 
 
 @lru_cache(maxsize=32)
-def _best(rounds: int, separation: int, most: int, memory: int) -> Choice:
+def _best(
+    rounds: int, separation: int, most: int, memory: int, workload: Workload
+) -> Choice:
     """Tune once for runs that are planned alike."""
-    return best_mechanism(rounds, separation, most, memory=memory)
+    return best_mechanism(rounds, separation, most, memory=memory, workload=workload)
 
 
 _CYCLIC = (

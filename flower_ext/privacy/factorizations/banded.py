@@ -1,8 +1,10 @@
 """Banded Toeplitz factorizations, tuned by gradient descent on the coefficients."""
 
+from collections.abc import Callable
+
 import numpy as np
 
-from flower_ext.core.errors import one_of, whole
+from flower_ext.core.errors import one_of, refuse, whole
 from flower_ext.core.typing import Floats
 from flower_ext.privacy.factorizations.factorization import Factorization
 from flower_ext.privacy.factorizations.participation import (
@@ -18,8 +20,11 @@ from flower_ext.privacy.factorizations.toeplitz import (
     toeplitz_matrix,
     toeplitz_sensitivity,
 )
+from flower_ext.privacy.factorizations.workload import PREFIX_SUMS, Workload
 
 _GRAM_ROUNDS = 2048
+# Of the noise in the models, when it is tuned for learning rates that change.
+_COLUMNS = 128
 
 
 class BandedToeplitz(Toeplitz):
@@ -64,6 +69,7 @@ class BandedToeplitz(Toeplitz):
         *,
         objective: str = "rms",
         normalize_columns: bool = False,
+        workload: Workload = PREFIX_SUMS,
     ) -> "BandedToeplitz":
         """Minimise ||c||^2 times the max or mean error over the coefficients.
 
@@ -75,8 +81,11 @@ class BandedToeplitz(Toeplitz):
             ``"rms"`` or ``"max"``.
         normalize_columns : bool
             See the class; the coefficients are optimised without it.
+        workload : Workload
+            What the error is of, prefix sums unless given. Never worse for it than
+            the coefficients for prefix sums, without normalised columns.
         """
-        column = optimize_bands(rounds, bands, objective=objective)
+        column = optimize_bands(rounds, bands, objective=objective, workload=workload)
         return cls(rounds, column, normalize_columns=normalize_columns)
 
     @property
@@ -98,24 +107,19 @@ class BandedToeplitz(Toeplitz):
             self._column, self._norms, min_separation, max_participations
         )
 
-    def row_errors(self) -> Floats:
+    def row_errors(self, workload: Workload = PREFIX_SUMS) -> Floats:
         """Return the errors; normalised columns change the last ``bands - 1``."""
-        errors = super().row_errors()
         if not self.normalize_columns:
-            return errors
-        # B = A diag(norms) C^-1, and only the last norms differ. Up to there B is that
-        # of the plain Toeplitz matrix times one norm; after it row by row.
-        full = float(self._norms[0])
+            return super().row_errors(workload)
+        # A diag(norms) C^-1, of which only the last norms differ. Up to there it is a
+        # plain Toeplitz matrix times one norm, if A is one; after it row by row.
         inverse = self.inverse_coefficients()
-        errors *= full**2
+        if not workload.is_steady(self.rounds):
+            return workload.toeplitz_errors(inverse, self._norms)
         start = max(0, self.rounds - self.bands + 1)
-        row = np.zeros(self.rounds)
-        if start:
-            row[:start] = full * self.decoder_coefficients()[start - 1 :: -1]
-        for step in range(start, self.rounds):
-            row[: step + 1] += self._norms[step] * inverse[step::-1]
-            errors[step] = row @ row
-        return errors
+        last = workload.toeplitz_errors(inverse, self._norms, start)
+        before = super().row_errors(workload)[:start] * self._norms[0] ** 2
+        return np.concatenate([before, last])
 
     def noise_variances(self) -> Floats:
         """Return the variances; row t of C^-1 is scaled by the norm of column t."""
@@ -175,12 +179,22 @@ def _scaled_sensitivity(
     return Sensitivity(float(np.sqrt(float(total))), True, "orthogonal columns")
 
 
-def optimize_bands(rounds: int, bands: int, *, objective: str = "rms") -> Floats:
+def optimize_bands(
+    rounds: int,
+    bands: int,
+    *,
+    objective: str = "rms",
+    workload: Workload = PREFIX_SUMS,
+) -> Floats:
     """Return the coefficients of the best banded Toeplitz C, with norm 1.
 
-    Minimises log ||c||^2 + log sum_j w_j B_j^2 with B = 1 / ((1 - x) C), where w_j = 1
-    for "max" (the last prefix is the worst) and 1 - j/n for "rms" (B_j is in n - j
-    prefixes). It does so by L-BFGS with the exact gradient d B / d c_k = -x^k B / C.
+    Minimises log ||c||^2 + log sum_j w_j B_j^2 with B = A / C, for prefix sums
+    1 / ((1 - x) C), where w_j = 1 for "max" (the last model is the worst) and 1 - j/n
+    for "rms" (B_j is in n - j models). It does so by L-BFGS with the exact gradient
+    d B / d c_k = -x^k B / C.
+
+    At learning rates that change, where A is no polynomial, the steps' noise is the
+    filter, and what some 128 columns of it make of the models stands for all.
 
     Parameters
     ----------
@@ -188,6 +202,8 @@ def optimize_bands(rounds: int, bands: int, *, objective: str = "rms") -> Floats
         Size of the problem; ``bands <= rounds``.
     objective : str
         ``"rms"`` or ``"max"``.
+    workload : Workload
+        A. With learning rates that change for "rms" only.
     """
     from scipy.optimize import minimize  # type: ignore[import-untyped]
     from scipy.signal import lfilter  # type: ignore[import-untyped]
@@ -198,28 +214,30 @@ def optimize_bands(rounds: int, bands: int, *, objective: str = "rms") -> Floats
         raise ValueError(
             f"bands={bands} must be <= rounds={rounds}: a run has no longer memory"
         )
-    weights = np.ones(rounds)
-    if objective == "rms":
-        weights -= np.arange(rounds) / rounds
+    impulse, measure = _measure(rounds, objective, workload)
     # Twice the rounds, so that a cyclic correlation does not wrap around.
     size = 1 << (2 * rounds - 1).bit_length()
 
     def loss(tail: Floats) -> tuple[float, Floats]:
         column = np.concatenate([[1.0], tail])
         with np.errstate(over="ignore", invalid="ignore"):
-            decoder = lfilter([1.0], column, np.ones(rounds))
-            error = float(weights @ decoder**2)
+            decoder = lfilter([1.0], column, impulse)
+            error, slope = measure(decoder)
         if not error < 1e150:  # an unstable filter: let the line search back off
             return 1e3, np.zeros_like(tail)
-        # sum_j w_j B_j (B / C)_{j-k} for every k at once: a correlation, by FFT.
+        # sum_j slope_j (B / C)_{j-k} for every k at once: a correlation, by FFT.
         smooth = lfilter([1.0], column, decoder)
-        weighted = np.fft.rfft(weights * decoder, size)
+        weighted = np.fft.rfft(slope, size)
         lags = np.fft.irfft(weighted * np.conj(np.fft.rfft(smooth, size)), size)
         norm = float(column @ column)
         gradient = 2 * tail / norm - 2 * lags[1:bands] / error
         return float(np.log(norm) + np.log(error)), gradient
 
     start = SquareRootToeplitz(bands).coefficients[1:]
+    if not workload.is_prefix_sum(rounds):
+        # From the optimum for prefix sums down, so that none is worse than that.
+        column = optimize_bands(rounds, bands, objective=objective)
+        start = column[1:] / column[0]
     if bands > 1:
         options: dict[str, float] = {"maxiter": 2000, "maxfun": 4000, "maxcor": 30}
         options |= {"ftol": 1e-15, "gtol": 1e-9}
@@ -227,3 +245,37 @@ def optimize_bands(rounds: int, bands: int, *, objective: str = "rms") -> Floats
         start = found.x
     column = np.concatenate([[1.0], start])
     return np.asarray(column / np.linalg.norm(column))
+
+
+def _measure(
+    rounds: int, objective: str, workload: Workload
+) -> tuple[Floats, Callable[[Floats], tuple[float, Floats]]]:
+    """Return what C filters, and the error of the result with half its gradient."""
+    weights = np.ones(rounds)
+    if objective == "rms":
+        weights -= np.arange(rounds) / rounds
+    if workload.is_steady(rounds):
+        return workload.column(rounds), lambda b: (
+            float(weights @ b**2),
+            weights * b,
+        )
+    if objective == "max":
+        cause = "which model is the worst is not known with learning rates that change"
+        refuse("objective", objective, "'rms'", cause)
+    rates = workload.rates(rounds)
+    edges = np.linspace(0, rounds, min(rounds, _COLUMNS) + 1)
+    middles = ((edges[:-1] + edges[1:]) / 2).astype(int)
+
+    def of_columns(steps: Floats) -> tuple[float, Floats]:
+        # Column j of A C^-1: at rate_t every step adds what came t - j rounds before.
+        error, slope = 0.0, np.zeros(rounds)
+        for column, width in zip(middles, np.diff(edges), strict=True):
+            models = np.cumsum(rates[column:] * steps[: rounds - column])
+            error += width * float(models @ models)
+            later = np.cumsum(models[::-1])[::-1]
+            slope[: rounds - column] += width * rates[column:] * later
+        return error, slope
+
+    impulse = np.zeros(rounds)
+    impulse[0] = 1.0
+    return workload.steps(impulse), of_columns

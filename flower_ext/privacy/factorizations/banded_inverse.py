@@ -22,6 +22,11 @@ from flower_ext.core.typing import AnyFloats, Floats
 from flower_ext.privacy.factorizations.participation import effective_participations
 from flower_ext.privacy.factorizations.recurrences import Recurrence
 from flower_ext.privacy.factorizations.toeplitz import ToeplitzFactorization
+from flower_ext.privacy.factorizations.workload import (
+    PREFIX_SUMS,
+    Workload,
+    require_steady,
+)
 
 _SHARES = np.linspace(0, 1, 21)
 
@@ -87,6 +92,7 @@ class BISR(ToeplitzFactorization):
         max_participations: int = 1,
         *,
         objective: str = "rms",
+        workload: Workload = PREFIX_SUMS,
     ) -> Self:
         r"""Minimise sensitivity times the root-mean-square or the largest error.
 
@@ -103,22 +109,30 @@ class BISR(ToeplitzFactorization):
             b and k, see :meth:`sensitivity`.
         objective : str
             ``"rms"`` or ``"max"``.
+        workload : Workload
+            What the error is of, prefix sums unless given; with momentum, at a constant
+            learning rate. Never worse for it than the taps for prefix sums.
         """
         one_of("objective", objective, ("rms", "max"))
+        require_steady(workload, rounds, "BISR")
         root = cls(rounds, bands)
         if bands == 1:
             return root
-        best = _best_taps(root, min_separation, max_participations, objective)
+        problem = (min_separation, max_participations)
+        known = [root]
+        if not workload.is_prefix_sum(rounds):
+            known.append(cls.optimize(rounds, bands, *problem, objective=objective))
+        best = _best_taps(root, *problem, objective, workload)
 
         def loss(candidate: Self) -> float:
             error = candidate.rms_loss if objective == "rms" else candidate.max_loss
-            return error(min_separation, max_participations)
+            return error(*problem, workload)
 
         # Where coefficients of C rise, the sensitivity is a bound, and taps on the way
         # to ones with which they do not may have less.
         safe = (root.inverse_coefficients()[1:bands], np.zeros(bands - 1))
         tried = (cls(rounds, bands, x + t * (best - x)) for x in safe for t in _SHARES)
-        return min(root, *tried, key=loss)
+        return min(*known, *tried, key=loss)
 
     @property
     def bands(self) -> int:
@@ -186,7 +200,11 @@ class MovingAverage(Recurrence):
 
 
 def _best_taps(
-    root: BISR, min_separation: int, max_participations: int, objective: str
+    root: BISR,
+    min_separation: int,
+    max_participations: int,
+    objective: str,
+    workload: Workload,
 ) -> Floats:
     """Return r_1, ..., r_{p-1} of least loss, see :meth:`BISR.optimize`."""
     from scipy.optimize import minimize  # type: ignore[import-untyped]
@@ -208,10 +226,10 @@ def _best_taps(
             if not energy < 1e150:  # let the line search back off
                 return 1e3, np.zeros_like(tail)
             smooth = lfilter([1.0], taps, columns)
-        decoder = np.cumsum(np.pad(taps, (0, rounds - bands)))
+        decoder = workload.models(np.pad(taps, (0, rounds - bands)))
         error = float(weights @ decoder**2)
-        # sum over j >= k of w_j B_j, for every k
-        after = np.cumsum((weights * decoder)[::-1])[::-1]
+        # sum over j >= k of w_j A_{j-k} B_j, for every k
+        after = workload.models((weights * decoder)[::-1])[::-1]
         lags = np.array([columns[k:] @ smooth[: rounds - k] for k in range(1, bands)])
         gradient = -2 * lags / energy + 2 * after[1:bands] / error
         return float(np.log(energy) + np.log(error)), gradient

@@ -21,6 +21,7 @@ from flower_ext.core.typing import Floats
 from flower_ext.privacy.factorizations.blt_optimizer import optimize_buffers
 from flower_ext.privacy.factorizations.recurrences import BufferRecurrence, Recurrence
 from flower_ext.privacy.factorizations.toeplitz import ToeplitzFactorization
+from flower_ext.privacy.factorizations.workload import PREFIX_SUMS, Workload
 
 
 class BufferedToeplitz(ToeplitzFactorization):
@@ -84,6 +85,7 @@ class BufferedToeplitz(ToeplitzFactorization):
         *,
         buffers: int = 4,
         objective: str = "rms",
+        workload: Workload = PREFIX_SUMS,
     ) -> Self:
         """Minimise the loss over 1 to ``buffers`` buffers; see `optimize_buffers`."""
         decay, scale = optimize_buffers(
@@ -92,6 +94,7 @@ class BufferedToeplitz(ToeplitzFactorization):
             max_participations,
             buffers=buffers,
             objective=objective,
+            workload=workload,
         )
         return cls(rounds, decay, scale)
 

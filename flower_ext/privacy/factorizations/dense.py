@@ -13,6 +13,7 @@ from flower_ext.privacy.factorizations.participation import (
     gram_sensitivity,
 )
 from flower_ext.privacy.factorizations.recurrences import HistoryRecurrence, Recurrence
+from flower_ext.privacy.factorizations.workload import PREFIX_SUMS, Workload
 
 
 class DenseFactorization(Factorization):
@@ -44,10 +45,16 @@ class DenseFactorization(Factorization):
 
     @classmethod
     def optimize(
-        cls, rounds: int, min_separation: int = 1, max_participations: int = 1
+        cls,
+        rounds: int,
+        min_separation: int = 1,
+        max_participations: int = 1,
+        *,
+        workload: Workload = PREFIX_SUMS,
     ) -> Self:
         """Minimise the root-mean-square loss; see `optimize_dense`."""
-        return cls(optimize_dense(rounds, min_separation, max_participations))
+        problem = (rounds, min_separation, max_participations)
+        return cls(optimize_dense(*problem, workload=workload))
 
     @property
     def name(self) -> str:
@@ -59,16 +66,21 @@ class DenseFactorization(Factorization):
         gram = self._matrix.T @ self._matrix
         return gram_sensitivity(gram, min_separation, max_participations)
 
-    def row_errors(self) -> Floats:
-        """Return the squared norms of the rows of B."""
-        return np.asarray((self.decoder_matrix() ** 2).sum(axis=1))
+    def row_errors(self, workload: Workload = PREFIX_SUMS) -> Floats:
+        """Return the squared norms of the rows of B, or of A C^-1."""
+        if workload.is_prefix_sum(self.rounds):
+            return np.asarray((self.decoder_matrix() ** 2).sum(axis=1))
+        return np.asarray((workload.models(self._inverse()) ** 2).sum(axis=1))
 
     def noise_variances(self) -> Floats:
         """Return the squared norms of the rows of C^-1."""
+        return np.asarray((self._inverse() ** 2).sum(axis=1))
+
+    def _inverse(self) -> Floats:
         from scipy.linalg import solve_triangular  # type: ignore[import-untyped]
 
         inverse = solve_triangular(self._matrix, np.eye(self.rounds), lower=True)
-        return np.asarray((inverse**2).sum(axis=1))
+        return np.asarray(inverse)
 
     def strategy_matrix(self) -> Floats:
         """Return C."""
@@ -100,7 +112,11 @@ class DenseFactorization(Factorization):
 
 
 def optimize_dense(
-    rounds: int, min_separation: int = 1, max_participations: int = 1
+    rounds: int,
+    min_separation: int = 1,
+    max_participations: int = 1,
+    *,
+    workload: Workload = PREFIX_SUMS,
 ) -> Floats:
     """Return the C of least mean error for sensitivity fixed.
 
@@ -115,6 +131,8 @@ def optimize_dense(
         At most 1,000; the cost is O(rounds^3) per step.
     min_separation, max_participations : int
         b and k.
+    workload : Workload
+        A, prefix sums unless given.
 
     References
     ----------
@@ -129,8 +147,12 @@ def optimize_dense(
     lag = np.abs(np.subtract.outer(index, index))
     reach = min_separation if max_participations > 1 else rounds
     free = (lag > 0) & (lag < reach)
-    # A^T A / n: rounds i and j are both in the prefixes from the later one on.
-    gram = np.minimum.outer(rounds - index, rounds - index) / rounds
+    if workload.is_prefix_sum(rounds):
+        # A^T A / n: rounds i and j are both in the prefixes from the later one on.
+        gram = np.minimum.outer(rounds - index, rounds - index) / rounds
+    else:
+        query = workload.matrix(rounds)
+        gram = query.T @ query / rounds
 
     best = _minimize_trace(np.eye(rounds), gram, lambda x: np.where(free, x, 0.0))
     # X = C^T C with a lower-triangular C: the Cholesky factor from the last row up.

@@ -13,6 +13,11 @@ In units of the clipping norm and for Z of standard deviation 1:
 
 Both losses do not depend on the scale of C. They are the noise of a prefix sum when the
 whole run is as private as one Gaussian release with mu = 1.
+
+Where the server does not add up, but moves with momentum or learning rates that change,
+errors are those of its models, of the rows of A C^-1 for its
+:class:`~flower_ext.privacy.Workload` A. C, what is released and its sensitivity are the
+same.
 """
 
 import hashlib
@@ -31,6 +36,7 @@ from flower_ext.privacy.factorizations.recurrences import (
     IndependentRecurrence,
     Recurrence,
 )
+from flower_ext.privacy.factorizations.workload import PREFIX_SUMS, Workload
 
 
 class Factorization(ABC):
@@ -79,8 +85,11 @@ class Factorization(ABC):
         """
 
     @abstractmethod
-    def row_errors(self) -> Floats:
-        """Return err_i = ||B[i, :]||^2 of every prefix sum, shape ``(rounds,)``."""
+    def row_errors(self, workload: Workload = PREFIX_SUMS) -> Floats:
+        """Return err_i = ||B[i, :]||^2 of every prefix sum, shape ``(rounds,)``.
+
+        Of another workload A the rows are those of A C^-1.
+        """
 
     @abstractmethod
     def noise_variances(self) -> Floats:
@@ -132,23 +141,33 @@ class Factorization(ABC):
             digest.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
         return digest.hexdigest()[:32]
 
-    def max_error(self) -> float:
-        """Return sqrt(max_i err_i): the noise of the worst prefix sum."""
-        return float(np.sqrt(self.row_errors().max()))
+    def max_error(self, workload: Workload = PREFIX_SUMS) -> float:
+        """Return sqrt(max_i err_i): the noise of the worst prefix sum, or model."""
+        return float(np.sqrt(self.row_errors(workload).max()))
 
-    def rms_error(self) -> float:
-        """Return sqrt(mean_i err_i): the root-mean-square noise of a prefix sum."""
-        return float(np.sqrt(self.row_errors().mean()))
+    def rms_error(self, workload: Workload = PREFIX_SUMS) -> float:
+        """Return sqrt(mean_i err_i): the root-mean-square noise of them."""
+        return float(np.sqrt(self.row_errors(workload).mean()))
 
-    def max_loss(self, min_separation: int, max_participations: int) -> float:
+    def max_loss(
+        self,
+        min_separation: int,
+        max_participations: int,
+        workload: Workload = PREFIX_SUMS,
+    ) -> float:
         """Return sensitivity times `max_error`."""
         sensitivity = self.sensitivity(min_separation, max_participations)
-        return sensitivity.value * self.max_error()
+        return sensitivity.value * self.max_error(workload)
 
-    def rms_loss(self, min_separation: int, max_participations: int) -> float:
+    def rms_loss(
+        self,
+        min_separation: int,
+        max_participations: int,
+        workload: Workload = PREFIX_SUMS,
+    ) -> float:
         """Return sensitivity times `rms_error`."""
         sensitivity = self.sensitivity(min_separation, max_participations)
-        return sensitivity.value * self.rms_error()
+        return sensitivity.value * self.rms_error(workload)
 
     def _check_first(self, rounds: int) -> int:
         """Return ``rounds`` if the plan covers it."""
@@ -186,9 +205,13 @@ class Identity(Factorization):
         )
         return Sensitivity(float(np.sqrt(count)), True, "orthogonal columns")
 
-    def row_errors(self) -> Floats:
-        """Return 1, 2, ..., n."""
-        return np.arange(1.0, self.rounds + 1)
+    def row_errors(self, workload: Workload = PREFIX_SUMS) -> Floats:
+        """Return 1, 2, ..., n; of another workload the squared norms of its rows."""
+        if workload.is_prefix_sum(self.rounds):
+            return np.arange(1.0, self.rounds + 1)
+        if workload.is_steady(self.rounds):
+            return np.asarray(np.cumsum(workload.column(self.rounds) ** 2))
+        return workload.streamed_errors(self.recurrence(), self.rounds)
 
     def noise_variances(self) -> Floats:
         """Return ones."""

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from flower_ext.core.errors import one_of, whole
 from flower_ext.privacy.factorizations.banded import BandedToeplitz
 from flower_ext.privacy.factorizations.banded_inverse import BISR
@@ -14,6 +16,7 @@ from flower_ext.privacy.factorizations.factorization import Factorization, Ident
 from flower_ext.privacy.factorizations.participation import effective_participations
 from flower_ext.privacy.factorizations.toeplitz import SquareRootToeplitz
 from flower_ext.privacy.factorizations.trees import TreeAggregation
+from flower_ext.privacy.factorizations.workload import PREFIX_SUMS, Workload
 
 # Beyond these a search takes seconds and gains little: a dense matrix costs rounds^3 in
 # every step, and a BLT of 3 or 4 buffers is within a fraction of a percent of more.
@@ -37,7 +40,7 @@ class Comparison:
     exact : bool
         Whether the sensitivity is exact or an upper bound.
     max_loss, rms_loss : float
-        Noise of the worst and of the root-mean-square prefix sum at mu = 1.
+        Noise of the worst and of the root-mean-square model at mu = 1.
     """
 
     name: str
@@ -74,6 +77,7 @@ def best_mechanism(
     *,
     memory: int = 4,
     objective: str = "rms",
+    workload: Workload = PREFIX_SUMS,
 ) -> Choice:
     """Return the mechanism of least loss whose noise fits into memory.
 
@@ -89,6 +93,9 @@ def best_mechanism(
         Model-sized buffers that the server can spare; 0 leaves independent noise.
     objective : str
         ``"rms"`` (mean over the run) or ``"max"`` (the last model).
+    workload : Workload
+        The server's momentum and learning rates; unless given prefix sums, which is
+        plain averaging.
 
     Returns
     -------
@@ -98,7 +105,9 @@ def best_mechanism(
     Notes
     -----
     Bands are at most ``min_separation``, so that participations do not overlap. Dense
-    matrices take part up to 128 rounds and for "rms" only.
+    matrices take part up to 128 rounds and for "rms" only. With learning rates that
+    change bands of C are tuned for "rms", those of its inverse and BLTs for the same
+    momentum at a constant rate; all are compared on the workload itself.
 
     Examples
     --------
@@ -109,12 +118,13 @@ def best_mechanism(
     whole("rounds", rounds, 1)
     whole("memory", memory, 0)
     one_of("objective", objective, ("rms", "max"))
+    workload = workload.over(rounds)
     candidates = _candidates(
-        rounds, min_separation, max_participations, memory, objective
+        rounds, min_separation, max_participations, memory, objective, workload
     )
     table: dict[str, tuple[float, Factorization, Comparison]] = {}
     for candidate in candidates:
-        line = _compare(candidate, min_separation, max_participations)
+        line = _compare(candidate, min_separation, max_participations, workload)
         loss = line.rms_loss if objective == "rms" else line.max_loss
         # Two periods may be the same tree, two sizes the same bands.
         table.setdefault(line.name, (loss, candidate, line))
@@ -139,8 +149,10 @@ def _candidates(
     max_participations: int,
     memory: int,
     objective: str,
+    workload: Workload,
 ) -> Iterator[Factorization]:
     """Yield the tuned mechanisms that fit."""
+    steady = workload.steady()
     count = effective_participations(rounds, min_separation, max_participations)
     yield Identity(rounds)
     # One tree for the whole run, or one that a client meets at most once.
@@ -154,7 +166,11 @@ def _candidates(
     bands = min(memory + 1, widest)
     if bands > 1 and bands * rounds <= _BAND_WORK:
         yield BandedToeplitz.optimize(
-            rounds, bands, objective=objective, normalize_columns=True
+            rounds,
+            bands,
+            objective=objective if workload == steady else "rms",
+            normalize_columns=True,
+            workload=workload,
         )
     if min(memory, rounds - 1) >= 1 and (memory + 1) * rounds <= _BAND_WORK:
         yield BISR.optimize(
@@ -163,24 +179,32 @@ def _candidates(
             min_separation,
             max_participations,
             objective=objective,
+            workload=steady,
         )
-    sizes = grow_buffers(rounds, min(min_separation, rounds), count, objective)
+    separation = min(min_separation, rounds)
+    sizes = grow_buffers(rounds, separation, count, objective, steady)
     for decay, scale in itertools.islice(sizes, min(memory, _BUFFERS)):
         yield BufferedToeplitz(rounds, decay, scale)
     if objective == "rms" and rounds <= _DENSE_ROUNDS and memory >= widest - 1:
-        yield DenseFactorization.optimize(rounds, min_separation, max_participations)
+        yield DenseFactorization.optimize(
+            rounds, min_separation, max_participations, workload=workload
+        )
 
 
 def _compare(
-    candidate: Factorization, min_separation: int, max_participations: int
+    candidate: Factorization,
+    min_separation: int,
+    max_participations: int,
+    workload: Workload,
 ) -> Comparison:
     """Return the line of one candidate."""
     sensitivity = candidate.sensitivity(min_separation, max_participations)
+    errors = candidate.row_errors(workload)
     return Comparison(
         candidate.name,
         candidate.memory,
         sensitivity.value,
         sensitivity.exact,
-        sensitivity.value * candidate.max_error(),
-        sensitivity.value * candidate.rms_error(),
+        sensitivity.value * float(np.sqrt(errors.max())),
+        sensitivity.value * float(np.sqrt(errors.mean())),
     )

@@ -19,6 +19,7 @@ from flower_ext.privacy.factorizations.participation import (
     effective_participations,
 )
 from flower_ext.privacy.factorizations.recurrences import HistoryRecurrence, Recurrence
+from flower_ext.privacy.factorizations.workload import PREFIX_SUMS, Workload
 
 
 def toeplitz_matrix(coefficients: Floats, rounds: int) -> Floats:
@@ -88,9 +89,18 @@ class ToeplitzFactorization(Factorization):
             self.coefficients, self.rounds, min_separation, max_participations
         )
 
-    def row_errors(self) -> Floats:
-        """Return the running sums of the squared coefficients of B."""
-        return np.asarray(np.cumsum(self.decoder_coefficients() ** 2))
+    def row_errors(self, workload: Workload = PREFIX_SUMS) -> Floats:
+        """Return the running sums of the squared coefficients of B.
+
+        At learning rates that change A C^-1 is no Toeplitz matrix, and it takes
+        O(rounds^2).
+        """
+        if workload.is_prefix_sum(self.rounds):
+            return np.asarray(np.cumsum(self.decoder_coefficients() ** 2))
+        inverse = self.inverse_coefficients()
+        if workload.is_steady(self.rounds):
+            return np.asarray(np.cumsum(workload.models(inverse) ** 2))
+        return workload.toeplitz_errors(inverse)
 
     def noise_variances(self) -> Floats:
         """Return the running sums of the squared coefficients of C^-1."""

@@ -22,6 +22,7 @@ from flower_ext.privacy.factorizations.participation import (
     gram_sensitivity,
 )
 from flower_ext.privacy.factorizations.recurrences import Recurrence, TreeRecurrence
+from flower_ext.privacy.factorizations.workload import PREFIX_SUMS, Workload
 
 # Of a Gram matrix: a tenth of a second.
 _MOST_ROUNDS = 1024
@@ -151,8 +152,10 @@ class TreeAggregation(Factorization):
         how = "upper bound: dynamic programme on the tree, of which not all is released"
         return Sensitivity(best, False, how)
 
-    def row_errors(self) -> Floats:
-        """Return the errors of all prefixes."""
+    def row_errors(self, workload: Workload = PREFIX_SUMS) -> Floats:
+        """Return the errors of all prefixes, or models."""
+        if not workload.is_prefix_sum(self.rounds):
+            return self._errors_of_models(workload)
         if self.estimator == "full":
             matrix = self.strategy_matrix()
             return _diagonal_of_inverse(matrix.T @ matrix)
@@ -165,6 +168,12 @@ class TreeAggregation(Factorization):
         finished = np.arange(self.rounds) // self.restart_every
         last = min(self.restart_every, self.rounds) - 1
         return np.asarray(errors + finished * errors[last])
+
+    def _errors_of_models(self, workload: Workload) -> Floats:
+        if self.estimator != "full":
+            return workload.streamed_errors(self.recurrence(), self.rounds)
+        noise = np.diff(self.decoder_matrix(), axis=0, prepend=0.0)
+        return np.asarray((workload.models(noise) ** 2).sum(axis=1))
 
     def noise_variances(self) -> Floats:
         """Return the variances; they depend on the height h of the node completed.
