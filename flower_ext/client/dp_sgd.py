@@ -19,6 +19,7 @@ from typing import get_args
 from flwr.app import Context, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
+from flower_ext.client.bounded_steps import BoundedSteps
 from flower_ext.client.half import ClientHalf, Local, LocalSettings
 from flower_ext.client.noisy_steps import (
     GradSampleMode,
@@ -31,6 +32,8 @@ from flower_ext.client.task import Batch, num_examples
 from flower_ext.client.trainer import Trainer
 from flower_ext.client.users import keep_per_user, user_column
 from flower_ext.core.errors import refuse
+from flower_ext.privacy.bounded import BoundedGaussian
+from flower_ext.privacy.instances import InstanceReport
 from flower_ext.privacy.silo_budget import SiloPrivacy
 
 # Hooks of which each alone sends nothing: the one sees data, which are clipped, the
@@ -81,6 +84,14 @@ class DPSGD(Trainer):
         data stay protected: a choice among models is private and charged in evaluations
         then, too, and a half whose evaluation reads training data otherwise, as
         KNNPer's and Ensemble's do, is refused in it.
+    noise : BoundedGaussian, optional
+        Of kind ``rectified``, with bounds in clipping norms: every coordinate of a
+        noisy sum is cut to them. It is made of the noisy sum alone, and costs and saves
+        no epsilon; what is gained is in the accounts of single examples.
+    instances : InstanceReport, optional
+        Keeps in a file of the silo's an account of what was released of single
+        examples, see :class:`~flower_ext.privacy.instances.InstanceAccount`. Nothing of
+        it is in a reply, or changes one.
 
     Raises
     ------
@@ -189,6 +200,8 @@ class DPSGD(Trainer):
         mode: GradSampleMode = "hooks",
         release_train_loss: bool = False,
         release_evaluation: bool = False,
+        noise: BoundedGaussian | None = None,
+        instances: InstanceReport | None = None,
     ) -> None:
         if not isinstance(privacy, SiloPrivacy) and not callable(privacy):
             refuse("privacy", privacy, "a SiloPrivacy, or a function that returns one")
@@ -198,6 +211,15 @@ class DPSGD(Trainer):
         self.mode = mode
         self.release_train_loss = release_train_loss
         self.release_evaluation = release_evaluation
+        self.noise = _require_rectified(noise)
+        if instances is not None and not isinstance(instances, InstanceReport):
+            refuse("instances", instances, "an InstanceReport, or None")
+        self.instances = instances
+        own = type(self).steps is not DPSGD.steps
+        for name in ("noise", "instances") if own else ():
+            if getattr(self, name) is not None:
+                cause = "it takes other steps than DPSGD, which do not know of it"
+                refuse(name, getattr(self, name), f"None for {self._name}", cause)
 
     def privacy(self, context: Context) -> SiloPrivacy:
         """Return what the silo of a context promises."""
@@ -299,14 +321,21 @@ class DPSGD(Trainer):
         self, local: Local, half: ClientHalf, plan: NoisePlan, privacy: SiloPrivacy
     ) -> PrivateSteps:
         """Return the steps of one training."""
-        return NoisySteps(local, half, plan, self.mode)
+        if self.noise is None and self.instances is None:
+            return NoisySteps(local, half, plan, self.mode)
+        if self.instances is not None and privacy.unit:
+            cause = "the account is of examples, not of users"
+            refuse(
+                "instances", self.instances, "None with max_examples_per_user", cause
+            )
+        return BoundedSteps(local, half, plan, self.mode, self.noise, self.instances)
 
     def manner(self, data: Batch, privacy: SiloPrivacy) -> Sequence[object]:
         """Return what else than model, data, settings and plan decides a step's sum.
 
         With a ``seed`` the noise of one manner must not come again in another.
         """
-        return ()
+        return () if self.noise is None else (self.noise,)
 
     @property
     def _name(self) -> str:
@@ -330,6 +359,22 @@ def _replaced(kind: type, vouching: Sequence[type]) -> list[str]:
         and not name.startswith("__")
         and (callable(x) or isinstance(x, property))
     )
+
+
+def _require_rectified(noise: BoundedGaussian | None) -> BoundedGaussian | None:
+    if noise is None:
+        return None
+    if not isinstance(noise, BoundedGaussian):
+        refuse("noise", noise, "a BoundedGaussian, or None")
+    if not noise.is_post_processing:
+        cause = (
+            "how likely a truncated Gaussian is inside depends on the data, so that "
+            "epsilon of the Gaussian does not hold for it"
+        )
+        refuse("noise", noise, 'of kind="rectified"', cause)
+    if not noise.lower < 0 < noise.upper:
+        refuse("noise", noise, "around 0", "a sum without examples is noise around 0")
+    return noise
 
 
 def worst_silo(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:

@@ -218,7 +218,7 @@ class NoisySteps(PrivateSteps):
             if p in clipped:
                 noisy += clipped[p]
             # Rounding to the parameter's own type comes after the noise.
-            p.grad = noisy.to(p.dtype)
+            p.grad = self.noised(noisy).to(p.dtype)
             p.grad /= self._expected
         # It knows no data: clipped, it would take room from the examples' gradients.
         extra = self._add_gradient(self.half.regularizer(model))
@@ -231,6 +231,10 @@ class NoisySteps(PrivateSteps):
         size = num_examples(batch)
         total, parts = self._backward(batch) if size else (0.0, [])
         return total, clipped_sum(parts, size, self.plan.bound)
+
+    def noised(self, total: Tensor) -> Tensor:
+        """Return what is made of a noisy sum, before it is divided and rounded."""
+        return total
 
     def _add_gradient(self, extra: Tensor | None) -> float:
         """Add the gradient of a term that knows no data."""

@@ -57,6 +57,9 @@ from flower_ext.privacy.factorizations.workload import Workload
 from flower_ext.privacy.noise import NoiseStream
 
 if TYPE_CHECKING:
+    from flower_ext.privacy.bounded import BoundedGaussian as BoundedGaussian
+    from flower_ext.privacy.instances import InstanceAccount as InstanceAccount
+    from flower_ext.privacy.instances import InstanceReport as InstanceReport
     from flower_ext.privacy.mechanism import Mechanism as Mechanism
     from flower_ext.privacy.private_evaluation import (
         PrivateEvaluation as PrivateEvaluation,
@@ -70,6 +73,9 @@ if TYPE_CHECKING:
 
 # They need torch or Flower, the numbers above do not: imported when first used.
 _HOME = {
+    "BoundedGaussian": "bounded",
+    "InstanceAccount": "instances",
+    "InstanceReport": "instances",
     "Mechanism": "mechanism",
     "PrivateEvaluation": "private_evaluation",
     "PrivateSum": "private_sum",
