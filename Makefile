@@ -30,7 +30,7 @@ define isolated
 	FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0
 endef
 
-.PHONY: help run report docs new-strategy test check release-check bench bench-simulation bench-gpu clean
+.PHONY: help run report docs new-strategy test check lock release-check bench bench-simulation bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -68,6 +68,10 @@ check: $(INSTALLED)  ## lint, check the format and the types
 	$(VENV)/bin/ruff format --check $(wildcard $(SOURCES))
 	$(VENV)/bin/mypy --strict
 	$(VENV)/bin/mypy --strict tools/*.py tools/template/strategy.py
+
+lock: $(INSTALLED)  ## note the versions of all packages here in lock.txt
+	@(echo "# make CONSTRAINTS=lock.txt installs these; make lock wrote them."; \
+	  $(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//') > lock.txt
 
 # The wheel is built from the sdist, so that what is in it is in both.
 release-check: $(INSTALLED)  ## build wheel and sdist, check them, test the wheel elsewhere
