@@ -194,3 +194,28 @@ def sampled_scores(
         return np.asarray(found.sum(axis=0))
 
     return log_ratio(single) - log_ratio(-single) if replaced else log_ratio(single)
+
+
+def binned_scores(whiten: Floats, projections: Floats, num_bins: int) -> Floats:
+    """Return the log likelihood ratio when the bin of a canary is secret.
+
+    The signal of a canary in bin i is the sum of the columns of its rounds, m_i / s,
+
+        log mean_i exp(<m_i, C x> / s^2 - ||m_i||^2 / (2 s^2)),
+
+    and no score is more powerful, whether these overlap or not.
+
+    Parameters
+    ----------
+    whiten, projections
+        See `matched_scores`.
+    num_bins : int
+        Bins that take turns; those whose turn never came have no signal.
+    """
+    from scipy.special import logsumexp  # type: ignore[import-untyped]
+
+    signals = [whiten[:, turn::num_bins].sum(axis=1) for turn in range(num_bins)]
+    stacked = np.array(signals)
+    strength = np.sum(stacked**2, axis=1)[:, None]
+    exponents = stacked @ (whiten @ projections) - strength / 2
+    return np.asarray(logsumexp(exponents, axis=0) - np.log(num_bins))

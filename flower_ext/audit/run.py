@@ -33,6 +33,7 @@ from flower_ext.audit.bounds import (
 )
 from flower_ext.audit.canaries import (
     Canaries,
+    binned_scores,
     learned_whitening,
     matched_scores,
     sampled_scores,
@@ -47,6 +48,7 @@ from flower_ext.privacy.accounting.accountants import (
     GaussianAccountant,
     RoundAccountant,
 )
+from flower_ext.privacy.accounting.balls_in_bins import BallsInBinsAccountant
 from flower_ext.privacy.accounting.calibration import epsilon_for, loss_distribution
 from flower_ext.privacy.accounting.gaussian import gaussian_epsilon
 from flower_ext.privacy.accounting.sampled import (
@@ -154,7 +156,7 @@ def audit(
         * ``one-run``: Steinke et al.; not even independence is assumed.
         * ``auto``: ``gaussian`` without amplification, ``trade-off`` with Poisson
           sampling, ``counts`` for cohorts of a fixed size, whose published analysis is
-          so loose that little can be refuted.
+          so loose that little can be refuted, and for balls in bins.
     confidence : float
         Probability that the bound holds; a correct mechanism is called violated with
         probability at most 1 - ``confidence``.
@@ -269,7 +271,12 @@ def _trade_off_epsilon(
     if isinstance(accountant, GaussianAccountant):
         return _gaussian_epsilon(counts.mu(confidence), delta)
     if not isinstance(accountant, SampledGaussianAccountant):
-        refuse("method", "trade-off", "counts or one-run", "cohorts of a fixed size")
+        refuse(
+            "method",
+            "trade-off",
+            "counts or one-run",
+            "cohorts are of a fixed size, or balls in bins",
+        )
     rate, cycle = accountant.sampling_probability, accountant.cycle
     rounds = accountant.num_releases
 
@@ -445,6 +452,9 @@ class _CanaryRun:
             scores, strengths = matched_scores(whiten, releases, part)
             drawn = part.any(axis=0)  # whoever never was says nothing
             return scores[drawn], strengths[drawn], self.included[drawn]
+        if isinstance(accountant, BallsInBinsAccountant):
+            scores = binned_scores(whiten, releases, accountant.num_bins)
+            return scores, np.zeros_like(scores), self.included
         rounds = np.arange(1, len(releases) + 1)
         clients = np.arange(len(self.included))
         if isinstance(accountant, SampledGaussianAccountant):

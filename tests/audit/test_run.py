@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord
 from flower_ext import AdditiveStrategy
 from flower_ext.audit.run import audit
 from flower_ext.core.sampling import (
+    BallsInBinsSampler,
     CyclicPoissonSampler,
     Guarantee,
     MinSeparationSampler,
@@ -234,6 +235,24 @@ def test_amplified_by_sampling(kind, monkeypatch):
     draw = NoiseStream._draw
     monkeypatch.setattr(NoiseStream, "_draw", lambda self, scale: draw(self, scale / 2))
     assert run(sampled(kind, **options), clients=1000).violated
+
+
+def test_balls_in_bins(monkeypatch):
+    factory = private(
+        BandedToeplitz.optimize(4, 4),
+        sampler=lambda: BallsInBinsSampler(4, seed=2**120 + 11),
+        amplified=True,
+        noise_multiplier=1.0,
+        num_rounds=4,
+        target_delta=1e-2,
+    )
+    report = run(factory, clients=4000)
+    assert report.method == "counts"
+    assert not report.violated
+    assert 0.15 * report.epsilon_claimed < report.epsilon_lower_bound
+    draw = NoiseStream._draw
+    monkeypatch.setattr(NoiseStream, "_draw", lambda self, scale: draw(self, scale / 2))
+    assert run(factory, clients=4000).violated
 
 
 def fixed_cohorts():

@@ -184,6 +184,27 @@ def test_lattice_and_quadrature_agree():
     assert many_shifts(2, 1.0, 1.5) == pytest.approx(both, rel=1e-3)
 
 
+# Rounds, bins, first column of C (then normalised), noise, and the two deltas at an
+# epsilon of 1 with the standard errors of a million draws each, by jax_privacy's
+# experimental.monte_carlo of August 2026.
+JAX_PRIVACY = [
+    (100, 10, [1.0, 0.5, 0.25, 0.125], 3.0, (0.01953, 7.2e-5), (0.01526, 8.7e-5)),
+    (40, 20, [1.0], 1.0, (0.0146, 6.4e-5), (0.001859, 2e-5)),
+    (24, 4, [1.0, 0.5, 0.4, 0.3, 0.2, 0.1], 3.0, (0.05962, 1e-4), (0.05913, 1.5e-4)),
+]
+
+
+@pytest.mark.parametrize("entry", JAX_PRIVACY)
+def test_deltas_of_jax_privacy(entry):
+    rounds, num_bins, column, noise, *expected = entry
+    plan = Toeplitz(rounds, np.array(column) / np.linalg.norm(column))
+    gram, shares = bin_shifts(plan, num_bins)
+    loss = bounds(gram / noise**2, shares, failure=0.99)
+    for direction, (delta, error) in zip(loss._directions, expected, strict=True):
+        found = loss._delta(direction, 1.0)
+        assert found == pytest.approx(delta, rel=0.01, abs=4 * error)
+
+
 def test_one_bin_is_everybody_in_every_round():
     bands = BandedToeplitz(6, np.array([1.0, 0.5, 0.25]))
     for plan in (Identity(6), bands):

@@ -219,11 +219,13 @@ def noise_multiplier_in_bins(
     num_bins: int,
     confidence: float | None = None,
 ) -> float:
-    """Return a noise multiplier that meets a target, within about 1% above the least.
+    """Return a noise multiplier that meets a target, near the least.
 
-    It is sought with an eighth of the draws, and what is found is bounded anew with
-    independent draws, as a `BallsInBinsAccountant` of it does, and raised by 0.5% until
-    that meets the target, at most 16 times. The confidence covers all of them.
+    It is about 1% above, and up to 5% with hundreds of bins, for which fewer draws are
+    affordable. It is sought with an eighth of the draws, and what is found is bounded
+    anew with independent ones, as a `BallsInBinsAccountant` of it does, and raised by
+    0.5% until that meets the target, at most 16 times. The confidence covers all of
+    them. Where none does, it is the noise without amplification.
 
     Parameters
     ----------
