@@ -53,8 +53,8 @@ class ELS(DPSGD):
     ----------
     privacy, mode, release_train_loss, release_evaluation
         See :class:`~flower_ext.client.dp_sgd.DPSGD`. ``max_examples_per_user`` is G, 1
-        or more; :func:`~flower_ext.client.users.els_group_size` has a rule for it. With
-        1, it is DP-SGD on one example of every user.
+        or more; a rule for it is :func:`~flower_ext.client.group_size.els_group_size`.
+        With 1, it is DP-SGD on one example of every user.
 
     Raises
     ------
@@ -113,8 +113,8 @@ class ULS(ELS):
     ----------
     privacy, mode, release_train_loss, release_evaluation
         See :class:`~flower_ext.client.dp_sgd.DPSGD`. ``max_examples_per_user`` is G, a
-        bound on a step's work; :func:`~flower_ext.client.users.uls_group_size` has a
-        rule for it.
+        bound on a step's work; a rule for it is
+        :func:`~flower_ext.client.group_size.uls_group_size`.
 
     Raises
     ------
