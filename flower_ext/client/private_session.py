@@ -286,7 +286,8 @@ class PrivateSession(Session):
         privacy = self._privacy
         if privacy.epsilon is None or privacy.num_rounds is None:
             return None
-        target = [privacy.epsilon, privacy.delta, float(privacy.num_rounds)]
+        rounds, shift = float(privacy.num_rounds), float(self._shift)
+        target = [privacy.epsilon, privacy.delta, rounds, shift]
         if self._choices:
             target += [float(self._choices), self._choice_noise]
         return target

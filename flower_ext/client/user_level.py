@@ -131,8 +131,7 @@ class ULS(ELS):
     *Clipping*: the mean over a user's examples is formed first, in float64, and its
     norm is that of the very numbers that are added up.
 
-    A ledger is shared with ELS of one example a user, whose steps move a sum by as
-    much, and not with ELS of more.
+    A ledger counts the steps of ELS and of ULS for the same users, whatever their G.
 
     *Assumed*, beside what DP-SGD assumes: that a row's user is who it says. Somebody
     under two names is protected as two.

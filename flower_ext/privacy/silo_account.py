@@ -14,7 +14,9 @@ from flower_ext.core.errors import fraction, refuse, whole
 from flower_ext.core.files import flush
 from flower_ext.core.protocol import ACCOUNT_PREFIX, RUN_NAME, RUN_RESUMED
 
-FORMAT = 1
+FORMAT = 2
+# What was written before steps had a group size each is read as well.
+_READ = (1, FORMAT)
 
 _STATE = f"{ACCOUNT_PREFIX}example-level-dp"
 # Of the saved runs that this process took part in, by run and client.
@@ -158,8 +160,8 @@ def load_record(path: Path) -> ConfigRecord | None:
         return None
     try:
         found = json.loads(text)
-        if found.pop("format") != FORMAT:
-            raise ValueError(f"format must be {FORMAT}")
+        if (form := found.pop("format")) not in _READ:
+            raise ValueError(f"format must be one of {_READ}")
         whole("group-size", found["group-size"], 1)
         if not isinstance(found["unit"], str):
             refuse("unit", found["unit"], "the name of a column, or empty")
@@ -170,6 +172,9 @@ def load_record(path: Path) -> ConfigRecord | None:
             whole("steps", steps, 1)
             if not float(noise) >= 0:
                 refuse("noise-multipliers", noise, ">= 0")
+        if form > 1:
+            for size, _ in zip(found["group-sizes"], rates, strict=True):
+                whole("group-sizes", size, 1)
         return ConfigRecord(found)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(

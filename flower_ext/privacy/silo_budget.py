@@ -187,9 +187,11 @@ class StepLedger:
     Parameters
     ----------
     group_size : int (default: 1)
-        Most examples of one user; their number in a batch is Binomial(G, q).
-    steps : dict[tuple[float, float], int]
-        ``{(sampling probability, noise multiplier): steps}``.
+        Of the steps that are added: clipping norms by which a unit moves a sum at most,
+        such as the most examples of one user, of which Binomial(G, q) are in a batch.
+    steps : dict[tuple[float, float, int], int]
+        ``{(sampling probability, noise multiplier, group size): steps}``. All protect
+        the same unit, so that they compose whatever their group sizes.
     unit : str (default: "")
         The data's column of users; empty where the unit is one example.
 
@@ -201,7 +203,7 @@ class StepLedger:
     """
 
     group_size: int = 1
-    steps: Mapping[tuple[float, float], int] = field(default_factory=dict)
+    steps: Mapping[tuple[float, float, int], int] = field(default_factory=dict)
     unit: str = ""
 
     @property
@@ -240,12 +242,12 @@ class StepLedger:
             return self.add(1.0, unsampled, count).add(
                 rate, math.sqrt(part * variance), count
             )
-        key = (rate, noise_multiplier)
+        key = (rate, noise_multiplier, self.group_size)
         return replace(self, steps={**self.steps, key: self.steps.get(key, 0) + count})
 
     def epsilon(self, delta: float) -> float:
         """Return an upper bound of epsilon, tight up to the grid; 0 without steps."""
-        return _spent(tuple(self.steps.items()), self.group_size, delta)
+        return _spent(tuple(self.steps.items()), delta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "StepLedger":
@@ -263,8 +265,9 @@ class StepLedger:
             {
                 "unit": self.unit,
                 "group-size": self.group_size,
-                "rates": [rate for rate, _ in self.steps],
-                "noise-multipliers": [noise for _, noise in self.steps],
+                "rates": [rate for rate, _, _ in self.steps],
+                "noise-multipliers": [noise for _, noise, _ in self.steps],
+                "group-sizes": [size for _, _, size in self.steps],
                 "steps": list(self.steps.values()),
             }
         )
@@ -297,47 +300,49 @@ class StepLedger:
         unit = privacy.unit if privacy else ""
         if record is None:
             return cls(group_size, unit=unit)
-        kept = cast(int, record["group-size"]), cast(str, record["unit"])
-        if privacy and record["steps"] and kept != (group_size, unit):
-            before = f"{kept[0]} of user={kept[1]!r}" if kept[1] else "None"
+        kept = cast(str, record["unit"])
+        if privacy and record["steps"] and kept != unit:
             refuse(
                 "max_examples_per_user",
-                f"{group_size} of user={unit!r}" if unit else None,
-                f"{before} as in the rounds before",
+                f"{privacy.group_size} of user={unit!r}" if unit else None,
+                f"{f'of user={kept!r}' if kept else None} as in the rounds before",
                 "what is spent on one unit says nothing about another",
             )
         if privacy is None:
-            group_size, unit = kept
+            group_size, unit = cast(int, record["group-size"]), kept
         rates, noises, steps = (
             cast("list[float]", record[key])
             for key in ("rates", "noise-multipliers", "steps")
         )
-        keys = zip(rates, noises, strict=True)
+        # Records of format 1 have one group size for all steps.
+        same = [cast(int, record["group-size"])] * len(steps)
+        sizes = cast("list[int]", record.get("group-sizes", same))
+        keys = zip(rates, noises, sizes, strict=True)
         return cls(group_size, dict(zip(keys, map(int, steps), strict=True)), unit)
 
 
 # Many virtual silos of one simulation, and the rounds of one silo, ask the same.
 @lru_cache(maxsize=1024)
 def _spent(
-    steps: tuple[tuple[tuple[float, float], int], ...], group_size: int, delta: float
+    steps: tuple[tuple[tuple[float, float, int], int], ...], delta: float
 ) -> float:
     if not steps:
         return 0.0
-    if any(noise == 0 for (_, noise), _ in steps):  # one such step tells all
+    if any(noise == 0 for (_, noise, _), _ in steps):  # one such step tells all
         return math.inf
     if len(steps) == 1:
-        [((rate, noise), count)] = steps
-        return sampled_epsilon(count, delta, noise, rate, group_size, INTERVAL)
+        [((rate, noise, size), count)] = steps
+        return sampled_epsilon(count, delta, noise, rate, size, INTERVAL)
     # Gaussian releases without sampling compose exactly: their mu^2 add up.
-    squares = [n * (group_size / noise) ** 2 for (rate, noise), n in steps if rate == 1]
+    squares = [n * (size / noise) ** 2 for (rate, noise, size), n in steps if rate == 1]
     mu = math.sqrt(sum(squares))
     if len(squares) == len(steps):
         return gaussian_epsilon(mu, delta)
     if mu > _MOST_MU:  # a sampled release tells no more than one without sampling
-        all_squares = [n * (group_size / noise) ** 2 for (_, noise), n in steps]
+        all_squares = [n * (size / noise) ** 2 for (_, noise, size), n in steps]
         return gaussian_epsilon(math.sqrt(sum(all_squares)), delta)
     # Rates and noises may change from round to round; loss distributions compose.
-    kinds = [(z, q, group_size, n) for (q, z), n in steps if q < 1]
+    kinds = [(z, q, size, n) for (q, z, size), n in steps if q < 1]
     if mu:
         kinds.append((1 / mu, 1.0, 1, 1))
     interval = common_grid([kind[:3] for kind in kinds], INTERVAL)

@@ -472,8 +472,7 @@ def test_a_target_is_met_by_steps_that_draw_users():
             silo.train(first_arrays(), batch_size=2, server_round=4)
 
 
-def test_a_ledger_is_shared_by_what_moves_a_sum_by_as_much(tmp_path):
-    """One example a user, or users clipped as one: never by more than one norm."""
+def test_a_ledger_counts_what_all_trainers_spend_on_its_users(tmp_path):
     privacy = {**NOISY, "ledger": tmp_path / "ledger.json"}
     spent, rates = [], []
     for kind, most, rate in [(ULS, 3, 2 / 5), (ELS, 1, 2 / 5), (updates, 2, 2 / 5)]:
@@ -483,11 +482,17 @@ def test_a_ledger_is_shared_by_what_moves_a_sum_by_as_much(tmp_path):
         rates.append(rate)
     steps = [sampled_epsilon(n, 1e-3, 1.0, 2 / 5, 1, 1e-3) for n in (1, 2, 3)]
     assert spent == steps
-    with pytest.raises(RuntimeError, match="max_examples_per_user=.* as in the rounds"):
-        silo_of(ELS, privacy, most=3).train(first_arrays(), batch_size=2)
-    with pytest.raises(RuntimeError, match="max_examples_per_user=None"):
+    # Of three examples a step of ELS may show more.
+    silo_of(ELS, {**privacy, "noise_multiplier": 4.0}, most=3).train(
+        first_arrays(), batch_size=3, local_steps=2
+    )
+    one = StepLedger(1, unit="user").add(2 / 5, 1.0, 3)
+    ledger = StepLedger.load(tmp_path / "ledger.json")
+    assert ledger.steps == {(2 / 5, 1.0, 1): 3, (3 / 15, 4.0, 3): 2}
+    assert ledger.epsilon(1e-3) > one.epsilon(1e-3)
+    with pytest.raises(RuntimeError, match="max_examples_per_user=None must be of us"):
         Silo(make_task(), privacy).train(first_arrays(), batch_size=2)
-    assert StepLedger.load(tmp_path / "ledger.json").epsilon(1e-3) == steps[-1]
+    assert StepLedger.load(tmp_path / "ledger.json") == ledger
 
 
 # Local training of users --------------------------------------------------------------

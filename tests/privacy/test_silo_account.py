@@ -1,14 +1,17 @@
 """The file of a silo's account: whole or refused, and shared by processes."""
 
 import json
+import math
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from dp_accounting.pld import privacy_loss_distribution as pld
 from flwr.app import ConfigRecord, RecordDict
 
 from flower_ext.privacy import SiloPrivacy, StepLedger, silo_account
+from flower_ext.privacy.accounting.gaussian import gaussian_epsilon
 from flower_ext.privacy.silo_account import SiloAccount, ledger_path
 
 
@@ -36,6 +39,42 @@ def test_a_ledger_reads_what_it_wrote(tmp_path):
 GOOD = StepLedger().add(0.1, 1.0, 4).record()
 
 
+def test_a_ledger_of_format_1_is_read(tmp_path):
+    path = tmp_path / "ledger.json"
+    ledger = StepLedger(3, unit="who").add(0.1, 1.0, 4).add(1 / 3, 2.5, 5)
+    record = {k: x for k, x in ledger.record().items() if k != "group-sizes"}
+    path.write_text(json.dumps({"format": 1, **record}), "utf-8")
+    assert StepLedger.load(path) == ledger
+
+
+def test_steps_of_one_unit_compose_whatever_their_group_sizes():
+    """Against dp-accounting's own composition, and closed form without sampling."""
+    ledger = StepLedger(3, unit="who").add(0.1, 4.0, 20)
+    privacy = SiloPrivacy(
+        noise_multiplier=4.0,
+        clipping_norm=1.0,
+        delta=1e-5,
+        max_examples_per_user=9,
+        user="who",
+    )
+    both = StepLedger.read(ledger.record(), privacy, 1).add(0.2, 2.0, 30)
+    one = pld.from_mixture_gaussian_mechanism(
+        4.0,
+        [0.0, 1.0, 2.0, 3.0],
+        [0.9**3, 3 * 0.1 * 0.9**2, 3 * 0.1**2 * 0.9, 0.1**3],
+        value_discretization_interval=1e-4,
+    ).self_compose(20)
+    two = pld.from_gaussian_mechanism(
+        2.0, sampling_prob=0.2, value_discretization_interval=1e-4
+    ).self_compose(30)
+    found = one.compose(two).get_epsilon_for_delta(1e-5)
+    assert both.epsilon(1e-5) == pytest.approx(found, rel=2e-2)
+    full = StepLedger(3, unit="who").add(1.0, 4.0, 2).record()
+    full = StepLedger.read(full, privacy, 1).add(1.0, 4.0, 7)
+    mu = math.sqrt(2 * (3 / 4) ** 2 + 7 * (1 / 4) ** 2)
+    assert full.epsilon(1e-5) == gaussian_epsilon(mu, 1e-5)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -51,6 +90,11 @@ GOOD = StepLedger().add(0.1, 1.0, 4).record()
         json.dumps({"format": 1, **GOOD, "noise-multipliers": [float("nan")]}),
         json.dumps({"format": 1, **GOOD, "group-size": 0}),
         json.dumps({"format": 1, **GOOD, "unit": 3}),
+        json.dumps({"format": 2, **GOOD, "group-sizes": [0]}),
+        json.dumps({"format": 2, **GOOD, "group-sizes": []}),
+        json.dumps(
+            {"format": 2, **{k: x for k, x in GOOD.items() if k != "group-sizes"}}
+        ),
         json.dumps({"format": 1, **{k: x for k, x in GOOD.items() if k != "unit"}}),
     ],
 )
