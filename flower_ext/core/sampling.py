@@ -546,6 +546,8 @@ class BallsInBinsSampler(_Recognising):
     ) -> None:
         super().__init__(seed, same_for_evaluation=same_for_evaluation)
         self.num_bins = whole("num_bins", num_bins, 1)
+        # The bins of those seen so far, by number, and the seed that they are from.
+        self._bins: tuple[int, list[int]] = (-1, [])
 
     def sample(
         self, clients: Sequence[int], size: int, server_round: int, purpose: Purpose
@@ -556,16 +558,22 @@ class BallsInBinsSampler(_Recognising):
             draws = self.generator(server_round, purpose).random(len(clients))
             chosen = (draws * len(clients) < size).tolist()
         else:
-            turn = server_round % self.num_bins
-            chosen = [self._bin(numbers[client]) == turn for client in clients]
+            turn, bins = server_round % self.num_bins, self._known_bins()
+            chosen = [bins[numbers[client]] == turn for client in clients]
         return [client for client, take in zip(clients, chosen, strict=True) if take]
 
-    def _bin(self, number: int) -> int:
-        """Return the bin of the client with a number."""
+    def _known_bins(self) -> list[int]:
+        """Return the bins of all clients that were seen, by number."""
+        seed = self._own_seed()
+        if self._bins[0] != seed:  # drawn, or loaded, since
+            self._bins = seed, []
+        bins = self._bins[1]
         # The key of BLAKE2b is at most 64 bytes; seeds of any size are hashed to it.
-        key = hashlib.blake2b(str(self._own_seed()).encode()).digest()
-        digest = hashlib.blake2b(str(number).encode(), key=key, digest_size=16)
-        return int.from_bytes(digest.digest(), "big") % self.num_bins
+        key = hashlib.blake2b(str(seed).encode()).digest()
+        for number in range(len(bins), self.num_known):
+            digest = hashlib.blake2b(str(number).encode(), key=key, digest_size=16)
+            bins.append(int.from_bytes(digest.digest(), "big") % self.num_bins)
+        return bins
 
     def guarantee(self) -> Guarantee:
         """Return that bins are drawn once, and how rare turns are."""

@@ -154,6 +154,17 @@ def test_a_bin_does_not_depend_on_who_else_is_there_or_when():
     assert all(late[client] == early[client] for client in range(5, 10))
 
 
+def test_bins_are_those_of_a_seed_that_is_loaded():
+    sampler, other = BallsInBinsSampler(3), BallsInBinsSampler(3)
+    for each in (sampler, other):
+        each.keep_secret()
+    clients = list(range(40))
+    drawn = bins_of(sampler, clients)
+    assert bins_of(other, clients) != drawn
+    other.load_state_dict(sampler.state_dict())
+    assert bins_of(other, clients) == drawn
+
+
 def test_evaluation_tells_no_bins_unless_it_is_the_same():
     sampler = BallsInBinsSampler(3, seed=5)
     drawn = {tuple(sampler.sample(range(40), 20, r, "evaluate")) for r in range(6)}

@@ -107,7 +107,11 @@ class _Remove(_Direction):
         steps = np.arange(max(1, math.floor(min(most, _MOST_INDICES))))
         # The urn's sum of weights is convex in how often each index was drawn: it is
         # largest where all were the same.
-        largest = [float((np.exp(a * gram) @ shares).max()) for a in steps]
+        largest, powers = [], np.ones_like(gram)
+        factors = np.exp(gram) if len(steps) > 1 else powers
+        for _ in steps:
+            largest.append(float((powers @ shares).max()))
+            powers *= factors
         self.orders = steps.astype(np.float64)
         self.norms = np.cumsum(np.log(largest))
 
