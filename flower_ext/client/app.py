@@ -182,7 +182,8 @@ def client_app(
                     values |= {RECEIVED + name: x for name, x in received.items()}
                 if type(half).keeps:
                     values[HAS_STATE] = float(not half.keeps or any(local.personal))
-                values = half.release(local.session.report_evaluation(values))
+                values = local.session.report_evaluation(values, local, own)
+                values = half.release(values)
             content = RecordDict({METRICS_KEY: MetricRecord(values)})
             local.session.end()
             return Message(content, reply_to=message)

@@ -83,7 +83,8 @@ class DPSGD(Trainer):
         their number. They are exact, and private for nobody in the test data. Training
         data stay protected: a choice among models is private and charged in evaluations
         then, too, and a half whose evaluation reads training data otherwise, as
-        KNNPer's and Ensemble's do, is refused in it.
+        KNNPer's and Ensemble's do, is refused in it. ``SiloPrivacy(evaluation=...)``
+        answers with noise instead.
     noise : BoundedGaussian, optional
         Of kind ``rectified``, with bounds in clipping norms: every coordinate of a
         noisy sum is cut to them. It is made of the noisy sum alone, and costs and saves
@@ -132,10 +133,10 @@ class DPSGD(Trainer):
     :math:`\lceil n / \text{batch-size} \rceil`.
 
     *Not protected*: n; who takes part when, and time; that a silo failed, and in which
-    class of error; the test data of evaluations and ``train-loss``, where they are
-    released; anything that ``Task`` itself does with the data, such as standardising
-    it. Momentum, weight decay and other optimizers (``Task.optimizer``) are
-    post-processing and free.
+    class of error; the test data of exact evaluations and ``train-loss``, where they
+    are released; anything that ``Task`` itself does with the data, such as
+    standardising it. Momentum, weight decay and other optimizers (``Task.optimizer``)
+    are post-processing and free.
 
     *Assumed*: a half with ``post_processing`` keeps its word, and ``regularizer`` knows
     no data. The loss of an example, what the half's ``objective`` makes of it, and its
@@ -164,6 +165,14 @@ class DPSGD(Trainer):
     user: a unit's contributions only ever add to the losses, by at most that cap. It is
     charged before it looks, as a Gaussian that reveals no less, if the training after
     it can be paid for as well; see :mod:`flower_ext.privacy.selection`.
+
+    *Evaluations*, with ``SiloPrivacy(evaluation=...)``: loss and metrics of each test
+    example are clipped to their bounds and centred, so that an example moves the sum by
+    a norm of at most 1, and a user by the examples of it that count. The sum has
+    Gaussian noise and is divided by the number of test examples, which is public. Each
+    is charged before it is released, as a step without sampling, with training and test
+    data as one; the noise of the training is sought for what is left. Assumed, beside
+    what is said above: that a metric of an example depends on no other.
 
     *Several models*: their steps compose, whichever of the models leaves the silo, with
     batches and noise of their own.

@@ -359,8 +359,11 @@ class Local:
     def measure(self, arrays: Tensors) -> dict[str, float]:
         """Return loss and metrics of a model with these arrays on the test data."""
         self.session.measures(tests=True)
-        other = self._on(arrays, self.branch)
-        return evaluate(self.task, other.model, self.test)
+        return evaluate(self.task, self.with_arrays(arrays), self.test)
+
+    def with_arrays(self, arrays: Tensors) -> nn.Module:
+        """Return a model of its own with these arrays."""
+        return self._on(arrays, self.branch).model
 
     def _on(self, arrays: Tensors, branch: tuple[int, ...]) -> "Local":
         other = replace(self, model=_own_copy(self.model), branch=branch)

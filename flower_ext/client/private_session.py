@@ -17,19 +17,26 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from flower_ext.client.half import ClientHalf, Local
 from flower_ext.client.noisy_steps import NoisePlan, word
 from flower_ext.client.personal import PERSONAL
-from flower_ext.client.task import Batch, batches, example_losses, num_examples
+from flower_ext.client.task import (
+    Batch,
+    batches,
+    example_losses,
+    example_metrics,
+    num_examples,
+)
 from flower_ext.client.tensors import Tensors, read_tensors
-from flower_ext.client.trainer import Session, Steps
+from flower_ext.client.trainer import Session, Steps, batch_norms
 from flower_ext.client.users import num_users
 from flower_ext.core.errors import refuse, whole
 from flower_ext.core.protocol import Metrics
 from flower_ext.core.several import stack
 from flower_ext.core.typing import Floats
+from flower_ext.privacy.private_evaluation import EvaluationSum, PrivateEvaluation
 from flower_ext.privacy.selection import noisy_least
 from flower_ext.privacy.silo_account import SiloAccount, ledger_path
 from flower_ext.privacy.silo_budget import (
@@ -79,6 +86,9 @@ class PrivateSession(Session):
     ) -> None:
         self._trainer = trainer
         self._privacy = trainer.privacy(local.context)
+        if self._privacy.evaluation and trainer.release_evaluation:
+            cause = "exact means beside noisy ones"
+            refuse("release_evaluation", True, "False with evaluation", cause)
         self._trainings = whole("num_trainings", num_trainings, 1)
         self._shift = trainer.sensitivity(self._privacy)
         self._take_data(local)
@@ -204,7 +214,8 @@ class PrivateSession(Session):
         noise.
         """
         privacy = self._privacy
-        if self._phase == "evaluate" and not self._trainer.release_evaluation:
+        due = self._trainer.release_evaluation or self._evaluation(local) is not None
+        if self._phase == "evaluate" and not due:
             return super().choose(local, models)
         if privacy.selection_epsilon is None or privacy.loss_cap is None:
             refuse(
@@ -290,6 +301,8 @@ class PrivateSession(Session):
         target = [privacy.epsilon, privacy.delta, rounds, shift]
         if self._choices:
             target += [float(self._choices), self._choice_noise]
+        if privacy.evaluation:
+            target += [*map(float, privacy.evaluations)]
         return target
 
     @property
@@ -306,7 +319,14 @@ class PrivateSession(Session):
         if kept is not None and kept.get("target") == self._target:
             return cast(float, kept["noise-multiplier"])
         assert privacy.epsilon is not None and privacy.num_rounds is not None
-        choices = privacy.num_rounds * self._choices
+        # An evaluation that is told of makes its choices, too.
+        choices = (privacy.num_rounds + privacy.evaluations[0]) * self._choices
+        noise = self._choice_noise if choices else math.inf
+        if privacy.evaluation:  # one release that tells as much as all of both
+            count, own = privacy.evaluations
+            squares = count * (privacy.group_size / own) ** 2
+            squares += choices * (self._shift / noise) ** 2 if noise else math.inf
+            choices, noise = 1, self._shift / math.sqrt(squares)
         return noise_for_steps(
             privacy.epsilon,
             privacy.delta,
@@ -314,7 +334,7 @@ class PrivateSession(Session):
             rate,
             self._shift,
             choices,
-            self._choice_noise if choices else math.inf,
+            noise,
             always,
         )
 
@@ -365,11 +385,12 @@ class PrivateSession(Session):
     def measures(self, *, tests: bool = False) -> None:
         """Refuse to show a half a loss, but for what is withheld or of test data."""
         if self._phase == "evaluate":
-            if self._trainer.release_evaluation and not tests:
+            exact, noisy = self._trainer.release_evaluation, self._privacy.evaluation
+            if (exact or noisy) and not tests:
                 refuse(
-                    "release_evaluation",
-                    True,
-                    "False with this client half",
+                    "release_evaluation" if exact else "evaluation",
+                    exact or noisy,
+                    ("False" if exact else "left out") + " with this client half",
                     "its evaluation reads the silo's training data, and the metrics "
                     "would tell what they say, without noise",
                 )
@@ -393,11 +414,83 @@ class PrivateSession(Session):
         }
         return {**kept, epsilon: self._spent, delta: self._privacy.delta}
 
-    def report_evaluation(self, metrics: Metrics) -> Metrics:
-        """Withhold all but the number of examples, unless it was asked for."""
+    def report_evaluation(
+        self, metrics: Metrics, local: Local, own: Tensors | None
+    ) -> Metrics:
+        """Withhold all but the number of examples and means with noise.
+
+        Unless all was asked for.
+        """
         if self._trainer.release_evaluation:
             return metrics
-        return {"num-examples": metrics["num-examples"]}
+        found: Metrics = {"num-examples": metrics["num-examples"]}
+        plan = self._evaluation(local)
+        if plan is None:
+            return found
+        tests = self._trainer.admitted(local.test, self._privacy)
+        if not num_examples(tests):
+            return found
+        model = local.model if own is None else local.with_arrays(own)
+        for name, layer in model.named_modules():
+            if layer in batch_norms(model) and layer.running_mean is None:
+                cause = "each test example is to count by itself"
+                refuse("layer", name, "a layer that does not mix examples", cause)
+        measured = [*example_metrics(local.task, model, tests)]
+        if unknown := sorted(plan.bounds.keys() - measured[0].keys()):
+            refuse("bounds", unknown, f"of metrics, which are {sorted(measured[0])}")
+        with self._account.locked():
+            self._charge_evaluation(local, self._account)
+        size, seed = num_examples(tests), self._privacy.seed
+        noisy = EvaluationSum(
+            plan,
+            planned=size,  # which is public
+            cohort=size,
+            noise_multiplier=self._privacy.evaluations[1],
+            seed=None if seed is None else self._evaluation_seed(local, model, tests),
+        )
+        rows = (
+            dict(zip(batch, numbers, strict=True))
+            for batch in measured
+            for numbers in torch.stack([*batch.values()], 1).tolist()
+        )
+        return found | noisy.release(plan.every, rows)
+
+    def _evaluation(self, local: Local) -> PrivateEvaluation | None:
+        """Return the plan of evaluations in the rounds that have one."""
+        plan = self._privacy.evaluation
+        return plan if plan and local.server_round % plan.every == 0 else None
+
+    def _charge_evaluation(self, local: Local, account: SiloAccount) -> None:
+        """Charge an evaluation before it is made; one beyond the plan is refused."""
+        kept, ledger = self._known(account)
+        account.require(kept)
+        planned, noise = self._privacy.evaluations
+        # In clipping norms of a step, of which a unit's shift has so many.
+        noise *= self._shift / self._privacy.group_size
+        if ledger.steps.get((1.0, noise), 0) >= planned:
+            raise SiloBudgetExhausted(
+                f"round {local.server_round} would have an evaluation more than the "
+                f"{planned} that are planned: SiloPrivacy(num_rounds=..., "
+                "evaluation=PrivateEvaluation(every=...))"
+            )
+        charged = ledger.add(1.0, noise, 1)
+        self._spent = self._affordable(local, ledger, charged)
+        self._before = ledger.total
+        record = charged.record()
+        for key in ("noise-multiplier", "target"):  # sought once, for the training
+            if kept is not None and key in kept:
+                record[key] = kept[key]
+        account.write(record)
+
+    def _evaluation_seed(self, local: Local, model: nn.Module, tests: Batch) -> int:
+        """Return what comes again with the same model and data only."""
+        digest = _digest(
+            [self._told, "evaluation", self._privacy, local.settings],
+            chain(model.state_dict().items(), sorted(tests.items())),
+        )
+        sources = [self._privacy.seed or 0, local.client, local.server_round]
+        sequence = np.random.SeedSequence([*sources, self._before, word(digest)])
+        return word(sequence.generate_state(4).tobytes())
 
     def end(self) -> None:
         """Note with the personal state, if there is any, that it was kept here.

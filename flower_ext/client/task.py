@@ -151,24 +151,38 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean ``loss`` and metrics over data, in evaluation mode.
 
-    Where both call the model with the same tensors it computes once. Without examples
-    every value is NaN.
+    Without examples every value is NaN.
+    """
+    sums: dict[str, float] = {"loss": 0.0}
+    for found in example_metrics(task, model, data, batch_size):
+        for name, values in found.items():
+            sums[name] = sums.get(name, 0.0) + float(values.sum())
+    size = num_examples(data)
+    return {name: value / size if size else math.nan for name, value in sums.items()}
+
+
+@torch.no_grad()
+def example_metrics(
+    task: Task, model: nn.Module, data: Batch, batch_size: int = 256
+) -> Iterator[dict[str, Tensor]]:
+    """Yield ``loss`` and metrics of every example, batch after batch, in float64.
+
+    In evaluation mode. Where both call the model with the same tensors it computes
+    once.
     """
     was_training = model.training
     model.eval()
-    sums: dict[str, float] = {"loss": 0.0}
     with forward_once(model) as calls:
         for batch in batches(data, batch_size):
             calls.clear()
             found = {"loss": task.loss(model, batch)}
             if task.metrics:
                 found |= task.metrics(model, batch)
-            for name, values in found.items():
-                total = float(per_example(name, values, batch).double().sum())
-                sums[name] = sums.get(name, 0.0) + total
+            yield {
+                name: per_example(name, values, batch).double()
+                for name, values in found.items()
+            }
     model.train(was_training)
-    size = num_examples(data)
-    return {name: value / size if size else math.nan for name, value in sums.items()}
 
 
 @torch.no_grad()

@@ -165,8 +165,20 @@ class Session:
         """Return the metrics of a reply to training, with those of the trainer."""
         return metrics
 
-    def report_evaluation(self, metrics: Metrics) -> Metrics:
-        """Return the metrics of a reply to an evaluation."""
+    def report_evaluation(
+        self, metrics: Metrics, local: "Local", own: Tensors | None
+    ) -> Metrics:
+        """Return the metrics of a reply to an evaluation.
+
+        Parameters
+        ----------
+        metrics : dict
+            What was measured.
+        local : Local
+            The client.
+        own : dict[str, Tensor] or None
+            The model that was evaluated, where it is not the received one.
+        """
         return metrics
 
     def end(self) -> None:

@@ -19,6 +19,7 @@ from flower_ext.privacy.accounting.calibration import (
     sampled_epsilon,
 )
 from flower_ext.privacy.accounting.gaussian import gaussian_epsilon, gaussian_mu
+from flower_ext.privacy.private_evaluation import PrivateEvaluation
 from flower_ext.privacy.selection import MOST_EPSILON, choice_noise_multiplier
 from flower_ext.privacy.silo_account import ledger_path, load_record, save_record
 
@@ -71,6 +72,12 @@ class SiloPrivacy:
         infinity for a choice without noise, and the most that one example's loss counts
         in it. Charged with the steps. Without them no such choice is made. A smaller
         cap needs less noise and tells losses above it apart no more.
+    evaluation : PrivateEvaluation, optional
+        Means over the silo's test examples, with noise, in its answers to evaluations;
+        otherwise these have the number of examples only. ``bounds`` are of one
+        example's loss and metrics. Within ``epsilon``: ``share`` is the part of its
+        :math:`\mu^2`, for the evaluations of every ``every``-th of ``num_rounds``
+        rounds. Those of other rounds are withheld, and one more is refused.
     user : str (default: "user")
         Integer column of the data that says whose example it is.
     ledger : path, optional
@@ -99,6 +106,7 @@ class SiloPrivacy:
     max_examples_per_user: int | None = None
     selection_epsilon: float | None = None
     loss_cap: float | None = None
+    evaluation: PrivateEvaluation | None = None
     user: str = "user"
     ledger: str | os.PathLike[str] | None = None
     seed: int | None = field(default=None, repr=False)
@@ -147,10 +155,25 @@ class SiloPrivacy:
             if MOST_EPSILON < self.selection_epsilon < math.inf:
                 bound = f"<= {MOST_EPSILON:g}, or infinity"
                 refuse("selection_epsilon", self.selection_epsilon, bound)
+        if self.evaluation is not None:
+            self._fit(self.evaluation)
         if self.ledger is not None:
             ledger_path(self.ledger)
         if self.seed is not None:
             whole("seed", self.seed, 0)
+
+    def _fit(self, evaluation: PrivateEvaluation) -> None:
+        """Refuse a plan of evaluations without a budget to share."""
+        if not isinstance(evaluation, PrivateEvaluation):
+            refuse("evaluation", evaluation, "a PrivateEvaluation, or None")
+        if evaluation.num_sampled_clients is not None:
+            number = evaluation.num_sampled_clients
+            cause = "a silo evaluates on all its test examples"
+            refuse("evaluation.num_sampled_clients", number, "left out", cause)
+        if self.num_rounds is None:
+            cause = "evaluations have a share of epsilon"
+            refuse("epsilon", None, "given with evaluation, and num_rounds", cause)
+        evaluation.fit(self.num_rounds, 1, 1)
 
     @property
     def limit(self) -> float | None:
@@ -170,6 +193,19 @@ class SiloPrivacy:
         """
         assert self.selection_epsilon is not None
         return sensitivity * choice_noise_multiplier(self.selection_epsilon)
+
+    @property
+    def evaluations(self) -> tuple[int, float]:
+        """The number of evaluations, and the noise multiplier of each.
+
+        The noise over what one example moves the centred sum by, times the most
+        examples of a unit.
+        """
+        if self.evaluation is None or self.epsilon is None or self.num_rounds is None:
+            return 0, math.inf
+        mu = math.sqrt(self.evaluation.share) * gaussian_mu(self.epsilon, self.delta)
+        found = self.evaluation.beside(mu, self.num_rounds)
+        return self.num_rounds // found.every, self.group_size * found.noise_multiplier
 
     @property
     def unit(self) -> str:
