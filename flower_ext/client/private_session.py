@@ -465,15 +465,20 @@ class PrivateSession(Session):
         kept, ledger = self._known(account)
         account.require(kept)
         planned, noise = self._privacy.evaluations
-        # In clipping norms of a step, of which a unit's shift has so many.
-        noise *= self._shift / self._privacy.group_size
-        if ledger.steps.get((1.0, noise), 0) >= planned:
+        # By what a unit moves the sum.
+        noise /= self._privacy.group_size
+        done = sum(
+            count
+            for (rate, z, size), count in ledger.steps.items()
+            if rate == 1 and math.isclose(z, size * noise, rel_tol=1e-9)
+        )
+        if done >= planned:
             raise SiloBudgetExhausted(
                 f"round {local.server_round} would have an evaluation more than the "
                 f"{planned} that are planned: SiloPrivacy(num_rounds=..., "
                 "evaluation=PrivateEvaluation(every=...))"
             )
-        charged = ledger.add(1.0, noise, 1)
+        charged = ledger.add(1.0, self._shift * noise, 1)
         self._spent = self._affordable(local, ledger, charged)
         self._before = ledger.total
         record = charged.record()

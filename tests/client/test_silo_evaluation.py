@@ -232,8 +232,8 @@ def test_all_rounds_and_evaluations_are_within_epsilon(first):
     assert EPSILON * 0.97 < found.epsilon(DELTA) <= EPSILON
     assert spent == sorted(spent)
     # By dp-accounting, from what was done.
-    (noise,) = {z for (q, z) in found.steps if q < 1}
-    assert found.steps == {(1 / 3, noise): 18, (1.0, unit_noise()): 3}
+    (noise,) = {z for (q, z, _) in found.steps if q < 1}
+    assert found.steps == {(1 / 3, noise, 1): 18, (1.0, unit_noise(), 1): 3}
     events = [
         (dp_event.PoissonSampledDpEvent(1 / 3, dp_event.GaussianDpEvent(noise)), 18),
         (dp_event.GaussianDpEvent(unit_noise()), 3),
@@ -248,7 +248,7 @@ def test_all_rounds_and_evaluations_are_within_epsilon(first):
     # With nothing for the evaluations there would have been less noise.
     alone = silo_of(evaluation=None)
     alone.train(first_arrays(), **CONFIG)
-    ((_, less),) = ledger_of(alone).steps
+    ((_, less, _),) = ledger_of(alone).steps
     assert noise > 1.05 * less
     with pytest.raises(
         RuntimeError, match="an evaluation more than the 3 that are pla"
@@ -327,10 +327,19 @@ def test_of_users_only_so_many_test_examples_count(kind, shift, drawn):
     assert found["score-noise-std"] == pytest.approx(std)
     # Epsilon is that of the Gaussian, whatever the unit of the ledger is.
     ledger = ledger_of(silo)
-    ((rate, noise),) = ledger.steps
-    assert (rate, noise) == pytest.approx((1.0, shift * unit_noise()))
+    ((rate, noise, size),) = ledger.steps
+    assert (rate, noise, size) == pytest.approx((1.0, shift * unit_noise(), shift))
     alone = StepLedger().add(1.0, unit_noise(), 1)
     assert ledger.epsilon(DELTA) == pytest.approx(alone.epsilon(DELTA))
+
+
+def test_evaluations_of_all_trainers_of_a_ledger_are_counted():
+    path = new_ledger()
+    for kind, number in ((DPSGD, 2), (ULS, 4), (ULS, 6)):
+        evaluated(silo_of(kind=kind, max_examples_per_user=2, ledger=path), number)
+    for kind in (DPSGD, ULS):
+        with pytest.raises(RuntimeError, match="more than the 3 that are planned"):
+            evaluated(silo_of(kind=kind, max_examples_per_user=2, ledger=path), 8)
 
 
 def test_a_run_of_silos_averages_what_they_release():
