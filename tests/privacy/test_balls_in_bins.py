@@ -224,6 +224,18 @@ def test_one_bin_is_everybody_in_every_round():
         )
 
 
+@quick
+@pytest.mark.parametrize("energy", [1e-8, 1e-2, 100.0, 1e12])
+def test_any_noise_and_any_target_is_at_most_what_known_bins_cost(energy):
+    loss = bounds(energy * np.eye(5))
+    for delta in (1e-100, 1e-9, 0.9):
+        known = gaussian_epsilon(math.sqrt(energy), delta)
+        assert 0 <= loss.epsilon(delta) <= known
+    for epsilon in (0.0, 0.1, 50.0, 1e6):
+        known = gaussian_delta(math.sqrt(energy), epsilon)
+        assert 0 <= loss.delta(epsilon) <= known
+
+
 def test_bounds_are_wrong_as_rarely_as_stated(monkeypatch):
     """Few draws and a large failure probability: of 200 bounds some are wrong."""
     monkeypatch.setattr(mixtures, "_MOST_DRAWS", 400)

@@ -56,6 +56,7 @@ _AT_A_TIME = 2**16  # of them together: what fits a processor's cache
 _MOST_INDICES = 100
 # Exponents up to here are far from what a float overflows at.
 _LARGEST_EXPONENT = 300.0
+_TINY = 1e-200  # a delta that is not worth a draw
 # Streams of random numbers: of the draws that choose an order, and of those that count.
 _CHOOSE, _COUNT = 0, 1
 
@@ -241,6 +242,8 @@ class GaussianMixtureLoss:
         bounds = direction.bounds(epsilon)
         place = int(np.argmin(bounds))
         bound = math.exp(bounds[place])
+        if bound < _TINY:
+            return bound
         draws = self._draw(direction, place, _COUNT)
 
         def is_proved(log_ratio: float) -> bool:
