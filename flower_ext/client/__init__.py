@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flower_ext.client.dice_sgd import DiceSGD as DiceSGD
     from flower_ext.client.dp_sgd import DPSGD as DPSGD
     from flower_ext.client.grass import Grass as Grass
     from flower_ext.client.muon import MuonAdamW as MuonAdamW
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from flower_ext.client.user_level import UserUpdates as UserUpdates
 
 _HOME = {
+    "DiceSGD": "dice_sgd",
     "DPSGD": "dp_sgd",
     "ELS": "user_level",
     "Grass": "grass",

@@ -58,8 +58,8 @@ TRAIN_LOSS = "train-loss"
 #: With a client's personal state: that no other trainer has left it there.
 PRIVATE = "trained-privately"
 
-# As good as no clipping, and 0 times it is 0.
-_NO_CLIPPING = 1e30
+#: As good as no clipping, and 0 times it is 0.
+NO_CLIPPING = 1e30
 
 
 class PrivateSession(Session):
@@ -154,7 +154,7 @@ class PrivateSession(Session):
             count,
             rate,
             self._trainer.num_drawn(local.train, privacy),
-            min(privacy.clipping_norm, _NO_CLIPPING),
+            min(privacy.clipping_norm, NO_CLIPPING),
             noise_multiplier,
         )
         self._before = ledger.total
