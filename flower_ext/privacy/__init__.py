@@ -17,6 +17,7 @@ from flower_ext.privacy.accounting.accountants import (
 )
 from flower_ext.privacy.accounting.balls_in_bins import (
     BallsInBinsAccountant,
+    best_in_bins,
     noise_multiplier_in_bins,
 )
 from flower_ext.privacy.accounting.calibration import epsilon_for, noise_multiplier_for
@@ -111,6 +112,7 @@ __all__ = [
     "TreeAggregation",
     "WithoutReplacementAccountant",
     "Workload",
+    "best_in_bins",
     "best_mechanism",
     "clipping_factor",
     "epsilon_for",

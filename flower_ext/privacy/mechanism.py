@@ -20,6 +20,7 @@ from flower_ext.privacy.accounting.accountants import (
 )
 from flower_ext.privacy.accounting.balls_in_bins import (
     BallsInBinsAccountant,
+    best_in_bins,
     noise_multiplier_in_bins,
 )
 from flower_ext.privacy.accounting.calibration import (
@@ -97,7 +98,8 @@ class Mechanism:
         Should be below 1 / ``population_size``.
     factorization : Factorization or str (default: "best")
         ``best`` compares the mechanisms that fit ``memory`` and takes the one of least
-        error, see :func:`~flower_ext.privacy.best_mechanism`; ``identity`` is
+        error, see :func:`~flower_ext.privacy.best_mechanism` (of balls in bins, with
+        ``max_epsilon``, :func:`~flower_ext.privacy.best_in_bins`); ``identity`` is
         independent noise, plain DP-FedAvg; ``tree`` is Honaker's tree estimator.
     memory : int (default: 4)
         Model-sized buffers that the server can spare, for ``best``.
@@ -407,8 +409,24 @@ class Mechanism:
             return Identity(self.num_rounds)
         problem = (self.num_rounds, separation, most, self.memory)
         best = _best(*problem, self.workload)
+        if in_bins and self.noise_multiplier is None:
+            return self._best_in_bins(best.factorization, separation)
         log(INFO, "Mechanism chosen: %s", best.reason)
         return best.factorization
+
+    def _best_in_bins(self, first: Factorization, num_bins: int) -> Factorization:
+        """Return the best of those that meet the target, now that it is known."""
+        assert self.max_epsilon is not None
+        chosen = best_in_bins(
+            self.max_epsilon,
+            self.target_delta,
+            first=first,
+            num_bins=num_bins,
+            memory=self.memory,
+            workload=self.workload,
+        )
+        log(INFO, "Mechanism chosen: %s, for balls in bins", chosen.name)
+        return chosen
 
     def participation(self, sampler: Sampler) -> tuple[int, int]:
         """Return the least separation and most participations that are guaranteed."""

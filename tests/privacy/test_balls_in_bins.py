@@ -453,6 +453,29 @@ def test_the_best_is_correlated_noise_for_clients_that_wait():
 
 
 @quick
+def test_with_a_target_bands_are_compared_by_what_they_need():
+    target = {"noise_multiplier": None, "max_epsilon": 1.5, "num_rounds": 32}
+    errors = {}
+    for bands in (None, 2, 4, 8):
+        plan = (
+            BandedToeplitz.optimize(32, bands, normalize_columns=True)
+            if bands
+            else None
+        )
+        options = {"factorization": plan} if plan else {"memory": 7}
+        amplified = planned(
+            BallsInBinsSampler(8), num_sampled_clients=3, **target, **options
+        )
+        error = amplified.noise_std * amplified.factorization.rms_error()
+        errors[bands] = error
+        if bands is None:
+            chosen = amplified.factorization
+    assert errors.pop(None) == min(errors.values())
+    # Without amplification it would be another one.
+    assert chosen.name != planned(memory=7, num_rounds=32).factorization.name
+
+
+@quick
 def test_without_amplification_bins_are_a_separation():
     bins = planned(amplified=False)
     apart = planned(MinSeparationSampler(4), amplified=False)

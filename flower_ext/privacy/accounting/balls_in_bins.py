@@ -37,7 +37,9 @@ from flower_ext.privacy.accounting.accountants import RoundAccountant
 from flower_ext.privacy.accounting.calibration import least_noise_below
 from flower_ext.privacy.accounting.gaussian import gaussian_mu
 from flower_ext.privacy.accounting.mixtures import GaussianMixtureLoss
+from flower_ext.privacy.factorizations.banded import BandedToeplitz
 from flower_ext.privacy.factorizations.factorization import Factorization
+from flower_ext.privacy.factorizations.workload import PREFIX_SUMS, Workload
 
 if TYPE_CHECKING:
     from flwr.serverapp import PrivacyConfig
@@ -266,6 +268,53 @@ def noise_multiplier_in_bins(
         if noise < high and spent(noise) <= epsilon:
             return noise
     return high
+
+
+def best_in_bins(
+    epsilon: float,
+    delta: float,
+    *,
+    first: Factorization,
+    num_bins: int,
+    memory: int,
+    workload: Workload = PREFIX_SUMS,
+) -> Factorization:
+    """Return what has the least error, root mean square, at the noise of a target.
+
+    More bands cancel more noise, and less is amplified. Compared are bands of as many
+    rounds as there are bins, or as fit into memory, of a half and of a quarter of them,
+    and a factorization that is given.
+
+    Parameters
+    ----------
+    epsilon, delta : float
+        The target.
+    first : Factorization
+        Of the planned rounds, and the choice where no bands are better.
+    num_bins : int
+        Bins that take turns.
+    memory : int
+        Model-sized buffers that the server can spare.
+    workload : Workload
+        What the error is measured on.
+    """
+    rounds = first.rounds
+    most = min(whole("memory", memory, 0) + 1, whole("num_bins", num_bins, 1), rounds)
+    candidates = [first] + [
+        BandedToeplitz.optimize(
+            rounds, bands, normalize_columns=True, workload=workload
+        )
+        for bands in sorted({most, most // 2, most // 4} - {0, 1}, reverse=True)
+    ]
+
+    def error(factorization: Factorization) -> float:
+        noise = noise_multiplier_in_bins(
+            epsilon, delta, factorization=factorization, num_bins=num_bins
+        )
+        column_norm = factorization.sensitivity(1, 1).value
+        return noise * column_norm * factorization.rms_error(workload)
+
+    return min(candidates, key=error)
 
 
 @dataclass(frozen=True)
