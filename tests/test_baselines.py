@@ -12,6 +12,7 @@ import tomllib
 import zipfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from flower_ext.client.half import Proximal
 from flower_ext.core.arrays import to_record
 from flower_ext.core.protocol import Round
 from flower_ext.core.several import stack
+from flower_ext.data import load
+from flower_ext.privacy import epsilon_for
 from flower_ext.runs.report import write_summary
 from flower_ext.server.optimizers import (
     SGD,
@@ -32,6 +35,7 @@ from flower_ext.server.optimizers import (
     PeriodicSparsity,
     PolynomialSparsity,
 )
+from flower_ext.server.tracking import read_metrics
 from flower_ext.simulation.local import LocalGrid, app_config, run_local
 
 BASELINES = Path(__file__).parents[1] / "baselines"
@@ -48,6 +52,7 @@ NAMES = [
     "maxfl",
     "personalization",
     "pfl_docvqa",
+    "private_optimizers",
     "pruning",
     "silo_privacy",
     "unequal_clients",
@@ -311,6 +316,103 @@ def test_every_fair_objective_is_another_one(baseline, tmp_path):
     assert len(set(losses.values())) == len(losses)
     with pytest.raises(ValueError, match="strategies='fedavgg' must name one of"):
         baseline.make_strategy("fedavgg", config)
+
+
+@pytest.mark.parametrize("baseline", ["private_optimizers.dataset"], indirect=True)
+def test_users_are_in_one_silo_each_and_none_is_public(baseline):
+    config = app_config(BASELINES / "private_optimizers")
+    users = baseline.num_users(config)
+    silos = [baseline.silo_data(i, 3, config) for i in range(3)]
+    of_silos = [set(silo["user"].tolist()) for silo in silos]
+    assert sorted(user for silo in of_silos for user in silo) == list(range(users))
+    whole = {name: torch.cat([silo[name] for silo in silos]) for name in silos[0]}
+    assert torch.equal(
+        whole["user"].bincount(),
+        torch.tensor([len(baseline.user_data(i, config)["y"]) for i in range(users)]),
+    )
+    # Validation takes the last mails of every user, and no other.
+    less = {**config, "validate": True}
+    held_out = baseline.central_data(less)
+    kept = baseline.silo_data(0, 1, less)
+    assert len(held_out["y"]) + len(kept["y"]) == len(whole["y"])
+    first = baseline.user_data(0, less)["x"]
+    assert torch.equal(first, baseline.user_data(0, config)["x"][: len(first)])
+    # Every mail of a sender of two or more is a user's, or public.
+    tests, public = baseline.central_data(config), baseline.public_data(config)
+    mails = load("spam-assassin", min_mails=2)
+    assert len(whole["y"]) + len(tests["y"]) + len(public["y"]) == sum(
+        map(len, mails.values())
+    )
+    assert baseline.word_frequencies(config).min() > 0
+
+
+@pytest.mark.parametrize("baseline", ["private_optimizers.server_app"], indirect=True)
+def test_all_private_optimizers_end_at_the_same_epsilon(baseline, tmp_path):
+    app = importlib.import_module("private_optimizers.client_app").app
+    dataset = importlib.import_module("private_optimizers.dataset")
+    config = {**app_config(BASELINES / "private_optimizers"), "results": str(tmp_path)}
+    config |= {"num-server-rounds": 4, "delay": 1, "evaluate-every": 2}
+    users = dataset.num_users(config)
+    run_local(baseline.app, app, num_supernodes=users, run_config=config)
+    losses = set()
+    for name in str(config["methods"]).split():
+        rows = read_metrics(tmp_path / name)
+        if name != "none":
+            spent = rows[-1]["train/epsilon"]
+            assert 0.97 * config["epsilon"] < spent <= config["epsilon"], name
+        losses.add(rows[-1]["central/loss"])
+    assert len(losses) == len(str(config["methods"]).split())
+    with pytest.raises(ValueError, match=r"methods='els' must be among .* silos=0"):
+        baseline.make_strategy("els", config)
+
+
+@pytest.mark.parametrize("baseline", ["private_optimizers.silos"], indirect=True)
+def test_silos_have_the_noise_of_the_planned_ones(baseline):
+    config = app_config(BASELINES / "private_optimizers")
+    config |= {"silos": 2, "group-size": 3, "population-size": 500}
+    config |= {"num-sampled-clients": 50}
+    users = baseline.num_users(config)
+    context = SimpleNamespace(run_config=config, node_config={"partition-id": 1})
+    for method, most in (("els", 3), ("uls", 1)):
+        counts = [
+            baseline.silo_data(i, 2, config)["user"].bincount().clamp(max=3).sum()
+            if method == "els"
+            else users // 2
+            for i in range(2)
+        ]
+        rate = baseline.batch_size(method, config) / int(min(counts))
+        assert rate == pytest.approx(0.1, rel=0.1)
+        noise = baseline.promise(method, context).noise_multiplier * 500 / users
+        spent = epsilon_for(
+            noise,
+            config["target-delta"],
+            rounds=config["num-server-rounds"],
+            sampling_probability=rate,
+            group_size=most,
+        )
+        assert spent == pytest.approx(config["epsilon"], rel=1e-3), method
+
+
+@pytest.mark.parametrize("baseline", ["private_optimizers.server_app"], indirect=True)
+def test_silos_train_by_examples_or_by_users(baseline, tmp_path, monkeypatch):
+    app = importlib.import_module("private_optimizers.client_app").app
+    silos = importlib.import_module("private_optimizers.silos")
+    # All users, no noise: nothing is drawn.
+    monkeypatch.setattr(silos, "_planned_noise", lambda *_: 0.0)
+    config = {**app_config(BASELINES / "private_optimizers"), "results": str(tmp_path)}
+    config |= {"silos": 1, "num-server-rounds": 4, "silo-steps": 2}
+    config |= {"population-size": 100, "num-sampled-clients": 100}
+    config |= {"methods": "els uls", "clipping-norm": 0.5, "server-learning-rate": 1.0}
+    for most in (1, 3):
+        chosen = {**config, "group-size": most}
+        run_local(baseline.app, app, num_supernodes=1, run_config=chosen)
+        els, uls = (read_metrics(tmp_path / name) for name in ("els", "uls"))
+        assert els[-1]["central/loss"] < np.log(6)
+        # With one example of a user both clip the same.
+        same = els[-1]["central/loss"] == uls[-1]["central/loss"]
+        assert same == (most == 1)
+    with pytest.raises(ValueError, match="silo-steps=3 must divide"):
+        baseline.num_rounds({**config, "silo-steps": 3})
 
 
 @pytest.mark.parametrize("baseline", ["bounded_group_loss.utils"], indirect=True)

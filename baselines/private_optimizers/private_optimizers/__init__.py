@@ -1,0 +1,1 @@
+"""Private optimizers at equal epsilon, in one trust model or another."""
