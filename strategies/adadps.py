@@ -242,8 +242,8 @@ class AdaDPS(AdditiveStrategy):
         private: **they must not be made of clients' data.**
     tau : float (default: 0.001)
         :math:`\tau \ge 0`, in the unit of :math:`\sqrt{A}`: the largest factor is
-        :math:`1 / \tau`. The larger, the more it is FedAvg of a smaller rate. 0 where
-        all :math:`A > 0`.
+        :math:`1 / \tau`. The larger, the more it is FedAvg of a smaller rate. 0 only
+        with :class:`PublicMoments` that are all > 0.
     *flowers, **options
         Server optimizer, sampler, mechanism, codecs and Flower's own options, see
         :class:`~flower_ext.server.options.AdditiveOptions`.
@@ -295,6 +295,9 @@ class AdaDPS(AdditiveStrategy):
                 "epsilon does not cover them: say that they are public by making one",
             )
         self.tau = at_least("tau", tau, 0)
+        if tau == 0 and not isinstance(public_statistics, PublicMoments):
+            cause = "a gradient that is 0 in some later round would end the run"
+            refuse("tau", tau, "> 0 but with PublicMoments", cause)
         #: The factors of this round, by array.
         self.preconditioner: Arrays = {}
         # Of the server alone: a task need not be picklable.

@@ -240,4 +240,6 @@ class DP2(AdditiveStrategy):
     def settings(self) -> dict[str, object]:
         """Return the settings that ``summary()`` logs."""
         rounds = f"{self.plain_rounds} plain, {self.adaptive_rounds} adaptive"
-        return {"Rounds": rounds, "Moments": self.moments, **super().settings()}
+        own = {"Rounds": rounds, "Moments": self.moments, "tau": self.tau}
+        own |= {"Adaptive norm": self.adaptive_clipping_norm or "the mechanism's"}
+        return {**own, "Adaptive rate": self.adaptive_rate, **super().settings()}

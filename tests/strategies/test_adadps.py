@@ -118,6 +118,23 @@ def test_changes_are_divided_then_clipped(aggregate, reply):
     assert new["counter"] == 3
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e12])
+def test_one_client_moves_the_sum_by_the_norm_at_most(size, aggregate, reply):
+    """Whatever it sends, also where the factors are largest."""
+    steep = known(w=np.array([1e12, 1.0, 1e-12]))
+    moved = [{**SENT, "w": SENT["w"] + size * x} for x in np.eye(3)]
+    for hostile in moved:
+        with_it, without = (
+            aggregate(steep(mechanism=plan(clipping=0.5)), SENT, contents)[0]["w"]
+            for contents in (
+                [reply(SENT), reply(moved[1]), reply(hostile)],
+                [reply(SENT), reply(moved[1]), reply(SENT)],
+            )
+        )
+        # The mean is over the planned three.
+        assert 3 * np.linalg.norm(with_it - without) <= 0.5 * (1 + 1e-9)
+
+
 def test_the_noise_is_not_divided(aggregate, reply):
     """Clients that changed nothing leave the noise alone: of one size everywhere."""
     still = [reply(SENT)] * 3
@@ -278,6 +295,9 @@ def test_what_does_not_fit_the_model_is_refused_before_a_round(
 def test_other_options_are_refused(task, model, app):
     with pytest.raises(ValueError, match="tau=-1 must be a finite number >= 0"):
         AdaDPS(public_statistics=PublicMoments({}), tau=-1)
+    train, _ = task.data(type("Context", (), {"node_config": {"partition-id": 0}}))
+    with pytest.raises(ValueError, match="tau=0 must be > 0 but with PublicMoments"):
+        AdaDPS(public_statistics=PublicGradients(task, train), tau=0)
     with pytest.raises(ValueError, match="most=0.5 must be a finite number >= 1"):
         PublicMoments.of_frequencies({"w": MOMENTS}, most=0.5)
     with pytest.raises(ValueError, match=r"frequencies\['w'\]=.* > 0 for some input"):
@@ -290,7 +310,6 @@ def test_other_options_are_refused(task, model, app):
         PublicGradients(task, {"x": torch.ones(1, 3)}, decay=2)
     with pytest.raises(ValueError, match="batch_size=0 must be an integer >= 1"):
         PublicGradients(task, {"x": torch.ones(1, 3)}, batch_size=0)
-    train, _ = task.data(type("Context", (), {"node_config": {"partition-id": 0}}))
     strategy = AdaDPS(public_statistics=PublicGradients(task, train), **ALL)
     other = ArrayRecord({"v": torch.ones(1)})
     with pytest.raises(ValueError, match="a model of the names of initial_arrays"):

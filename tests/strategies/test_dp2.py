@@ -191,6 +191,30 @@ def test_each_kind_of_round_clips_to_its_own_norm(rounds):
         assert run.metrics["clipping-norm"] == pytest.approx(5.0)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e12])
+def test_one_client_moves_an_adaptive_sum_by_its_norm_at_most(size, rounds):
+    """Whatever it sends, also where nothing has moved and the factors are largest."""
+    for hostile in size * np.eye(3):
+        means = []
+        for last in (hostile, 0 * hostile):
+            strategy = DP2(
+                plain_rounds=1,
+                adaptive_rounds=1,
+                adaptive_clipping_norm=7.0,
+                tau=1e-9,
+                mechanism=plan(clipping=0.2),
+            )
+            run = rounds(strategy, changes=CHANGES * [1, 1, 0])
+            run.step()
+            run.changes = np.array([*CHANGES[:2], last])
+            means.append(run.step())
+        # The mean is over the planned three.
+        moved = 3 * np.linalg.norm(means[0] - means[1])
+        assert moved <= 7.0 * (1 + 1e-9)
+        if size >= 1:
+            assert moved == pytest.approx(7.0)
+
+
 def test_the_noise_of_adaptive_rounds_is_of_their_norm_and_not_divided(rounds):
     """Preconditioned noise would be another algorithm: see the negative control."""
 
