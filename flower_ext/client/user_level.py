@@ -21,7 +21,7 @@ from flwr.app import Context
 from flower_ext.client.dp_sgd import DPSGD
 from flower_ext.client.half import ClientHalf, Local, LocalSettings
 from flower_ext.client.noisy_steps import NoisePlan, PrivateSteps
-from flower_ext.client.task import Batch, num_examples
+from flower_ext.client.task import Batch
 from flower_ext.client.user_steps import UpdateSteps, UserSteps
 from flower_ext.client.users import num_users, side_by_side
 from flower_ext.core.errors import refuse, whole
@@ -169,11 +169,6 @@ class ULS(ELS):
     ) -> PrivateSteps:
         """Return the steps of one training."""
         return UserSteps(local, half, plan, self.mode, privacy.user)
-
-    def manner(self, data: Batch, privacy: SiloPrivacy) -> Sequence[object]:
-        """Tell it from DP-SGD, unless it computes the same."""
-        same = self.num_drawn(data, privacy) == num_examples(data)
-        return () if same else ("users",)
 
 
 class UserUpdates(ULS):

@@ -3,6 +3,7 @@
 import doctest
 import math
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -35,6 +36,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import flower_ext.client
+from flower_ext import AdditiveStrategy
 from flower_ext.audit.bounds import split_counts
 from flower_ext.client import DPSGD, ELS, ULS, UserUpdates, user_level, users
 from flower_ext.client.app import client_app
@@ -48,7 +50,7 @@ from flower_ext.client.users import runs_of, side_by_side
 from flower_ext.core.arrays import to_record
 from flower_ext.privacy import SiloPrivacy, StepLedger
 from flower_ext.privacy.accounting.calibration import sampled_epsilon
-from flower_ext.simulation import LocalGrid
+from flower_ext.simulation import LocalGrid, PackedGrid
 from flower_ext.strategies import Ditto
 
 MODES = ["hooks", "ghost"]
@@ -155,6 +157,8 @@ def uls_by_hand(net, arrays, data, seen, clip, most, expected, lr):
 @pytest.mark.parametrize("clip", [0.05, 0.8])
 def test_uls_clips_every_users_mean_gradient_as_torch_func_does(net, mode, clip, drawn):
     data, arrays = columns(SIZE), first_arrays(net)
+    data["user"][data["user"] == 1] = 4
+    data["user"][[1, 6]] = torch.tensor([1, 5])  # these have one example each
     privacy = {**NOTHING, "clipping_norm": clip, "seed": 2}
     silo = silo_of(ULS, privacy, make_task(net, data), mode=mode)
     found, _ = silo.train(arrays, batch_size=2, local_steps=9, lr=0.5)
@@ -589,6 +593,7 @@ def test_no_way_of_drawing_has_the_noise_of_another():
     """Of two sums with one noise the difference would be the data's alone."""
     data, found = columns(20), []
     privacy = {**NOISY, "noise_multiplier": 1e6, "seed": 5}
+    data["user"] = data["user"].sort().values  # ULS has them in this order
     for kind in (ELS, ULS, partial(UserUpdates, users_per_round=20)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # all are drawn
@@ -724,6 +729,87 @@ def test_a_federation_of_silos_under_flowers_fedavg(kind):
     expected = sampled_epsilon(steps, 1e-3, 4.0, rate, group, 1e-3)
     found = result.train_metrics_clientapp[2]["user-epsilon"]
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", [ULS, updates])
+def test_a_run_that_goes_on_in_other_workers_ends_where_one_without_a_break_does(
+    tmp_path, kind
+):
+    def run(folder, rounds, grid, ledgers):
+        def privacy(context):
+            ledger = tmp_path / ledgers / f"{context.node_config['partition-id']}.json"
+            promise = {**NOISY, "max_examples_per_user": 3, "max_epsilon": 6.0}
+            return SiloPrivacy(**promise, ledger=ledger, seed=3)
+
+        (tmp_path / ledgers).mkdir(exist_ok=True)
+        app = client_app(make_task(data=columns(SIZE)), trainer=kind(privacy))
+        strategy = AdditiveStrategy(
+            train_metrics_aggr_fn=worst_silo, fraction_evaluate=0.0
+        )
+        with grid(app) as opened:
+            return strategy.start(
+                opened,
+                to_record(first_arrays()),
+                num_rounds=rounds,
+                checkpoint=tmp_path / folder,
+                train_config=ConfigRecord({"batch-size": 2, "local-steps": 1}),
+            )
+
+    def workers(app):
+        return PackedGrid(num_clients=2, client_app=app, num_workers=1)
+
+    whole = run("whole", 3, lambda app: nullcontext(LocalGrid(app, 2)), "one")
+    run("parts", 1, workers, "other")
+    resumed = run("parts", 3, workers, "other")
+    assert resumed.train_metrics_clientapp == whole.train_metrics_clientapp
+    spent = sampled_epsilon(3, 1e-3, 1.0, 2 / 5, 1, 1e-3)
+    assert whole.train_metrics_clientapp[3]["user-epsilon"] == spent
+    new, old = ({k: a.numpy() for k, a in r.arrays.items()} for r in (resumed, whole))
+    close(new, old, 0)
+
+
+class Doubled(ClientHalf):
+    """An objective of its own, and a term that draws to zero."""
+
+    name = "doubled"
+    post_processing = True
+
+    def objective(self, losses, batch):
+        return 2 * losses
+
+    def regularizer(self, model):
+        return sum(p.square().sum() for p in model.parameters())
+
+
+def test_what_a_half_adds_is_outside_of_a_users_clipping_and_inside_of_its_training():
+    config = {"client_half": "doubled", "lr": 0.1, "local_steps": 1}
+    net = partial(nn.Linear, 3, 2)
+    task = make_task(net, columns(20))
+    clipped = {**NOTHING, "clipping_norm": 0.05}
+    found = []
+    free = {"regularizer": lambda self, model: None, "post_processing": True}
+    for half in (Doubled, type("Free", (Doubled,), free)):
+        silo = silo_of(ULS, clipped, task, most=4, half=[half])
+        found.append(silo.train(first_arrays(net), batch_size=5, **config)[0])
+    term = {k: 0.1 * 2 * a for k, a in first_arrays(net).items()}
+    for name in term:
+        np.testing.assert_allclose(
+            found[1][name] - found[0][name], term[name], rtol=0, atol=1e-6
+        )
+    # Without clipping the objective has its weight.
+    silo = silo_of(ULS, NOTHING, task, most=4, half=[Doubled])
+    one, _ = silo.train(first_arrays(net), batch_size=5, **config)
+    plain = Silo(task, None, Doubled, trainer=Plain())
+    two, _ = plain.train(first_arrays(net), batch_size=20, **config)
+    close(one, two, 1e-6)
+    # A user's training has it as a client of federated averaging would.
+    data = {**columns(20), "user": torch.zeros(20).long()}
+    trainer = private(UserUpdates, NOTHING, 20, users_per_round=1)
+    silo = Silo(make_task(net, data), None, Doubled, trainer=trainer)
+    config["local_steps"] = 3
+    one, _ = silo.train(first_arrays(net), batch_size=6, **config)
+    two, _ = plain.train(first_arrays(net), batch_size=6, **config)
+    close(one, two, 0)
 
 
 def test_the_trainers_are_in_the_package():
