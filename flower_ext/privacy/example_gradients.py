@@ -326,8 +326,22 @@ def _part(
     if one and isinstance(module, nn.Linear) and inputs[0].ndim == 2:
         return OuterProducts(module, inputs[0], backprops)
 
+    if counts is not None and all(type(x.module) is nn.Linear for x in calls):
+        # A user's vectors in a row: a Linear layer adds them up as it does tokens.
+        calls, counts = [_in_a_row(call, counts.tolist()) for call in calls], None
     of = partial(gradients_of_calls, calls, sampler)
-    return explicit(parameters, len(backprops), of, counts)
+    return explicit(parameters, len(calls[0].backprops), of, counts)
+
+
+def _in_a_row(call: Call, counts: list[int]) -> Call:
+    """Put the examples of each user into one, as long as the longest; the rest is 0."""
+
+    def rows(values: Tensor) -> Tensor:
+        pieces = list(torch.split(values, counts))
+        return nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+
+    module, inputs, backprops = call
+    return Call(module, [rows(value) for value in inputs], rows(backprops))
 
 
 def gradients_of_calls(
