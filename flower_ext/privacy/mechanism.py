@@ -348,7 +348,7 @@ class Mechanism:
         draws = self.keeps_in_simulation(sampler)
         cohort = self.cohort if draws else self.num_sampled_clients
         expected = sampler.expected_size(cohort, population)
-        if guarantee.kind in ("poisson", "cyclic-poisson", "balls-in-bins"):
+        if guarantee.kind in _INDEPENDENT:
             # Cohorts vary: half the plan on average is no mistake, only more noise.
             expected *= 2
         if expected < cohort:
@@ -485,13 +485,13 @@ class Mechanism:
         guarantee = sampler.guarantee()
         # In cohorts of fixed size, who trains because a client does not could tell of
         # it by what it has kept and now measures.
-        if self.evaluation and guarantee.kind not in ("poisson", "cyclic-poisson"):
+        if self.evaluation and guarantee.kind not in _INDEPENDENT:
             refuse(
                 "evaluation",
                 self.evaluation,
                 f"left out with amplified=True and {type(sampler).__name__}",
-                "it is proved for PoissonSampler(probability=...) and "
-                "CyclicPoissonSampler",
+                "it is proved for PoissonSampler(probability=...), "
+                "CyclicPoissonSampler and BallsInBinsSampler",
             )
         if guarantee.kind == "balls-in-bins" and guarantee.can_be_secret:
             return self._in_bins(factorization, guarantee.min_separation)
@@ -512,22 +512,40 @@ class Mechanism:
         )
 
     def _in_bins(self, factorization: Factorization, num_bins: int) -> RoundAccountant:
-        noise = self._noise(
-            partial(
-                noise_multiplier_in_bins,
-                factorization=factorization,
-                num_bins=num_bins,
-            )
-        )
         # Flower has no word for it: no round is sampled by itself.
         config = self._config(SamplingMethod.NO_AMPLIFICATION)
-        return BallsInBinsAccountant(factorization, noise, num_bins, config)
+        account = partial(
+            BallsInBinsAccountant, factorization, num_bins=num_bins, config=config
+        )
+
+        def spent(noise: float) -> float:
+            whole = account(noise_multiplier=noise)
+            return whole.epsilon_after(self.num_rounds, self.target_delta)
+
+        calibrate = partial(
+            noise_multiplier_in_bins, factorization=factorization, num_bins=num_bins
+        )
+        noise, evaluations = self._shared(calibrate, spent)
+        return account(noise_multiplier=noise, evaluations=evaluations)
 
     def _poisson(
         self, factorization: Factorization, guarantee: Guarantee, probability: float
     ) -> RoundAccountant:
         cycle = guarantee.min_separation
-        noise, evaluations = self._sampled(probability, cycle)
+        calibrate = partial(
+            noise_multiplier_for,
+            rounds=self.num_rounds,
+            sampling_probability=probability,
+            cycle=cycle,
+        )
+        spent = partial(
+            epsilon_for,
+            delta=self.target_delta,
+            rounds=self.num_rounds,
+            sampling_probability=probability,
+            cycle=cycle,
+        )
+        noise, evaluations = self._shared(calibrate, spent)
         config = self._config(SamplingMethod.POISSON)
         if not isinstance(factorization, BandedToeplitz):
             return SampledGaussianAccountant(
@@ -539,30 +557,21 @@ class Mechanism:
             factorization, noise, cohort, config, cycle=cycle, evaluations=evaluations
         )
 
-    def _sampled(
-        self, probability: float, cycle: int
+    def _shared(
+        self, calibrate: Callable[..., float], spent: Callable[[float], float]
     ) -> tuple[float, Evaluations | None]:
-        """Return the noise multiplier under Poisson sampling, and the evaluations."""
-        rounds = self.num_rounds
-        calibrate = partial(
-            noise_multiplier_for,
-            rounds=rounds,
-            sampling_probability=probability,
-            cycle=cycle,
-        )
+        """Return the amplified noise multiplier, and the evaluations beside it."""
         if self.evaluation is None:
             return self._noise(calibrate), None
         epsilon, z, delta = self.max_epsilon, self.noise_multiplier, self.target_delta
         if z is not None:
-            epsilon = epsilon_for(
-                z, delta, rounds=rounds, sampling_probability=probability, cycle=cycle
-            )
+            epsilon = spent(z)
         assert epsilon is not None
         if not 0 < epsilon < math.inf:
             cause = f"its epsilon={epsilon} at target_delta={delta} cannot be shared"
             refuse("noise_multiplier", z, "another one with evaluation", cause)
         mu = math.sqrt(self.evaluation.share) * gaussian_mu(epsilon, delta)
-        evaluations = self.evaluation.beside(mu, rounds)
+        evaluations = self.evaluation.beside(mu, self.num_rounds)
         return calibrate(epsilon, delta, beside=mu), evaluations
 
     def _without_replacement(self) -> RoundAccountant:
@@ -609,6 +618,8 @@ def _best(
     return best_mechanism(rounds, separation, most, memory=memory, workload=workload)
 
 
+# What draws each client whatever it does with the others.
+_INDEPENDENT = {"poisson", "cyclic-poisson", "balls-in-bins"}
 _CYCLIC = (
     "with amplified=True noise is independent, or banded under a CyclicPoissonSampler, "
     "or of any bands under a BallsInBinsSampler"

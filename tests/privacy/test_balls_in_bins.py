@@ -24,6 +24,7 @@ from flower_ext.privacy import (
     DenseFactorization,
     Identity,
     Mechanism,
+    PrivateEvaluation,
     PrivateSum,
     SquareRootToeplitz,
     Toeplitz,
@@ -34,6 +35,7 @@ from flower_ext.privacy import (
     noise_multiplier_in_bins,
 )
 from flower_ext.privacy.accounting import balls_in_bins, mixtures
+from flower_ext.privacy.accounting.accountants import Evaluations
 from flower_ext.privacy.accounting.balls_in_bins import bin_shifts
 from flower_ext.privacy.accounting.mixtures import GaussianMixtureLoss
 
@@ -402,6 +404,51 @@ def test_equal_plans_have_equal_epsilons_and_resume():
     assert other.get_epsilon(DELTA) == one.get_epsilon(DELTA)
     with pytest.raises(ValueError, match="another mechanism"):
         accountant(Identity(8), 1.0, 2).load_state_dict(one.state_dict())
+
+
+# Evaluations beside it ---------------------------------------------------------------
+
+
+@quick
+def test_evaluations_are_one_more_shift_whatever_the_bin():
+    noise, mu = 1.2, 0.7
+    beside = Evaluations(2, math.sqrt(2) / mu)
+    bins = accountant(Identity(4), noise, 2, evaluations=beside)
+    for rounds, turns, own in ((2, 1, mu**2 / 2), (4, 2, mu**2)):
+        gram = turns / noise**2 * np.eye(2) + own
+        epsilon = bins.epsilon_after(rounds, DELTA)
+        assert max(two_shifts(gram, [0.5, 0.5], epsilon)) <= DELTA
+        assert max(two_shifts(gram, [0.5, 0.5], 0.96 * epsilon)) > DELTA
+        assert bins.delta_after(rounds, epsilon) == pytest.approx(DELTA, rel=0.02)
+    one = accountant(Identity(4), noise, 1, evaluations=beside)
+    assert one.epsilon_after(4, DELTA) == pytest.approx(
+        gaussian_epsilon(math.hypot(2 / noise, mu), 0.99 * DELTA), rel=1e-6
+    )
+
+
+@quick
+@pytest.mark.parametrize(
+    "target",
+    [{"max_epsilon": 3.0, "noise_multiplier": None}, {"noise_multiplier": 1.5}],
+)
+def test_evaluations_cost_noise_and_no_epsilon(target):
+    options = {"factorization": BandedToeplitz(12, np.array([1.0, 0.5])), **target}
+    plain = planned(**options)
+    shared = planned(
+        **options, evaluation=PrivateEvaluation(bounds={"a": 1.0}, share=0.3)
+    )
+    spent, without = (
+        each.accountant.epsilon_after(12, 1e-3) for each in (shared, plain)
+    )
+    assert 0.96 * without < spent <= target.get("max_epsilon", without)
+    assert shared.noise_std > 1.05 * plain.noise_std
+
+
+def test_evaluations_may_not_be_all():
+    with pytest.raises(ValueError, match=r"beside=1.0 must be < 0\.\d+"):
+        noise_multiplier_in_bins(
+            1.0, DELTA, factorization=Identity(4), num_bins=2, beside=1.0
+        )
 
 
 # A mechanism with it ------------------------------------------------------------------

@@ -18,6 +18,9 @@ Gaussians (Kahane 1986, "Une inegalite du type de Slepian et Gordon"). Covarianc
 at most the products of the norms :math:`\|\sum_t C_{st} x_t\| \le m_i[s]`. For C >= 0
 the bound is attained. It also grows with the number of rounds.
 
+Evaluations are further rows, that a client may be in whatever its bin: with mu of all
+of them, mu^2 is added to every product of two shifts.
+
 A client that keeps something between rounds is covered: only rounds of its own bin
 change it, and what it sends in these counts in no other bin.
 """
@@ -33,7 +36,7 @@ import numpy as np
 
 from flower_ext.core.errors import at_least, open_unit, positive, refuse, whole
 from flower_ext.core.typing import Floats
-from flower_ext.privacy.accounting.accountants import RoundAccountant
+from flower_ext.privacy.accounting.accountants import Evaluations, RoundAccountant
 from flower_ext.privacy.accounting.calibration import least_noise_below
 from flower_ext.privacy.accounting.gaussian import gaussian_mu
 from flower_ext.privacy.accounting.mixtures import GaussianMixtureLoss
@@ -131,6 +134,8 @@ class BallsInBinsAccountant(RoundAccountant):
         which no round is sampled by itself.
     confidence : float, optional
         In (0, 1); by default 1 - ``target_delta`` / 100.
+    evaluations : Evaluations, optional
+        See :class:`~flower_ext.privacy.RoundAccountant`; not amplified.
 
     References
     ----------
@@ -151,8 +156,9 @@ class BallsInBinsAccountant(RoundAccountant):
         config: PrivacyConfig,
         *,
         confidence: float | None = None,
+        evaluations: Evaluations | None = None,
     ) -> None:
-        super().__init__(config, factorization.rounds)
+        super().__init__(config, factorization.rounds, evaluations)
         self.factorization = factorization
         self.noise_multiplier = positive(
             "noise_multiplier", noise_multiplier, "a run without noise has no privacy"
@@ -189,14 +195,16 @@ class BallsInBinsAccountant(RoundAccountant):
         proved = _proved(delta, self.confidence)
         if not (rounds := self._whole_passes(rounds)):
             return 0.0
-        return _epsilon(self._plan.first(rounds), self.noise_std, proved)
+        beside = self._evaluated(rounds)
+        return _epsilon(self._plan.first(rounds), self.noise_std, proved, beside)
 
     def delta_after(self, rounds: int, epsilon: float) -> float:
         """Return an upper bound of delta of the first ``rounds`` rounds."""
         at_least("epsilon", epsilon, 0)
         if not (rounds := self._whole_passes(rounds)):
             return 0.0
-        loss = _loss(self._plan.first(rounds), self.noise_std)
+        beside = self._evaluated(rounds)
+        loss = _loss(self._plan.first(rounds), self.noise_std, beside)
         return min(1.0, loss.delta(epsilon) + 1 - self.confidence)
 
     def _whole_passes(self, rounds: int) -> int:
@@ -220,6 +228,7 @@ def noise_multiplier_in_bins(
     factorization: Factorization,
     num_bins: int,
     confidence: float | None = None,
+    beside: float = 0.0,
 ) -> float:
     """Return a noise multiplier that meets a target, near the least.
 
@@ -235,6 +244,8 @@ def noise_multiplier_in_bins(
         The target.
     factorization, num_bins, confidence
         See `BallsInBinsAccountant`; ``delta`` is its target.
+    beside : float
+        mu of Gaussian releases beside, such as evaluations, that are not amplified.
 
     Examples
     --------
@@ -252,13 +263,17 @@ def noise_multiplier_in_bins(
     column_norm = factorization.sensitivity(1, 1).value
     gram, shares = _shifts(plan)
     strongest = math.sqrt(float(np.diagonal(gram).max())) / column_norm
+    known = gaussian_mu(epsilon, proved)
+    if not at_least("beside", beside, 0) < known:
+        refuse("beside", beside, f"< {known:.6g}", "nothing is left of the target")
     # As if bins were known; a hair more so that rounding cannot break the promise.
-    high = strongest / gaussian_mu(epsilon, proved) * (1 + 1e-9)
+    high = strongest / math.sqrt(known**2 - beside**2) * (1 + 1e-9)
     if len(shares) == 1:
         return high
 
     def spent(noise: float, stream: int = _ACCOUNT, fewer: int = 1) -> float:
-        return _epsilon(plan, noise * column_norm, proved, stream, fewer)
+        deviation = noise * column_norm
+        return _epsilon(plan, deviation, proved, beside, stream, fewer)
 
     found = least_noise_below(
         high, lambda noise: spent(noise, _SEARCH, 8), epsilon, 0.0, tolerance=2e-3
@@ -348,19 +363,32 @@ def _shifts(plan: _Plan) -> tuple[Floats, Floats]:
 
 
 def _loss(
-    plan: _Plan, deviation: float, stream: int = _ACCOUNT, fewer: int = 1
+    plan: _Plan,
+    deviation: float,
+    beside: float = 0.0,
+    stream: int = _ACCOUNT,
+    fewer: int = 1,
 ) -> GaussianMixtureLoss:
     gram, shares = _shifts(plan)
     return GaussianMixtureLoss(
-        gram / deviation**2, shares, failure=plan.failure, stream=stream, fewer=fewer
+        gram / deviation**2 + beside**2,
+        shares,
+        failure=plan.failure,
+        stream=stream,
+        fewer=fewer,
     )
 
 
 @lru_cache(maxsize=256)
 def _epsilon(
-    plan: _Plan, deviation: float, delta: float, stream: int = _ACCOUNT, fewer: int = 1
+    plan: _Plan,
+    deviation: float,
+    delta: float,
+    beside: float = 0.0,
+    stream: int = _ACCOUNT,
+    fewer: int = 1,
 ) -> float:
-    return _loss(plan, deviation, stream, fewer).epsilon(delta)
+    return _loss(plan, deviation, beside, stream, fewer).epsilon(delta)
 
 
 def _confidence(confidence: float | None, delta: float) -> float:
