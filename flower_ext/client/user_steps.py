@@ -15,7 +15,7 @@ from flower_ext.client.noisy_steps import (
     PrivateSteps,
     word,
 )
-from flower_ext.client.seeds import seed_torch
+from flower_ext.client.seeds import seed_all
 from flower_ext.client.task import Batch, LocalOptimizer
 from flower_ext.client.trainer import Steps, batch_norms
 from flower_ext.client.users import runs_of
@@ -146,7 +146,7 @@ class UpdateSteps(PrivateSteps):
     def _train(self, own: Batch, seed: list[int]) -> float:
         """Train as a client that has one user's examples; return the mean objective."""
         words = np.random.SeedSequence(seed).generate_state(2)
-        seed_torch(word(words.tobytes()) % 2**63)
+        seed_all(word(words.tobytes()) % 2**63)
         steps = Steps(replace(self.local, train=own, epoch_size=0), self.half)
         while steps.advance():
             steps.step()

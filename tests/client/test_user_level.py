@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import random
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -38,7 +39,15 @@ from torch.func import functional_call, grad, vmap
 import flower_ext.client
 from flower_ext import AdditiveStrategy
 from flower_ext.audit.bounds import split_counts
-from flower_ext.client import DPSGD, ELS, ULS, UserUpdates, user_level, users
+from flower_ext.client import (
+    DPSGD,
+    ELS,
+    ULS,
+    UserUpdates,
+    private_session,
+    user_level,
+    users,
+)
 from flower_ext.client.app import client_app
 from flower_ext.client.dp_sgd import worst_silo
 from flower_ext.client.half import ClientHalf
@@ -50,6 +59,7 @@ from flower_ext.client.users import runs_of, side_by_side
 from flower_ext.core.arrays import to_record
 from flower_ext.privacy import SiloPrivacy, StepLedger
 from flower_ext.privacy.accounting.calibration import sampled_epsilon
+from flower_ext.privacy.selection import choice_noise_multiplier, noisy_least
 from flower_ext.simulation import LocalGrid, PackedGrid
 from flower_ext.strategies import Ditto
 
@@ -578,6 +588,30 @@ def test_one_user_moves_a_round_by_at_most_the_clipping_norm(monkeypatch, everyo
     np.testing.assert_array_equal(found["mean"], first_arrays(Dropped)["mean"])
 
 
+def augmented(model, batch):
+    """A loss that draws from every global generator."""
+    noise = np.random.random() + random.random() + float(torch.rand(()))  # noqa: NPY002
+    x = batch["x"] + noise
+    losses = nn.functional.cross_entropy(model(x), batch["y"], reduction="none")
+    return batch["weight"] * losses
+
+
+def test_what_one_user_draws_does_not_change_what_others_do(monkeypatch):
+    """Here all but the last user, who is the same in both, take fewer steps."""
+    monkeypatch.setattr(PrivateSteps, "dropout_seed", lambda self: 5)
+    chosen = torch.tensor([4])
+    found = []
+    for others in (torch.arange(5), chosen):
+        monkeypatch.setattr(PrivateSteps, "draws", lambda self, u=others: iter([u]))
+        data = columns(SIZE)
+        data["weight"][data["user"] != 4] = 0.0
+        task = make_task(data=data, loss=augmented)
+        silo = silo_of(updates, NOTHING, task)
+        found.append(silo.train(first_arrays(), local_steps=2, batch_size=2)[0])
+    close(*found, 0)
+    assert np.abs(vector(found[0]) - vector(first_arrays())).max() > 1e-3
+
+
 def test_frozen_parameters_have_no_noise():
     for kind in (ULS, updates):
         found, _ = silo_of(kind, NOISY).train(first_arrays(), batch_size=2)
@@ -766,6 +800,37 @@ def test_a_run_that_goes_on_in_other_workers_ends_where_one_without_a_break_does
     assert whole.train_metrics_clientapp[3]["user-epsilon"] == spent
     new, old = ({k: a.numpy() for k, a in r.arrays.items()} for r in (resumed, whole))
     close(new, old, 0)
+
+
+class Choosing(ClientHalf):
+    """Takes the better of the received model and of zeros."""
+
+    name = "choosing"
+    post_processing = True
+
+    def receive(self, local, arrays):
+        models = [arrays, {k: 0 * x for k, x in arrays.items()}]
+        return models[local.best_of(models)]
+
+
+def test_a_choice_is_noised_for_all_examples_of_a_user_and_charged_once(
+    tmp_path, monkeypatch
+):
+    scales = []
+
+    def spy(scores, scale, uniforms):
+        scales.append(scale)
+        return noisy_least(scores, scale, uniforms)
+
+    monkeypatch.setattr(private_session, "noisy_least", spy)
+    choice = {"selection_epsilon": 0.5, "loss_cap": 2.0}
+    privacy = {**NOISY, **choice, "ledger": tmp_path / "ledger.json"}
+    silo = silo_of(ULS, privacy, most=3, half=[Choosing])
+    config = {"client_half": "choosing", "batch_size": 2, "local_steps": 4}
+    silo.train(first_arrays(), **config)
+    assert scales == [3 * 2.0 / 0.5]
+    steps = {(1.0, choice_noise_multiplier(0.5), 1): 1, (2 / 5, 1.0, 1): 4}
+    assert StepLedger.load(tmp_path / "ledger.json").steps == steps
 
 
 class Doubled(ClientHalf):
