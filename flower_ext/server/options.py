@@ -85,7 +85,8 @@ class AdditiveOptions(RoundOptions, total=False):
     mechanism : Mechanism, optional
         Makes the run differentially private, see
         :class:`~flower_ext.privacy.Mechanism`. It says how many clients are drawn, all
-        clients weigh the same, and their own metrics are withheld.
+        clients weigh the same, and their own metrics are withheld or, with its
+        ``evaluation``, noised.
     """
 
     mechanism: Mechanism | None

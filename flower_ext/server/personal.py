@@ -91,7 +91,8 @@ class PersonalStrategy(AdditiveStrategy):
 
     Notes
     -----
-    Under a mechanism clients' metrics are withheld, and these with them.
+    Under a mechanism clients' metrics are withheld, and these with them; a
+    :class:`~flower_ext.privacy.PrivateEvaluation` releases means only.
 
     Where all seen clients say in an evaluation that they have kept nothing, though
     their half needs it (:attr:`~flower_ext.client.half.ClientHalf.keeps`), the log

@@ -407,6 +407,15 @@ def test_the_last_planned_round_is_never_beyond_the_target(shared):
         assert found.epsilon_after(ROUNDS, DELTA) == pytest.approx(epsilon, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("epsilon", "delta"),
+    [(0.00106, 1e-6), (0.00158, 1e-6), (0.00274, 1e-10), (0.05, 1e-3), (0.3, 1e-5)],
+)
+def test_a_target_is_met_to_the_last_digit(epsilon, delta):
+    noise = noise_multiplier_for(epsilon, delta)
+    assert epsilon * (1 - 1e-9) < gaussian_epsilon(1 / noise, delta) <= epsilon
+
+
 def test_noise_beside_a_gaussian_release():
     assert noise_multiplier_for(4.0, 1e-5, beside=0.0) == noise_multiplier_for(
         4.0, 1e-5
