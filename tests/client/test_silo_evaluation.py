@@ -135,6 +135,16 @@ def test_noise_is_new_every_time_and_with_a_seed_the_same_in_the_same_reply():
     assert abs(found["score"] - first) > 1e-3 * found["score-noise-std"]
 
 
+def test_noise_of_a_seed_comes_not_again_on_other_data():
+    """Where the server has told the same: the difference would be without noise."""
+    changes = {"seed": 3, "ledger": None, "own": {"every": 1}}
+    near = {**DATA, "x": DATA["x"].clone()}
+    near["x"][0] += 1e-6
+    one, other = (evaluated(silo_of(data=x, **changes), 1) for x in (DATA, near))
+    gap = abs(one["score"] - other["score"])
+    assert gap > 1e-3 * one["score-noise-std"]
+
+
 def test_evaluations_of_other_rounds_are_withheld():
     silo = silo_of()
     assert evaluated(silo, 1) == {"num-examples": EXAMPLES}
@@ -255,6 +265,15 @@ def test_all_rounds_and_evaluations_are_within_epsilon(first):
     ):
         evaluated(silo, 8)
     assert ledger_of(silo) == found
+
+
+def test_the_noise_of_training_is_kept_over_an_evaluation():
+    silo = silo_of()
+    for number, steps in ((1, 3), (2, 1), (3, 1)):
+        config = {**CONFIG, "local_steps": steps, "server_round": number}
+        silo.train(first_arrays(), **config)
+        evaluated(silo, number)
+    assert len({noise for (rate, noise, _) in ledger_of(silo).steps if rate < 1}) == 1
 
 
 def test_an_evaluation_is_charged_before_it_is_made(monkeypatch):
