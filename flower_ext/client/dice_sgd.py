@@ -49,7 +49,7 @@ class DiceSGD(DPSGD):
         app = client_app(task, trainer=DiceSGD(privacy, feedback_norm=0.01))
 
     **When not to use it**: at epsilons below the hundreds. The bias of clipping goes,
-    but the noise that the proof below asks for is tens to thousands of times that of
+    but the noise that the proof below asks for is tens to ten thousand times that of
     DP-SGD (``docs/privacy.md`` has numbers). It is here to study the method, and for
     training without noise.
 
@@ -76,7 +76,8 @@ class DiceSGD(DPSGD):
     **The residual** e is a sum of unclipped gradients. It stays with the client's
     personal state from round to round, is never sent, and whoever reads the silo's
     state reads private data. The server's average replaces the model between rounds,
-    but not e.
+    but not e. What a client sends depends on what it kept, which a strategy cannot see:
+    a mechanism that counts on secret cohorts of fixed size is not proved for it.
 
     **Guarantee.** That of :class:`~flower_ext.client.dp_sgd.DPSGD`, by another account.
     Let two silos differ in a unit, and let both have released the same so far. Their

@@ -187,11 +187,13 @@ class OuterProducts:
 
     def weighted_sum(self, weights: Tensor) -> Gradients:
         """Return the sum over examples."""
-        used = (weights > 0)[:, None]
-        outer = torch.where(used, weights[:, None] * self._backprops, 0.0)
+        inputs, backprops, used = self._inputs, self._backprops, weights > 0
+        if not used.all():  # 0 times infinity is no 0
+            inputs, backprops, weights = inputs[used], backprops[used], weights[used]
+        outer = weights[:, None] * backprops
         layer, total = self._layer, {}
         if layer.weight.requires_grad:
-            total[layer.weight] = outer.T @ torch.where(used, self._inputs, 0.0)
+            total[layer.weight] = outer.T @ inputs
         if layer.bias is not None and layer.bias.requires_grad:
             total[layer.bias] = outer.sum(dim=0)
         return total
