@@ -80,6 +80,9 @@ class InstanceAccount:
     divergences : ndarray
         Renyi divergences of :data:`~flower_ext.privacy.bounded.ORDERS`, towards the sum
         without the example and from it, of shape ``(2, examples, orders)``.
+    shifts : ndarray
+        :math:`\sum_t \|g_i\|^2 / s^2`, of shape ``(examples,)``: all that counts where
+        the noise is a Gaussian without bounds.
 
     Notes
     -----
@@ -103,10 +106,11 @@ class InstanceAccount:
     steps: int = 0
     fisher: Floats = field(default_factory=lambda: np.zeros(0))
     divergences: Floats = field(default_factory=lambda: np.zeros(0))
+    shifts: Floats = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         if not self.fisher.size:
-            self.fisher = np.zeros(len(self.examples))
+            self.fisher, self.shifts = np.zeros((2, len(self.examples)))
             self.divergences = np.zeros((2, len(self.examples), len(ORDERS)))
 
     def add(
@@ -136,6 +140,7 @@ class InstanceAccount:
         one, g = with_it[mine], own[mine]
         information = noise.fisher_information(one, deviation)
         self.fisher[place] += np.sum(g**2 * information)
+        self.shifts[place] += np.sum(g**2) / deviation**2
         for i, order in enumerate(ORDERS):
             for way, (x, y) in enumerate(((one, one - g), (one - g, one))):
                 found = noise.renyi_divergence(order, x, y, deviation)
@@ -149,6 +154,13 @@ class InstanceAccount:
             return 0.0
         ways = (list(way[place]) for way in self.divergences)
         return max(epsilon_of_divergences(way, delta) for way in ways)
+
+    def unbounded_epsilon(self, example: int, delta: float) -> float:
+        """Return what epsilon would be of the same sums, if no noise were cut."""
+        shift = float(self.shifts[self.examples.index(example)])
+        if not shift:
+            return 0.0
+        return epsilon_of_divergences([x * shift / 2 for x in ORDERS], delta)
 
     def fisher_information_loss(self, example: int) -> float:
         """Return the root of the Fisher information about the example's weight."""
@@ -174,7 +186,8 @@ class InstanceAccount:
             shape = (2, len(examples), len(ORDERS))
             fisher = np.asarray(kept["fisher"], np.float64).reshape(len(examples))
             divergences = np.asarray(kept["divergences"], np.float64).reshape(shape)
-            return cls(examples, int(kept["steps"]), fisher, divergences)
+            shifts = np.asarray(kept["shifts"], np.float64).reshape(len(examples))
+            return cls(examples, int(kept["steps"]), fisher, divergences, shifts)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error!r}") from error
 
@@ -187,6 +200,7 @@ class InstanceAccount:
             "orders": ORDERS,
             "fisher": self.fisher.tolist(),
             "divergences": self.divergences.tolist(),
+            "shifts": self.shifts.tolist(),
         }
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(json.dumps(kept, allow_nan=False), "utf-8")

@@ -309,8 +309,13 @@ def test_an_account_is_that_of_the_sums_with_and_without(tmp_path, steps, bounds
     assert account.epsilon(2, 1e-3) == pytest.approx(epsilon, rel=1e-3)
     assert account.steps == 1
     if 3 not in drawn:
-        assert account.epsilon(3, 1e-3) == 0
+        assert account.epsilon(3, 1e-3) == account.unbounded_epsilon(3, 1e-3) == 0
+    unbounded = account.unbounded_epsilon(2, 1e-3)
+    closed = [a * np.sum(own**2) / (2 * s**2) for a in ORDERS]
+    assert unbounded == pytest.approx(epsilon_of_divergences(closed, 1e-3), rel=1e-4)
+    assert (account.epsilon(2, 1e-3) < 0.99 * unbounded) == (noise is not None)
     if noise is None:  # the Gaussian's closed form
+        assert account.epsilon(2, 1e-3) == pytest.approx(unbounded, rel=1e-9)
         assert account.fisher[0] == pytest.approx(np.sum(own**2) / s**2, rel=1e-4)
 
 
@@ -327,6 +332,7 @@ def test_accounts_add_up_over_rounds_and_runs(tmp_path):
     assert (first.steps, second.steps) == (6, 12)
     np.testing.assert_allclose(second.fisher, 2 * first.fisher)
     np.testing.assert_allclose(second.divergences, 2 * first.divergences)
+    np.testing.assert_allclose(second.shifts, 2 * first.shifts)
     assert first.fisher.all() and second.epsilon(0, 1e-3) > first.epsilon(0, 1e-3)
 
 
