@@ -444,6 +444,14 @@ def test_evaluations_cost_noise_and_no_epsilon(target):
     assert shared.noise_std > 1.05 * plain.noise_std
 
 
+def test_with_one_bin_evaluations_and_training_are_one_gaussian_release():
+    noise = noise_multiplier_in_bins(
+        2.0, DELTA, factorization=Identity(4), num_bins=1, beside=0.3
+    )
+    mu = math.hypot(2 / noise, 0.3)
+    assert gaussian_delta(mu, 2.0) == pytest.approx(0.99 * DELTA, rel=1e-6)
+
+
 def test_evaluations_may_not_be_all():
     with pytest.raises(ValueError, match=r"beside=1.0 must be < 0\.\d+"):
         noise_multiplier_in_bins(
