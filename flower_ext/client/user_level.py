@@ -136,9 +136,8 @@ class ULS(ELS):
     *Assumed*, beside what DP-SGD assumes: that a row's user is who it says. Somebody
     under two names is protected as two.
 
-    **Deviations.** The paper takes G examples of a user, drawn anew; here they are the
-    first G in the order of the data, as in :class:`ELS`, so that both train on the same
-    examples.
+    A user's examples are the first G in the order of the data, as in :class:`ELS`, so
+    that both train on the same ones.
 
     References
     ----------
@@ -207,14 +206,15 @@ class UserUpdates(ULS):
     ValueError
         As of :class:`ULS`; if the model has a BatchNorm in training, if
         ``Task.optimizer`` is a :class:`~flower_ext.client.task.LocalOptimizer`, and,
-        when the ClientApp is made, for halves with an ``optimizer``, ``after_backward``
-        or ``after_step`` of their own, which would be shown one user's gradients.
+        when the ClientApp is made, for halves with an ``optimizer`` or
+        ``after_backward`` of their own, which would be shown one user's gradients.
 
     Notes
     -----
     **Guarantee.** As of :class:`ULS`; each training of a message costs one step. A
     half's ``objective`` and ``regularizer`` are part of each user's training, and
-    clipped with its change. Buffers are as received after every user.
+    clipped with its change; its ``after_step`` comes after the noise, so that a mask
+    or a projection holds for what is sent. Buffers are as received after every user.
 
     *Assumed*: one user's training leaves nothing for the next but in parameters and
     buffers of the model; ``objective`` and the task's loss keep nothing of a batch.
@@ -249,7 +249,10 @@ class UserUpdates(ULS):
     def admit(self, half: type[ClientHalf]) -> None:
         """Refuse a half that would be shown gradients without noise."""
         super().admit(half)
-        for name in ("optimizer", "after_backward", "after_step"):
+        self._refuse_hooks(half)
+
+    def _refuse_hooks(self, half: type[ClientHalf]) -> None:
+        for name in ("optimizer", "after_backward"):
             if getattr(half, name) is not getattr(ClientHalf, name):
                 raise ValueError(
                     f"{half.__name__} cannot be served by {self._name}: its {name} "
@@ -278,6 +281,8 @@ class UserUpdates(ULS):
         self, local: Local, half: ClientHalf, plan: NoisePlan, privacy: SiloPrivacy
     ) -> PrivateSteps:
         """Return the step of one training."""
+        # Also of a half that another one has trained, which nobody has admitted.
+        self._refuse_hooks(type(half))
         return UpdateSteps(local, half, plan, privacy.user)
 
     def manner(self, data: Batch, privacy: SiloPrivacy) -> Sequence[object]:

@@ -130,12 +130,6 @@ class UpdateSteps(PrivateSteps):
             p.copy_(start[name].double() + noisy / expected)
         return loss / expected
 
-    def step(self) -> None:
-        """Take the step; a half's hooks are called in each user's own."""
-        assert self.batch is not None
-        self.total += self.take(self.batch)
-        self.count += 1
-
     def _users(self, batch: Batch) -> Iterator[Batch]:
         counts = runs_of(batch[self._user])[1].tolist()
         parts = {k: torch.split(column, counts) for k, column in batch.items()}
@@ -147,10 +141,19 @@ class UpdateSteps(PrivateSteps):
         """Train as a client that has one user's examples; return the mean objective."""
         words = np.random.SeedSequence(seed).generate_state(2)
         seed_all(word(words.tobytes()) % 2**63)
-        steps = Steps(replace(self.local, train=own, epoch_size=0), self.half)
+        steps = _OwnSteps(replace(self.local, train=own, epoch_size=0), self.half)
         while steps.advance():
             steps.step()
         return steps.mean if steps.count else 0.0
+
+
+class _OwnSteps(Steps):
+    """One user's steps; the half's ``after_step`` comes after the noisy one."""
+
+    def step(self) -> None:
+        assert self.batch is not None
+        self.total += self.take(self.batch)
+        self.count += 1
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -65,7 +65,9 @@ class SiloPrivacy:
         spent, by the rounds and steps that it asks for.
     max_examples_per_user : int, optional
         G: protect a user with all examples in this silo, of which the first G in the
-        order of the data are used, instead of one example.
+        order of the data are used, instead of one example. What is clipped is the
+        trainer's: the gradient of an example, of a user, or what a user's training
+        changes (:mod:`flower_ext.client.user_level`).
     selection_epsilon, loss_cap : float, optional
         Of each choice among several models that a client half makes by their losses on
         the silo's examples, as HypCluster's does: its own epsilon, at most 30 or

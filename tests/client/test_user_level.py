@@ -653,7 +653,7 @@ def test_a_second_model_is_charged_as_the_first():
         assert metrics["user-epsilon"] == expected
 
 
-@pytest.mark.parametrize("hook", ["optimizer", "after_backward", "after_step"])
+@pytest.mark.parametrize("hook", ["optimizer", "after_backward"])
 def test_a_half_that_sees_a_users_gradients_cannot_have_its_users_trained(hook):
     half = type("Looking", (ClientHalf,), {"post_processing": True})
     setattr(half, hook, lambda self, what: None)
@@ -661,6 +661,44 @@ def test_a_half_that_sees_a_users_gradients_cannot_have_its_users_trained(hook):
     private(ULS, NOISY).admit(half)
     with pytest.raises(ValueError, match=f"UserUpdates: its {hook} would be given"):
         private(updates, NOISY).admit(half)
+
+    class Hiding(ClientHalf):
+        """Has the half that looks trained by the session."""
+
+        name, post_processing, num_trainings = "hiding", True, 2
+
+        def after_training(self, local):
+            local.session.train(local.with_model(local.start), half())
+
+    silo = silo_of(updates, NOISY, half=[Hiding])
+    reply = silo.send(first_arrays(), client_half="hiding")
+    assert f"its {hook} would be given" in reply.error.reason
+
+
+class Masked(ClientHalf):
+    """Sets what is small to zero."""
+
+    name = "masked"
+    post_processing = True
+
+    def after_step(self, local):
+        self.steps = getattr(self, "steps", 0) + 1
+        with torch.no_grad():
+            for p in local.model.parameters():
+                p[p.abs() < 0.3] = 0.0
+
+    def records(self, local):
+        return {}, {"steps": self.steps}
+
+
+def test_what_comes_after_a_step_comes_after_the_noise():
+    silo = silo_of(updates, NOISY, half=[Masked])
+    found, metrics = silo.train(
+        first_arrays(), client_half="masked", local_epochs=3, batch_size=1
+    )
+    assert metrics["steps"] == 1
+    new = vector(found)
+    assert (new == 0).any() and not (np.abs(new[new != 0]) < 0.3).any()
 
 
 class Normalised(Dense):
