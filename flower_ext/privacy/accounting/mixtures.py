@@ -102,6 +102,8 @@ class _Direction(ABC):
 
 
 class _Remove(_Direction):
+    """P against Q: draws from an urn of shifts, of t + 1 indices."""
+
     def __init__(self, gram: Floats, shares: Floats) -> None:
         super().__init__(gram, shares)
         most = _LARGEST_EXPONENT / max(float(gram.max()), 1e-300)
@@ -139,14 +141,15 @@ class _Remove(_Direction):
 
 
 class _Add(_Direction):
+    """Q against P: draws that are shifted away from the mean of the shifts."""
+
     def __init__(self, gram: Floats, shares: Floats) -> None:
         super().__init__(gram, shares)
         self.orders = np.concatenate([[0.0], np.geomspace(0.05, 1e4, 500)])
         self._towards = gram @ shares
-        variance = float(shares @ self._towards)
+        self._variance = float(shares @ self._towards)
         mean = float(shares @ self.half)
-        self.norms = self.orders * mean + self.orders**2 * variance / 2
-        self._mean, self._variance = mean, variance
+        self.norms = self.orders * mean + self.orders**2 * self._variance / 2
 
     def draw(
         self, place: int, root: Floats, count: int, generator: np.random.Generator
