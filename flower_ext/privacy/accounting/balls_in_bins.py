@@ -117,7 +117,9 @@ class BallsInBinsAccountant(RoundAccountant):
     all epsilons of a run and the search for its noise together. The rest,
     1 - ``confidence``, is within delta: draws prove (epsilon, delta - (1 -
     ``confidence``)), so that accounting and run together are (epsilon, delta)-private.
-    Draws come from a fixed seed: the same plan has the same epsilon, everywhere.
+    Draws come from a fixed seed: the same plan has the same epsilon, everywhere. Choose a
+    plan before its epsilon is computed, not because of the draws: of many that differ by
+    a hair the luckiest would be picked.
 
     Parameters
     ----------
@@ -353,8 +355,10 @@ class _Plan:
 
     @property
     def failure(self) -> float:
-        """Failure probability of one bound, of those of all passes and tries."""
-        return (1 - self.confidence) / (-(-self.planned // self.num_bins) + _TRIES)
+        """Failure probability of one bound, of those of all passes at each try."""
+        # The noise is chosen by draws that later bound the passes as well.
+        passes = -(-self.planned // self.num_bins)
+        return (1 - self.confidence) / (passes * _TRIES)
 
 
 @lru_cache(maxsize=4)
