@@ -117,9 +117,9 @@ class BallsInBinsAccountant(RoundAccountant):
     all epsilons of a run and the search for its noise together. The rest,
     1 - ``confidence``, is within delta: draws prove (epsilon, delta - (1 -
     ``confidence``)), so that accounting and run together are (epsilon, delta)-private.
-    Draws come from a fixed seed: the same plan has the same epsilon, everywhere. Choose a
-    plan before its epsilon is computed, not because of the draws: of many that differ by
-    a hair the luckiest would be picked.
+    Draws come from a fixed seed: the same plan has the same epsilon, everywhere. Choose
+    a plan before its epsilon is computed: of many that differ by a hair the luckiest
+    draws would be picked.
 
     Parameters
     ----------
