@@ -31,6 +31,12 @@ from flower_ext.privacy.accounting.sampled import (
     SampledGaussianAccountant,
     WithoutReplacementAccountant,
 )
+from flower_ext.privacy.amplified_bands import (
+    AmplifiedChoice,
+    AmplifiedComparison,
+    best_amplified,
+    best_bands,
+)
 from flower_ext.privacy.clipping import (
     AdaptiveClipping,
     Clipping,
@@ -88,6 +94,8 @@ _HOME = {
 __all__ = [
     *_HOME,
     "AdaptiveClipping",
+    "AmplifiedChoice",
+    "AmplifiedComparison",
     "BISR",
     "BallsInBinsAccountant",
     "BandedToeplitz",
@@ -112,6 +120,8 @@ __all__ = [
     "TreeAggregation",
     "WithoutReplacementAccountant",
     "Workload",
+    "best_amplified",
+    "best_bands",
     "best_in_bins",
     "best_mechanism",
     "clipping_factor",

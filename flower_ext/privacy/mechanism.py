@@ -33,6 +33,7 @@ from flower_ext.privacy.accounting.sampled import (
     SampledGaussianAccountant,
     WithoutReplacementAccountant,
 )
+from flower_ext.privacy.amplified_bands import best_bands
 from flower_ext.privacy.clipping import Clipping, FlatClipping
 from flower_ext.privacy.factorizations.banded import BandedToeplitz
 from flower_ext.privacy.factorizations.factorization import Factorization, Identity
@@ -98,7 +99,9 @@ class Mechanism:
         Should be below 1 / ``population_size``.
     factorization : Factorization or str (default: "best")
         ``best`` compares the mechanisms that fit ``memory`` and takes the one of least
-        error, see :func:`~flower_ext.privacy.best_mechanism` (of balls in bins, with
+        error, see :func:`~flower_ext.privacy.best_mechanism`; with ``amplified``
+        independent noise, or bands for a ``CyclicPoissonSampler``, whose cycle
+        :func:`~flower_ext.privacy.best_amplified` finds (of balls in bins, with
         ``max_epsilon``, :func:`~flower_ext.privacy.best_in_bins`); ``identity`` is
         independent noise, plain DP-FedAvg; ``tree`` is Honaker's tree estimator.
     memory : int (default: 4)
@@ -403,7 +406,14 @@ class Mechanism:
         if chosen == "tree":
             return TreeAggregation(self.num_rounds)
         # Without noise nothing is correlated, and secret cohorts amplify every round's
-        # noise alone, but for bins, which are drawn once for all rounds.
+        # noise alone, but for bins, which are drawn once for all rounds, and for turns,
+        # between which there is room for bands.
+        in_turns = self.amplified and sampler.guarantee().kind == "cyclic-poisson"
+        if chosen == "best" and in_turns and self.is_private:
+            plan = (self.num_rounds, separation, self.memory, self.workload)
+            bands = _best_bands(*plan)
+            log(INFO, "Mechanism chosen: %s of at most %d", bands.name, separation)
+            return bands
         alone = not self.is_private or (self.amplified and not in_bins)
         if chosen == "identity" or alone:
             return Identity(self.num_rounds)
@@ -616,6 +626,14 @@ def _best(
 ) -> Choice:
     """Tune once for runs that are planned alike."""
     return best_mechanism(rounds, separation, most, memory=memory, workload=workload)
+
+
+@lru_cache(maxsize=32)
+def _best_bands(
+    rounds: int, cycle: int, memory: int, workload: Workload
+) -> BandedToeplitz:
+    """Tune once for runs that are planned alike."""
+    return best_bands(rounds, cycle, memory=memory, workload=workload)
 
 
 # What draws each client whatever it does with the others.

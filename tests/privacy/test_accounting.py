@@ -29,7 +29,9 @@ from flower_ext.privacy import (
 from flower_ext.privacy.accounting.calibration import (
     fixed_cohort_epsilon,
     fixed_cohort_loss,
+    grid,
     least_noise,
+    loss_on_grid,
     noise_multiplier_without_replacement,
 )
 
@@ -472,3 +474,43 @@ def test_least_noise_of_fixed_cohorts(epsilon):
     noise = noise_multiplier_without_replacement(epsilon, 1e-6, **target)
     assert fixed_cohort_epsilon(200, 1e-6, noise, 1000, 20) <= epsilon
     assert fixed_cohort_epsilon(200, 1e-6, noise / 1.001, 1000, 20) > epsilon
+
+
+@pytest.mark.parametrize(
+    ("noise", "rate", "group"), [(1.0, 0.01, 4), (4.0, 0.05, 16), (0.7, 0.3, 2)]
+)
+def test_examples_of_one_user_lose_what_two_other_computations_say(noise, rate, group):
+    interval = grid(noise, rate, group, 1e-3)
+    found = loss_on_grid(noise, rate, group, interval)
+    # By integration of max(0, P - e^epsilon Q), and the other way round.
+    x = np.linspace(-12 * noise, group + 12 * noise, 400_001)
+    counts = np.arange(group + 1)
+    chances = [
+        math.comb(group, k) * rate**k * (1 - rate) ** (group - k) for k in counts
+    ]
+    alone = np.exp(-((x / noise) ** 2) / 2)
+    user = sum(
+        chance * np.exp(-(((x - k) / noise) ** 2) / 2)
+        for k, chance in zip(counts, chances, strict=True)
+    )
+    scale = (x[1] - x[0]) / (noise * math.sqrt(2 * math.pi))
+    for epsilon in (0.0, 0.05, 0.5, 2.0):
+        least = scale * max(
+            np.maximum(p - math.exp(epsilon) * q, 0.0).sum()
+            for p, q in ((user, alone), (alone, user))
+        )
+        spent = found.get_delta_for_epsilon(epsilon)
+        assert least * (1 - 1e-6) <= spent <= least * 1.001 + 1e-12
+    # By dp-accounting's own search for the roots, over many rounds.
+    theirs = (
+        dp_accounting.pld.privacy_loss_distribution.from_mixture_gaussian_mechanism(
+            noise,
+            [float(k) for k in counts],
+            chances,
+            value_discretization_interval=interval,
+        )
+    )
+    for delta in (1e-3, 1e-6):
+        ours = found.self_compose(50).get_epsilon_for_delta(delta)
+        peer = theirs.self_compose(50).get_epsilon_for_delta(delta)
+        assert ours == pytest.approx(peer, rel=1e-6)

@@ -21,6 +21,7 @@ from flower_ext.privacy import (
     TreeAggregation,
     best_mechanism,
 )
+from flower_ext.privacy.factorizations import blt_optimizer
 from flower_ext.privacy.factorizations.participation import heaviest_pattern
 
 
@@ -377,3 +378,23 @@ def test_docstring_examples():
     for module in pkgutil.iter_modules(flower_ext.privacy.__path__):
         loaded = importlib.import_module(f"flower_ext.privacy.{module.name}")
         assert doctest.testmod(loaded).failed == 0
+
+
+@pytest.mark.parametrize(("count", "b", "n"), [(127, 2, 300), (300, 2, 700)])
+def test_many_participations_are_summed_as_one_by_one(count, b, n, monkeypatch):
+    logits = np.array([[3.0, 1.0, 0.5, 1.5], [9.0, -2.0, 3.0, 1.0]], complex)
+    found = blt_optimizer._log_loss(logits, n, b, count, "rms").real
+    monkeypatch.setattr(blt_optimizer, "_SINGLE", 10**6)
+    blt_optimizer._participations.cache_clear()
+    exact = blt_optimizer._log_loss(logits, n, b, count, "rms").real
+    blt_optimizer._participations.cache_clear()
+    np.testing.assert_allclose(found, exact, atol=2e-6 if count > 128 else 0)
+
+
+def test_clients_in_every_round_are_compared_in_no_time():
+    """Trees of one round each are not searched one by one."""
+    choice = best_mechanism(600, 1, 600)
+    assert "every 1" not in " ".join(line.name for line in choice.compared)
+    every = TreeAggregation(600, restart_every=1).sensitivity(1, 600)
+    assert every.exact
+    assert every.value == pytest.approx(Identity(600).sensitivity(1, 600).value)

@@ -532,6 +532,10 @@ def test_poisson_epsilon_is_dp_accountings(cohort, aggregate):
         ),
         (
             CyclicPoissonSampler(0.3, 3),
+            {"amplified": True, "population_size": 30, "factorization": "best"},
+        ),
+        (
+            CyclicPoissonSampler(0.3, 3),
             {
                 "amplified": True,
                 "population_size": 30,

@@ -119,20 +119,7 @@ def loss_on_grid(
             value_discretization_interval=interval,
         )
     else:
-        # The number of a user's examples in a batch is Binomial(G, q), and each moves
-        # the sum by the clipping norm: a mixture of shifts (Charles et al. 2024).
-        counts = range(group_size + 1)
-        loss = pld.from_mixture_gaussian_mechanism(
-            noise_multiplier,
-            [float(count) for count in counts],
-            [
-                math.comb(group_size, count)
-                * rate**count
-                * (1 - rate) ** (group_size - count)
-                for count in counts
-            ],
-            value_discretization_interval=interval,
-        )
+        loss = _examples_of_one(noise_multiplier, rate, group_size, interval)
     return cast("LossDistribution", loss)
 
 
@@ -364,6 +351,89 @@ def least_noise(
     return math.exp(high)
 
 
+# Several examples of one user --------------------------------------------------------
+
+
+def _examples_of_one(
+    noise_multiplier: float, rate: float, group_size: int, interval: float
+) -> LossDistribution:
+    r"""Return the privacy loss of one batch for a user of G examples, on a grid.
+
+    Their number in a batch is Binomial(G, q), and each moves the sum by the clipping
+    norm: a mixture of shifts (Charles et al. 2024, arXiv 2407.07737), P, against
+    N(0, z^2), Q. The log of P / Q rises with the sum x, so that with x the root of
+    :math:`\log P(x) / Q(x) = \epsilon`
+
+    .. math:: H_{e^\epsilon}(P \| Q) = P(> x) - e^\epsilon Q(> x),
+
+    and from Q to P with the other tails and :math:`-\epsilon`. The profiles are put on
+    a grid from above (Doroshenko et al. 2022, arXiv 2207.04380).
+    """
+    from scipy.special import gammaln, log_ndtr  # type: ignore[import-untyped]
+
+    pld = _dp_accounting().pld
+    z, counts = noise_multiplier, np.arange(group_size + 1.0)
+    ways = gammaln(group_size + 1) - gammaln(counts + 1) - gammaln(counts[::-1] + 1)
+    logs = ways + counts * math.log(rate) + counts[::-1] * math.log1p(-rate)
+
+    def loss_at(x: Floats) -> tuple[Floats, Floats]:
+        terms = logs + (counts * x[:, None] - counts**2 / 2) / z**2
+        top = terms.max(axis=1, keepdims=True)
+        shares = np.exp(terms - top)
+        total = shares.sum(axis=1)
+        return top[:, 0] + np.log(total), (shares @ counts) / total / z**2
+
+    def profile(epsilons: Floats, side: float) -> Floats:
+        # Below the loss of a user who is not there nothing is ever lost.
+        wanted = side * epsilons
+        inside = wanted > logs[0]
+        x = np.full(len(wanted), -np.inf)
+        x[inside] = _root(loss_at, wanted[inside], logs, counts, z)
+        user = np.exp(logs + log_ndtr(-side * (x[:, None] - counts) / z)).sum(axis=1)
+        alone = np.exp(log_ndtr(-side * x / z))
+        more, less = (user, alone) if side > 0 else (alone, user)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(more - np.where(less > 0, np.exp(epsilons) * less, 0.0))
+
+    ends, _ = loss_at(np.array([-_TAIL * z, _TAIL * z, group_size + _TAIL * z]))
+    pmfs = []
+    for side, low, high in ((1.0, ends[0], ends[2]), (-1.0, -ends[1], -ends[0])):
+        places = np.arange(math.floor(low / interval), math.ceil(high / interval) + 1)
+        blocks = np.array_split(
+            places * interval, 1 + places.size * counts.size // 10**6
+        )
+        deltas = np.concatenate([profile(block, side) for block in blocks])
+        # Where rounding lets a profile rise it is flat instead, from above.
+        deltas = np.maximum.accumulate(np.clip(deltas, 0.0, 1.0)[::-1])[::-1]
+        make = pld.pld_pmf.create_pmf_pessimistic_connect_dots
+        pmfs.append(make(interval, places, deltas))
+    found = pld.privacy_loss_distribution.PrivacyLossDistribution(*pmfs)
+    return cast("LossDistribution", found)
+
+
+def _root(
+    loss_at: Callable[[Floats], tuple[Floats, Floats]],
+    wanted: Floats,
+    logs: Floats,
+    counts: Floats,
+    noise_multiplier: float,
+) -> Floats:
+    """Return where the loss of a mixture is what is wanted, by Newton's method.
+
+    The loss is convex and at least that of each of its terms: from the least of their
+    roots on, which is not below its own, every step goes down, and none too far.
+    """
+    own = (wanted[:, None] - logs[1:]) * noise_multiplier**2 / counts[1:]
+    x = (own + counts[1:] / 2).min(axis=1)
+    for _ in range(60):
+        value, slope = loss_at(x)
+        step = np.maximum(value - wanted, 0.0) / slope
+        x = x - step
+        if float(step.max(initial=0.0)) <= 1e-12 * noise_multiplier:
+            break
+    return np.asarray(x)
+
+
 # Cohorts of a fixed size -------------------------------------------------------------
 
 
@@ -406,7 +476,7 @@ def fixed_cohort_loss(noise_multiplier: float, rate: float) -> LossDistribution:
 
 
 def _fixed_cohort_deltas(shift: float, rate: float, epsilons: Floats) -> Floats:
-    from scipy.special import log_ndtr  # type: ignore[import-untyped]
+    from scipy.special import log_ndtr
 
     # The divergence of two Gaussians, from logarithms: exp(inner) may be huge.
     inner = np.log1p(np.expm1(epsilons) / rate)

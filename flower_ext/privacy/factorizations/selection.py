@@ -156,7 +156,7 @@ def _candidates(
     count = effective_participations(rounds, min_separation, max_participations)
     yield Identity(rounds)
     # One tree for the whole run, or one that a client meets at most once.
-    for period in sorted({rounds, min(min_separation, rounds)}):
+    for period in sorted({rounds, min(min_separation, rounds)} - {1}):
         if memory >= period.bit_length():
             yield TreeAggregation(rounds, restart_every=period)
     if memory >= rounds - 1:

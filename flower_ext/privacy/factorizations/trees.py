@@ -20,6 +20,7 @@ from flower_ext.privacy.factorizations.participation import (
     Sensitivity,
     effective_participations,
     gram_sensitivity,
+    heaviest_pattern,
 )
 from flower_ext.privacy.factorizations.recurrences import Recurrence, TreeRecurrence
 from flower_ext.privacy.factorizations.workload import PREFIX_SUMS, Workload
@@ -134,6 +135,15 @@ class TreeAggregation(Factorization):
         if crowd[-1] > 32:
             how = "upper bound: the fullest nodes of every height"
             return Sensitivity(float(np.sqrt(count * sum(crowd))), False, how)
+        exact = self.estimator == "full" or self.restart_every == 1
+        how = "dynamic programme on the tree"
+        if not exact:
+            how = f"upper bound: {how}, of which not all is released"
+        if 1 << (self.levels - 1) <= min_separation:  # at most once in every tree
+            sizes = [(height + 1, 1 << height) for _, height in self._trees()]
+            nodes = np.repeat(*np.array(sizes).T).astype(np.float64)
+            total = heaviest_pattern(nodes, min_separation, count)
+            return Sensitivity(float(np.sqrt(float(total))), exact, how)
         # (participations so far, earliest next round) -> largest sum of squared counts.
         reach = {(0, 0): 0}
         for start, height in self._trees():
@@ -146,11 +156,7 @@ class TreeAggregation(Factorization):
                     later = start + leave if more else ready
                     _keep(joined, (used + more, later), value + gain)
             reach = _front(joined)
-        best = float(np.sqrt(max(reach.values())))
-        if self.estimator == "full" or self.restart_every == 1:
-            return Sensitivity(best, True, "dynamic programme on the tree")
-        how = "upper bound: dynamic programme on the tree, of which not all is released"
-        return Sensitivity(best, False, how)
+        return Sensitivity(float(np.sqrt(max(reach.values()))), exact, how)
 
     def row_errors(self, workload: Workload = PREFIX_SUMS) -> Floats:
         """Return the errors of all prefixes, or models."""
