@@ -27,7 +27,7 @@ from flower_ext.core.arrays import to_record
 from flower_ext.core.protocol import Round
 from flower_ext.core.several import stack
 from flower_ext.data import load
-from flower_ext.privacy import epsilon_for
+from flower_ext.privacy import InstanceAccount, InstanceReport, epsilon_for
 from flower_ext.runs.report import write_summary
 from flower_ext.server.optimizers import (
     SGD,
@@ -52,6 +52,7 @@ NAMES = [
     "maxfl",
     "personalization",
     "pfl_docvqa",
+    "private_mails",
     "private_optimizers",
     "pruning",
     "silo_privacy",
@@ -198,6 +199,45 @@ def test_adapters_have_the_ranks_of_their_tiers(baseline):
     assert not made["het-lora-sorted"].server_optimizer.keeps_coordinates
     with pytest.raises(ValueError, match="must name some of"):
         baseline.make_strategy("lora+", config)
+
+
+@pytest.mark.parametrize("baseline", ["private_mails.strategy"], indirect=True)
+def test_methods_train_what_their_names_say(baseline):
+    config = app_config(BASELINES / "private_mails")
+    factors = ["layer.q.lora_A.x.weight", "layer.q.lora_B.x.weight"]
+    names = ["layer.q.base_layer.weight", *factors, "head.weight", "head.bias"]
+    sent = {name: np.array([i, 1.0]) for i, name in enumerate(names)}
+    trained = {
+        "scratch": names,
+        "lora": names[1:],
+        "lora-ffa": names[2:],
+        "probe": names[3:],
+        "probe@64": names[3:],
+    }
+    assert set(trained) == set(str(config["strategies"]).split())
+    for name, expected in trained.items():
+        made = baseline.make_strategy(name, config)
+        assert list(made.head(sent)) == expected
+        assert baseline.learning_rate(name, config) > 0
+    assert baseline.learning_rate("lora", {"learning-rate": 0.5}) == 0.5
+    with pytest.raises(ValueError, match="strategies='full' must name some of"):
+        baseline.make_strategy("full", config)
+
+
+@pytest.mark.parametrize("baseline", ["private_mails.utils"], indirect=True)
+def test_accounts_of_single_mails_are_summed_up(baseline, tmp_path):
+    """Of two silos with one watched mail each: the Gaussian's divergences."""
+    report = InstanceReport(tmp_path, (0,))
+    epsilons = []
+    for client, length in enumerate((0.5, 1.0)):
+        account = InstanceAccount((0,))
+        own = np.array([length])
+        account.add(0, with_it=own, own=own, deviation=2.0)
+        account.save(report.path(client))
+        epsilons.append(account.epsilon(0, 1e-3))
+    said = baseline.told(tmp_path, 1, 1e-3)
+    assert f"epsilon {sum(epsilons) / 2:.3f} on average, {epsilons[1]:.3f} at" in said
+    assert said.endswith("Fisher information loss 0.375")  # (0.5 + 1) / 2 / 2
 
 
 @pytest.mark.parametrize("baseline", ["maxfl.strategy"], indirect=True)

@@ -1,0 +1,1 @@
+"""What to train of a public encoder, where every mail is to be private."""
