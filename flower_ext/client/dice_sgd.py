@@ -10,7 +10,7 @@ the gradient of the mean loss. DiceSGD keeps the difference, e, in the silo:
 
    e_{t+1} &= e_t + \frac 1 B \sum_{i \in B_t} g_i - v_t
 
-(Algorithm 2 of Zhang et al. 2024). B is the expected size of a batch, q n.
+(Zhang et al. 2024). B is the expected size of a batch, q n.
 """
 
 import math
