@@ -94,6 +94,7 @@ def test_for_given_groups_the_error_decides(cycle, memory, workload):
 
 def test_a_mechanism_takes_them_and_is_accounted_for_as_ever():
     choice = best_amplified(**PLAN, **TARGET)
+    assert choice.cycle > 1
     sampler = CyclicPoissonSampler(choice.probability, choice.cycle)
     mechanism = Mechanism(
         num_rounds=30,
