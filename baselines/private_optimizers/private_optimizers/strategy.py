@@ -92,6 +92,7 @@ def make_strategy(name: str, config: UserConfig) -> AdditiveStrategy:
         return DP2(
             plain_rounds=delay,
             adaptive_rounds=delay,
+            adaptive_rate=float(config["adaptive-rate"]),
             tau=chosen.tau,
             **options,  # type: ignore[arg-type]
         )
