@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from flower_ext.core.errors import one_of, open_unit, positive, refuse, whole
@@ -177,13 +178,7 @@ def best_amplified(
     def compare(cycle: int) -> AmplifiedComparison:
         probability = num_sampled_clients * cycle / population_size
         bands = min(cycle, memory + 1)
-        least = noise_multiplier_for(
-            max_epsilon,
-            target_delta,
-            rounds=rounds,
-            sampling_probability=probability,
-            cycle=cycle,
-        )
+        least = _least_noise(max_epsilon, target_delta, rounds, probability, cycle)
         error = _error(tuned(bands), objective, workload)
         return AmplifiedComparison(cycle, probability, bands, least, least * error)
 
@@ -226,6 +221,16 @@ def _search(
         if not middles:
             return sorted(lines.values(), key=lambda line: (line.noise, line.cycle))
         lines |= {place: compare(cycles[place]) for place in middles}
+
+
+@lru_cache(maxsize=1024)
+def _least_noise(
+    epsilon: float, delta: float, rounds: int, probability: float, cycle: int
+) -> float:
+    """Seek each target's noise once: another server, or memory, asks for the same."""
+    return noise_multiplier_for(
+        epsilon, delta, rounds=rounds, sampling_probability=probability, cycle=cycle
+    )
 
 
 def _tuned(

@@ -240,7 +240,7 @@ def _best_taps(
         jac=True,
         method="L-BFGS-B",
         bounds=[(-1.0, 0.0)] * (bands - 1),
-        options={"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-9},
+        options={"maxiter": 2000, "ftol": 1e-14, "gtol": 1e-9},
     )
     taps: Floats = np.minimum(found.x, 0.0)
     return taps if taps.sum() >= -1 else taps / -taps.sum()
