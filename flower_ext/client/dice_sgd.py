@@ -50,7 +50,7 @@ class DiceSGD(DPSGD):
 
     **When not to use it**: at epsilons below the hundreds. The bias of clipping goes,
     but the noise that the proof below asks for is tens to ten thousand times that of
-    DP-SGD (``docs/privacy.md`` has numbers). It is here to study the method, and for
+    DP-SGD (``docs/silos.md`` has numbers). It is here to study the method, and for
     training without noise.
 
     Parameters
