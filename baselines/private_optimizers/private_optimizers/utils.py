@@ -55,8 +55,8 @@ CHOSEN: dict[str, dict[float, dict[str, Setting]]] = {
         4.0: {
             "none": Setting(1.0, 1.0),
             "dp-fedavg": Setting(1.0, 0.3),
-            "dp-fedadam": Setting(0.03, 0.3),
-            "layers-lamb": Setting(0.1, 0.3),
+            "dp-fedadam": Setting(0.03, 0.1),
+            "layers-lamb": Setting(0.1, 0.1),
             "dp-ftrl": Setting(1.0, 0.3),
             "ada-dps": Setting(3.0, 0.3, tau=0.02),
             "ada-dps-words": Setting(1.0, 0.3, tau=0.2),
@@ -69,17 +69,17 @@ CHOSEN: dict[str, dict[float, dict[str, Setting]]] = {
     },
     "images": {
         1.0: {
-            "none": Setting(0.3, 1.0),
+            "none": Setting(1.0, 0.3),
             "dp-fedavg": Setting(0.3, 0.3),
             "dp-fedadam": Setting(0.03, 0.3),
-            "layers-lamb": Setting(0.03, 0.3),
+            "layers-lamb": Setting(0.05, 0.3),
             "dp-ftrl": Setting(0.3, 0.3),
             "ada-dps": Setting(0.3, 0.3, tau=0.01),
             "dp2": Setting(0.3, 0.3, tau=0.001),
             "els": Setting(3.0, 0.3, group_size=60),
-            "uls": Setting(3.0, 0.3, group_size=60),
+            "uls": Setting(10.0, 0.1, group_size=60),
             "els-in-silos": Setting(3.0, 0.3, group_size=60),
-            "uls-in-silos": Setting(3.0, 0.3, group_size=60),
+            "uls-in-silos": Setting(10.0, 0.1, group_size=60),
         },
     },
 }
