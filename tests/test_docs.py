@@ -8,6 +8,7 @@ named ``test_...`` are called after that. A block that cannot run says why, in a
 
 import importlib
 import json
+import logging
 import os
 import pkgutil
 import re
@@ -243,8 +244,10 @@ def test_every_public_name_is_in_the_reference():
 
 
 @pytest.mark.slow
-def test_notebook_runs(monkeypatch):
+def test_notebook_runs(monkeypatch, caplog):
     monkeypatch.setenv("MPLBACKEND", "agg")
+    # It makes Flower quiet: put back, after it, for the tests that read the log.
+    caplog.set_level(logging.getLogger("flwr").level, logger="flwr")
     cells = json.loads((ROOT / "docs" / "first_steps.ipynb").read_text("utf-8"))[
         "cells"
     ]
