@@ -3,8 +3,8 @@
 Measures rounds of FedAvg of 10, 100 and 1,000 clients, over random images and texts,
 against a bare PyTorch loop in the same run; checks that clients use the device, that
 memory fits the plan, and that a round gives what it gives on the CPU, to the tolerances
-below. Workers that share the GPU are processes, which needs Linux, and no Ray. About
-six minutes, no downloads; exit code 1 if a check fails.
+below. Workers that share the GPU are processes, which needs Linux, and no Ray. Nothing
+is begun after five minutes; no downloads; exit code 1 if a check fails.
 ``--device cpu --small`` runs all of it in small.
 
 Beside torch it needs the wheels of flwr, cloudpickle and safetensors, and for the
@@ -59,8 +59,8 @@ STRATEGIES = {
     "MaxFL": MaxFL,
 }
 # Largest differences, as parts of the change that a round makes. A GPU, and a stack,
-# add in another order, and training magnifies rounding (up to 1.3e-3 on an H100);
-# of two coordinates of nearly the same size FLASC's mask may hold the other (1.2e-2).
+# add in another order, and training magnifies rounding; of two coordinates of nearly
+# the same size FLASC's mask may hold the other. Seen on an H100: 1.3e-3, and 1.2e-2.
 # A wrong batch or a forgotten client is near 1.
 TOLERANCES = {"FedAvg": 5e-3, "FedFish": 5e-3, "FLASC": 5e-2, "MaxFL": 5e-3}
 APPS = {"one by one": app, "stacked": stacked}
