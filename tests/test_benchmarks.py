@@ -28,6 +28,7 @@ def run(gpu, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--small"])
     logger = logging.getLogger("flwr")
     level = logger.level
+    filters = [*logger.filters]
 
     def main():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what it sets is set back
@@ -38,6 +39,7 @@ def run(gpu, monkeypatch, capsys):
 
     yield main
     logger.setLevel(level)
+    logger.filters[:] = filters
 
 
 @pytest.mark.slow
