@@ -3,11 +3,12 @@
 ::
 
     python -m flower_ext.check APP
+    python -m flower_ext.check APP --strategy FedFish
 
 runs one round of the app in this process as it is, then one with each strategy of the
-pack, and says of each that it drops in, which lines to add (they are put into a copy
-of the source and tried), or why it does not. No file of the app is changed, and
-nothing after ``strategy.start`` of its ServerApp runs.
+pack, or with those that are named, and says of each that it drops in, which lines to
+add (they are put into a copy of the source and tried), or why it does not. No file of
+the app is changed, and nothing after ``strategy.start`` of its ServerApp runs.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from flower_ext._flower import NodeInfo
-from flower_ext.core.errors import refuse
+from flower_ext.core.errors import one_of, refuse
 from flower_ext.core.protocol import WRONG_HALF
 from flower_ext.runs.launch import ConfigValue, parse_run_config
 from flower_ext.runs.shadows import require_own
@@ -57,12 +58,14 @@ from flower_ext.server.drop_in import (
     replace_strategy,
 )
 from flower_ext.server.options import AdditiveOptions, FedAvgOptions
+from flower_ext.server.strategy import RoundStrategy
 from flower_ext.simulation.local import LocalGrid, app_config
 from flower_ext.wire.traffic import measure
 
 # Options of FedAvg that a private strategy does not take: its mechanism sets them.
 _OF_THE_MECHANISM = ("fraction_train", "min_train_nodes")
 _MINIMA = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
+_ONLY_YOU = "where only you know"
 _HOOKS = (
     "start",
     "configure_train",
@@ -279,8 +282,21 @@ def _component(folder: Path, module: str, name: str) -> object:
         place = _place(folder, "".join(traceback.format_exception(error)))
         raise ValueError(
             f"{module}:{name} cannot be imported: {type(error).__name__}: "
-            f"{error}{place}"
+            f"{error}{place}{_missing(folder, error)}"
         ) from error
+
+
+def _missing(folder: Path, error: BaseException) -> str:
+    """Return what to do about a module that is not installed."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    package = error.name.partition(".")[0]
+    if (folder / package).exists() or (folder / f"{package}.py").exists():
+        return ""
+    return (
+        ": if the app needs it, install the app in the environment of this command, "
+        f"`pip install -e {folder}`"
+    )
 
 
 def _place(folder: Path, report: str) -> str:
@@ -423,7 +439,8 @@ def started(app: App, num_supernodes: int) -> Started:
         return caught.started
     except _OwnLoop:
         raise ValueError(
-            "the ServerApp sends messages itself: there is no strategy to replace"
+            "the ServerApp sends messages itself, or has them sent by Flower's older API, "
+            "flwr.server: there is no strategy of flwr.serverapp to replace"
         ) from None
     except (Exception, SystemExit) as error:
         place = _place(app.folder, traceback.format_exc())
@@ -500,19 +517,17 @@ def _same(one: ArrayRecord, other: ArrayRecord) -> bool:
 # Strategies -----------------------------------------------------------------------
 
 
-def strategies() -> list[type[AdditiveStrategy]]:
+def strategies() -> list[type[RoundStrategy]]:
     """Return the strategies of the pack, the plainest first."""
     package = importlib.import_module("flower_ext.strategies")
     found = [getattr(package, name) for name in package.__all__]
-    kinds = [
-        k for k in found if isinstance(k, type) and issubclass(k, AdditiveStrategy)
-    ]
+    kinds = [k for k in found if isinstance(k, type) and issubclass(k, RoundStrategy)]
     return [AdditiveStrategy, *sorted(kinds, key=lambda kind: kind.__name__.lower())]
 
 
 def check_strategy(
     app: App,
-    kind: type[AdditiveStrategy],
+    kind: type[RoundStrategy],
     start: Started,
     num_supernodes: int,
     most: int,
@@ -520,6 +535,8 @@ def check_strategy(
     """Try a strategy with the app's clients as they are, then with its lines added."""
     needs = kind.drop_in
     server = _server_lines(app, kind, start)
+    if needs.explained:
+        server[_ONLY_YOU] = needs.explained.splitlines()
 
     def attempt(client_app: ClientApp) -> Outcome:
         try:
@@ -548,7 +565,7 @@ def check_strategy(
         return Verdict(kind.__name__, f"not tried: {reason}", lines)
     lines = {**server, _name(app, file): changes(source, edited)}
     if needs.fill_in and WRONG_HALF not in first.problem:
-        lines["where only you know"] = needs.fill_in.splitlines()
+        lines[_ONLY_YOU] = needs.fill_in.splitlines()
         return Verdict(kind.__name__, "needs these lines, to be completed", lines)
     try:
         client_app = _run_source(app, file, edited)
@@ -574,10 +591,10 @@ def _inmost(strategy: Strategy) -> Strategy:
 
 
 def _like(
-    kind: type[AdditiveStrategy],
+    kind: type[RoundStrategy],
     strategy: Strategy,
     arguments: Mapping[str, object],
-) -> AdditiveStrategy:
+) -> RoundStrategy:
     """Make a strategy with the Flower options that another one has."""
     options = {
         name: getattr(strategy, name)
@@ -586,11 +603,11 @@ def _like(
     }
     if "num_sampled_clients" in arguments:
         options = {k: v for k, v in options.items() if k not in _OF_THE_MECHANISM}
-    return cast("AdditiveStrategy", cast(Any, kind)(**options, **arguments))
+    return cast("RoundStrategy", cast(Any, kind)(**options, **arguments))
 
 
 def _server_lines(
-    app: App, kind: type[AdditiveStrategy], start: Started
+    app: App, kind: type[RoundStrategy], start: Started
 ) -> dict[str, list[str]]:
     """Return the lines of the ServerApp that change."""
     file, source = app.source(app.server[0])
@@ -660,6 +677,7 @@ def check(
     num_supernodes: int = 10,
     num_cpus: int = 1,
     num_gpus: float = 0.0,
+    only: Sequence[str] = (),
 ) -> bool:
     """Check an app and print what was found; see the module.
 
@@ -673,6 +691,8 @@ def check(
         Clients of the federation; as many take part as the app's strategy needs.
     num_cpus, num_gpus
         Resources of a client, as they would be asked for in a simulation.
+    only : sequence of str, optional
+        Names of the strategies to try; all of them if there are none.
 
     Returns
     -------
@@ -683,17 +703,22 @@ def check(
     Raises
     ------
     ValueError
-        If the folder holds no app that can be imported and starts a strategy.
+        If the folder holds no app that can be imported and starts a strategy, or a
+        strategy is not one of the pack.
     """
+    kinds = {kind.__name__: kind for kind in strategies()}
+    for name in only:
+        one_of("strategy", name, tuple(kinds))
+    tried = [kinds[name] for name in only or kinds]
     with imported(folder, run_config or {}) as app:
         print(f"Checking {app.folder}: {':'.join(app.server)}, {':'.join(app.client)}")
         problems = warnings(app, num_cpus, num_gpus)
         for problem in problems:
             print(f"  problem: {problem}")
-        return _check(app, num_supernodes) and not problems
+        return _check(app, num_supernodes, tried) and not problems
 
 
-def _check(app: App, num_supernodes: int) -> bool:
+def _check(app: App, num_supernodes: int, tried: Sequence[type[RoundStrategy]]) -> bool:
     """Try the app as it is, then with each strategy; return whether it works."""
     start = started(app, num_supernodes)
     needed = [getattr(_inmost(start.strategy), name, 2) for name in _MINIMA]
@@ -713,7 +738,7 @@ def _check(app: App, num_supernodes: int) -> bool:
         print(f"\n{name}, the app as it is: fails\n    {outcome.problem}")
         return False
     print(f"\n{_fits(f'{name}, the app as it is: works', outcome)}")
-    for kind in strategies():
+    for kind in tried:
         if kind is not type(start.strategy):
             _show(check_strategy(app, kind, start, num_supernodes, most))
     return True
@@ -722,6 +747,8 @@ def _check(app: App, num_supernodes: int) -> bool:
 def _show(verdict: Verdict) -> None:
     print(f"\n{verdict.name}: {verdict.text}")
     for place, lines in verdict.lines.items():
+        if not lines:
+            continue
         print(f"    {place}")
         for line in lines:
             print(f"      {line}")
@@ -754,6 +781,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-supernodes", type=int, default=10)
     parser.add_argument("--num-cpus", type=int, default=1)
     parser.add_argument("--num-gpus", type=float, default=0.0)
+    parser.add_argument(
+        "--strategy",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="try this one only, such as FedFish; may be given several times",
+    )
     args = parser.parse_args(argv)
     try:
         with _quiet():
@@ -763,6 +797,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 num_supernodes=args.num_supernodes,
                 num_cpus=args.num_cpus,
                 num_gpus=args.num_gpus,
+                only=args.strategy,
             )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -276,7 +276,9 @@ class AdaDPS(AdditiveStrategy):
 
     drop_in = DropIn(
         arguments=lambda cohort: {"public_statistics": PublicMoments({})},
-        written="public_statistics=PublicGradients(task, public)",
+        written="public_statistics=...",
+        explained="of flower_ext.strategies.adadps, PublicGradients(task, public) of\n"
+        "public examples, or PublicMoments of numbers that are known",
     )
 
     def __init__(

@@ -93,6 +93,8 @@ class DPFTRL(AdditiveStrategy):
         },
         written="num_rounds=..., num_sampled_clients=..., population_size=..., "
         "max_epsilon=..., target_delta=...",
+        explained="of the run that is to be private: its rounds, clients in each, and\n"
+        "all clients; max_epsilon and target_delta are the promise",
     )
 
     def __init__(

@@ -29,6 +29,7 @@ from flower_ext.core.errors import fraction, one_of, positive, refuse, whole
 from flower_ext.core.protocol import Config, Metrics, Reply, Round
 from flower_ext.core.several import require_models, stack, unstack
 from flower_ext.core.typing import Floats
+from flower_ext.server.drop_in import DropIn
 from flower_ext.server.min_norm import (
     Change,
     changes_of,
@@ -197,6 +198,12 @@ class MosT(RoundStrategy):
     """
 
     client_half = MosTClient
+    drop_in = DropIn(
+        fill_in="an app made with client_app and MosTClient, which trains all models;\n"
+        "the ServerApp starts from initial_models(Net, num_models), which is in\n"
+        "flower_ext.client.several",
+        written="num_models=...",
+    )
     consumed_metrics = (LOSSES,)
 
     def __init__(

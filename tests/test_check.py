@@ -118,6 +118,42 @@ def test_a_stock_app_is_told_the_lines_that_work(app, capsys):
     assert FedAvg.start is not AdditiveStrategy.start
 
 
+def test_lines_are_shown_where_they_belong(app, capsys):
+    _, parts, _ = said(capsys, app, "--strategy", "FedFish", "--strategy", "TERM")
+    assert (
+        "           )\n"
+        "      +    fisher = watch_fisher(model, batches_per_epoch=len(trainloader))\n"
+        "           train_loss = train_fn(\n"
+    ) in parts["FedFish"]
+    # What replaces a line needs no neighbours.
+    assert "from flwr.serverapp import Grid" not in parts["FedFish"]
+
+
+def test_only_strategies_that_are_named_are_tried(app, capsys):
+    code, parts, _ = said(capsys, app, "--strategy", "FedFish")
+    assert code == 0
+    assert parts.keys() - {"FedAvg, the app as it is", "FedFish"} <= {next(iter(parts))}
+    code, _, err = said(capsys, app, "--strategy", "FedFisch")
+    assert code == 2
+    assert "strategy='FedFisch' must be one of ('AdditiveStrategy'," in err
+
+
+def test_what_the_server_must_be_given_is_explained(app, capsys):
+    _, parts, _ = said(capsys, app, "--strategy", "AdaDPS", "--strategy", "DiLoCo")
+    assert "public_statistics=...)" in parts["AdaDPS"]
+    assert "PublicGradients(task, public) of\n" in parts["AdaDPS"]
+    # A file in which nothing is changed by a tool is not named.
+    assert "client_app.py" not in parts["DiLoCo"]
+
+
+def test_strategies_that_are_no_sums_are_tried(app, capsys):
+    names = ("FedMGDA", "FlexLoRA", "MosT")
+    _, parts, _ = said(capsys, app, *(x for n in names for x in ("--strategy", n)))
+    assert "drops in (2 clients" in parts["FedMGDA"]
+    assert "a model with adapters of LoRA" in parts["FlexLoRA"]
+    assert "starts from initial_models(Net, num_models)" in parts["MosT"]
+
+
 def test_a_task_is_told_its_half(app, capsys):
     use_task(app)
     code, parts, _ = said(capsys, app)
@@ -164,7 +200,13 @@ def test_an_app_that_does_not_work_is_told_why(app, capsys, file, old, new, says
 @pytest.mark.parametrize(
     ("file", "old", "new", "says"),
     [
-        ("task.py", "import torch\n", "import torsch\n", "No module named 'torsch'"),
+        (
+            "task.py",
+            "import torch\n",
+            "import torsch\n",
+            "No module named 'torsch' (quickstart/task.py, line 3): if the app needs "
+            "it, install the app",
+        ),
         ("server_app.py", "Net()", "Nett()", "before strategy.start: NameError"),
         (
             "server_app.py",

@@ -50,6 +50,8 @@ class DropIn:
         trial.
     written : str
         The same as a user would write them.
+    explained : str
+        What these are, where only the app's author knows.
     silent : bool
         Whether clients without these lines go on as FedAvg's, and nothing says so.
     moves : bool
@@ -64,6 +66,7 @@ class DropIn:
     fill_in: str = ""
     arguments: Callable[[int], Mapping[str, object]] = _nothing
     written: str = ""
+    explained: str = ""
     silent: bool = False
     moves: bool = True
 
@@ -208,9 +211,27 @@ def replace_strategy(
 
 
 def changes(old: str, new: str) -> list[str]:
-    """Return the lines that differ, each with ``-`` or ``+`` before it."""
-    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm="")
-    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    """Return the lines that differ, each with ``-`` or ``+`` before it.
+
+    Lines that are only added stand between their neighbours, so that a reader sees
+    where they belong.
+    """
+    before, after = old.splitlines(), new.splitlines()
+    found: list[str] = []
+    edits = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    for kind, first, end, start, stop in edits:
+        if kind == "equal":
+            continue
+        alone = kind == "insert"
+        above = [f" {line}" for line in before[max(first - 1, 0) : first] if alone]
+        below = [f" {line}" for line in before[end : end + 1] if alone]
+        if above and found and found[-1] == above[0]:
+            above = []  # it is the neighbour below of the last ones
+        found += above if "".join(above).strip() else []
+        found += [f"-{line}" for line in before[first:end]]
+        found += [f"+{line}" for line in after[start:stop]]
+        found += below if "".join(below).strip() else []
+    return found
 
 
 def _named(line: str, names: Mapping[str, str]) -> str:

@@ -135,8 +135,9 @@ class LoRAStrategy(RoundStrategy):
     no_mechanism: ClassVar[str]
     drop_in = DropIn(
         fill_in=(
-            "make the app with client_app and the client half: it makes models of the\n"
-            "rank that is told, and changes their base"
+            "a model with adapters of LoRA, and an app made with client_app and the\n"
+            "client half: it makes models of the rank that is told, and changes their\n"
+            "base"
         ),
         arguments=lambda num_clients: {"lora_alpha": 8},
         written="lora_alpha=8",

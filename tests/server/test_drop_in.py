@@ -32,10 +32,30 @@ CLIENT = textwrap.dedent(
 )
 
 
+def differing(lines):
+    return [line for line in lines if not line.startswith(" ")]
+
+
 def edited(source, drop_in=FISHER):
     new = edit(source, "app", drop_in)
     ast.parse(new)
-    return changes(source, new)
+    return differing(changes(source, new))
+
+
+def test_what_is_added_stands_between_its_neighbours():
+    """What replaces a line stands alone, and a neighbour of two is shown once."""
+    assert changes("a\nb\nc\nd\n", "a\nx\nb\ny\nc\nD\n") == [
+        " a",
+        "+x",
+        " b",
+        "+y",
+        " c",
+        "-d",
+        "+D",
+    ]
+    assert changes("a\n\nb", "a\n\nx\nb") == ["+x", " b"]
+    assert changes("a", "a\nx") == [" a", "+x"]
+    assert changes("a", "a") == []
 
 
 def test_lines_go_before_the_training_and_into_the_reply():
@@ -131,7 +151,7 @@ def test_lines_for_a_reader_name_every_place():
 def test_a_half_is_added_to_a_task():
     source = "from x import task\nfrom flower_ext import client_app\n\n"
     source += "app = client_app(task, mods=[packed])\n"
-    assert changes(source, add_half(source, "app", "Half", "a.b")) == [
+    assert differing(changes(source, add_half(source, "app", "Half", "a.b"))) == [
         "+from a.b import Half",
         "-app = client_app(task, mods=[packed])",
         "+app = client_app(task, Half, mods=[packed])",
