@@ -439,8 +439,8 @@ def started(app: App, num_supernodes: int) -> Started:
         return caught.started
     except _OwnLoop:
         raise ValueError(
-            "the ServerApp sends messages itself, or has them sent by Flower's older API, "
-            "flwr.server: there is no strategy of flwr.serverapp to replace"
+            "the ServerApp sends messages itself, or Flower's older API, flwr.server, "
+            "does so for it: there is no strategy of flwr.serverapp to replace"
         ) from None
     except (Exception, SystemExit) as error:
         place = _place(app.folder, traceback.format_exc())
