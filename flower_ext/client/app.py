@@ -70,6 +70,9 @@ from flower_ext.wire.registry import require_codecs
 
 R = TypeVar("R", ArrayRecord, ConfigRecord)
 
+# Of a node's configuration.
+_WHICH_CLIENT = ("partition-id", "num-partitions")
+
 
 def client_app(
     task: Task,
@@ -330,7 +333,7 @@ def _open(
     seed_all(settings.seed)
     model = half.make_model(task, context.run_config, config)
     seed_all(random_seed(settings.seed, 0, client_of(context)))
-    train_data, test_data = _columns(task.data(context), device)
+    train_data, test_data = _columns(_data_of(task, context), device)
     arrays, masks = _read_model(model_sent, config, model, codecs)
     about_run = content.get(RUN_KEY)
     local = Local(
@@ -393,6 +396,23 @@ def _read_model(
     last = {first: name for name, first in tied_names(model).items()}
     arrays = {k: found.arrays.get(last.get(k, k), x) for k, x in found.arrays.items()}
     return {name: torch.from_numpy(x) for name, x in arrays.items()}, found.masks
+
+
+def _data_of(task: Task, context: Context) -> object:
+    """Return what the task has of a client; say what a node lacks that tells which."""
+    try:
+        return task.data(context)
+    except KeyError as error:
+        node, missing = context.node_config, error.args[0] if error.args else None
+        if missing not in _WHICH_CLIENT or missing in node:
+            raise
+        refuse(
+            "node_config",
+            dict(node),
+            f"one with {missing!r}",
+            "a simulation says it; in a deployment each SuperNode is started with its "
+            "own, --node-config 'partition-id=0 num-partitions=10'",
+        )
 
 
 def _columns(found: object, device: torch.device) -> tuple[Batch, Batch]:

@@ -279,6 +279,27 @@ def test_the_data_function_gets_the_clients_context(send):
     assert seen == [2]
 
 
+@pytest.mark.parametrize("missing", ["partition-id", "num-partitions"])
+def test_a_node_that_does_not_say_whose_it_is_gets_to_know_how(send, missing):
+    """A SuperNode that was started without ``--node-config``."""
+
+    def data(context):
+        del context.node_config[missing]
+        return context.node_config[missing]
+
+    with pytest.raises(RuntimeError, match=f"one with '{missing}': .* --node-config"):
+        send(Task(lambda config: Linear(), data, squared_error))
+
+
+@pytest.mark.parametrize("key", ["label", "partition-id"])
+def test_what_the_data_lacks_is_not_blamed_on_the_node(send, key):
+    def data(context):
+        return {}[key]
+
+    with pytest.raises(RuntimeError, match=f"KeyError: '{key}'"):
+        send(Task(lambda config: Linear(), data, squared_error))
+
+
 # Where settings come from ---------------------------------------------------------
 
 
