@@ -144,6 +144,29 @@ def test_settings_of_the_readme_are_those_of_the_app(name):
             assert shown in values.replace("`", "").replace(",", ""), key
 
 
+@pytest.mark.parametrize(
+    "baseline",
+    [f"{name}.dataset" for name in NAMES if name != "private_optimizers"],
+    indirect=True,
+)
+def test_a_client_that_the_data_does_not_have_is_refused(baseline):
+    """More nodes than clients, or a SuperNode with a wrong ``--node-config``."""
+    name = baseline.__name__.split(".")[0]
+    data_of = {
+        "compression": getattr(baseline, "speaker_data", None),
+        "diloco": getattr(baseline, "worker_data", None),
+        "private_mails": lambda context: baseline.client_data("words", context),
+    }.get(name) or baseline.client_data
+    for number in (-1, 10_000):
+        node = {"partition-id": number, "num-partitions": 4}
+        context = SimpleNamespace(
+            node_config=node, run_config=app_config(BASELINES / name)
+        )
+        refused = f"partition.id={number} must be from 0 to"
+        with pytest.raises(ValueError, match=refused):
+            data_of(context)
+
+
 @pytest.mark.parametrize("baseline", ["fedfish.words"], indirect=True)
 @pytest.mark.parametrize(
     ("accuracy", "said"),
@@ -228,6 +251,7 @@ def test_methods_train_what_their_names_say(baseline):
 def test_accounts_of_single_mails_are_summed_up(baseline, tmp_path):
     """Of two silos with one watched mail each: the Gaussian's divergences."""
     report = InstanceReport(tmp_path, (0,))
+    assert "no accounts" in baseline.told(tmp_path, 1, 1e-3)  # but on other machines
     epsilons = []
     for client, length in enumerate((0.5, 1.0)):
         account = InstanceAccount((0,))
@@ -238,6 +262,15 @@ def test_accounts_of_single_mails_are_summed_up(baseline, tmp_path):
     said = baseline.told(tmp_path, 1, 1e-3)
     assert f"epsilon {sum(epsilons) / 2:.3f} on average, {epsilons[1]:.3f} at" in said
     assert said.endswith("Fisher information loss 0.375")  # (0.5 + 1) / 2 / 2
+
+
+@pytest.mark.parametrize("baseline", ["dpftrl.strategy"], indirect=True)
+@pytest.mark.parametrize(("simulated", "seed"), [(20, 1), (0, None)])
+def test_clients_that_stand_for_themselves_have_secret_noise(baseline, simulated, seed):
+    """In a deployment; who knows the seed can take the noise away."""
+    config = app_config(BASELINES / "dpftrl") | {"simulated-cohort": simulated}
+    for name in ("amplified", "tree"):
+        assert baseline.make_strategy(name, 8.0, config).mechanism.seed == seed
 
 
 @pytest.mark.parametrize("baseline", ["maxfl.strategy"], indirect=True)

@@ -9,6 +9,7 @@ import torch
 from flwr.app import Context, UserConfig
 from torch import Tensor
 
+from flower_ext.core.errors import refuse
 from flower_ext.data import feature_names, load
 
 Columns = dict[str, Tensor]
@@ -117,6 +118,9 @@ def client_data(context: Context) -> tuple[Columns, Columns]:
     """Return training and test data of the client that the context is of."""
     config = context.run_config
     number = int(context.node_config["partition-id"])
+    last = len(clients(str(config["dataset"]))) - 1
+    if not 0 <= number <= last:
+        refuse("partition-id", number, f"from 0 to {last}, a client's number")
     train, test = (
         columns(str(config["dataset"]), split, str(config["group"]), number)
         for split in ("train", "test")

@@ -18,7 +18,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run every strategy and write the comparison."""
     config = context.run_config
-    results = Path(str(config["results"]))
+    results = Path(str(config["results"])).expanduser()
     torch.manual_seed(int(config["seed"]))
     strategies = make_strategies(config)
     compare(

@@ -7,6 +7,7 @@ import torch
 from flwr.app import Context, UserConfig
 from torch import Tensor
 
+from flower_ext.core.errors import refuse
 from flower_ext.data.clients import speaker_windows, speakers
 
 Columns = dict[str, Tensor]
@@ -51,7 +52,10 @@ def worker_data(context: Context) -> tuple[Columns, Columns]:
         int(config["window"]),
         int(config["seed"]),
     )
-    text = found[int(context.node_config["partition-id"])]
+    number = int(context.node_config["partition-id"])
+    if not 0 <= number < len(found):
+        refuse("partition-id", number, f"from 0 to num-clients - 1 = {len(found) - 1}")
+    text = found[number]
     return {"text": text}, {"text": text[:0]}
 
 

@@ -28,7 +28,8 @@ def main(grid: Grid, context: Context) -> None:
     methods = [Method(name, config) for name in str(config["methods"]).split()]
     initial = ArrayRecord(make_model(config).state_dict())
     central = central_evaluation(task, central_data(config), config)
-    every, results = int(config["evaluate-every"]), Path(str(config["results"]))
+    every = int(config["evaluate-every"])
+    results = Path(str(config["results"])).expanduser()
 
     for method in methods:
 

@@ -31,7 +31,7 @@ def main(grid: Grid, context: Context) -> None:
             runs[name] = name, None
         else:
             runs |= {f"{name}-{e:g}": (name, e) for e in epsilons}
-    results = Path(str(config["results"]))
+    results = Path(str(config["results"])).expanduser()
     compare(
         grid,
         {run: make_strategy(*setting, config) for run, setting in runs.items()},

@@ -29,25 +29,26 @@ def make_strategy(name: str, max_epsilon: float | None, config: UserConfig) -> D
     population = int(config["population-size"])
     rounds = int(config["num-server-rounds"])
     separation = population // cohort
+    simulated = int(config["simulated-cohort"])
+    # Where clients stand for themselves alone, nobody may know cohorts and noise.
+    seed = int(config["seed"]) if simulated else None
     options = {"min_separation": separation}
     if name == "amplified":
         options = {
             "amplified": True,
-            "sampler": PoissonSampler(
-                int(config["seed"]), probability=cohort / population
-            ),
+            "sampler": PoissonSampler(seed, probability=cohort / population),
         }
     return DPFTRL(
         num_rounds=rounds,
         num_sampled_clients=cohort,
         population_size=population,
-        simulated_cohort=int(config["simulated-cohort"]) or None,
+        simulated_cohort=simulated or None,
         clipping=float(config["clipping-norm"]),
         noise_multiplier=0.0 if max_epsilon is None else None,
         max_epsilon=max_epsilon,
         target_delta=float(config["target-delta"]),
         factorization=_factorization(name, rounds, separation, int(config["memory"])),
-        seed=int(config["seed"]),
+        seed=seed,
         server_optimizer=SGD(
             float(config["server-learning-rate"]),
             momentum=float(config["server-momentum"]),

@@ -7,6 +7,7 @@ import torch
 from flwr.app import Context, UserConfig
 from torch import Tensor
 
+from flower_ext.core.errors import refuse
 from flower_ext.data import load
 
 Columns = dict[str, Tensor]
@@ -30,6 +31,9 @@ def school(number: int, config: UserConfig) -> tuple[Columns, Columns]:
     the mean. Tests are always on the true ones. ``group`` is the school, for bounded
     group loss.
     """
+    if not 0 <= number < num_schools(config):
+        last = num_schools(config) - 1
+        refuse("partition-id", number, f"from 0 to {last}, a school's number")
     share = float(config["test-share"])
     key = int(config["min-pupils"]), number, int(config["seed"]), share
     return _split(*key, wrong=number < int(config["wrong-schools"]))

@@ -51,7 +51,7 @@ def central_evaluation(
 def main(grid: Grid, context: Context) -> None:
     """Run every method and write the comparison."""
     config = context.run_config
-    results = Path(str(config["results"]))
+    results = Path(str(config["results"])).expanduser()
     torch.set_num_threads(1)
     names = str(config["strategies"]).split()
     for name in names:

@@ -24,6 +24,7 @@ import torch
 from flwr.app import Context
 from torch import Tensor
 
+from flower_ext.core.errors import refuse
 from flower_ext.data.cache import cache_root, prepared
 from flower_ext.data.fetch import package_file
 from flower_ext.data.mail import PACKAGE
@@ -286,7 +287,9 @@ def client_data(context: Context) -> tuple[Columns, Columns]:
     Of each document for training some of the five questions are asked, ``questions`` of
     the run's configuration, the same in every run.
     """
-    client = int(context.node_config["partition-id"]) % CLIENTS
+    client = int(context.node_config["partition-id"])
+    if not 0 <= client < CLIENTS:
+        refuse("partition-id", client, f"from 0 to {CLIENTS - 1}, a client's number")
     asked = _asked(int(context.run_config["questions"]))
     rows = [asked & (_owners("train") == client), _owners("test") == client]
     train, test = (

@@ -40,7 +40,7 @@ def private_trainer(context: Context) -> DPSGD:
     noise = BoundedGaussian(-bound, bound) if bound else None
     report = None
     if watched:
-        folder = Path(str(config["results"])).absolute() / "instances"
+        folder = Path(str(config["results"])).expanduser().absolute() / "instances"
         folder.mkdir(parents=True, exist_ok=True)
         report = InstanceReport(folder, tuple(range(watched)))
     return DPSGD(promise, mode="ghost", noise=noise, instances=report)

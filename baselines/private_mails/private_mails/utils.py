@@ -21,12 +21,17 @@ COLUMNS = {
 
 
 def told(folder: Path, watched: int, delta: float) -> str:
-    """Return what the silos' accounts of single mails say, on average and at most."""
+    """Return what the silos' accounts of single mails say, on average and at most.
+
+    A deployed silo keeps its accounts where it runs.
+    """
     examples = tuple(range(watched))
     accounts = [
         InstanceAccount.load(path, examples)
         for path in sorted(folder.glob("instances-*.json"))
     ]
+    if not accounts:
+        return f"single mails: no accounts in {folder}, but with the silos"
     pairs = [(x, i) for x in accounts for i in examples]
     epsilons = [x.epsilon(i, delta) for x, i in pairs]
     unbounded = [x.unbounded_epsilon(i, delta) for x, i in pairs]

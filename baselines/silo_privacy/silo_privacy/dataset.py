@@ -7,6 +7,7 @@ import torch
 from flwr.app import Context
 from torch import Tensor
 
+from flower_ext.core.errors import refuse
 from flower_ext.data import load
 
 Columns = dict[str, Tensor]
@@ -20,9 +21,12 @@ def client_data(context: Context) -> tuple[Columns, Columns]:
     """
     config = context.run_config
     silos = schools(int(config["min-pupils"]))
-    data = silos[int(context.node_config["partition-id"])]
+    number = int(context.node_config["partition-id"])
+    if not 0 <= number < len(silos):
+        refuse("partition-id", number, f"from 0 to {len(silos) - 1}, a school's number")
+    data = silos[number]
     size = len(data["y"])
-    seeds = [int(config["seed"]), int(context.node_config["partition-id"])]
+    seeds = [int(config["seed"]), number]
     order = torch.from_numpy(np.random.default_rng(seeds).permutation(size))
     held_out = max(1, round(float(config["test-share"]) * size))
     return (
