@@ -1,17 +1,25 @@
+import ast
 import re
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from shutil import copy, copytree
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import flower_ext
 
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+BASELINES = sorted(ROOT.glob("baselines/*/pyproject.toml"))
 SHIPPED = ("flower_ext", "strategies")
 
 
@@ -51,17 +59,118 @@ def test_typing_marker_is_shipped():
 
 
 def test_version_is_from_one_place_and_in_the_changelog():
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert flower_ext.__version__ == declared["version"]
-    citation = (ROOT / "CITATION.cff").read_text("utf-8")
-    assert f"\nversion: {declared['version']}\n" in citation
+    assert flower_ext.__version__ == PROJECT["version"]
     changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
     first, *released = re.findall(r"^## (.+)$", changes, re.MULTILINE)
-    assert first == "[Unreleased]" or first.startswith(f"[{declared['version']}] - ")
-    for section in released:
-        assert re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", section)
+    assert first == "[Unreleased]"
+    releases = [release(section) for section in released]
+    assert releases == sorted(releases, reverse=True)
+    newest, published = releases[0]
+    assert str(newest) == PROJECT["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == PROJECT["version"]
+    assert citation["date-released"] == published
     kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert set(re.findall(r"^### (.+)$", changes, re.MULTILINE)) <= kinds
+
+
+def release(section: str) -> tuple[Version, date]:
+    """Return version and day of a released section's heading."""
+    found = re.fullmatch(r"\[(\S+)\] - (\d{4}-\d\d-\d\d)", section)
+    assert found, section
+    version = Version(found[1])
+    assert str(version) == found[1], f"{section}: Python spells it {version}"
+    return version, date.fromisoformat(found[2])
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("[1.0.0rc1] - 2026-11-28", (Version("1.0.0rc1"), date(2026, 11, 28))),
+        ("[1.2.3] - 2027-01-02", (Version("1.2.3"), date(2027, 1, 2))),
+    ],
+)
+def test_headings_of_releases_are_understood(section, expected):
+    assert release(section) == expected
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "[1.0.0-rc.1] - 2026-11-28",  # Semantic Versioning's spelling, not Python's
+        "[1.0.0rc1]",
+        "[1.0.0rc1] - 2026-02-30",
+        "[next] - 2026-11-28",
+        "1.0.0 - 2026-11-28",
+    ],
+)
+def test_other_headings_are_refused(section):
+    with pytest.raises((AssertionError, ValueError)):
+        release(section)
+
+
+def test_a_candidate_is_before_its_release():
+    candidate, final = (
+        release("[1.0.0rc1] - 2026-11-28"),
+        release("[1.0.0] - 2026-11-28"),
+    )
+    assert candidate < final
+
+
+def test_dependencies_are_what_is_imported():
+    """No package is asked for in vain, and none is there by luck only."""
+    declared = {Requirement(text).name for text in PROJECT["dependencies"]}
+    extras = {
+        Requirement(text).name
+        for name in ("dp", "lora", "plot", "tensorboard")
+        for text in PROJECT["optional-dependencies"][name]
+    }
+    imported = {
+        module.split(".")[0].replace("_", "-")
+        for file in source_files()
+        for module in imports(ROOT / file.replace("flower_ext/strategies", SHIPPED[1]))
+    }
+    imported -= {name.replace("_", "-") for name in sys.stdlib_module_names}
+    # Ray comes with flwr[simulation], and torch itself imports tensorboard.
+    assert imported - {"flower-ext", "ray"} == (declared | extras) - {"tensorboard"}
+    assert declared.isdisjoint(extras)
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Yield the name of each module that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module or ""
+
+
+def test_the_workflow_runs_every_python_that_is_promised():
+    versions = [
+        text.rpartition(" ")[2]
+        for text in PROJECT["classifiers"]
+        if text.startswith("Programming Language :: Python :: 3.")
+    ]
+    workflow = yaml.safe_load(
+        (ROOT / ".github/workflows/checks.yml").read_text("utf-8")
+    )
+    matrix = workflow["jobs"]["checks"]["strategy"]["matrix"]
+    assert matrix["python"] == versions
+    assert PROJECT["requires-python"] == f">={versions[0]}"
+
+
+@pytest.mark.parametrize("baseline", BASELINES, ids=lambda path: path.parent.name)
+def test_baselines_take_this_version(baseline):
+    """Also a candidate: installers take one where a requirement names one."""
+    asked = [
+        Requirement(text)
+        for text in tomllib.loads(baseline.read_text("utf-8"))["project"][
+            "dependencies"
+        ]
+    ]
+    (ours,) = (requirement for requirement in asked if requirement.name == "flower-ext")
+    assert ours.specifier.contains(PROJECT["version"]), ours
+    assert ours.extras <= PROJECT["optional-dependencies"].keys()
 
 
 @pytest.mark.slow
