@@ -28,7 +28,7 @@ from flower_ext.client.task import Batch, num_examples
 from flower_ext.core.errors import refuse
 from flower_ext.privacy.clipping import split_clipping_norm
 from flower_ext.privacy.example_gradients import Call, Gradients
-from flower_ext.privacy.layer_sums import clipped_layer
+from flower_ext.privacy.layer_sums import SINGLE_BATCH, clipped_layer
 from flower_ext.privacy.silo_budget import SiloPrivacy
 
 Split = Literal["uniform", "dimension"]
@@ -166,6 +166,8 @@ class OnePassSteps(NoisySteps):
         for layer, bound in zip(layers, bounds.values(), strict=True):
             layer.bound = bound
         self._layers = {module: x for x in layers for module in x.modules}
+        # By what was planned, not by what was drawn: it decides the clipping norm.
+        self._single = plan.rate * plan.drawn_from <= SINGLE_BATCH
         self._sums: Gradients = {}
         self._size = 0
 
@@ -215,7 +217,9 @@ class OnePassSteps(NoisySteps):
             self._clip(layer)
 
     def _clip(self, layer: _Layer) -> None:
-        self._sums |= clipped_layer(layer.calls, self._opacus.sampler, layer.bound)
+        self._sums |= clipped_layer(
+            layer.calls, self._opacus.sampler, layer.bound, single=self._single
+        )
         layer.calls, layer.done = [], True
 
 

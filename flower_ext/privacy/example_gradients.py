@@ -172,15 +172,16 @@ class OuterProducts:
     """
 
     def __init__(self, layer: nn.Linear, inputs: Tensor, backprops: Tensor) -> None:
-        self._layer = layer
-        self._inputs, self._backprops = inputs.double(), backprops.double()
+        self._layer, self._inputs = layer, inputs
+        self._backprops = backprops.double()
+        self._lengths = torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float64)
 
     def norms(self) -> Gradients:
         """Return each parameter's gradient norms."""
         layer, found = self._layer, {}
         outer = self._backprops.norm(dim=1)
         if layer.weight.requires_grad:
-            found[layer.weight] = outer * self._inputs.norm(dim=1)
+            found[layer.weight] = outer * self._lengths
         if layer.bias is not None and layer.bias.requires_grad:
             found[layer.bias] = outer
         return found
@@ -193,10 +194,13 @@ class OuterProducts:
         outer = weights[:, None] * backprops
         layer, total = self._layer, {}
         if layer.weight.requires_grad:
-            total[layer.weight] = outer.T @ inputs
+            total[layer.weight] = self._product(outer, inputs)
         if layer.bias is not None and layer.bias.requires_grad:
             total[layer.bias] = outer.sum(dim=0)
         return total
+
+    def _product(self, outer: Tensor, inputs: Tensor) -> Tensor:
+        return outer.T @ inputs.double()
 
 
 class Rows:

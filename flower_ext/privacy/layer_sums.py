@@ -3,7 +3,8 @@ r"""Clipped sums of one layer's gradients per example, formed at most once.
 Where each layer has a clipping norm of its own, an example's factor is known as soon as
 its gradient in that layer is: a few examples are computed, clipped, added up and
 forgotten. The rules are those of :mod:`flower_ext.privacy.example_gradients`, but for
-one kind of layer, for which a bound of the norm is enough.
+two kinds of layers: on sequences a bound of the norm is enough, and where a layer sees
+one vector an example a bound of the sum's rounding is.
 
 **Linear layers on sequences.** An example's gradient is
 :math:`G = \sum_t b_t a_t^T` over its places t, with inputs :math:`a_t` and
@@ -28,10 +29,32 @@ rounding is at most :math:`k u \sum_i w_i S_i` for k additions to a number, so t
 share of the clipping norm that is left for it. With 64 examples of a thousand places
 :math:`\kappa` is in the thousands: only what cancels to less than that part of itself
 is clipped by more than its norm.
+
+**Linear layers on one vector an example.** Gradients are outer products
+:math:`b_i a_i^T`, so that nothing cancels within an example: its norm is
+:math:`\|a_i\| \|b_i\|`, in float64. The sum of products with the factors
+:math:`w_i \le C' / (\|a_i\| \|b_i\|)` may be taken in float32, which halves its price,
+if what rounding makes of it fits beside an example's share. It is taken over m of the n
+examples at a time, and over these pieces in float64. In a piece each term is rounded
+with :math:`w_i b_i`, as a product, and in at most m - 1 additions, in whatever order.
+With float32's unit :math:`v = 2^{-24}` the error of the sum, in Frobenius norm, is then
+at most (Higham 2002, section 3.5)
+
+.. math:: \frac{(m + 1) v}{1 - (m + 1) v} \sum_i w_i \|a_i\| \|b_i\|
+   \le \frac{(m + 1) v}{1 - (m + 1) v} \, n C'.
+
+Of two batches that differ in one example both err, each by as much at most. With
+:math:`2 n (m + 1) v \le s` and :math:`C' = (1 - s) C` the example moves the sum by no
+more than :math:`(1 - s)(1 + s + s^2) C < C`, and s = 1 % leaves :math:`10^{-4} C` for
+float64's rounding and what float32 loses near 0, a number below :math:`2^{-126}` at a
+time. The bound holds of how the sum is taken, not of the factors: where it does not
+hold (batches too large for pieces that pay, a clipping norm or inputs out of range,
+matrices that torch multiplies in TF32 or bfloat16) the same sum is taken in float64.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +71,18 @@ from flower_ext.privacy.example_gradients import (
     gradients_of_calls,
 )
 
+#: Expected examples of a batch up to which sums of outer products are float32.
+SINGLE_BATCH = 1024
+#: Of a layer's clipping norm, left for their rounding.
+SINGLE_SLACK = 0.01
+
 _UNIT = 2.0**-53
+_SINGLE_UNIT = 2.0**-24
+# Examples of a piece below which float64 is as fast.
+_FEW = 64
+# Where underflow is far below the slack, and no sum overflows.
+_CLIPPING_NORMS = (2.0**-20, 2.0**100)
+_LONGEST = 2.0**30
 # Numbers in float64 that are worked on at a time: 8 MB.
 _AT_A_TIME = 2**20
 # Numbers of gradients that are formed at a time, if one example's are not more.
@@ -119,11 +153,53 @@ class Sequences:
         return total
 
 
+class SingleProducts(OuterProducts):
+    """Outer products that are added up in float32, where that is provably enough."""
+
+    def _product(self, outer: Tensor, inputs: Tensor) -> Tensor:
+        size = len(inputs)
+        most = int(SINGLE_SLACK / (2 * _SINGLE_UNIT * max(1, size))) - 1
+        # Not "all below": what is not finite has weight 0 and is no longer here.
+        long = bool((self._lengths > _LONGEST).any())
+        if most < min(_FEW, size) or long or not _multiplies_in_single():
+            return super()._product(outer, inputs)
+        pieces = max(1, math.ceil(size / most))
+        rows = outer.float().tensor_split(pieces)
+        total = torch.zeros_like(self._layer.weight, dtype=torch.float64)
+        with torch.autocast(inputs.device.type, enabled=False):
+            for b, a in zip(rows, inputs.tensor_split(pieces), strict=True):
+                total += b.T @ a
+        return total
+
+
+def _multiplies_in_single() -> bool:
+    """Whether products of float32 matrices on a CPU round to float32 and no more."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    setting = (
+        torch.get_float32_matmul_precision()
+        if matmul is None  # torch before 2.9
+        else matmul.fp32_precision
+    )
+    return setting in ("highest", "ieee", "none") and _tried()
+
+
+@cache
+def _tried() -> bool:
+    """Try it: environment variables may say otherwise as well."""
+    size, number = 128, 1 + 2.0**-12  # which TF32 and bfloat16 round to 1
+    values = torch.full((size, size), number)
+    with torch.autocast("cpu", enabled=False):
+        error = (values @ values).double() - size * number**2
+    return bool(error.abs().max() <= 2 * size**2 * _SINGLE_UNIT)
+
+
 @torch.no_grad()
 def clipped_layer(
     calls: Sequence[Call],
     sampler: Callable[[nn.Module], Sampler],
     clipping_norm: float,
+    *,
+    single: bool = False,
 ) -> Gradients:
     """Return the sum of a layer's gradients, each scaled down to the clipping norm.
 
@@ -135,6 +211,9 @@ def clipped_layer(
         What computes a layer's gradients per example, as Opacus has it.
     clipping_norm : float
         Of an example's gradient over all parameters of these layers, finite.
+    single : bool (default: False)
+        Whether float32 may do for a sum of outer products; their clipping norm is
+        smaller by :data:`SINGLE_SLACK` then. It must not depend on the batch.
 
     Returns
     -------
@@ -147,6 +226,9 @@ def clipped_layer(
         return clipped_sum([Rows(module, inputs[0], backprops)], size, clipping_norm)
     if alone and isinstance(module, nn.Linear):
         if inputs[0].ndim == 2:
+            if single and _may_be_single(inputs[0], backprops, clipping_norm):
+                part = SingleProducts(module, inputs[0], backprops)
+                return clipped_sum([part], size, clipping_norm * (1 - SINGLE_SLACK))
             part = OuterProducts(module, inputs[0], backprops)
             return clipped_sum([part], size, clipping_norm)
         if _without_forming(inputs[0], backprops):
@@ -162,6 +244,14 @@ def clipped_layer(
             total[p] = torch.zeros_like(p, dtype=torch.float64)
         add(total, found, clipping_norm)
     return total
+
+
+def _may_be_single(inputs: Tensor, backprops: Tensor, clipping_norm: float) -> bool:
+    """Whether it may, as far as no example has a say in it."""
+    low, high = _CLIPPING_NORMS
+    return low <= clipping_norm <= high and all(
+        x.dtype == torch.float32 and x.device.type == "cpu" for x in (inputs, backprops)
+    )
 
 
 def _trained(call: Call) -> list[nn.Parameter]:
