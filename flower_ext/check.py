@@ -15,6 +15,7 @@ import argparse
 import copy
 import importlib
 import inspect
+import io
 import logging
 import os
 import re
@@ -23,7 +24,7 @@ import tokenize
 import tomllib
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -416,6 +417,14 @@ def _caught_at_start() -> Iterator[None]:
             setattr(kind, name, original)
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Drop what the app prints, progress bars above all; see :func:`_quiet`."""
+    # Not a file that is closed: a handler of logs that the app makes here stays.
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
 def started(app: App, num_supernodes: int) -> Started:
     """Run the ServerApp until it starts a strategy.
 
@@ -433,7 +442,7 @@ def started(app: App, num_supernodes: int) -> Started:
         run_config=dict(app.config),
     )
     try:
-        with _caught_at_start():
+        with _caught_at_start(), _unheard():
             app.server_app(grid, context)
     except _Caught as caught:
         return caught.started
@@ -466,13 +475,14 @@ def one_round(
     if "initial_arrays" not in inspect.signature(begin).parameters:
         begin = partial(Strategy.start, strategy)  # its own wants something else
     try:
-        result = begin(
-            grid=grid,
-            initial_arrays=copy.deepcopy(start.arrays),
-            num_rounds=1,
-            train_config=copy.deepcopy(start.train_config),
-            evaluate_config=copy.deepcopy(start.evaluate_config),
-        )
+        with _unheard():
+            result = begin(
+                grid=grid,
+                initial_arrays=copy.deepcopy(start.arrays),
+                num_rounds=1,
+                train_config=copy.deepcopy(start.train_config),
+                evaluate_config=copy.deepcopy(start.evaluate_config),
+            )
     except (Exception, SystemExit) as error:
         # Where clients failed, the strategy's own error only says that none is left.
         reason = _first_error(app, grid.seen) or f"{type(error).__name__}: {error}"
@@ -757,14 +767,14 @@ def _show(verdict: Verdict) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress the log of the trial rounds; the verdicts say what matters."""
+    # Not by its level, which some apps set themselves.
     log, threads = logging.getLogger("flwr"), torch.get_num_threads()
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    disabled, log.disabled = log.disabled, True
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        log.setLevel(level)
+        log.disabled = disabled
         torch.set_num_threads(threads)
 
 

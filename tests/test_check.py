@@ -1,3 +1,4 @@
+import logging
 import shutil
 import subprocess
 import sys
@@ -313,6 +314,37 @@ def test_every_strategy_of_the_pack_is_tried():
 
 
 # Apps as people write them --------------------------------------------------------
+
+
+def test_what_the_app_logs_and_prints_is_not_among_the_verdicts(app, capsys):
+    """As Flower's example with Opacus does."""
+    lines = 'import logging\n\nlogging.getLogger("flwr").setLevel(logging.INFO)\n'
+    rewrite(app, "server_app.py", "import torch\n", f"import torch\n{lines}")
+    rewrite(app, "server_app.py", "torch.manual_seed(0)", 'print("a server")')
+    rewrite(
+        app,
+        "client_app.py",
+        "    model = Net()\n",
+        '    import sys\n\n    print("a client")\n'
+        '    print("and its bar", file=sys.stderr)\n    model = Net()\n',
+    )
+    log = logging.getLogger("flwr")
+    records, level = [], log.level
+    handler = logging.Handler()
+    handler.emit = records.append
+    log.addHandler(handler)
+    try:
+        code, parts, err = said(capsys, app, "--strategy", "FedProx")
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    assert code == 0
+    assert not records
+    assert not log.disabled
+    assert not err
+    assert not any(
+        x in part for part in parts.values() for x in ("a server", "a client")
+    )
 
 
 def test_a_strategy_that_cannot_be_copied_and_starts_its_own_way(app, capsys):

@@ -121,7 +121,10 @@ def edit(source: str, app: str, drop_in: DropIn) -> str:
         edits.append(_mod(source, starts, _made(tree, app, "ClientApp"), drop_in.mod))
     if drop_in.before or drop_in.records or drop_in.metrics:
         function = _train_function(tree, app)
-        names = _names(function)
+        # Metrics that the author fills in ask nothing of how the app trains.
+        lines = (drop_in.before, *drop_in.records.values(), *drop_in.metrics.values())
+        found = any("{" in line for line in lines) or drop_in.before
+        names = _names(function) if found else _GIVEN
         if drop_in.before:
             statement = _training(function, names)
             indent = " " * statement.col_offset

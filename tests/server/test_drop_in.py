@@ -76,6 +76,16 @@ def test_message_and_context_are_called_what_the_app_calls_them():
     assert lines.lines() == ["controls = of(msg, context)"]
 
 
+def test_a_metric_that_the_author_fills_in_needs_no_model_of_torch():
+    source = CLIENT.replace("model.load_state_dict(", "set_params(model, ").replace(
+        'RecordDict({"ä"', 'RecordDict({"m": MetricRecord({"a": 1}), "ä"'
+    )
+    [_, new] = edited(source, DropIn(metrics={"term-loss": "received_loss"}))
+    assert 'MetricRecord({"a": 1, "term-loss": received_loss})' in new
+    with pytest.raises(NoPlace, match="no model that loads a state_dict"):
+        edited(source)
+
+
 @pytest.mark.parametrize("comma", ["", ","])
 def test_a_dict_of_several_lines_gets_a_line(comma):
     source = CLIENT.replace(
