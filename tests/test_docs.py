@@ -71,7 +71,6 @@ def stand_ins():
     halves = [name for name in strategies.__all__ if name.endswith("Client")]
     app = client_app(task, *(getattr(strategies, name) for name in halves))
     return {
-        "ArrayRecord": ArrayRecord,
         "Net": lambda: make_model({}),
         "accuracy": accuracy,
         "client_data": client_data,
@@ -118,6 +117,35 @@ def test_blocks_run(page, quickstart, monkeypatch, cluster):
         exec(compile(block, page, "exec"), names)
     for name in [name for name in names if name.startswith("test_")]:
         names[name]()
+
+
+SECTIONS = [
+    "The idea",
+    "Equations",
+    "Use it",
+    "When, and when not",
+    "Guarantee",
+    "Measured",
+    "Deviations from the paper",  # where there are any
+    "Reference",
+]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        *sorted(ROOT.glob("docs/strategies/*.md")),
+        ROOT / "tools" / "template" / "page.md",
+    ],
+    ids=lambda page: page.stem,
+)
+def test_pages_of_strategies_have_one_order(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S)
+    found = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    faithful = "Deviations from the paper" not in found
+    assert found == [s for s in SECTIONS if not (faithful and s == SECTIONS[-2])]
+    use = text[text.index("## Use it") : text.index("## When, and")]
+    assert "\nAll options: " in use or ". All options: " in use
 
 
 def test_every_page_with_python_is_looked_at():
