@@ -39,6 +39,8 @@ th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line);
 th:first-child, td:first-child, table.words td { text-align: left; }
 table.words td { white-space: normal; }
 thead th { background: var(--soft); }
+/* Names stay where they are while the rest of a wide table is moved. */
+.numbers td:first-child { position: sticky; left: 0; background: Canvas; }
 .plots { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0; } figcaption { font-weight: 600; }
@@ -82,11 +84,24 @@ class Run:
 
 @dataclass
 class Comparison:
-    """Runs that lie side by side in one folder, and what their app wrote of them."""
+    """Runs that lie side by side in one folder, and what their app wrote of them.
+
+    Attributes
+    ----------
+    folder : Path
+        What they share.
+    runs : list of Run
+        In the app's own order.
+    summary : Mapping
+        Of ``summary.json``.
+    title : str
+        The folder as the page names it.
+    """
 
     folder: Path
     runs: list[Run]
     summary: Mapping[str, object]
+    title: str = ""
 
 
 def find(folders: Iterable[Path]) -> list[Comparison]:
@@ -112,7 +127,18 @@ def find(folders: Iterable[Path]) -> list[Comparison]:
             "has a run with Tracker(folder) finished a round?"
         )
     found = [_comparison(folder, runs[folder]) for folder in sorted(runs)]
-    return [*_over_seeds(found), *found]
+    found = [*_over_seeds(found), *found]
+    for comparison in found:
+        comparison.title = _title(comparison.folder, folders)
+    return found
+
+
+def _title(folder: Path, asked: Iterable[Path]) -> str:
+    """Return its place below what was asked for, where several share a name."""
+    for parent in asked:
+        if parent in folder.parents:
+            return folder.relative_to(parent).as_posix()
+    return folder.name
 
 
 def _over_seeds(found: Sequence[Comparison]) -> Iterator[Comparison]:
@@ -197,7 +223,12 @@ def _table(parent: Mapping[str, object], key: str) -> Mapping[str, object]:
 
 def render(comparisons: Sequence[Comparison]) -> str:
     """Return the page."""
-    sections = "\n".join(map(_section, comparisons))
+    sections = "\n".join(_section(*each) for each in enumerate(comparisons))
+    contents = "".join(
+        f'<li><a href="#s{number}">{escape(each.title)}</a></li>'
+        for number, each in enumerate(comparisons)
+    )
+    contents = f"<nav><ul>{contents}</ul></nav>" if len(comparisons) > 1 else ""
     # Names and settings of runs are text of others: they are escaped, and the policy
     # in the head keeps the page from loading or running anything.
     return f"""<!DOCTYPE html>
@@ -212,15 +243,16 @@ def render(comparisons: Sequence[Comparison]) -> str:
 </head>
 <body>
 <h1>Results</h1>
+{contents}
 {sections}
 </body>
 </html>
 """
 
 
-def _section(comparison: Comparison) -> str:
+def _section(number: int, comparison: Comparison) -> str:
     runs = comparison.runs
-    parts = [f"<h2>{escape(comparison.folder.name)}</h2>"]
+    parts = [f'<h2 id="s{number}">{escape(comparison.title)}</h2>']
     parts += _means(comparison.summary)
     parts += ["<h3>Spent</h3>", _spent(runs), _plots(comparison), _settings(comparison)]
     for run in runs:
@@ -257,7 +289,11 @@ def _means(summary: Mapping[str, object]) -> Iterator[str]:
 def _with_spread(summary: Mapping[str, object], name: str, column: str) -> str:
     value = _cell(column, _table(_table(summary, "runs"), name).get(column))
     spread = _table(_table(summary, "spread"), name).get(column)
-    return value if spread is None else f"{value} ± {_cell(column, spread)}"
+    if spread is None:
+        return value
+    if isinstance(spread, float) and "bytes/" not in column:
+        return f"{value} ± {spread:.2g}"
+    return f"{value} ± {_cell(column, spread)}"
 
 
 def _spent(runs: Sequence[Run]) -> str:
@@ -373,16 +409,27 @@ def _plots(comparison: Comparison) -> str:
     asked = [c for c in _table(comparison.summary, "columns") if "bytes/" not in c]
     drawn = [c for c in _columns(runs) if c.rpartition("/")[2].endswith(_DRAWN)]
     spread = [c for c in _columns(runs) if c.endswith(_MEDIAN)]
-    panels = [(column, "round") for column in dict.fromkeys([*asked, *drawn, *spread])]
-    if panels:  # what a byte buys is the question of half of the strategies
-        panels.insert(1, (panels[0][0], "bytes/up"))
-    charts = [_chart(runs, column, x) for column, x in panels]
+    private = [c for c in drawn if c.endswith("epsilon")]
+    first = [(c, "round") for c in dict.fromkeys([*(asked or drawn), *private])]
+    if first:  # what a byte buys is the question of half of the strategies
+        first.insert(1, (first[0][0], "bytes/up"))
+    seen = {column for column, _ in first}
+    more = [(c, "round") for c in dict.fromkeys([*drawn, *spread]) if c not in seen]
     names = "".join(
         f'<li><svg viewBox="0 0 24 8"><polyline class="{look(i)}" '
         f'points="0,4 24,4"/></svg> {escape(run.name)}</li>'
         for i, run in enumerate(runs)
     )
-    return f'<ul class="legend">{names}</ul><div class="plots">{"".join(charts)}</div>'
+    legend = f'<ul class="legend">{names}</ul>'
+    shown = legend + _charts(runs, first)
+    if more:
+        shown += _details("More curves", legend + _charts(runs, more))
+    return shown
+
+
+def _charts(runs: Sequence[Run], panels: Iterable[tuple[str, str]]) -> str:
+    drawn = "".join(_chart(runs, column, x) for column, x in panels)
+    return f'<div class="plots">{drawn}</div>'
 
 
 def _chart(runs: Sequence[Run], column: str, x: str) -> str:

@@ -323,9 +323,11 @@ def bands(source, title):
 def test_page_shows_the_spread_over_seeds(seeds):
     source = Page(write_page([seeds], seeds / "report.html")).source
     assert "Means of the last 1 rounds and 3 seeds" in source
-    assert source.index(f"<h2>{seeds.name}</h2>") < source.index("<h2>seed-1</h2>")
-    assert "<td>rate</td>" in source.split("<h2>seed-1</h2>")[0]
-    assert "<td>seed</td>" not in source.split("<h2>seed-1</h2>")[0]
+    titles = re.findall(r'<h2 id="s(\d)">(.+?)</h2>', source)
+    assert titles[:2] == [("0", seeds.name), ("1", "seed-1")]
+    assert re.findall(r'<a href="#s(\d)">(.+?)</a>', source) == titles
+    assert "<td>rate</td>" in source.split('<h2 id="s1">')[0]
+    assert "<td>seed</td>" not in source.split('<h2 id="s1">')[0]
     # Only round 1 has a finite mean: 3, and a standard deviation of sqrt(3). The scale
     # goes from 1 to 5, from 170 up to 8.
     [corners] = bands(source, "central/loss")
