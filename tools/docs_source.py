@@ -21,7 +21,7 @@ OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "baselines/*/README
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 # What is code stays as it is: fences, indented blocks, spans.
 _CODE_OR_MATH = re.compile(
-    r"(?P<code>^(?P<fence>```+|~~~+).*?^(?P=fence)`*$|^ {4,}\S.*$"
+    r"(?P<code>^(?P<fence>```+|~~~+).*?^(?P=fence)`*$|^ {4,}\S[^\n]*$"
     r"|(?P<tick>`+).+?(?P=tick))"
     r"|^\$\$\s*(?P<block>.+?)\s*\$\$"
     r"|(?<!\\)\$(?P<inline>[^\s$](?:[^$]*?[^\s$])?)\$",
