@@ -196,11 +196,24 @@ def started(deployment, tmp_path_factory):
         "evaluate-every": 2,
     }
     model = {"dataset": "shakespeare", "hidden-size": 16, "local-epochs": 1}
+    silos = {"strategies": "mrmtl@0.5", "local-steps": 1, "evaluate-every": 2}
+    unequal = {
+        "strategies": "heterofl",
+        "num-images": 300,
+        "num-clients": NODES,
+        "widths": "1.0 0.25",
+        "tiers": "1 1",
+        "channels": 8,
+        "num-test": 100,
+        "local-epochs": 1,
+    }
     runs = {}
     for app, config in (
         (APP, packed),
         (ROOT / "baselines" / "dpftrl", {**dpftrl, **model}),
         (ROOT / "baselines" / "personalization", {**ditto, **model}),
+        (ROOT / "baselines" / "silo_privacy", {**silos, "num-server-rounds": 1}),
+        (ROOT / "baselines" / "unequal_clients", {**unequal, "num-server-rounds": 1}),
     ):
         results = folder / app.name
         end = deployment(app, {**config, "results": str(results)})
@@ -261,6 +274,24 @@ def test_a_baseline_runs_unchanged(started):
     assert metrics["train/num-replies"] == 1
     assert metrics["train/num-errors"] == 0
     assert 7 < metrics["train/epsilon"] <= 8
+
+
+@pytest.mark.parametrize(
+    ("baseline", "method"),
+    [("silo_privacy", "mrmtl@0.5"), ("unequal_clients", "heterofl")],
+)
+def test_no_reply_of_a_baseline_fails(started, baseline, method):
+    """Silos with DP-SGD, and nodes that are each sent a model of another width."""
+    end, results = started[baseline]
+    log = end()
+    assert (results / "summary.json").exists(), log
+    [row] = read_metrics(results / method)
+    assert (row["train/num-replies"], row["train/num-errors"]) == (NODES, 0), log
+    if baseline == "silo_privacy":
+        assert 0.9 < row["train/example-epsilon"] <= 1
+    else:
+        assert row["messages/up"] == 2 * NODES  # they evaluate, too
+        assert {f"evaluate/accuracy-width-{x}" for x in ("1", "0.25")} <= row.keys()
 
 
 def test_a_personal_model_stays_with_its_node(started):
