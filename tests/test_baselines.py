@@ -27,7 +27,7 @@ from flower_ext.core.arrays import to_record
 from flower_ext.core.protocol import Round
 from flower_ext.core.several import stack
 from flower_ext.data import load
-from flower_ext.privacy import InstanceAccount, InstanceReport, epsilon_for
+from flower_ext.privacy import InstanceAccount, InstanceReport, Workload, epsilon_for
 from flower_ext.runs.report import write_summary
 from flower_ext.server.optimizers import (
     SGD,
@@ -440,6 +440,39 @@ def test_all_private_optimizers_end_at_the_same_epsilon(baseline, tmp_path):
     assert len(losses) == len(str(config["methods"]).split())
     with pytest.raises(ValueError, match=r"methods='els' must be among .* silos=0"):
         baseline.make_strategy("els", config)
+
+
+@pytest.mark.parametrize("baseline", ["private_optimizers.server_app"], indirect=True)
+def test_all_commands_of_private_optimizers_begin_alike(baseline, monkeypatch):
+    app = importlib.import_module("private_optimizers.client_app").app
+    starts = []
+
+    def compared(grid, strategies, initial_arrays, **_):
+        starts.append({k: x.numpy() for k, x in initial_arrays.items()})
+
+    monkeypatch.setattr(baseline, "compare", compared)
+    config = app_config(BASELINES / "private_optimizers")
+    commands = ["none", "layers-lamb none", "ada-dps dp-ftrl dp2", "none"]
+    for methods, seed in zip(commands, (1, 1, 1, 2), strict=True):
+        run_config = {**config, "methods": methods, "seed": seed}
+        run_local(baseline.app, app, num_supernodes=2, run_config=run_config)
+    first, *others, another = starts
+    assert all(np.array_equal(x[k], first[k]) for x in others for k in first)
+    assert not any(np.array_equal(another[k], first[k]) for k in first)
+
+
+@pytest.mark.parametrize("baseline", ["private_optimizers.strategy"], indirect=True)
+def test_dp_ftrl_has_the_noise_that_its_server_is_best_with(baseline):
+    config = app_config(BASELINES / "private_optimizers")
+    errors = {}
+    for momentum in (0.0, 0.9):
+        run_config = {**config, "server-momentum": momentum}
+        strategy = baseline.make_strategy("dp-ftrl", run_config)
+        mechanism, sampler = strategy.mechanism, strategy.sampler
+        limits = mechanism.participation(sampler)
+        errors[momentum] = mechanism.choose(sampler).rms_loss(*limits, Workload(0.9))
+        assert strategy.server_optimizer.momentum == momentum
+    assert errors[0.9] < 0.95 * errors[0.0]
 
 
 @pytest.mark.parametrize("baseline", ["private_optimizers.silos"], indirect=True)

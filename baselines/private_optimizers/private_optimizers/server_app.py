@@ -23,6 +23,8 @@ def main(grid: Grid, context: Context) -> None:
     if config["data"] not in CLASSES:
         raise ValueError(f"data={config['data']!r} must be one of {' '.join(CLASSES)}")
     central = central_evaluation(task, central_data(config), config)
+    # Before the methods are made, some of which draw: all commands begin alike.
+    initial = ArrayRecord(make_model(config).state_dict())
     last = num_rounds(config)
     # The last three that are measured are averaged in the summary: silos, whose rounds
     # are many steps, are measured at the end alone.
@@ -37,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     compare(
         grid,
         {name: make_strategy(name, config) for name in str(config["methods"]).split()},
-        ArrayRecord(make_model(config).state_dict()),
+        initial,
         num_rounds=last,
         results=str(config["results"]),
         columns=COLUMNS,

@@ -7,7 +7,7 @@ from flwr.app import UserConfig
 from flower_ext import AdditiveStrategy, Mechanism
 from flower_ext.core.protocol import Config, Round
 from flower_ext.core.sampling import MinSeparationSampler, PoissonSampler, Sampler
-from flower_ext.privacy import Clipping, FlatClipping, PerLayerClipping
+from flower_ext.privacy import Clipping, FlatClipping, PerLayerClipping, Workload
 from flower_ext.server.optimizers import LAMB, SGD, ServerOptimizer
 from flower_ext.strategies import DP2, AdaDPS
 from flower_ext.strategies.adadps import (
@@ -139,6 +139,8 @@ def _mechanism(name: str, norm: float, config: UserConfig) -> Mechanism:
         max_epsilon=float(config["epsilon"]) if private else None,
         target_delta=float(config["target-delta"]),
         factorization="identity" if amplified else "best",
+        # As the server's SGD; independent noise is the same for any.
+        workload=Workload(float(config["server-momentum"])),
         amplified=amplified,
         seed=int(config["seed"]),
     )
