@@ -524,6 +524,24 @@ def test_silos_train_by_examples_or_by_users(baseline, tmp_path, monkeypatch):
         baseline.num_rounds({**config, "silo-steps": 3})
 
 
+@pytest.mark.parametrize("baseline", ["private_optimizers.server_app"], indirect=True)
+def test_silos_draw_the_same_in_every_folder_and_command(baseline, tmp_path):
+    app = importlib.import_module("private_optimizers.client_app").app
+    config = {**app_config(BASELINES / "private_optimizers"), "silos": 1}
+    config |= {"num-server-rounds": 4, "silo-steps": 2}
+
+    def ends(methods: str, seed: int) -> float:
+        results = tmp_path / f"{len(methods)}-{seed}"
+        told = {"methods": methods, "seed": seed, "results": str(results)}
+        run_local(baseline.app, app, num_supernodes=1, run_config=config | told)
+        first, last = read_metrics(results / "uls")
+        # The account goes on.
+        assert first["train/user-epsilon"] < last["train/user-epsilon"]
+        return last["central/loss"]
+
+    assert ends("uls", 1) == ends("els uls", 1) != ends("uls", 2)
+
+
 @pytest.mark.parametrize("baseline", ["bounded_group_loss.utils"], indirect=True)
 def test_fairlearn_finds_the_worst_group(baseline, monkeypatch):
     # Logits (0, s): the probability of label 1 is the sigmoid of s.
