@@ -24,7 +24,7 @@ from flower_ext.server.tracking import read_metrics
 ROOT = Path(__file__).parents[2]
 APP = Path(__file__).parent / "flower_app"
 NODES = 2
-SECONDS = 360.0  # of all runs, which are at once
+SECONDS = 600.0  # of all runs, which are at once
 pytestmark = pytest.mark.slow
 
 
