@@ -1,5 +1,6 @@
 """What a newcomer does wrong: named before anything runs, or read as it was meant."""
 
+import functools
 import inspect
 
 import numpy as np
@@ -22,11 +23,19 @@ from flower_ext.client.app import client_app
 from flower_ext.client.half import LocalSettings
 from flower_ext.client.task import Task
 from flower_ext.core.arrays import to_record
+from flower_ext.core.sampling import MinSeparationSampler
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD
 from flower_ext.server.rounds import EveryClientFailed, run_rounds
 from flower_ext.simulation.local import LocalGrid, run_local
-from flower_ext.strategies import DPFTRL, FLASC, BoundedGroupLoss, FedFish, MaxFL
+from flower_ext.strategies import (
+    DPFTRL,
+    FLASC,
+    BoundedGroupLoss,
+    FedFish,
+    FedMGDA,
+    MaxFL,
+)
 
 INITIAL = ArrayRecord([np.zeros(4, np.float32)])
 GROUPS = {"groups": ["a", "b"], "upper_bound": 0.5}
@@ -112,6 +121,13 @@ def test_options_by_position_are_not_given_twice_or_too_many():
         AdditiveStrategy(0.5, fraction_train=0.5)
     with pytest.raises(TypeError, match="11 positional options, there are 10"):
         AdditiveStrategy(*[None] * 11)
+
+
+def test_what_stands_for_a_mechanism_or_an_optimizer_is_said():
+    with pytest.raises(TypeError, match="FedMGDA has no option 'mechanism': .* no sum"):
+        FedMGDA(mechanism=1)
+    with pytest.raises(ValueError, match=r"'adam' must be .*: an instance, such as Ad"):
+        AdditiveStrategy(server_optimizer="adam")
 
 
 # Arguments of start -------------------------------------------------------------------
@@ -422,3 +438,91 @@ def test_a_dict_of_metrics_of_a_hook_is_a_record():
 
     result = run_rounds(Mine(), LocalGrid(growing(), 2), INITIAL, num_rounds=1)
     assert result.evaluate_metrics_clientapp[1] == MetricRecord({"loss": 0.25})
+
+
+# Tasks and their runs -----------------------------------------------------------------
+
+
+def make(run_config):
+    return nn.Linear(3, 2)
+
+
+def data(context):
+    batch = {"x": torch.ones(4, 3), "y": torch.zeros(4, dtype=torch.long)}
+    return batch, batch
+
+
+def losses(model, batch):
+    x, y = batch["x"], batch["y"]
+    return nn.functional.cross_entropy(model(x), y, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"model": nn.Linear}, r"Task.model='Linear' must be a .* of \(run_config\)"),
+        (
+            {"model": lambda: make({})},
+            r"Task.model='<lambda>' .*lambda run_config:",
+        ),
+        (
+            {"data": lambda: data(None)},
+            r"Task.data=.* must be a .* of \(context\)",
+        ),
+        ({"loss": lambda batch: 0}, r"Task.loss=.* must be .* of \(model, batch\)"),
+        ({"metrics": lambda x: {}}, r"Task.metrics=.* must be .* of \(model, batch\)"),
+    ],
+)
+def test_functions_of_a_task_are_looked_at_before_a_client_runs(changed, text):
+    task = Task(**{"model": make, "data": data, "loss": losses, **changed})
+    with pytest.raises(ValueError, match=text):
+        client_app(task)
+
+
+def test_functions_of_a_task_may_be_objects_with_further_defaults():
+    class Make:
+        def __call__(self, run_config, width=1.0):
+            return make(run_config)
+
+    task = Task(Make(), data, functools.partial(losses), lambda *both: {})
+    assert isinstance(client_app(task), ClientApp)
+
+
+def test_metrics_that_are_no_dict_are_named(caplog):
+    task = Task(make, data, losses, lambda model, batch: batch["y"])
+    start(app=client_app(task), initial_arrays=ArrayRecord(make({}).state_dict()))
+    assert "Task.metrics(...)='Tensor' must be a dict: one value" in caplog.text
+
+
+def test_arrays_of_another_model_are_told_from_those_of_the_task():
+    with pytest.raises(EveryClientFailed, match="are not those of Task.model; a "):
+        start(
+            app=client_app(Task(make, data, losses)),
+            initial_arrays=ArrayRecord(nn.Linear(2, 2).state_dict()),
+        )
+
+
+def test_a_run_config_that_is_no_dict_is_refused():
+    server = ServerApp()
+    server.main()(pytest.fail)
+    app = client_app(Task(make, data, losses))
+    for run in (
+        lambda: run_local(server, app, run_config="."),
+        lambda: LocalGrid(app, 2, ["lr"]),
+    ):
+        with pytest.raises(ValueError, match=r"run_config=.* must be a dict: app_"):
+            run()
+
+
+def test_rounds_without_clients_are_explained_once(caplog):
+    strategy = AdditiveStrategy(sampler=MinSeparationSampler(3, seed=0))
+    start(strategy, num_rounds=6)
+    told = [r for r in caplog.records if "asks nobody" in r.getMessage()]
+    assert len(told) == 1
+    assert "Round 2 asks nobody" in told[0].getMessage()
+    assert "3 connected clients has taken part less than" in told[0].getMessage()
+    caplog.clear()
+    # A round with some of them is none of these.
+    strategy = AdditiveStrategy(0.4, min_train_nodes=1, sampler=MinSeparationSampler(3))
+    start(strategy, num_rounds=6)
+    assert "asks nobody" not in caplog.text

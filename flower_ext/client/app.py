@@ -5,7 +5,8 @@ that strategies may ask for. For a training loop of one's own, strategies export
 functions beside their halves.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from logging import ERROR
@@ -120,6 +121,10 @@ def client_app(
         refuse(
             "Task.model", type(task.model).__name__, "a function that makes it", cause
         )
+    _require_arguments("Task.model", task.model, "run_config")
+    _require_arguments("Task.data", task.data, "context")
+    _require_arguments("Task.loss", task.loss, "model", "batch")
+    _require_arguments("Task.metrics", task.metrics, "model", "batch")
     if not isinstance(trainer, Trainer):
         refuse("trainer", trainer, "a Trainer", "Plain() or DPSGD(privacy)")
     known: dict[str, HalfFactory] = {ClientHalf.name: ClientHalf}
@@ -214,6 +219,20 @@ def _telling(trainer: Trainer) -> Iterator[None]:
             f"{type(error).__name__} in {where}: what it says may quote the client's "
             "data, and is in the log of the client only"
         ) from None
+
+
+def _require_arguments(name: str, function: object, *given: str) -> None:
+    """Refuse a function that cannot be called as it will be, before a client is."""
+    try:
+        signature = inspect.signature(cast(Callable[..., object], function))
+    except (TypeError, ValueError):  # none, or one of C that does not say
+        return
+    try:
+        signature.bind(*given)
+    except TypeError:
+        called = getattr(function, "__name__", type(function).__name__)
+        cause = f"lambda {', '.join(given)}: ... makes one of another function"
+        refuse(name, called, f"a function of ({', '.join(given)})", cause)
 
 
 def _owner(half: HalfFactory) -> object:

@@ -280,7 +280,13 @@ class Local:
     def load(self, arrays: Tensors) -> None:
         """Let the model begin with these arrays."""
         arrays = _apart(arrays, self.model)
-        self.model.load_state_dict(arrays)
+        try:
+            self.model.load_state_dict(arrays)
+        except RuntimeError as error:
+            raise ValueError(
+                "the arrays that came are not those of Task.model; a run begins with "
+                f"initial_arrays of a model that it makes: {error}"
+            ) from error
         self._remember(arrays)
 
     def with_model(self, arrays: Tensors) -> "Local":

@@ -14,6 +14,7 @@ from flwr.app import Context, UserConfig
 from torch import Tensor, nn
 
 from flower_ext.client.once import forward_once
+from flower_ext.core.errors import refuse
 from flower_ext.core.ties import Ties
 
 if TYPE_CHECKING:
@@ -177,7 +178,11 @@ def example_metrics(
             calls.clear()
             found = {"loss": task.loss(model, batch)}
             if task.metrics:
-                found |= task.metrics(model, batch)
+                metrics = task.metrics(model, batch)
+                if not isinstance(metrics, Mapping):
+                    cause = "one value for each example of the batch under each name"
+                    refuse("Task.metrics(...)", type(metrics).__name__, "a dict", cause)
+                found |= metrics
             yield {
                 name: per_example(name, values, batch).double()
                 for name, values in found.items()

@@ -151,6 +151,10 @@ def _refuse_option(cls: type[Strategy], name: str) -> NoReturn:
                 known |= _names(parameter)
     nearest = _ELSEWHERE.get(name) or next(iter(get_close_matches(name, known, 1)), "")
     advice = f"did you mean {nearest}?" if nearest else f"it has {sorted(known)}"
+    if name == "mechanism":
+        advice = (
+            "what it makes of the clients' replies is no sum that noise is added to"
+        )
     raise TypeError(f"{cls.__name__} has no option {name!r}: {advice}")
 
 

@@ -244,7 +244,8 @@ class RoundStrategy(FedAvg):
                 "server_optimizer",
                 server_optimizer,
                 "a ServerOptimizer",
-                "wrap a torch.optim factory in TorchOptimizer(factory)",
+                "an instance, such as Adam(0.01) of flower_ext.server.optimizers; "
+                "torch's in TorchOptimizer(make)",
             )
         if server_optimizer and server_optimizer.needs_spread and not self.tells_spread:
             refuse(

@@ -63,7 +63,7 @@ class LocalGrid(BaseGrid):
         if not isinstance(client_app, ClientApp):
             refuse("client_app", client_app, "a ClientApp")
         run = Run.create_empty(run_id=1)
-        run.override_config = dict(run_config or {})
+        run.override_config = _settings(run_config)
         nodes = range(_FIRST_NODE, _FIRST_NODE + num_supernodes)
         setting = Setting(
             client_app,
@@ -101,13 +101,22 @@ def run_local(
     """
     if not isinstance(server_app, ServerApp):
         refuse("server_app", server_app, "a ServerApp", "the ClientApp comes second")
-    config = dict(run_config or {})
+    config = _settings(run_config)
     grid = LocalGrid(client_app, num_supernodes, config)
     context = Context(
         run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config
     )
     server_app(grid, context)
     return context
+
+
+def _settings(
+    run_config: Mapping[str, bool | float | int | str] | None,
+) -> UserConfig:
+    if not isinstance(run_config, Mapping | None):
+        cause = "app_config(folder) returns that of an app"
+        refuse("run_config", run_config, "a dict", cause)
+    return dict(run_config or {})
 
 
 def app_config(app_dir: Path | str) -> dict[str, bool | float | int | str]:

@@ -1,8 +1,10 @@
 """Cohorts in which nobody is too often, or too soon again."""
 
 from collections.abc import Mapping, Sequence
+from logging import WARNING
 from typing import cast, get_args
 
+from flower_ext._flower import log
 from flower_ext.core.errors import (
     one_of,
     refuse,
@@ -65,6 +67,7 @@ class MinSeparationSampler(Recognising):
         self.max_participations = max_participations
         one_of("when_short", when_short, get_args(WhenShort))
         self.when_short = when_short
+        self._warned = False
         self._last: dict[int, int] = {}
         self._times: dict[int, int] = {}
 
@@ -99,6 +102,18 @@ class MinSeparationSampler(Recognising):
                     f"the {len(clients)} connected may take part: the others did so "
                     f"less than min_separation={self.min_separation} rounds ago, or "
                     f"max_participations={self.max_participations} times"
+                )
+            if size and clients and not eligible and not self._warned:
+                self._warned = True
+                log(
+                    WARNING,
+                    "Round %s asks nobody, and further rounds may not either: each of "
+                    "the %s connected clients has taken part less than "
+                    "min_separation=%s rounds ago, or as often as it may. Fewer "
+                    "clients a round, or a lower min_separation, leave some for each",
+                    server_round,
+                    len(clients),
+                    self.min_separation,
                 )
         drawn = self.generator(server_round, purpose).choice(
             len(eligible), min(size, len(eligible)), replace=False
