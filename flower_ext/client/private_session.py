@@ -196,7 +196,7 @@ class PrivateSession(Session):
             raise SiloBudgetExhausted(
                 f"round {local.server_round} would exceed max_epsilon={privacy.limit} "
                 f"at delta={privacy.delta}: {ledger.epsilon(privacy.delta):.6g} is "
-                f"spent, it would be {spent:.6g}; nothing was trained"
+                f"spent, it would be {spent:.6g}; nothing was computed"
             )
         return spent
 
