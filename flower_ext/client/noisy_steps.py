@@ -210,13 +210,15 @@ class NoisySteps(PrivateSteps):
         """
         model = self.local.model
         total, clipped = self.summed(batch)
-        drawn = self.next_noise()
+        drawn = self.next_noise() if self.plan.noise_multiplier else {}
         # No hook after this one sees a gradient that is not noisy.
         self._wrapped.zero_grad(set_to_none=True)
         for name, p in self._trained.items():
-            noisy = torch.from_numpy(drawn[name]).to(p.device)
-            if p in clipped:
-                noisy += clipped[p]
+            noisy = clipped.pop(p, None)
+            if noisy is None:
+                noisy = torch.zeros_like(p, dtype=torch.float64)
+            if name in drawn:
+                noisy += torch.from_numpy(drawn[name]).to(p.device)
             # Rounding to the parameter's own type comes after the noise.
             p.grad = self.noised(noisy).to(p.dtype)
             p.grad /= self._expected

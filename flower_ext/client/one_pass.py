@@ -28,7 +28,11 @@ from flower_ext.client.task import Batch, num_examples
 from flower_ext.core.errors import refuse
 from flower_ext.privacy.clipping import split_clipping_norm
 from flower_ext.privacy.example_gradients import Call, Gradients
-from flower_ext.privacy.layer_sums import SINGLE_BATCH, clipped_layer
+from flower_ext.privacy.layer_sums import (
+    SINGLE_BATCH,
+    SINGLE_SLACK,
+    clipped_layer,
+)
 from flower_ext.privacy.silo_budget import SiloPrivacy
 
 Split = Literal["uniform", "dimension"]
@@ -57,7 +61,8 @@ class OnePassClipping(DPSGD):
         How it is split over L layers: ``uniform`` gives each
         :math:`C_l = C / \sqrt L`; with ``dimension`` the squares are as the numbers of
         trained parameters, :math:`C_l = C \sqrt{d_l / d}`, so that each parameter has
-        as much noise for its share of the norm. With one layer both are flat clipping.
+        as much noise for its share of the norm. With one layer both are flat clipping,
+        but for the 1 % of the notes.
     release_train_loss, release_evaluation : bool (default: False)
         As of :class:`~flower_ext.client.dp_sgd.DPSGD`.
 
@@ -79,6 +84,11 @@ class OnePassClipping(DPSGD):
     very gradient that is added, or provably above it, see
     :mod:`flower_ext.privacy.layer_sums`. Norms from float32 Gram matrices, as papers
     have them, would not hold: in their rounding a norm of any size can be lost.
+
+    **Rounding.** Sums are float64, or float32 where that is provably enough: on CPUs,
+    for Linear layers that see one vector an example, with expected batches of up to
+    :data:`~flower_ext.privacy.layer_sums.SINGLE_BATCH` = 1024. In these layers an
+    example is clipped to 99 % of C_l, on any device; float32's rounding has the rest.
 
     **Deviations from the paper.** FlashDP does norm, factor and sum in one GPU kernel.
     This is portable: layers' gradients are formed for a few examples at a time, in the
@@ -121,7 +131,7 @@ class OnePassClipping(DPSGD):
 
     def manner(self, data: Batch, privacy: SiloPrivacy) -> Sequence[object]:
         """Return what decides a step's sum beside model, data, settings and plan."""
-        return type(self).__name__, self.split
+        return type(self).__name__, self.split, SINGLE_SLACK
 
 
 @dataclass

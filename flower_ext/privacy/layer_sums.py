@@ -38,18 +38,23 @@ if what rounding makes of it fits beside an example's share. It is taken over m 
 examples at a time, and over these pieces in float64. In a piece each term is rounded
 with :math:`w_i b_i`, as a product, and in at most m - 1 additions, in whatever order.
 With float32's unit :math:`v = 2^{-24}` the error of the sum, in Frobenius norm, is then
-at most (Higham 2002, section 3.5)
+at most (Higham 2002, section 3.1)
 
 .. math:: \frac{(m + 1) v}{1 - (m + 1) v} \sum_i w_i \|a_i\| \|b_i\|
    \le \frac{(m + 1) v}{1 - (m + 1) v} \, n C'.
 
 Of two batches that differ in one example both err, each by as much at most. With
-:math:`2 n (m + 1) v \le s` and :math:`C' = (1 - s) C` the example moves the sum by no
-more than :math:`(1 - s)(1 + s + s^2) C < C`, and s = 1 % leaves :math:`10^{-4} C` for
-float64's rounding and what float32 loses near 0, a number below :math:`2^{-126}` at a
-time. The bound holds of how the sum is taken, not of the factors: where it does not
-hold (batches too large for pieces that pay, a clipping norm or inputs out of range,
-matrices that torch multiplies in TF32 or bfloat16) the same sum is taken in float64.
+:math:`C' = (1 - s) C` and :math:`2 n (m + 1) v \le s` the example moves the sum by no
+more than :math:`(1 - s)(1 + 1.0001 s) C`. For s = 1 % nearly :math:`10^{-4} C` are left
+for float64's rounding and for what float32 loses near 0, less than :math:`2^{-126}` at
+a time. The bound is one of how the sum is taken, and not of the factors. So where it
+would not hold (batches too large for pieces that pay, inputs out of range, a processor
+that may multiply matrices in TF32 or bfloat16, as GPUs do) the same sum is taken in
+float64, whatever decides that.
+
+References
+----------
+Higham 2002, "Accuracy and stability of numerical algorithms", second edition.
 """
 
 import math
@@ -161,14 +166,20 @@ class SingleProducts(OuterProducts):
         most = int(SINGLE_SLACK / (2 * _SINGLE_UNIT * max(1, size))) - 1
         # Not "all below": what is not finite has weight 0 and is no longer here.
         long = bool((self._lengths > _LONGEST).any())
-        if most < min(_FEW, size) or long or not _multiplies_in_single():
+        sure = inputs.device.type == "cpu" and _multiplies_in_single()
+        if most < min(_FEW, size) or long or not sure:
             return super()._product(outer, inputs)
         pieces = max(1, math.ceil(size / most))
-        rows = outer.float().tensor_split(pieces)
-        total = torch.zeros_like(self._layer.weight, dtype=torch.float64)
+        rows = zip(
+            outer.float().tensor_split(pieces),
+            inputs.tensor_split(pieces),
+            strict=True,
+        )
         with torch.autocast(inputs.device.type, enabled=False):
-            for b, a in zip(rows, inputs.tensor_split(pieces), strict=True):
-                total += b.T @ a
+            sums = (b.T @ a for b, a in rows)
+            total = next(sums).double()
+            for found in sums:
+                total += found
         return total
 
 
@@ -226,10 +237,10 @@ def clipped_layer(
         return clipped_sum([Rows(module, inputs[0], backprops)], size, clipping_norm)
     if alone and isinstance(module, nn.Linear):
         if inputs[0].ndim == 2:
+            kind = OuterProducts
             if single and _may_be_single(inputs[0], backprops, clipping_norm):
-                part = SingleProducts(module, inputs[0], backprops)
-                return clipped_sum([part], size, clipping_norm * (1 - SINGLE_SLACK))
-            part = OuterProducts(module, inputs[0], backprops)
+                kind, clipping_norm = SingleProducts, clipping_norm * (1 - SINGLE_SLACK)
+            part = kind(module, inputs[0], backprops)
             return clipped_sum([part], size, clipping_norm)
         if _without_forming(inputs[0], backprops):
             return _sequences(module, inputs[0], backprops, clipping_norm)
@@ -248,9 +259,10 @@ def clipped_layer(
 
 def _may_be_single(inputs: Tensor, backprops: Tensor, clipping_norm: float) -> bool:
     """Whether it may, as far as no example has a say in it."""
+    # Nor does the device: with a seed the same noise may come on another one.
     low, high = _CLIPPING_NORMS
     return low <= clipping_norm <= high and all(
-        x.dtype == torch.float32 and x.device.type == "cpu" for x in (inputs, backprops)
+        x.dtype == torch.float32 for x in (inputs, backprops)
     )
 
 

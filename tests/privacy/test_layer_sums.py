@@ -8,10 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flower_ext.privacy import layer_sums
-from flower_ext.privacy.example_gradients import Call
-from flower_ext.privacy.layer_sums import Sequences, clipped_layer
+from flower_ext.privacy.example_gradients import Call, OuterProducts
+from flower_ext.privacy.layer_sums import (
+    SINGLE_SLACK,
+    Sequences,
+    SingleProducts,
+    clipped_layer,
+)
 
 
 def exact(a, b):
@@ -124,3 +130,256 @@ def test_an_example_moves_a_sum_by_no_more(never, size, rest, seed):
         other = clipped_layer([Call(layer, [a], b)], sampler, 0.7)
     moved = math.sqrt(sum(float((one[p] - x).norm() ** 2) for p, x in other.items()))
     assert moved <= 0.7
+
+
+# Sums in float32 ---------------------------------------------------------------------
+
+UNIT = Fraction(1, 2**24)
+
+
+class Products(TorchDispatchMode):
+    """Notes terms and types of the products of matrices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.seen.append((args[0].shape[1], args[0].dtype, args[1].dtype))
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+
+def vectors(size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, n, generator=generator) for n in (4, 3)]
+
+
+def one_vector(a, b, clip, single=True):
+    layer = nn.Linear(a.shape[1], b.shape[1])
+    found = clipped_layer([Call(layer, [a], b)], sampler, clip, single=single)
+    return [found[p] for p in layer.parameters()]
+
+
+def products(a, b, clip=0.5):
+    layer_sums._multiplies_in_single()  # tries it the first time
+    with Products() as noted:
+        one_vector(a, b, clip)
+    return noted.seen
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 256, 289, 290, 300, 512, 1000, 1300, 4000])
+def test_pieces_are_as_small_as_the_bound_of_their_rounding_asks(size):
+    seen = products(*vectors(size))
+    assert sum(terms for terms, *_ in seen) == size
+    if size <= 1000:
+        assert {dtype for _, *dtypes in seen for dtype in dtypes} == {torch.float32}
+        most = max(terms for terms, *_ in seen)
+        assert 2 * size * (most + 1) * UNIT <= Fraction(SINGLE_SLACK)
+        assert (len(seen) == 1) == (size <= 289)
+    else:
+        assert seen == [(size, torch.float64, torch.float64)]
+
+
+def stagnating(size, below):
+    """Terms that all round to the same side, in the second half of a sum."""
+    terms = torch.full((size,), (1.0 - below) * 2.0**-16 * size / 256)
+    terms[: size // 2] = 1.0
+    return terms
+
+
+def error_and_bound(a, b, weights):
+    """Of a sum in float32, squared: in fractions, of the definition."""
+    layer = nn.Linear(a.shape[1], b.shape[1], bias=False)
+    found = SingleProducts(layer, a, b).weighted_sum(weights)[layer.weight]
+    w, a, b = ([Fraction(x) for x in t.flatten().tolist()] for t in (weights, a, b))
+    size, p, d = len(w), len(a) // len(w), len(b) // len(w)
+    error = sum(
+        (
+            Fraction(float(found[j, k]))
+            - sum(w[i] * b[i * d + j] * a[i * p + k] for i in range(size))
+        )
+        ** 2
+        for j in range(d)
+        for k in range(p)
+    )
+    total = sum(
+        float(w[i])
+        * math.hypot(*map(float, a[i * p : i * p + p]))
+        * math.hypot(*map(float, b[i * d : i * d + d]))
+        for i in range(size)
+    )
+    k = (size + 1) * UNIT
+    return error, (k / (1 - k) * Fraction(total)) ** 2
+
+
+@pytest.mark.parametrize("below", [0.0, 0.25, 0.49, 0.51, 0.75])
+def test_no_terms_that_round_to_one_side_err_by_more_than_the_bound(below):
+    size = 256
+    a, b = stagnating(size, below)[:, None].expand(-1, 2), torch.ones(size, 2)
+    error, bound = error_and_bound(a.clone(), b, torch.ones(size).double())
+    assert error <= bound
+
+
+def test_no_terms_that_a_search_finds_err_by_more_than_the_bound():
+    generator = torch.Generator().manual_seed(0)
+    size, worst, best = 64, Fraction(0), None
+    for step in range(60):  # climbs: the worst so far, with some of its numbers new
+        a, b = (torch.rand(size, 2, generator=generator) for _ in range(2))
+        w = torch.rand(size, generator=generator).double()
+        if best is not None:
+            keep = torch.rand(size, generator=generator) < 0.9
+            a, b = (
+                torch.where(keep[:, None], old, new)
+                for old, new in zip(best[:2], (a, b), strict=True)
+            )
+            w = torch.where(keep, best[2], w)
+        error, bound = error_and_bound(a, b, w)
+        assert error <= bound, step
+        if error / bound > worst:
+            worst, best = error / bound, (a, b, w)
+    # It is float32's rounding that was looked at.
+    assert 1e-3 < math.sqrt(worst) <= 1
+
+
+def test_rounding_that_one_example_decides_over_is_within_the_slack():
+    # With the victim the sum is at 128 before the small terms, and below without it,
+    # where float32's numbers lie twice as close: they round up, and down.
+    terms = torch.full((256, 1), 0.625 * 2.0**-16)
+    terms[:128] = 1.0
+    sums = []
+    for victim in (1.0, 0.0):
+        a, b = terms.expand(-1, 16).clone() / 4, torch.ones(256, 16) / 4
+        a[0] *= victim
+        layer = nn.Linear(16, 16, bias=False)
+        found = clipped_layer([Call(layer, [a], b)], sampler, 1.0, single=True)
+        sums.append(found[layer.weight])
+    assert 0.98 < float((sums[0] - sums[1]).norm()) <= 1.0
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    exponents=st.tuples(*[st.integers(-44, 38)] * 4),
+    clip=st.sampled_from([1e-9, 1e-6, 0.7, 1e6, 1e31]),
+    size=st.sampled_from([3, 256, 700]),
+    seed=st.integers(0, 1000),
+)
+def test_an_example_moves_a_sum_in_float32_by_no_more(exponents, clip, size, seed):
+    a, b = vectors(size, seed)
+    mine, others = slice(1, 2), slice(2, None)
+    for x, rows, exponent in zip(
+        (a, b, a, b), (mine, mine, others, others), exponents, strict=True
+    ):
+        x[rows] = (x[rows].double() * 10.0**exponent).float()
+    one = one_vector(a, b, clip)
+    b[mine] = 0.0
+    other = one_vector(a, b, clip)
+    moved = math.hypot(
+        *(float((x - y).norm()) for x, y in zip(one, other, strict=True))
+    )
+    assert moved <= clip
+
+
+@pytest.mark.parametrize("size", [1, 100, 400, 1300])
+def test_the_number_of_examples_does_not_change_what_one_is_clipped_to(size):
+    a, b = (x[:1].expand(size, -1) for x in vectors(1))
+    sums = one_vector(a, b, 0.01)
+    norm = math.hypot(*(float(x.norm()) for x in sums)) / size
+    assert norm == pytest.approx((1 - SINGLE_SLACK) * 0.01, rel=1e-5)
+
+
+def as_float64(a, b, clip):
+    return one_vector(a, b, (1 - SINGLE_SLACK) * clip, single=False)
+
+
+def test_sums_in_float32_are_those_in_float64():
+    for size in (5, 256, 600):
+        a, b = vectors(size)
+        for found, expected in zip(
+            one_vector(a, b, 0.5), as_float64(a, b, 0.5), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("of_inputs", [True, False])
+def test_what_is_not_finite_moves_no_sum_in_float32(bad, of_inputs):
+    a, b = vectors(9)
+    rest = [x[torch.arange(9) != 4] for x in (a, b)]
+    (a if of_inputs else b)[4, 1] = bad
+    found, expected = one_vector(a, b, 0.5), one_vector(*rest, 0.5)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_which_nothing_is_finite_has_no_sum():
+    a, b = vectors(3)
+    assert all(not x.any() for x in one_vector(a, b * math.nan, 0.5))
+
+
+def only_double(a, b, clip):
+    seen = products(a, b, clip)
+    assert [dtypes for _, *dtypes in seen] == [[torch.float64] * 2]
+
+
+@pytest.mark.parametrize("clip", [1e-7, 1e31])
+def test_clipping_norms_near_the_ends_of_float32_are_for_float64(clip):
+    only_double(*vectors(5), clip)
+
+
+def test_long_inputs_are_for_float64():
+    a, b = vectors(5)
+    a[2] *= 1e10
+    only_double(a, b, 0.5)
+    for found, expected in zip(
+        one_vector(a, b, 0.5), as_float64(a, b, 0.5), strict=True
+    ):  # the same factors, though
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
+
+
+def test_float64_stays_what_it_is():
+    a, b = (x.double() for x in vectors(5))
+    only_double(a, b, 0.5)
+    for found, expected in zip(
+        one_vector(a, b, 0.5), one_vector(a, b, 0.5, single=False), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_products_in_bfloat16_are_not_taken():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        only_double(*vectors(5), 0.5)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    a, b = vectors(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = one_vector(a, b, 0.5)
+    for x, y in zip(found, one_vector(a, b, 0.5), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_machine_that_rounds_more_is_noticed(monkeypatch):
+    real = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__matmul__",
+        lambda x, y: real(x.bfloat16().float(), y.bfloat16().float()),
+    )
+    assert not layer_sums._tried.__wrapped__()
+    monkeypatch.undo()
+    assert layer_sums._tried.__wrapped__()
+    monkeypatch.setattr(layer_sums, "_tried", lambda: False)
+    only_double(*vectors(5), 0.5)
+
+
+def test_gradients_that_are_added_up_in_float32_are_outer_products():
+    layer, (a, b) = nn.Linear(4, 3), vectors(6)
+    weights = torch.rand(6, dtype=torch.float64)
+    one, other = (kind(layer, a, b) for kind in (SingleProducts, OuterProducts))
+    for p in layer.parameters():
+        assert torch.equal(one.norms()[p], other.norms()[p])
+        found, expected = (x.weighted_sum(weights)[p] for x in (one, other))
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
