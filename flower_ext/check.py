@@ -27,6 +27,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -288,11 +290,13 @@ def _component(folder: Path, module: str, name: str) -> object:
 
 
 def _missing(folder: Path, error: BaseException) -> str:
-    """Return what to do about a module that is not installed."""
-    if not isinstance(error, ModuleNotFoundError) or not error.name:
+    """Return what to do about a module that is not installed, or not of this Flower."""
+    if not isinstance(error, ImportError) or not error.name:
         return ""
     package = error.name.partition(".")[0]
-    if (folder / package).exists() or (folder / f"{package}.py").exists():
+    if package == "flwr":
+        return f": the app is for another Flower than {version('flwr')}, which is here"
+    if find_spec(package):
         return ""
     return (
         ": if the app needs it, install the app in the environment of this command, "
@@ -457,7 +461,10 @@ def started(app: App, num_supernodes: int) -> Started:
             f"the ServerApp fails before strategy.start: {type(error).__name__}: "
             f"{error}{place}"
         ) from error
-    raise ValueError("the ServerApp ends without a call of strategy.start")
+    raise ValueError(
+        "the ServerApp ends without a call of strategy.start; one of Flower's older "
+        "API, with a server_fn, has none"
+    )
 
 
 def one_round(

@@ -208,6 +208,18 @@ def test_an_app_that_does_not_work_is_told_why(app, capsys, file, old, new, says
             "No module named 'torsch' (quickstart/task.py, line 3): if the app needs "
             "it, install the app",
         ),
+        (
+            "task.py",
+            "import torch\n",
+            "from flwr.client.typing import ClientAppCallable\n",
+            "(quickstart/task.py, line 3): the app is for another Flower than",
+        ),
+        (
+            "task.py",
+            "import torch\n",
+            "import quickstart.tasks\n",
+            "No module named 'quickstart.tasks' (quickstart/task.py, line 3)\n",
+        ),
         ("server_app.py", "Net()", "Nett()", "before strategy.start: NameError"),
         (
             "server_app.py",
