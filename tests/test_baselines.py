@@ -273,6 +273,14 @@ def test_clients_that_stand_for_themselves_have_secret_noise(baseline, simulated
         assert baseline.make_strategy(name, 8.0, config).mechanism.seed == seed
 
 
+@pytest.mark.parametrize("baseline", ["dpftrl.strategy"], indirect=True)
+def test_every_mechanism_can_plan_a_single_round(baseline):
+    config = app_config(BASELINES / "dpftrl") | {"num-server-rounds": 1}
+    for name in baseline.NAMES:
+        made = baseline.make_strategy(name, None if name == "none" else 8.0, config)
+        assert made.mechanism.num_rounds == 1
+
+
 @pytest.mark.parametrize("baseline", ["maxfl.strategy"], indirect=True)
 def test_q_fedavg_is_flowers(baseline, reply, aggregate, exchange):
     losses, rate, q = [0.7, 2.0, 1.2], 0.1, 2.0

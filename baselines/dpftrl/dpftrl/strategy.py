@@ -68,7 +68,7 @@ def _factorization(
         # With more bands than the separation, the rounds of a client overlap in the
         # noise and its sensitivity grows.
         return BandedToeplitz.optimize(
-            rounds, min(memory + 1, separation), normalize_columns=True
+            rounds, min(memory + 1, separation, rounds), normalize_columns=True
         )
     if name == "blt":
         most = -(-rounds // separation)
