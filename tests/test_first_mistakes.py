@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -20,10 +21,13 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from flower_ext.client.app import client_app
+from flower_ext.client.dp_sgd import DPSGD
 from flower_ext.client.half import LocalSettings
 from flower_ext.client.task import Task
+from flower_ext.client.trainer import Plain
 from flower_ext.core.arrays import to_record
 from flower_ext.core.sampling import MinSeparationSampler
+from flower_ext.privacy.silo_budget import SiloPrivacy
 from flower_ext.server.additive import AdditiveStrategy
 from flower_ext.server.optimizers import SGD
 from flower_ext.server.rounds import EveryClientFailed, run_rounds
@@ -494,12 +498,28 @@ def test_metrics_that_are_no_dict_are_named(caplog):
     assert "Task.metrics(...)='Tensor' must be a dict: one value" in caplog.text
 
 
-def test_arrays_of_another_model_are_told_from_those_of_the_task():
-    with pytest.raises(EveryClientFailed, match="are not those of Task.model; a "):
-        start(
-            app=client_app(Task(make, data, losses)),
-            initial_arrays=ArrayRecord(nn.Linear(2, 2).state_dict()),
-        )
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (nn.Linear(2, 2), r"it makes: 'weight' \(2, 2\), not \(2, 3\)$"),
+        (
+            nn.Sequential(nn.Linear(3, 2)),
+            r"missing \['bias', .*unknown \['0.bias',",
+        ),
+    ],
+)
+@pytest.mark.parametrize("private", [False, True])
+def test_arrays_of_another_model_are_told_from_those_of_the_task(model, says, private):
+    """By a silo that trains privately, too, and in no words but the package's own."""
+    privacy = SiloPrivacy(noise_multiplier=1.0, delta=1e-2, clipping_norm=1.0)
+    trainer = DPSGD(privacy) if private else Plain()
+    app = client_app(Task(make, data, losses), trainer=trainer)
+    initial = ArrayRecord(model.state_dict())
+    with pytest.raises(EveryClientFailed, match="not those of Task.model; ") as caught:
+        start(app=app, initial_arrays=initial, num_rounds=1)
+    reason = str(caught.value).partition("\n")[0]
+    assert re.search(says, reason)
+    assert "loading state_dict" not in str(caught.value)
 
 
 def test_a_run_config_that_is_no_dict_is_refused():

@@ -282,11 +282,16 @@ class Local:
         arrays = _apart(arrays, self.model)
         try:
             self.model.load_state_dict(arrays)
-        except RuntimeError as error:
+        except RuntimeError:
+            # In words of one's own, and without torch's as a cause: what an error of
+            # this package says is told to the server, also by a silo that trains
+            # privately.
+            if not (differing := _differing(arrays, self.model)):
+                raise
             raise ValueError(
                 "the arrays that came are not those of Task.model; a run begins with "
-                f"initial_arrays of a model that it makes: {error}"
-            ) from error
+                f"initial_arrays of a model that it makes: {differing}"
+            ) from None
         self._remember(arrays)
 
     def with_model(self, arrays: Tensors) -> "Local":
@@ -392,6 +397,19 @@ def _apart(arrays: Tensors, model: nn.Module) -> Tensors:
     """
     own = {x.data_ptr() for x in model.state_dict().values()}
     return {n: x.clone() if x.data_ptr() in own else x for n, x in arrays.items()}
+
+
+def _differing(arrays: Tensors, model: nn.Module) -> str:
+    """Return in which names or shapes arrays differ from those of a model."""
+    own, came = (
+        {name: tuple(getattr(x, "shape", ())) for name, x in some.items()}
+        for some in (model.state_dict(), arrays)
+    )
+    if own.keys() != came.keys():
+        missing, unknown = sorted(own.keys() - came), sorted(came.keys() - own)
+        return f"missing {missing[:5]}, unknown {unknown[:5]}"
+    other = [f"{n!r} {came[n]}, not {own[n]}" for n in own if came[n] != own[n]]
+    return ", ".join(other[:5])
 
 
 def _own_copy(model: nn.Module) -> nn.Module:
