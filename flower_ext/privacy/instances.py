@@ -90,6 +90,12 @@ class InstanceAccount:
     adversary who knows all other examples learns of this one in the steps that were
     taken; both numbers are themselves made of the data.
 
+    Each step's divergence is that given the releases before it. Their sum is along the
+    one run that there was: it bounds the divergence of whole runs only where no other
+    run could have had a larger one, since later steps depend on earlier noise (Feldman
+    and Zrnic 2021, arXiv 2008.11193, stop at a bound that is set before). With the
+    Gaussian's worst-case epsilon nothing of that is needed.
+
     The paper takes the Fisher information about an example's features. Here it is that
     about its weight in the sum: whoever estimates without bias how much of an example
     is in it, does so with a variance of at least ``1 / loss**2``.

@@ -22,6 +22,7 @@ from flower_ext.privacy.accounting.balls_in_bins import (
     BallsInBinsAccountant,
     best_in_bins,
     noise_multiplier_in_bins,
+    target_in_bins,
 )
 from flower_ext.privacy.accounting.calibration import (
     epsilon_for,
@@ -528,10 +529,12 @@ class Mechanism:
             BallsInBinsAccountant, factorization, num_bins=num_bins, config=config
         )
 
-        def spent(noise: float) -> float:
-            whole = account(noise_multiplier=noise)
-            return whole.epsilon_after(self.num_rounds, self.target_delta)
-
+        spent = partial(
+            target_in_bins,
+            delta=self.target_delta,
+            factorization=factorization,
+            num_bins=num_bins,
+        )
         calibrate = partial(
             noise_multiplier_in_bins, factorization=factorization, num_bins=num_bins
         )

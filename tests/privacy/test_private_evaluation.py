@@ -784,7 +784,7 @@ def test_bins_that_amplify_are_not():
     with_them, without = (
         s.private_sum.accountant.epsilon_after(ROUNDS, DELTA) for s in (strategy, plain)
     )
-    assert 0.95 * without < with_them <= without
+    assert 0.95 * without < with_them <= 1.01 * without
 
 
 def test_what_nobody_accounts_for_is_not_released():

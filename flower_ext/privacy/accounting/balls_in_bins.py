@@ -10,19 +10,41 @@ the pair that dominates is the mixture, over bins, of Gaussians around
 .. math:: m_i = \sum_{t \in bin\ i} |C_{:, t}|,
 
 against the Gaussian around 0 (for C >= 0 Choquette-Choo et al. 2024, who call them
-modes). It holds for contributions that depend on what was released before, by induction
-from the last round: given the past, a round multiplies the likelihood ratio of each bin
-by a log-normal factor, the divergence to come is a function of these ratios whose mixed
-second derivatives are all >= 0, and such a mean grows with each covariance of the
-Gaussians (Kahane 1986, "Une inegalite du type de Slepian et Gordon"). Covariances are
-at most the products of the norms :math:`\|\sum_t C_{st} x_t\| \le m_i[s]`. For C >= 0
-the bound is attained. It also grows with the number of rounds.
+modes). It holds for contributions that depend on what was released before, for a C of
+any signs, and in both directions:
 
-Evaluations are further rows, that a client may be in whatever its bin: with mu of all
-of them, mu^2 is added to every product of two shifts.
+1. What others send depends on releases, on their own bins and coins: given these it can
+   be subtracted, and divergences are jointly convex. Let x_t be what the client would
+   send in round t if that is of its bin, a function of the rows :math:`y_{<t}` that
+   were released (and of its coins and state, which are those of that bin). In units of
+   the noise, row s has :math:`y_s \sim N(0, I)` without the client, and multiplies the
+   likelihood ratio :math:`L_i` of bin i by :math:`\exp(\langle u_i, y_s \rangle -
+   \|u_i\|^2 / 2)` with :math:`u_i = \sum_{t \in bin\ i} C_{st} x_t`, known before
+   :math:`y_s` since C is lower-triangular. Both divergences are the mean of
+   :math:`\varphi(\sum_i p_i L_i)`, for convex functions :math:`\varphi`.
+2. Kahane's inequality (1986, "Une inegalite du type de Slepian et Gordon"): for
+   centred Gaussians g and a >= 0, :math:`E\, \varphi(\sum_i a_i \exp(g_i -
+   Var(g_i)/2))` grows with every covariance and with every variance. Along
+   :math:`\sqrt{1 - r}\, g + \sqrt r\, g'` its derivative is half the sum over all i
+   and j of :math:`Cov(g'_i, g'_j) - Cov(g_i, g_j)` times the mean of
+   :math:`\varphi'' a_i a_j e^{g_i - \ldots} e^{g_j - \ldots} \ge 0` (for smooth
+   :math:`\varphi`, and so for their limits).
+3. Let :math:`U_s` be the mean of :math:`\varphi(\sum_i p_i L_i e^{w_i - Var(w_i)/2})`
+   given :math:`y_{\le s}`, with w of covariance :math:`\sum_{r > s} m_i[r] m_j[r]`.
+   Given :math:`y_{<s}` the mean of :math:`U_s` is the same with the covariance
+   :math:`\langle u_i, u_j \rangle` added, which is at most :math:`\|u_i\| \|u_j\|
+   \le m_i[s] m_j[s]`. So it is at most :math:`U_{s-1}`, by 2, and what is sought, the
+   mean of :math:`U_n`, at most :math:`U_0`: the divergence of the pair above.
 
-A client that keeps something between rounds is covered: only rounds of its own bin
-change it, and what it sends in these counts in no other bin.
+For C >= 0 the bound is attained. It also grows with the number of rounds. The relation
+is that the client's contributions become zero; an exchange of clients is not covered.
+
+Evaluations are further rows, that a client may be in whatever its bin, with what it
+measures in it: with mu of all of them, mu^2 is added to every product of two shifts,
+which bounds theirs as in 3.
+
+A client that keeps something between rounds is covered: what it keeps may differ from
+bin to bin, and what it sends in a round counts in no bin but that of the round.
 """
 
 from __future__ import annotations
@@ -51,8 +73,9 @@ if TYPE_CHECKING:
 _MOST_ROUNDS = 4096
 # Share of delta that pays for draws that mislead.
 _SHARE = 0.01
-# A noise that was found is tried with draws of its own, and raised if they refute it.
-_TRIES, _STEP = 16, 1.005
+# A noise that was found is tried with draws of its own, and raised if they refute it:
+# so many may be chosen in the end, the last of them that without amplification.
+_NOISES, _STEP = 16, 1.005
 _SEARCH, _ACCOUNT = 1, 0
 
 
@@ -114,7 +137,7 @@ class BallsInBinsAccountant(RoundAccountant):
 
     Epsilon counts whole passes of the bins: in a pass it is that of its end. It is an
     upper bound with probability ``confidence``, over the draws of the accounting, for
-    all epsilons of a run and the search for its noise together. The rest,
+    all epsilons of a run at one delta and the search for its noise together. The rest,
     1 - ``confidence``, is within delta: draws prove (epsilon, delta - (1 -
     ``confidence``)), so that accounting and run together are (epsilon, delta)-private.
     Draws come from a fixed seed: the same plan has the same epsilon, everywhere. Choose
@@ -237,8 +260,9 @@ def noise_multiplier_in_bins(
     It is about 1% above, and up to 5% with hundreds of bins, for which fewer draws are
     affordable. It is sought with an eighth of the draws, and what is found is bounded
     anew with independent ones, as a `BallsInBinsAccountant` of it does, and raised by
-    0.5% until that meets the target, at most 16 times. The confidence covers all of
-    them. Where none does, it is the noise without amplification.
+    0.5% until that meets the target; after 15 tries it is the noise without
+    amplification. The confidence covers all of them, for a target that these draws had
+    no part in.
 
     Parameters
     ----------
@@ -262,29 +286,56 @@ def noise_multiplier_in_bins(
     confidence = _confidence(confidence, open_unit("delta", delta))
     proved = _proved(delta, confidence)
     plan = _Plan(factorization, num_bins, confidence)
+    found, high = _sought(plan, epsilon, proved, beside)
+    if found == high:  # one bin, that everybody knows
+        return high
     column_norm = factorization.sensitivity(1, 1).value
+    for tried in range(_NOISES - 1):
+        noise = found * _STEP**tried
+        if noise < high and _epsilon(plan, noise * column_norm, proved, beside) <= (
+            epsilon
+        ):
+            return noise
+    return high
+
+
+def _sought(
+    plan: _Plan, epsilon: float, proved: float, beside: float = 0.0
+) -> tuple[float, float]:
+    """Return the noise that draws of the search find, and that for known bins."""
+    column_norm = plan.factorization.sensitivity(1, 1).value
     gram, shares = _shifts(plan)
     strongest = math.sqrt(float(np.diagonal(gram).max())) / column_norm
     known = gaussian_mu(epsilon, proved)
     if not at_least("beside", beside, 0) < known:
         refuse("beside", beside, f"< {known:.6g}", "nothing is left of the target")
-    # As if bins were known; a hair more so that rounding cannot break the promise.
+    # A hair more so that rounding cannot break the promise.
     high = strongest / math.sqrt(known**2 - beside**2) * (1 + 1e-9)
     if len(shares) == 1:
-        return high
+        return high, high
 
-    def spent(noise: float, stream: int = _ACCOUNT, fewer: int = 1) -> float:
-        deviation = noise * column_norm
-        return _epsilon(plan, deviation, proved, beside, stream, fewer)
+    def spent(noise: float) -> float:
+        return _epsilon(plan, noise * column_norm, proved, beside, _SEARCH, 8)
 
-    found = least_noise_below(
-        high, lambda noise: spent(noise, _SEARCH, 8), epsilon, 0.0, tolerance=2e-3
-    )
-    for tried in range(_TRIES):
-        noise = found * _STEP**tried
-        if noise < high and spent(noise) <= epsilon:
-            return noise
-    return high
+    return least_noise_below(high, spent, epsilon, 0.0, tolerance=2e-3), high
+
+
+def target_in_bins(
+    noise_multiplier: float,
+    delta: float,
+    *,
+    factorization: Factorization,
+    num_bins: int,
+) -> float:
+    """Return an epsilon of a whole run that is to be a target for another plan.
+
+    By the draws of the search: a target that is made of those of the account would
+    depend on how lucky they are, and so would the noise that these then bound.
+    """
+    confidence = _confidence(None, open_unit("delta", delta))
+    deviation = noise_multiplier * factorization.sensitivity(1, 1).value
+    plan = _Plan(factorization, num_bins, confidence)
+    return _epsilon(plan, deviation, _proved(delta, confidence), stream=_SEARCH)
 
 
 def best_in_bins(
@@ -300,7 +351,8 @@ def best_in_bins(
 
     More bands cancel more noise, and less is amplified. Compared are bands of as many
     rounds as there are bins, or as fit into memory, of a half and of a quarter of them,
-    and a factorization that is given.
+    and a factorization that is given; by draws of the search alone, so that the
+    account's are of the one that is chosen, and not of the luckiest.
 
     Parameters
     ----------
@@ -324,10 +376,12 @@ def best_in_bins(
         for bands in sorted({most, most // 2, most // 4} - {0, 1}, reverse=True)
     ]
 
+    positive("epsilon", epsilon)
+    confidence = _confidence(None, open_unit("delta", delta))
+
     def error(factorization: Factorization) -> float:
-        noise = noise_multiplier_in_bins(
-            epsilon, delta, factorization=factorization, num_bins=num_bins
-        )
+        plan = _Plan(factorization, num_bins, confidence)
+        noise, _ = _sought(plan, epsilon, _proved(delta, confidence))
         column_norm = factorization.sensitivity(1, 1).value
         return noise * column_norm * factorization.rms_error(workload)
 
@@ -355,10 +409,10 @@ class _Plan:
 
     @property
     def failure(self) -> float:
-        """Failure probability of one bound, of those of all passes at each try."""
+        """Failure probability of one bound, of those of all passes and noises."""
         # The noise is chosen by draws that later bound the passes as well.
         passes = -(-self.planned // self.num_bins)
-        return (1 - self.confidence) / (passes * _TRIES)
+        return (1 - self.confidence) / (passes * _NOISES)
 
 
 @lru_cache(maxsize=4)

@@ -65,6 +65,10 @@ class SampledGaussianAccountant(RoundAccountant):
         what was released before, and the coins of all others, an evaluation with the
         client in it, or a mixture of that and one without, is no further from one
         without than the Gaussian that it is charged as.
+        Under bands a turn is released over several rounds, and evaluations in between
+        may tell of it: with every sequence of a client's coins in the place of a bin,
+        the product of two shifts is at most that of the turns' columns plus mu^2, and
+        the proof of `flower_ext.privacy.accounting.balls_in_bins` holds.
 
     References
     ----------
