@@ -215,10 +215,11 @@ class NoisySteps(PrivateSteps):
         self._wrapped.zero_grad(set_to_none=True)
         for name, p in self._trained.items():
             noisy = clipped.pop(p, None)
-            if noisy is None:
-                noisy = torch.zeros_like(p, dtype=torch.float64)
             if name in drawn:
-                noisy += torch.from_numpy(drawn[name]).to(p.device)
+                noise = torch.from_numpy(drawn[name]).to(p.device)
+                noisy = noise if noisy is None else noise.add_(noisy)
+            elif noisy is None:
+                noisy = torch.zeros_like(p)
             # Rounding to the parameter's own type comes after the noise.
             p.grad = self.noised(noisy).to(p.dtype)
             p.grad /= self._expected
@@ -229,7 +230,7 @@ class NoisySteps(PrivateSteps):
         return total / self._expected + extra
 
     def summed(self, batch: Batch) -> tuple[float, Gradients]:
-        """Return the summed objective, and what noise is added to, in float64."""
+        """Return the summed objective, and what float64 noise is added to."""
         size = num_examples(batch)
         total, parts = self._backward(batch) if size else (0.0, [])
         return total, clipped_sum(parts, size, self.plan.bound)

@@ -159,7 +159,7 @@ class Sequences:
 
 
 class SingleProducts(OuterProducts):
-    """Outer products that are added up in float32, where that is provably enough."""
+    """Outer products whose sum is in float32, where that is provably enough."""
 
     def _product(self, outer: Tensor, inputs: Tensor) -> Tensor:
         size = len(inputs)
@@ -177,9 +177,9 @@ class SingleProducts(OuterProducts):
         )
         with torch.autocast(inputs.device.type, enabled=False):
             sums = (b.T @ a for b, a in rows)
-            total = next(sums).double()
+            total = next(sums)
             for found in sums:
-                total += found
+                total = found.double().add_(total)
         return total
 
 
@@ -229,7 +229,7 @@ def clipped_layer(
     Returns
     -------
     dict[Parameter, Tensor]
-        In float64.
+        In float64; in float32 where all of a sum is.
     """
     module, inputs, backprops = calls[0]
     size, alone = len(backprops), len(calls) == 1

@@ -193,7 +193,7 @@ def summed(*how, **more):
     data = taken.local.train
     _, found = taken.summed(data)
     taken.end()
-    return {n: found[p] for n, p in model.named_parameters() if p in found}
+    return {n: found[p].double() for n, p in model.named_parameters() if p in found}
 
 
 def by_hand(net, clip, split, data=None):
@@ -260,7 +260,9 @@ def test_without_clipping_it_is_the_gradient_of_the_sum(net):
     loss.backward()
     assert total == pytest.approx(float(loss.detach()))
     for p in model.parameters():
-        torch.testing.assert_close(found[p], p.grad.double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            found[p].double(), p.grad.double(), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_step_leaves_nothing_behind():

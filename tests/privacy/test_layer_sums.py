@@ -158,7 +158,7 @@ def vectors(size, seed=0):
 def one_vector(a, b, clip, single=True):
     layer = nn.Linear(a.shape[1], b.shape[1])
     found = clipped_layer([Call(layer, [a], b)], sampler, clip, single=single)
-    return [found[p] for p in layer.parameters()]
+    return [found[p].double() for p in layer.parameters()]
 
 
 def products(a, b, clip=0.5):
@@ -257,7 +257,7 @@ def test_rounding_that_one_example_decides_over_is_within_the_slack(width):
         a[0] *= victim
         layer = nn.Linear(width, width, bias=False)
         found = clipped_layer([Call(layer, [a], b)], sampler, clip, single=True)
-        sums.append(found[layer.weight])
+        sums.append(found[layer.weight].double())
     assert 0.98 < float((sums[0] - sums[1]).norm()) <= clip
 
 
@@ -385,5 +385,4 @@ def test_gradients_that_are_added_up_in_float32_are_outer_products():
     for p in layer.parameters():
         assert torch.equal(one.norms()[p], other.norms()[p])
         found, expected = (x.weighted_sum(weights)[p] for x in (one, other))
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
