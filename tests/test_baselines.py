@@ -273,6 +273,13 @@ def test_clients_that_stand_for_themselves_have_secret_noise(baseline, simulated
         assert baseline.make_strategy(name, 8.0, config).mechanism.seed == seed
 
 
+@pytest.mark.parametrize("baseline", ["private_optimizers.utils"], indirect=True)
+def test_a_method_without_a_setting_for_the_data_is_told(baseline):
+    config = app_config(BASELINES / "private_optimizers") | {"data": "images"}
+    with pytest.raises(ValueError, match="methods='ada-dps-words' must be one with"):
+        baseline.setting("ada-dps-words", config)
+
+
 @pytest.mark.parametrize("baseline", ["dpftrl.strategy"], indirect=True)
 def test_every_mechanism_can_plan_a_single_round(baseline):
     config = app_config(BASELINES / "dpftrl") | {"num-server-rounds": 1}

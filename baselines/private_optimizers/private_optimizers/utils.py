@@ -93,7 +93,11 @@ def setting(method: str, config: UserConfig) -> Setting:
     of_data = CHOSEN[str(config["data"])]
     nearest = min(of_data, key=lambda x: abs(x - float(config["epsilon"])))
     several = int(config["silos"]) > 1
-    found = of_data[nearest][f"{method}-in-silos" if several else method]
+    name = f"{method}-in-silos" if several else method
+    if name not in of_data[nearest]:
+        where = f"for data={config['data']!r}: leave it out of methods"
+        raise ValueError(f"methods={method!r} must be one with a setting {where}")
+    found = of_data[nearest][name]
     return Setting(
         float(config["server-learning-rate"]) or found.rate,
         float(config["clipping-norm"]) or found.norm,
