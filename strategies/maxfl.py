@@ -125,6 +125,8 @@ class MaxFLClient(ClientHalf):
     """
 
     name = "maxfl"
+    # Its weight depends on what it required in the first round that it was in.
+    sends_kept = True
 
     def __init__(self, requirement: Callable[[Local], float] | None = None) -> None:
         self._requirement = requirement

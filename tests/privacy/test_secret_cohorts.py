@@ -35,6 +35,7 @@ from flower_ext.strategies import (
     FedCurv,
     FedDyn,
     FedPer,
+    MaxFL,
     Scaffold,
 )
 from flower_ext.wire import ErrorFeedback, TopK, ValueCode
@@ -263,7 +264,15 @@ def test_error_feedback_needs_others_that_do_not_know_of_a_client(kind, strategy
 @amplified
 @pytest.mark.parametrize(
     "make_strategy",
-    [DiLoCo, FedCurv, FedDyn, partial(FedPer, personal=("w",)), MRMTL, Scaffold],
+    [
+        DiLoCo,
+        FedCurv,
+        FedDyn,
+        partial(FedPer, personal=("w",)),
+        MaxFL,
+        MRMTL,
+        Scaffold,
+    ],
 )
 def test_neither_may_what_clients_keep_tell_who_was_not_there(kind, make_strategy):
     make, needs = SAMPLERS[kind]

@@ -220,6 +220,12 @@ class WithoutReplacementAccountant(RoundAccountant):
     :func:`~flower_ext.privacy.accounting.calibration.fixed_cohort_loss`; of one round
     it is exact but for the grid where any two sums may be exchanged.
 
+    Rounds compose if what clients send depends on earlier ones through what was
+    released alone: others are in a cohort because one is not, so that what they keep
+    would tell of it. A mechanism refuses what says that it keeps something
+    (``ClientHalf.sends_kept``, error feedback, evaluations); of trainers and optimizers
+    of the clients' own it is assumed.
+
     Parameters
     ----------
     noise_multiplier : float
