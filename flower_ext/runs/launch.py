@@ -347,7 +347,7 @@ def _check_app(app_dir: Path, run_config: Mapping[str, ConfigValue]) -> None:
     # Ray's workers look in the current folder first. Neither a module of the app nor
     # this package may be hidden by one that lies there.
     require_own(app_dir, modules, [Path.cwd()])
-    require_own(_ROOT, ["flower_ext"], [Path.cwd()])
+    require_own(_ROOT, ["flower_ext"], [Path.cwd()], imported=False)
 
 
 def _app_table(app_dir: Path) -> Mapping[str, object]:

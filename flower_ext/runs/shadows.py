@@ -12,7 +12,13 @@ from threading import Lock
 _ONE_AT_A_TIME = Lock()
 
 
-def require_own(folder: Path, modules: Iterable[str], before: Sequence[Path]) -> None:
+def require_own(
+    folder: Path,
+    modules: Iterable[str],
+    before: Sequence[Path],
+    *,
+    imported: bool = True,
+) -> None:
     """Refuse an app some of whose modules are found in other folders first.
 
     Parameters
@@ -20,9 +26,12 @@ def require_own(folder: Path, modules: Iterable[str], before: Sequence[Path]) ->
     folder : path
         The app's folder.
     modules : iterable of str
-        Those that Flower imports. Modules of the app that they import are checked too.
+        Those that Flower imports.
     before : sequence of path
         Folders in which a process looks before that of the app.
+    imported : bool
+        Whether modules in the folder that these import are checked too. Not for a
+        package that is installed: all others lie in the same folder.
 
     Raises
     ------
@@ -30,7 +39,7 @@ def require_own(folder: Path, modules: Iterable[str], before: Sequence[Path]) ->
         With the path of the app's file and that of the other one.
     """
     importlib.invalidate_caches()
-    for name, own in sorted(_modules(folder, modules).items()):
+    for name, own in sorted(_modules(folder, modules, imported).items()):
         found = _find(name, [*map(str, before), str(folder)])
         if found is not None and found.resolve() != own.resolve():
             raise ValueError(
@@ -40,8 +49,8 @@ def require_own(folder: Path, modules: Iterable[str], before: Sequence[Path]) ->
             )
 
 
-def _modules(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Return the modules in a folder that are imported, directly or not."""
+def _modules(folder: Path, names: Iterable[str], imported: bool) -> dict[str, Path]:
+    """Return the modules of these names in a folder, and those that they import."""
     found: dict[str, Path] = {}
     waiting = list(names)
     while waiting:
@@ -51,7 +60,7 @@ def _modules(folder: Path, names: Iterable[str]) -> dict[str, Path]:
             file = _file(folder, parts[:end])
             if file is not None and name not in found:
                 found[name] = file
-                waiting += _imports(file, name)
+                waiting += _imports(file, name) if imported else ()
     return found
 
 

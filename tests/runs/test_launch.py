@@ -277,6 +277,24 @@ def test_a_folder_that_hides_the_app_or_this_package_is_refused(
         (tmp_path / name / "__init__.py").unlink()
 
 
+def test_what_an_installed_package_imports_may_have_other_names_here(
+    app, tmp_path, monkeypatch
+):
+    """Installed, its neighbours are all packages: following imports takes a minute."""
+    installed, here = tmp_path / "installed", tmp_path / "here"
+    (installed / "flower_ext").mkdir(parents=True)
+    (installed / "flower_ext" / "__init__.py").write_text("import neighbour")
+    (installed / "neighbour.py").touch()
+    here.mkdir()
+    (here / "neighbour.py").touch()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(launch, "_ROOT", installed)
+    launch._check_app(app, {})
+    (here / "flower_ext.py").touch()
+    with pytest.raises(ValueError, match="'flower_ext'"):
+        launch._check_app(app, {})
+
+
 def test_folder_without_an_app(tmp_path, capsys):
     assert launch.main([str(tmp_path)]) == 2
     assert "no Flower app: it has no pyproject.toml" in capsys.readouterr().err

@@ -86,6 +86,14 @@ def test_what_does_not_hide_anything_is_no_matter(app, tmp_path):
         require_own(app, ["demo.client_app", "demo.missing"], before)
 
 
+def test_what_lies_beside_an_installed_package_is_not_followed(app, tmp_path):
+    old = touch(tmp_path / "old", "helper/deep.py")
+    require_own(app, ["demo.client_app"], [old], imported=False)
+    touch(old, "demo/__init__.py")
+    with pytest.raises(ValueError, match="'demo' of the app"):
+        require_own(app, ["demo.client_app"], [old], imported=False)
+
+
 def test_workers_look_where_the_driver_looks(tmp_path):
     """A worker finds the driver's versions, though its own path has others before."""
     old = touch(tmp_path / "old", "demo.py")
