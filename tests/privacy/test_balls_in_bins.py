@@ -528,7 +528,7 @@ def test_what_is_chosen_is_chosen_without_the_draws_that_bound_it(monkeypatch):
     balls_in_bins.best_in_bins(2.0, first=Identity(8), memory=1, **plan)
     balls_in_bins.target_in_bins(1.0, factorization=Identity(8), **plan)
     assert used == {balls_in_bins._SEARCH}
-    noise_multiplier_in_bins(2.0, factorization=Identity(8), **plan)
+    balls_in_bins.noise_multiplier_in_bins(2.0, factorization=Identity(8), **plan)
     assert used == {balls_in_bins._SEARCH, balls_in_bins._ACCOUNT}
 
 
